@@ -1,0 +1,57 @@
+"""Every error MoLoRA raises on purpose: one type a cause, each with a sentence that says what to do."""
+
+
+class MoLoRAError(Exception):
+    """Base class. ``str(error)`` is a sentence for a person."""
+
+
+class ConfigError(MoLoRAError, ValueError):
+    """A setting is unknown, missing or out of range."""
+
+
+class BaseModelError(MoLoRAError, RuntimeError):
+    """The base model cannot be brought, or is not one that MoLoRA can wrap."""
+
+
+class DataError(MoLoRAError, ValueError):
+    """A data file or row is not what the reader expects."""
+
+
+class AdapterError(MoLoRAError, ValueError):
+    """An adapter folder cannot be used."""
+
+
+class AdapterNotFoundError(AdapterError):
+    """There is no adapter at the given place."""
+
+
+class AdapterFormatError(AdapterError):
+    """An adapter's files are damaged, hostile or not safetensors."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """An adapter uses a part of PEFT that MoLoRA does not run; the message names it."""
+
+
+class AdapterMismatchError(AdapterError):
+    """An adapter was made for another base: its modules or sizes do not fit."""
+
+
+class NonFiniteError(AdapterError):
+    """Weights hold NaN or infinite values."""
+
+
+class StackError(MoLoRAError, ValueError):
+    """A stack is malformed: duplicate or unsafe names, bad top-k, an unknown key."""
+
+
+class SelectionError(MoLoRAError, ValueError):
+    """A selection names what the stack does not have, or does not fit the batch."""
+
+
+class RouterError(MoLoRAError, ValueError):
+    """A router is missing, or was saved for other candidates or another base."""
+
+
+class CacheError(MoLoRAError, RuntimeError):
+    """A key-value cache cannot be continued: it lacks the router's memory, or its batch differs."""

@@ -1,0 +1,117 @@
+"""A linear module of the base with the adapters that adapt it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from molora_kernels import Dispatch, Factors, add_lora
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.adapter import LoRAWeights
+from molora.errors import BaseModelError
+from molora.plan import RoutingPlan
+
+
+class PlanSource(Protocol):
+    """Where a module finds the plan of the forward that is under way."""
+
+    def plan(self, layer: int) -> RoutingPlan | None: ...
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a module that can be adapted, None for another module."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    if isinstance(module, nn.Linear):  # quantised linear modules of bitsandbytes are subclasses
+        return module.in_features, module.out_features
+    return None
+
+
+class MoLoRALinear(nn.Module):
+    """y = base(x) + sum of the adapters that the plan has for each token.
+
+    ``layer`` is the decoder layer it stands in, which says whose plan holds. Factors are kept by slot, in the compute
+    dtype and on the device of the base module.
+    """
+
+    def __init__(self, base_layer: nn.Module, source: PlanSource, layer: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer = layer
+        self.factors: dict[int, Factors] = {}
+        self.source = source
+        self._joined: tuple[tuple[int, ...], Factors] | None = None
+
+    @classmethod
+    def from_base(cls, base_layer: nn.Module, source: PlanSource, layer: int = 0) -> "MoLoRALinear":
+        if linear_size(base_layer) is None:
+            raise BaseModelError(f"{type(base_layer).__name__} is no linear module, so no LoRA can adapt it.")
+        return cls(base_layer, source, layer)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def set_factors(self, slot: int, weights: LoRAWeights | None, dtype: torch.dtype) -> None:
+        """Puts an adapter into a slot, or empties it."""
+        self._joined = None
+        self.factors.pop(slot, None)
+        if weights is not None:
+            device = self.weight.device
+            B = (weights.B.float() * weights.scale).T.contiguous()
+            self.factors[slot] = Factors(weights.A.to(device, dtype), B.to(device, dtype))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        plan = self.source.plan(self.layer)
+        if plan is None or not self.factors:
+            return y
+        flat = x.reshape(-1, x.shape[-1])
+        work = self._work(plan, x, flat.shape[0])
+        if not work.groups:
+            return y
+        out = y.reshape(-1, y.shape[-1])
+        if work.everywhere and not torch.is_grad_enabled():
+            out = self._add_everywhere(out, flat, work)
+        else:
+            factors = self.factors
+            out = add_lora(out, flat.to(next(iter(factors.values())).A.dtype), factors, work)
+        return out.view(y.shape)
+
+    def _work(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> Dispatch:
+        if rows == plan.slots.shape[0] * plan.slots.shape[1]:
+            return plan.dispatch
+        if x.dim() == 3 and x.shape[0] == plan.slots.shape[0] and x.shape[1] < plan.slots.shape[1]:
+            return plan.last(x.shape[1]).dispatch  # lm_head under logits_to_keep
+        raise BaseModelError(
+            f"A module got {rows} rows in a forward of {plan.slots.shape[0]} x {plan.slots.shape[1]} tokens: "
+            f"it does not see one row a token, so it cannot be adapted."
+        )
+
+    def _add_everywhere(self, y: torch.Tensor, x: torch.Tensor, work: Dispatch) -> torch.Tensor:
+        """All groups act on all tokens (decoding, forced adapters): their ranks joined, two products serve them."""
+        slots = work.slots
+        if self._joined is None or self._joined[0] != slots:
+            parts = [self.factors[slot] for slot in slots if slot in self.factors]
+            if not parts:
+                return y
+            joined = parts[0] if len(parts) == 1 else Factors(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+            self._joined = (slots, joined)
+        A, B = self._joined[1]
+        h = x.to(A.dtype) @ A.T
+        weights = _rank_weights(work, [(s, self.factors[s].A.shape[0]) for s in slots if s in self.factors], h.dtype)
+        return y.addmm_(h if weights is None else h * weights, B)
+
+
+def _rank_weights(work: Dispatch, ranks: Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor | None:
+    """[T, R] weights of the joined ranks; None when all are 1."""
+    weights = {group.slot: group.weights for group in work.groups}
+    if all(weight is None for weight in weights.values()):
+        return None
+    columns = [w.unsqueeze(1).expand(-1, rank) for slot, rank in ranks if (w := weights[slot]) is not None]
+    return torch.cat(columns, 1).to(dtype)

@@ -1,0 +1,89 @@
+"""The router's causal memory: exponential moving averages of its input, for each sequence, beside the KV cache."""
+
+import torch
+
+CHUNK = 128
+
+
+def moving_averages(
+    z: torch.Tensor, real: torch.Tensor, decays: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m_t = d m_{t-1} + (1 - d) z_t at each real token, m_t = m_{t-1} at padding.
+
+    Args:
+        z: [batch, tokens, width] float32.
+        real: [batch, tokens] bool, False at padding.
+        decays: [decays] float32 in (0, 1).
+        start: [batch, decays, width] float32, m before the first token.
+
+    Returns:
+        [batch, tokens, decays, width], m at each token, and [batch, decays, width], m after the last.
+    """
+    if z.shape[1] == 1:
+        new = torch.lerp(z.unsqueeze(1)[:, :, 0], start, decays.view(1, -1, 1))
+        new = torch.where(real.view(-1, 1, 1), new, start)
+        return new.unsqueeze(1), new
+    outputs = []
+    for first in range(0, z.shape[1], CHUNK):
+        here = slice(first, first + CHUNK)
+        chunk = _chunk(z[:, here], real[:, here], decays, start)
+        outputs.append(chunk)
+        start = chunk[:, -1]
+    return (torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]), start
+
+
+def _chunk(z: torch.Tensor, real: torch.Tensor, decays: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """The same for a few tokens, as one product with the matrix of decays d^(real tokens between)."""
+    count = real.cumsum(1).to(z.dtype)  # [B, T] real tokens so far
+    between = count.unsqueeze(2) - count.unsqueeze(1)  # [B, T, T]
+    visible = (between >= 0) & real.unsqueeze(1) & torch.ones_like(between, dtype=torch.bool).tril()
+    log = decays.log().view(1, -1, 1, 1)
+    weight = (1 - decays).view(1, -1, 1, 1) * torch.exp(log * between.clamp_min(0).unsqueeze(1)) * visible.unsqueeze(1)
+    carried = torch.exp(log * count.view(count.shape[0], 1, -1, 1)) * start.unsqueeze(2)  # [B, decays, T, width]
+    return (weight @ z.unsqueeze(1) + carried).transpose(1, 2)
+
+
+class Memory:
+    """One router's memory for a batch of sequences. It follows its cache: see :mod:`molora.cache`.
+
+    The inputs seen so far are kept beside the averages (``width`` float32 numbers a token, about 1% of the keys and
+    values), so that a cache that is cropped gets the averages of its shorter past back.
+    """
+
+    def __init__(self, batch: int, width: int, decays: torch.Tensor) -> None:
+        self.z = torch.zeros(batch, 0, width, device=decays.device)  # [B, T, width]
+        self.real = torch.zeros(batch, 0, dtype=torch.bool, device=decays.device)  # [B, T]
+        self.decays = decays
+        self.state = torch.zeros(batch, len(decays), width, device=decays.device)  # [B, decays, width]
+
+    def __len__(self) -> int:
+        return self.z.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.z.shape[0]
+
+    def append(self, z: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Reads new tokens z [batch, tokens, width]; returns the averages at them [batch, tokens, decays, width]."""
+        averages, self.state = moving_averages(z, real, self.decays, self.state)
+        self.z = torch.cat([self.z, z], 1)
+        self.real = torch.cat([self.real, real], 1)
+        return averages
+
+    def crop(self, length: int) -> None:
+        """Forgets the tokens from position ``length`` on."""
+        if length >= len(self):
+            return
+        self.z, self.real = self.z[:, :length], self.real[:, :length]
+        self.state = torch.zeros_like(self.state)
+        if length:
+            self.state = moving_averages(self.z, self.real, self.decays, self.state)[1]
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps (and reorders) the sequences at ``indices``."""
+        indices = indices.to(self.z.device)
+        self.z, self.real, self.state = self.z[indices], self.real[indices], self.state[indices]
+
+    def repeat(self, repeats: int) -> None:
+        """Repeats each sequence in place."""
+        self.z, self.real, self.state = (t.repeat_interleave(repeats, 0) for t in (self.z, self.real, self.state))

@@ -1,0 +1,371 @@
+"""The wrapped model: one frozen base, a stack of adapters, a router."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from molora import saved
+from molora.adapter import Adapter
+from molora.chat import render
+from molora.errors import BaseModelError, SelectionError, StackError
+from molora.layer import MoLoRALinear, linear_size
+from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
+from molora.router import Router, RouterConfig, VocabularyRouter
+from molora.routing import RoutingState, decoder_layers
+from molora.selection import Selection, candidates, resolve, router_rows
+from molora.stack import SlotTable, Stack, check_name
+from molora.streaming import stream
+
+
+class MoLoRAModel(nn.Module):
+    """A causal LM of ``transformers`` with a routed stack of PEFT adapters.
+
+    Made by :meth:`from_base` or :meth:`from_pretrained`. The base is frozen and in evaluation mode; ``router`` is the
+    only part with trainable parameters.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: Any = None, base_name: str | None = None) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.base_name = base_name or base.config.name_or_path
+        self.router: Router | VocabularyRouter | None = None
+        self.stack: Stack
+        self.slots = SlotTable()
+        self.adapters: dict[str, Adapter] = {}
+        self.routing = RoutingState(base)
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | Path | PreTrainedModel,
+        stack: Stack | str | Path,
+        router: Router | VocabularyRouter | RouterConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+    ) -> "MoLoRAModel":
+        """Wraps ``base``.
+
+        Args:
+            base: a folder, a Hub id, or a loaded causal LM (whose linear modules are replaced in place).
+            stack: a :class:`Stack` or the path of its YAML file.
+            router: a router for this stack, the settings of a new untrained one, or None (names only, no "auto").
+            tokenizer: of a loaded base; otherwise it comes with the base.
+            dtype, device_map: as in ``transformers``, for a base that is loaded here (bfloat16 by default).
+
+        Raises:
+            AdapterError: an adapter cannot be used. RouterError: the router is for another stack or base.
+            The base is left as it was.
+        """
+        stack = stack if isinstance(stack, Stack) else Stack.load(stack)
+        adapters = {
+            f"{layer.name}/{name}": Adapter.load(path) for layer in stack.layers for name, path in layer.adapters.items()
+        }
+        name = None
+        if not isinstance(base, PreTrainedModel):
+            from molora.base import load_base
+
+            name = str(base)
+            base, tokenizer = load_base(name, dtype=dtype or torch.bfloat16, device_map=device_map)
+        model = cls(base, tokenizer, name)
+        for adapter in adapters.values():
+            model._check(adapter)
+        hidden = base.config.get_text_config().hidden_size
+        if isinstance(router, RouterConfig):
+            router = Router(router, router_rows(stack), hidden)
+        if router is not None:
+            router.check(router_rows(stack), hidden, len(decoder_layers(base)[1]))
+        model.stack = stack
+        for label, adapter in adapters.items():
+            model._put(label, adapter)
+        model.set_router(router)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Path | PreTrainedModel | None = None,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+    ) -> "MoLoRAModel":
+        """A saved MoLoRA: a local folder or a Hub id. ``base`` replaces the base that it names.
+
+        Raises:
+            StackError, RouterError, AdapterError: the folder is not a saved MoLoRA, or a part of it is damaged.
+        """
+        parts = saved.load(folder)
+        return cls.from_base(
+            base if base is not None else parts.base,
+            parts.stack,
+            parts.router,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device_map=device_map,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes molora.json, the router and the adapters to ``folder``, whole or not at all."""
+        saved.save(folder, str(self.base_name), self.stack, self.router, {k: a.path for k, a in self.adapters.items()})
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads what :meth:`save_pretrained` writes; returns the address of the commit."""
+        return saved.push(self.save_pretrained, repo_id, private=private, token=token)
+
+    # What a user of transformers looks for on a model.
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def train(self, mode: bool = True) -> "MoLoRAModel":
+        """Puts the router into training mode; the frozen base stays in evaluation mode."""
+        self.training = mode
+        if self.router is not None:
+            self.router.train(mode)
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        selection: Selection | Sequence[Selection] | None = None,
+        output_routes: bool = False,
+        **kwargs: Any,
+    ) -> MoLoRAOutput:
+        """A forward of the base under ``selection`` (one for all sequences, or one for each).
+
+        Args:
+            input_ids: [batch, tokens] int64.
+            attention_mask: [batch, past + tokens], 0 at padding.
+            selection: layer -> "auto", a list of names, a name or None; a layer left out has its default.
+            output_routes: add ``routes`` to the output.
+            kwargs: for the base: ``labels``, ``past_key_values``, ``inputs_embeds``, ...
+
+        Raises:
+            SelectionError: the selection does not fit the stack or the batch.
+        """
+        with self.routing.active(self._resolve(selection)):
+            output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            routes = self._routes() if output_routes else None
+        return MoLoRAOutput(**output, routes=routes)
+
+    def generate(
+        self, *args: Any, selection: Selection | Sequence[Selection] | None = None, **kwargs: Any
+    ) -> torch.Tensor | Any:
+        """``transformers``' own generate, under ``selection``; every option of it works as on the base."""
+        with self.routing.active(self._resolve(selection)):
+            return self.base.generate(*args, **kwargs)
+
+    def stream(
+        self,
+        prompt: Sequence[Mapping[str, str]] | str | torch.Tensor,
+        selection: Selection | None = None,
+        **kwargs: Any,
+    ) -> Iterator[StreamedToken]:
+        """Generates for one prompt and yields each token with its route. Closing the iterator stops it.
+
+        Args:
+            prompt: chat messages, a text that is continued, or token ids [1, tokens].
+            selection: as in :meth:`forward`.
+            kwargs: for ``generate``.
+        """
+        resolved = self._resolve(selection)
+        inputs = {"max_new_tokens": 256, **self.encode(prompt), **kwargs}
+
+        def generate(**inputs: Any) -> None:
+            with self.routing.active(resolved):
+                self.base.generate(**inputs)
+
+        return stream(generate, self._last_route, self.tokenizer, inputs)
+
+    def encode(self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask [1, tokens] of chat messages, a text or token ids, on the model's device."""
+        if isinstance(prompt, torch.Tensor):
+            return {"input_ids": prompt.to(self.device), "attention_mask": torch.ones_like(prompt).to(self.device)}
+        if self.tokenizer is None:
+            raise BaseModelError("This model has no tokenizer: pass one to from_base, or give token ids.")
+        if not isinstance(prompt, str):
+            prompt = render(self.tokenizer, prompt, add_generation_prompt=True)
+            ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        else:
+            ids = self.tokenizer(prompt, return_tensors="pt")
+        return {name: ids[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def add_adapter(
+        self, layer: str, name: str, path: str | Path, *, examples: Sequence[str] | None = None
+    ) -> None:
+        """Adds an adapter to a layer of the live stack.
+
+        Args:
+            layer, name: where, and as what.
+            path: a PEFT folder or a Hub id.
+            examples: a few texts of its data: its row of the router is computed from them, so that "auto" can choose
+                it. Without them it acts when it is named.
+
+        Raises:
+            StackError: the name is taken or no name. AdapterError: it cannot be used. Nothing has changed then.
+        """
+        check_name(name, "an adapter")
+        if name in self.stack[layer].adapters:
+            raise StackError(f"Layer {layer!r} already has an adapter {name!r}: use replace_adapter.")
+        adapter = self._load(path)
+        with self.routing.lock:
+            rows = self._examples(examples) if examples is not None else None
+            self.stack[layer].adapters[name] = path
+            self._put(f"{layer}/{name}", adapter)
+            if isinstance(self.router, Router):
+                for row in router_rows(self.stack):
+                    if row not in self.router.rows:
+                        self.router.add_row(row, rows)
+            self.set_router(self._vocabulary_again())
+
+    def remove_adapter(self, layer: str, name: str) -> None:
+        """Takes an adapter, and its row of the router, out of the live stack."""
+        self._must_have(layer, name)
+        with self.routing.lock:
+            self._drop(f"{layer}/{name}")
+            del self.stack[layer].adapters[name]
+            if self.stack[layer].default == name:
+                self.stack[layer].default = None
+            if isinstance(self.router, Router) and not self.stack[layer].shared:
+                self.router.remove_row(f"{layer}/{name}")
+            self.set_router(self._vocabulary_again())
+
+    def replace_adapter(self, layer: str, name: str, path: str | Path) -> None:
+        """Swaps an adapter for another version; a generation under way ends with the old one first."""
+        self._must_have(layer, name)
+        adapter = self._load(path)
+        with self.routing.lock:
+            self._drop(f"{layer}/{name}")
+            self.stack[layer].adapters[name] = path
+            self._put(f"{layer}/{name}", adapter)
+            self._refresh()
+
+    def set_router(self, router: Router | VocabularyRouter | None) -> None:
+        """Gives the stack another router, made for its rows."""
+        if router is not None:
+            hidden = self.config.get_text_config().hidden_size
+            router.check(router_rows(self.stack), hidden, len(decoder_layers(self.base)[1]))
+            device = self.base.get_input_embeddings().weight.device
+            router.to(device).train(self.training and self.router is router)
+        self.router = router
+        self.routing.set_router(router)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.routing.layers = candidates(self.stack, self.slots)
+
+    def _vocabulary_again(self) -> Router | VocabularyRouter | None:
+        """The router for the stack as it is now."""
+        if not isinstance(self.router, VocabularyRouter):
+            return self.router
+        rows = router_rows(self.stack)
+        rules = {name: spans for name, spans in self.router.rules.items() if name in rows}
+        return VocabularyRouter(rules, rows, self.config.get_text_config().vocab_size)
+
+    def _resolve(self, selection: Selection | Sequence[Selection] | None) -> Any:
+        return resolve(selection, self.stack, self.slots, self.router is not None)
+
+    def _must_have(self, layer: str, name: str) -> None:
+        if name not in self.stack[layer].adapters:
+            known = ", ".join(self.stack[layer].adapters) or "none at all"
+            raise StackError(f"Layer {layer!r} has no adapter {name!r}; it has {known}.")
+
+    def _load(self, path: str | Path) -> Adapter:
+        adapter = Adapter.load(path)
+        self._check(adapter)
+        return adapter
+
+    def _check(self, adapter: Adapter) -> None:
+        def weight(name: str) -> torch.Tensor | None:
+            try:
+                return self.base.get_submodule(name.removesuffix(".weight")).weight.detach()  # type: ignore[union-attr]
+            except AttributeError:
+                return None
+
+        adapter.check_fits(self._sizes(), weight, str(self.base_name or "this base"))
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear module of the base, by its name in the base."""
+        sizes = {}
+        for name, module in self.base.named_modules():
+            size = linear_size(module)
+            if size is not None:
+                sizes[name.removesuffix(".base_layer")] = size
+        return sizes
+
+    def _wrapped(self, name: str) -> MoLoRALinear:
+        module = self.base.get_submodule(name)
+        if not isinstance(module, MoLoRALinear):
+            layers, _ = decoder_layers(self.base)
+            inside = name.startswith(f"{layers}.")
+            index = int(name[len(layers) + 1 :].split(".")[0]) if inside else self.config.get_text_config().num_hidden_layers
+            module = MoLoRALinear.from_base(module, self.routing, index)
+            parent, _, child = name.rpartition(".")
+            setattr(self.base.get_submodule(parent), child, module)
+        return module
+
+    def _put(self, label: str, adapter: Adapter) -> None:
+        slot = self.slots.take(label)
+        self.adapters[label] = adapter
+        for name, weights in adapter.modules.items():
+            module = self._wrapped(name)
+            dtype = module.weight.dtype if module.weight.is_floating_point() else self.base.dtype
+            module.set_factors(slot, weights, dtype)
+
+    def _drop(self, label: str) -> None:
+        slot = self.slots.free(label)
+        for name in self.adapters.pop(label).modules:
+            self._wrapped(name).set_factors(slot, None, self.dtype)
+
+    def _routes(self) -> Routes:
+        state = self.routing
+        columns = [layer.name for layer in state.layers for _ in range(layer.top_k)]
+        plan = state.plans[-1]
+        assert plan is not None and state._real is not None
+        rows = state.router.rows if state.router is not None else []
+        return routes_of(
+            plan, names=self.slots.names, columns=columns, logits=list(state.logits), rows=rows, real=state._real
+        )
+
+    def _last_route(self) -> list[tuple[str, str | None, float]]:
+        plan = self.routing.plans[-1]
+        assert plan is not None
+        columns = [layer.name for layer in self.routing.layers for _ in range(layer.top_k)]
+        return read_plan(plan.slots[0, -1], plan.weights[0, -1], self.slots.names, columns)
+
+    @torch.no_grad()
+    def _examples(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """For each part of the router, its features q [tokens, hidden] over ``texts``, without adapters."""
+        if not isinstance(self.router, Router) or not texts:
+            raise SelectionError("examples need a learned router and at least one text.")
+        found: list[list[torch.Tensor]] = [[] for _ in self.router.parts]
+        everything = {layer.name: list(layer.adapters) for layer in self.stack.layers if not layer.shared}
+        for text in texts:
+            with self.routing.active(self._resolve(everything)):
+                self.base(**self.encode(text), use_cache=False)
+                for part, q in zip(found, self.routing.features, strict=True):
+                    if q is not None:
+                        part.append(q[0])
+        return [torch.cat(part) for part in found]

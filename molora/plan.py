@@ -1,0 +1,99 @@
+"""From logits and a selection to the plan: for every token, which slots act and at which weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from molora_kernels import Dispatch, dispatch
+
+from molora.selection import LayerCandidates, ResolvedSelection
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Which slots act on each token.
+
+    slots: [batch, tokens, S] int64, -1 for none. S is the sum of top_k over the stack's layers.
+    weights: [batch, tokens, S] float32.
+    uniform: every token of every sequence has the same slots. unit: every weight is 1, without a gradient.
+    """
+
+    slots: torch.Tensor
+    weights: torch.Tensor
+    uniform: bool = False
+    unit: bool = False
+
+    @cached_property
+    def dispatch(self) -> Dispatch:
+        """The plan sorted by slot: made once, shared by all modules."""
+        S = self.slots.shape[-1]
+        return dispatch(self.slots.reshape(-1, S), self.weights.reshape(-1, S), uniform=self.uniform, unit=self.unit)
+
+    def last(self, tokens: int) -> "RoutingPlan":
+        """The plan of the last ``tokens`` tokens of each sequence."""
+        return RoutingPlan(self.slots[:, -tokens:], self.weights[:, -tokens:], self.uniform, self.unit)
+
+
+def forced_plan(selection: ResolvedSelection, tokens: int) -> RoutingPlan:
+    """The plan of what is forced: slots at weight 1, the same at every token of a sequence."""
+    slots = selection.forced.unsqueeze(1).expand(-1, tokens, -1)
+    weights = torch.ones(slots.shape, device=slots.device)
+    return RoutingPlan(slots, weights, uniform=selection.uniform, unit=True)
+
+
+def route(
+    logits: torch.Tensor,
+    rows: Sequence[str],
+    layers: Sequence[LayerCandidates],
+    selection: ResolvedSelection,
+    mode: str,
+    straight_through: bool,
+) -> RoutingPlan:
+    """The plan of a router's logits under a selection.
+
+    unit: each of the top-k chosen acts at weight 1; with ``straight_through`` its gradient is that of its probability.
+    softmax: the top-k probabilities, renormalised over the chosen, the null among them.
+
+    Args:
+        logits: [batch, tokens, rows] float32.
+        rows: the rows' names.
+        layers: the stack's candidates.
+        selection: for the batch.
+        mode: "unit" or "softmax".
+        straight_through: give unit weights a gradient.
+    """
+    batch, tokens = logits.shape[:2]
+    slots = selection.forced.unsqueeze(1).expand(batch, tokens, -1).clone()
+    weights = torch.ones(slots.shape, device=slots.device)
+    at = {name: index for index, name in enumerate(rows)}
+    for index, layer in enumerate(layers):
+        routed = selection.routed[:, index]
+        if not routed.any():
+            continue
+        chosen, weight = _choose(logits[..., [at[row] for row in layer.rows]], layer, selection, mode, straight_through)
+        mask = routed.view(-1, 1, 1)
+        k = slice(layer.column, layer.column + chosen.shape[-1])
+        slots[..., k] = torch.where(mask, chosen, slots[..., k])
+        weights = torch.cat(
+            [weights[..., : k.start], torch.where(mask, weight, weights[..., k]), weights[..., k.stop :]], -1
+        )
+    unit = mode == "unit" and not weights.requires_grad
+    return RoutingPlan(slots, weights, uniform=False, unit=unit)
+
+
+def _choose(
+    logits: torch.Tensor, layer: LayerCandidates, selection: ResolvedSelection, mode: str, straight_through: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and weights [batch, tokens, k] of one layer, from its candidates' logits [batch, tokens, C]."""
+    allowed = selection.allowed[:, layer.all].unsqueeze(1)
+    # A sequence in which the layer is not routed allows nothing: its row is overwritten by the caller.
+    masked = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    p = masked.softmax(-1)
+    top, choice = p.topk(min(layer.top_k, p.shape[-1]), dim=-1)
+    slots = torch.tensor(layer.slots, device=logits.device)[choice]
+    # Fewer candidates allowed than k: what is not allowed must not act.
+    slots = slots.masked_fill(~allowed.expand_as(p).gather(-1, choice), -1)
+    if mode == "softmax":
+        return slots, top / top.sum(-1, keepdim=True)
+    return slots, 1 + (top - top.detach()) if straight_through else torch.ones_like(top)

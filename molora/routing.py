@@ -1,0 +1,165 @@
+"""What one forward of a routed model shares: it routes the tokens once, and every module reads the plan from here."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from molora.cache import attach, memories_of
+from molora.errors import BaseModelError
+from molora.memory import Memory
+from molora.plan import RoutingPlan, forced_plan, route
+from molora.router import Router, VocabularyRouter
+from molora.selection import LayerCandidates, ResolvedSelection
+
+
+def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder layers of a causal LM.
+
+    Raises:
+        BaseModelError: none are found.
+    """
+    count = base.config.get_text_config().num_hidden_layers
+    for name, module in base.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise BaseModelError(f"{type(base).__name__} has no list of {count} decoder layers, so it cannot be routed.")
+
+
+class RoutingState:
+    """Routes each forward of ``base`` by hooks before it and before the layers at which the router reads.
+
+    Outside :meth:`active` the hooks do nothing and the base is the base.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.router: Router | VocabularyRouter | None = None
+        self.layers: Sequence[LayerCandidates] = ()
+        self.selection: ResolvedSelection | None = None
+        self.plans: list[RoutingPlan | None] = []  # by region: below the deeper reading point, and from it on
+        self.logits: list[torch.Tensor | None] = []  # by part of the router, [batch, tokens, rows]
+        self.features: list[torch.Tensor | None] = []  # by part, q [batch, tokens, hidden]
+        self.lock = threading.RLock()
+        self._boundary: int | None = None
+        self._real: torch.Tensor | None = None
+        self._memories: list[Memory] | None = None
+        self._current: ResolvedSelection | None = None
+        self._hooks: list[Any] = [base.register_forward_pre_hook(self._before_base, with_kwargs=True)]
+
+    def set_router(self, router: Router | VocabularyRouter | None) -> None:
+        for hook in self._hooks[1:]:
+            hook.remove()
+        del self._hooks[1:]
+        self.router = router
+        self._boundary = (max(router.points) or None) if router else None
+        if self._boundary is not None:
+            layer = decoder_layers(self.base)[1][self._boundary]
+            self._hooks.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+
+    def plan(self, layer: int) -> RoutingPlan | None:
+        """The plan for modules of decoder layer ``layer``; None outside a routed forward."""
+        if not self.plans:
+            return None
+        return self.plans[0 if self._boundary is None or layer < self._boundary else 1]
+
+    @contextmanager
+    def active(self, selection: ResolvedSelection) -> Iterator[None]:
+        """Forwards within run under ``selection``. One thread at a time: others wait."""
+        with self.lock:
+            before, self.selection = self.selection, selection
+            try:
+                yield
+            finally:
+                self.selection = before
+                training = self.router is not None and self.router.training and torch.is_grad_enabled()
+                if not training:  # a checkpointed layer runs again in the backward pass
+                    self.plans = []
+
+    def _before_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.selection is None:
+            self.plans = []
+            return None
+        if args:
+            kwargs["input_ids"], args = args[0], args[1:]
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        source = ids if ids is not None else embeds
+        if source is None:
+            raise BaseModelError("Give input_ids or inputs_embeds.")
+        batch, tokens = source.shape[:2]
+        cache = self._cache(kwargs)
+        self._real = real_tokens(kwargs.get("attention_mask"), batch, tokens, cache, source.device)
+        self._current = self.selection.expand(batch).to(source.device)
+        parts = self.router.parts if self.router is not None else ()
+        self.logits, self.features = [None] * len(parts), [None] * len(parts)
+        self._memories = self._find_memories(cache, batch)
+        forced = forced_plan(self._current, tokens)
+        self.plans = [forced] if self._boundary is None else [forced, None]
+        if self.router is not None and self.router.points[0] == 0:
+            part: Any = parts[0]
+            z = part.read_ids(ids, self.base.get_input_embeddings()) if ids is not None else part.read(embeds)
+            self.plans[0] = self._route(0, z, forced)
+        return args, kwargs
+
+    def _before_layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.selection is None or self.router is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        index = len(self.router.parts) - 1
+        part: Any = self.router.parts[index]
+        assert self._current is not None
+        self.plans[1] = self._route(index, part.read(hidden), forced_plan(self._current, hidden.shape[1]))
+
+    def _route(self, index: int, z: torch.Tensor, forced: RoutingPlan) -> RoutingPlan:
+        assert self.router is not None and self._current is not None and self._real is not None
+        part: Any = self.router.parts[index]
+        memory = self._memories[index] if self._memories is not None else None
+        if not self._current.any_routed and not self.router.training:
+            if memory is not None:  # a later turn may ask the router
+                memory.append(z, self._real)
+            return forced
+        q = part.features(z, self._real, memory)
+        logits = part(q)
+        self.features[index], self.logits[index] = q, logits
+        through = self.router.training and torch.is_grad_enabled()
+        return route(logits, self.router.rows, self.layers, self._current, self.router.weights, through)
+
+    def _cache(self, kwargs: dict[str, Any]) -> Cache | None:
+        """The cache of this forward; made here where the model would make it, so that it can carry the memory."""
+        config = self.base.config
+        use = kwargs.get("use_cache")
+        use = getattr(config.get_text_config(), "use_cache", True) if use is None else use
+        if kwargs.get("past_key_values") is None and use and self.router is not None and not self.base.training:
+            kwargs["past_key_values"] = DynamicCache(config=config)
+        return kwargs.get("past_key_values")
+
+    def _find_memories(self, cache: Cache | None, batch: int) -> list[Memory] | None:
+        if cache is None or self.router is None:
+            return None
+        memories = memories_of(cache, batch)
+        if memories is None or any(len(memory) == 0 for memory in memories):
+            memories = [part.new_memory(batch) for part in self.router.parts]  # type: ignore[operator]
+            if hasattr(cache, "routing_memories"):
+                cache.routing_memories = memories
+            else:
+                attach(cache, memories)
+        return memories
+
+
+def real_tokens(
+    mask: Any, batch: int, tokens: int, cache: Cache | None, device: torch.device
+) -> torch.Tensor:  # [batch, tokens] bool
+    """Which of the current tokens are no padding, from the 2-D mask, or the 4-D one that static caches get."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor):
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if mask.dim() == 2:
+        return mask[:, -tokens:].to(device=device, dtype=torch.bool)
+    first = int(cache.get_seq_length()) if cache is not None else 0
+    seen = mask[:, 0, -1, first : first + tokens]  # what the last token may see of them
+    return (seen if seen.dtype == torch.bool else seen >= 0).expand(batch, tokens).to(device)

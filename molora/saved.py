@@ -1,0 +1,152 @@
+"""A saved MoLoRA on disk: molora.json, router.safetensors, adapters/<layer>/<name>/."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from molora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from molora.errors import RouterError, StackError
+from molora.router import Router, RouterConfig, VocabularyRouter
+from molora.stack import Stack
+
+FORMAT = 1
+MANIFEST = "molora.json"
+ROUTER = "router.safetensors"
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "metrics.json")
+
+
+class Saved(NamedTuple):
+    base: str
+    stack: Stack
+    router: Router | VocabularyRouter | None
+
+
+def load(folder: str | Path) -> Saved:
+    """Reads a saved MoLoRA from a local folder or the Hub.
+
+    Raises:
+        StackError: it is none, or of another format. RouterError: its router is damaged.
+    """
+    path = _find(folder)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StackError(f"{folder} is not a saved MoLoRA: {MANIFEST} is not readable ({error}).") from error
+    known = {"format", "base", "stack", "router"}
+    if not isinstance(manifest, dict) or set(manifest) != known:
+        raise StackError(f"{path / MANIFEST} must have the keys {', '.join(sorted(known))}.")
+    if manifest["format"] != FORMAT:
+        raise StackError(f"{path / MANIFEST} has format {manifest['format']!r}; this version reads {FORMAT}.")
+    stack = Stack.from_dict(manifest["stack"], path)
+    return Saved(manifest["base"]["name"], stack, _load_router(path, manifest["router"]))
+
+
+def _find(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or ".." in str(folder):
+        raise StackError(f"There is no folder {folder}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StackError(f"There is no folder {folder}, and the Hub could not bring it ({error}).") from error
+
+
+def _load_router(path: Path, entry: Any) -> Router | VocabularyRouter | None:
+    if entry is None:
+        return None
+    if entry.get("kind") == "vocabulary":
+        return VocabularyRouter(entry["rules"], entry["rows"], entry["vocabulary"])
+    router = Router(RouterConfig.from_dict(entry["config"]), entry["rows"], entry["hidden_size"])
+    try:
+        weights = load_file(path / ROUTER)
+    except (SafetensorError, OSError) as error:
+        raise RouterError(f"{path / ROUTER} is missing or damaged ({error}).") from error
+    if any(not torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise RouterError(f"{path / ROUTER} holds NaN or infinite values.")
+    try:
+        router.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RouterError(f"{path / ROUTER} does not fit the settings in {MANIFEST} ({error}).") from error
+    return router.eval()
+
+
+def save(
+    folder: str | Path,
+    base: str,
+    stack: Stack,
+    router: Router | VocabularyRouter | None,
+    sources: Mapping[str, Path],
+) -> None:
+    """Writes a saved MoLoRA; ``folder`` is replaced whole if it already holds one.
+
+    Args:
+        sources: "layer/adapter" -> the PEFT folder that is copied.
+
+    Raises:
+        StackError: ``folder`` holds something else.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
+        raise StackError(f"{target} exists and is no saved MoLoRA: nothing was written. Choose another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        _write(work / "new", base, stack, router, sources)
+        if target.exists():
+            os.replace(target, work / "old")
+        os.replace(work / "new", target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(
+    target: Path, base: str, stack: Stack, router: Router | VocabularyRouter | None, sources: Mapping[str, Path]
+) -> None:
+    description = stack.to_dict()
+    for layer in description["layers"]:
+        for name in layer["adapters"]:
+            place = Path("adapters") / layer["name"] / name
+            source = sources[f"{layer['name']}/{name}"]
+            (target / place).mkdir(parents=True)
+            for file in _ADAPTER_FILES:
+                if (source / file).is_file():
+                    shutil.copyfile(source / file, target / place / file)
+            layer["adapters"][name] = place.as_posix()
+    entry: dict[str, Any] | None = None
+    if isinstance(router, VocabularyRouter):
+        vocabulary = router.parts[0].table.shape[0]  # type: ignore[union-attr]
+        entry = {"kind": "vocabulary", "rules": router.rules, "rows": router.rows, "vocabulary": vocabulary}
+    elif router is not None:
+        config = asdict(router.config)
+        entry = {"kind": "mlp", "config": config, "rows": router.rows, "hidden_size": router.hidden_size}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
+        save_file(weights, target / ROUTER)
+    manifest = {"format": FORMAT, "base": {"name": base, "revision": None}, "stack": description, "router": entry}
+    target.mkdir(parents=True, exist_ok=True)
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def push(write: Callable[[Path], None], repo_id: str, *, private: bool, token: str | None) -> str:
+    """Uploads what ``write(folder)`` writes to the Hub; returns the commit's address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "model")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model"))

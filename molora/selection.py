@@ -1,0 +1,166 @@
+"""Selections: which adapters may act on each sequence, turned into masks that the router and the plan read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from molora.errors import SelectionError
+from molora.stack import AUTO, NONE, SlotTable, Stack, StackLayer
+
+Choice: TypeAlias = str | Sequence[str] | None
+Selection: TypeAlias = Mapping[str, Choice]
+"""layer -> "auto" | list of names (the router chooses among these and none) | one name (forced) | None (off)."""
+
+
+@dataclass(frozen=True)
+class LayerCandidates:
+    """A layer's candidates: its adapters in order, then its null."""
+
+    name: str
+    top_k: int
+    rows: list[str]  # the router's row of each candidate
+    slots: list[int]  # the slot of each candidate, -1 for the null
+    first: int  # position of the first among all candidates
+    column: int  # first of its top_k columns in a plan
+
+    @property
+    def all(self) -> slice:
+        return slice(self.first, self.first + len(self.slots))
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.column, self.column + self.top_k)
+
+
+def candidates(stack: Stack, slots: SlotTable) -> list[LayerCandidates]:
+    """The candidates of every layer of ``stack``."""
+    result, first, column = [], 0, 0
+    for layer in stack.layers:
+        names = [f"{layer.name}/{name}" for name in layer.adapters]
+        rows = [f"{layer.name}/*"] * len(names) if layer.shared else list(names)
+        entry = LayerCandidates(
+            layer.name, layer.top_k, [*rows, f"{layer.name}/{NONE}"], [*(slots[n] for n in names), -1], first, column
+        )
+        result.append(entry)
+        first += len(entry.slots)
+        column += layer.top_k
+    return result
+
+
+def router_rows(stack: Stack) -> list[str]:
+    """The rows that a router for ``stack`` has: one an adapter (one a shared layer) and one a layer's null."""
+    rows: list[str] = []
+    for layer in stack.layers:
+        rows += [f"{layer.name}/*"] if layer.shared else [f"{layer.name}/{name}" for name in layer.adapters]
+        rows.append(f"{layer.name}/{NONE}")
+    return rows
+
+
+@dataclass(frozen=True)
+class ResolvedSelection:
+    """A selection for N sequences against one stack.
+
+    allowed: bool [N, candidates], what the router may choose (all False in a layer that is forced or off).
+    forced: int64 [N, S], the slot that acts at weight 1 in each column of the plan, -1 for none.
+    routed: bool [N, layers], the layers that the router decides.
+    """
+
+    allowed: torch.Tensor
+    forced: torch.Tensor
+    routed: torch.Tensor
+    any_routed: bool
+    uniform: bool  # the same in every sequence
+
+    def expand(self, batch: int) -> "ResolvedSelection":
+        """For ``batch`` sequences: one for all, or each repeated in place as beam search and
+        ``num_return_sequences`` repeat the prompts.
+
+        Raises:
+            SelectionError: the batch is no multiple of the selections.
+        """
+        count = len(self.allowed)
+        if count == batch:
+            return self
+        if batch % count:
+            raise SelectionError(f"{count} selections were given for a batch of {batch} sequences.")
+        parts = (tensor.repeat_interleave(batch // count, 0) for tensor in (self.allowed, self.forced, self.routed))
+        return ResolvedSelection(*parts, self.any_routed, self.uniform)
+
+    def to(self, device: torch.device) -> "ResolvedSelection":
+        parts = (tensor.to(device) for tensor in (self.allowed, self.forced, self.routed))
+        return ResolvedSelection(*parts, self.any_routed, self.uniform)
+
+
+def resolve(
+    selection: Selection | Sequence[Selection] | None, stack: Stack, slots: SlotTable, has_router: bool
+) -> ResolvedSelection:
+    """Checks a selection (or one per sequence) against ``stack``.
+
+    Raises:
+        SelectionError: an unknown layer or adapter, a wrong type, "auto" without a router.
+    """
+    many = [selection or {}] if selection is None or isinstance(selection, Mapping) else list(selection)
+    if not many:
+        raise SelectionError("An empty list of selections was given: give one for each sequence, or one for all.")
+    layers = candidates(stack, slots)
+    columns = sum(layer.top_k for layer in layers)
+    allowed = torch.zeros(len(many), sum(len(layer.slots) for layer in layers), dtype=torch.bool)
+    forced = torch.full((len(many), columns), -1, dtype=torch.int64)
+    routed = torch.zeros(len(many), len(layers), dtype=torch.bool)
+    for n, one in enumerate(many):
+        _check_layers(one, stack)
+        for index, (layer, entry) in enumerate(zip(stack.layers, layers, strict=True)):
+            choice = one.get(layer.name, layer.default if has_router or layer.default != AUTO else None)
+            names = _allowed_names(layer, choice, has_router)
+            if isinstance(names, str):
+                forced[n, entry.column] = slots[f"{layer.name}/{names}"]
+            elif names:
+                positions = [entry.first + list(layer.adapters).index(name) for name in names]
+                allowed[n, [*positions, entry.all.stop - 1]] = True
+                routed[n, index] = True
+    uniform = bool((allowed == allowed[:1]).all() and (forced == forced[:1]).all())
+    return ResolvedSelection(allowed, forced, routed, bool(routed.any()), uniform)
+
+
+def _check_layers(selection: Any, stack: Stack) -> None:
+    if not isinstance(selection, Mapping):
+        raise SelectionError(f"A selection maps layers to choices; {selection!r} does not.")
+    for name in selection:
+        if name not in stack:
+            known = ", ".join(layer.name for layer in stack.layers)
+            raise SelectionError(f"There is no layer {name!r} in this stack; it has {known}.")
+
+
+def _allowed_names(layer: StackLayer, choice: Any, has_router: bool) -> list[str] | str:
+    """The names that the router may choose among ([]: the layer is off), or the one that is forced."""
+    if choice is None:
+        return []
+    if isinstance(choice, str) and choice != AUTO:
+        _check_adapter(layer, choice)
+        return choice
+    if not isinstance(choice, str) and not (isinstance(choice, Sequence) and all(isinstance(c, str) for c in choice)):
+        raise SelectionError(
+            f"Layer {layer.name!r}: {choice!r} is no choice. Give 'auto', a name, a list of names or None."
+        )
+    names = list(layer.adapters) if choice == AUTO else list(dict.fromkeys(choice))
+    for name in names:
+        _check_adapter(layer, name)
+    if layer.shared and len(names) > 1:
+        raise SelectionError(
+            f"The router cannot tell the adapters of {layer.name!r} apart: name one of {', '.join(layer.adapters)}."
+        )
+    if names and not has_router:
+        raise SelectionError(
+            f"Layer {layer.name!r}: {choice!r} needs a router, and this stack has none. Name one adapter, or train "
+            f"a router with `molora train router`."
+        )
+    return names
+
+
+def _check_adapter(layer: StackLayer, name: str) -> None:
+    if name not in layer.adapters:
+        raise SelectionError(
+            f"Layer {layer.name!r} has no adapter {name!r}; it has {', '.join(layer.adapters) or 'none at all'}."
+        )
