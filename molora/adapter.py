@@ -155,7 +155,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         parts.append(f"bias={config['bias']}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        parts.append(f"init_lora_weights={init} (it changes the base weights: convert it to plain LoRA with PEFT first)")
+        parts.append(
+            f"init_lora_weights={init} (it changes the base itself: convert it to plain LoRA with PEFT)"
+        )
     if parts:
         raise UnsupportedAdapterError(
             f"The adapter at {folder} uses {', '.join(sorted(parts))}, which MoLoRA does not run. Nothing was loaded."

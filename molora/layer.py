@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from molora_kernels import Dispatch, Factors, add_lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.adapter import LoRAWeights
 from molora.errors import BaseModelError
 from molora.plan import RoutingPlan
+from molora_kernels import Dispatch, Factors, add_lora
 
 
 class PlanSource(Protocol):
@@ -65,6 +65,13 @@ class MoLoRALinear(nn.Module):
             device = self.weight.device
             B = (weights.B.float() * weights.scale).T.contiguous()
             self.factors[slot] = Factors(weights.A.to(device, dtype), B.to(device, dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRALinear":
+        """``.to()`` and the like move the factors too."""
+        super()._apply(fn, recurse)
+        self._joined = None
+        self.factors = {slot: Factors(fn(A), fn(B)) for slot, (A, B) in self.factors.items()}
+        return self
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)

@@ -65,7 +65,9 @@ class MoLoRAModel(nn.Module):
         """
         stack = stack if isinstance(stack, Stack) else Stack.load(stack)
         adapters = {
-            f"{layer.name}/{name}": Adapter.load(path) for layer in stack.layers for name, path in layer.adapters.items()
+            f"{layer.name}/{name}": Adapter.load(path)
+            for layer in stack.layers
+            for name, path in layer.adapters.items()
         }
         name = None
         if not isinstance(base, PreTrainedModel):
@@ -212,9 +214,7 @@ class MoLoRAModel(nn.Module):
             ids = self.tokenizer(prompt, return_tensors="pt")
         return {name: ids[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
-    def add_adapter(
-        self, layer: str, name: str, path: str | Path, *, examples: Sequence[str] | None = None
-    ) -> None:
+    def add_adapter(self, layer: str, name: str, path: str | Path, *, examples: Sequence[str] | None = None) -> None:
         """Adds an adapter to a layer of the live stack.
 
         Args:
@@ -320,7 +320,11 @@ class MoLoRAModel(nn.Module):
         if not isinstance(module, MoLoRALinear):
             layers, _ = decoder_layers(self.base)
             inside = name.startswith(f"{layers}.")
-            index = int(name[len(layers) + 1 :].split(".")[0]) if inside else self.config.get_text_config().num_hidden_layers
+            index = (
+                int(name[len(layers) + 1 :].split(".")[0])
+                if inside
+                else self.config.get_text_config().num_hidden_layers
+            )
             module = MoLoRALinear.from_base(module, self.routing, index)
             parent, _, child = name.rpartition(".")
             setattr(self.base.get_submodule(parent), child, module)

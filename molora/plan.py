@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from molora_kernels import Dispatch, dispatch
 
 from molora.selection import LayerCandidates, ResolvedSelection
+from molora_kernels import Dispatch, dispatch
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Stack:
 
     @property
     def names(self) -> list[str]:
-        """"layer/adapter" of every adapter, in order."""
+        """ "layer/adapter" of every adapter, in order."""
         return [f"{layer.name}/{adapter}" for layer in self.layers for adapter in layer.adapters]
 
     @classmethod

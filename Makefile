@@ -1,0 +1,52 @@
+# make demo   start the browser demo (the first start installs and fetches the base model)
+# make test   lint, types and tests
+# make lint   ruff and mypy only
+# make clean  remove the virtual environment and every cache in this folder
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+INSTALL_INPUTS := pyproject.toml constraints.txt
+
+# Without PASSIVE a waiting OpenMP thread spins and takes the core that another process needs.
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false GRADIO_ANALYTICS_ENABLED=False
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(VENV)/.installed-demo
+	@OMP_WAIT_POLICY=PASSIVE GRADIO_ANALYTICS_ENABLED=False $(BIN)/molora demo $(ARGS)
+
+test: lint
+	@echo "==> pytest"
+	@$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-all
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy molora
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch comes first and alone: it is most of the download, and its own bar shows that something happens.
+$(VENV)/.torch:
+	@test -n "$(PYTHON)" || { echo "MoLoRA needs Python 3.11 or newer; install it or run: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "==> [1/3] virtual environment with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> [2/3] $(TORCH) (the largest download, once)"
+	@$(BIN)/python -m pip install $(TORCH)
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.torch $(INSTALL_INPUTS)
+	@echo "==> [3/3] MoLoRA and its dependencies ($*)"
+	@$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@

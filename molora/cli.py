@@ -1,0 +1,62 @@
+"""The command ``molora``. A mistake of its user ends it with one sentence and exit code 2."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from molora._version import __version__
+from molora.commands.bench import app as bench
+from molora.commands.chat import chat
+from molora.commands.demo import demo
+from molora.commands.generate import generate
+from molora.commands.info import info
+from molora.commands.routes import routes
+from molora.commands.train import app as train
+from molora.errors import MoLoRAError
+
+app = typer.Typer(
+    name="molora",
+    help="One frozen model, many small adapters, and a router that decides for every token which of them act.\n\n"
+    "Example: molora chat",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+)
+app.command()(chat)
+app.command()(demo)
+app.command()(generate)
+app.command()(routes)
+app.command()(info)
+app.add_typer(train, name="train")
+app.add_typer(bench, name="bench")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Holds the options of `molora` itself."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    # Before torch is imported: a waiting OpenMP thread would spin and take a core from the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except MoLoRAError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        sys.exit(2)

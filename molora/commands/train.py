@@ -1,0 +1,189 @@
+"""``molora train``: data, adapters and routers."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from molora.commands.common import JsonOption, extra, write_json
+
+app = typer.Typer(
+    help='Prepare data, train adapters, train a router. Needs the extra "train".\n\n'
+    "The usual order: train data, train adapter (once for each), train router.\n\n"
+    "Example: molora train data math code",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; an unknown key is an error.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file; part.key=value inside."),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        " /--no-resume", help="Start anew, also where an interrupted training could go on.", show_default=False
+    ),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Default: data in MoLoRA's cache.")]
+
+
+@app.command()
+def adapter(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one LoRA adapter on a frozen base.
+
+    In: JSON Lines of conversations (data.train, data.validation). Out: a PEFT folder at `out` with a model card and
+    metrics.json; checkpoints and curves in runs/. An interrupted training goes on when the same line is given again.
+
+    Settings: out, data.train, data.validation, base, lora.rank, lora.alpha, lora.targets, learning_rate, epochs,
+    max_steps, batch_tokens, checkpoint_every, seed, dtype.
+
+    Example: molora train adapter --config math.yaml lora.rank=8 epochs=2
+
+    Several processes: torchrun --nproc-per-node 2 -m molora train adapter --config math.yaml
+    """
+    with extra("train"):
+        from molora_training.adapter import train
+        from molora_training.adapter_settings import AdapterTrainSettings
+        from molora_training.settings import load_settings
+
+        settings = load_settings(AdapterTrainSettings, config, overrides or ())
+        metrics = train(settings, resume=resume, command=_command("adapter", config, overrides))
+    _report(metrics, settings.out, as_json)
+
+
+@app.command()
+def router(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the router of a stack; its adapters and the base stay frozen.
+
+    In: a stack.yaml or a saved MoLoRA (`model`), and a folder of prepared data (`data`) with a
+    DOMAIN.train.jsonl and a DOMAIN.validation.jsonl for each adapter that the router shall choose. Out: a saved MoLoRA
+    at `out`, with router.metrics.json; checkpoints and curves in runs/.
+
+    Settings: model, out, data, base, start, router.reads, router.weights, loss.lm, loss.label, loss.balance, mixed,
+    epochs, max_steps, batch_tokens, learning_rate, seed, dtype.
+
+    Example: molora train router model=stack.yaml data=data out=my-molora epochs=2
+
+    Several processes: accelerate launch --num_processes 2 -m molora train router --config router.yaml
+    """
+    with extra("train"):
+        from molora_training.router import train
+        from molora_training.router_settings import RouterTrainSettings
+        from molora_training.settings import load_settings
+
+        settings = load_settings(RouterTrainSettings, config, overrides or ())
+        metrics = train(settings, resume=resume, command=_command("router", config, overrides))
+    _report(metrics, settings.out, as_json)
+
+
+@app.command()
+def data(
+    domains: Annotated[
+        list[str] | None, typer.Argument(metavar="DOMAIN", help="Default: all.", show_default=False)
+    ] = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch and prepare conversations for the domains (math, code, medicine, law) and the two users.
+
+    In: nothing; the sources are fetched once. Out: NAME.train.jsonl, .validation.jsonl and .test.jsonl for each, and
+    mixed conversations where all domains are asked for. What is there already is kept.
+
+    Example: molora train data math code --out data
+    """
+    with extra("train"):
+        from molora_training.data import data_dir, prepare
+
+        counts = prepare(domains, out=out) if domains else prepare(out=out)
+    found = {name: {"examples": row.examples, "overlapping": row.overlapping} for name, row in counts.items()}
+    _report_data(found, out or data_dir(), as_json)
+
+
+@app.command()
+def personas(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="PERSONA", help="Default: all.", show_default=False)
+    ] = None,
+    out: OutOption = None,
+    tries: Annotated[int, typer.Option(min=1, help="Answers sampled for each question; the best is kept.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write conversations in the voice of each persona: the base answers everyday questions in that manner.
+
+    In: nothing. Out: PERSONA.train.jsonl, .validation.jsonl and .test.jsonl, for `molora train adapter`. Slow on a
+    CPU: the base writes every answer several times.
+
+    Example: molora train personas --tries 2 --out data
+    """
+    with extra("train"):
+        from molora_training.data import data_dir
+        from molora_training.personas import prepare
+
+        counts = prepare(out=out, names=names or (), tries=tries, seed=seed)
+    _report_data({name: {"examples": row} for name, row in counts.items()}, out or data_dir(), as_json)
+
+
+def _command(kind: str, config: Path | None, overrides: Sequence[str] | None) -> str:
+    """The line that the model card names."""
+    file = ["--config", str(config)] if config is not None else []
+    return shlex.join(["molora", "train", kind, *file, *(overrides or ())])
+
+
+def _report(metrics: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """The metrics, told by one process."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    if as_json:
+        write_json({"out": out, **metrics})
+        return
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if key == "validation":
+            flat |= {f"validation {name}": number for name, number in value.items()}
+        elif isinstance(value, str | int | float):
+            flat[key.replace("_", " ")] = value
+    _print_table(("", str(out)), [(key, _number(value)) for key, value in flat.items()])
+
+
+def _report_data(found: Mapping[str, Mapping[str, Any]], folder: Path, as_json: bool) -> None:
+    if as_json:
+        write_json({"folder": folder, "domains": found})
+        return
+    rows = [(name, ", ".join(f"{split} {n}" for split, n in row["examples"].items())) for name, row in found.items()]
+    _print_table(("", f"examples in {folder}"), rows)
+
+
+def _print_table(headings: tuple[str, str], rows: Sequence[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in headings:
+        table.add_column(Text(heading), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

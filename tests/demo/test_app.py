@@ -1,0 +1,162 @@
+"""The served demo over its API: streaming, stop, errors, and two browsers that know nothing of each other."""
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from html import unescape
+from urllib.request import urlopen
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from molora.errors import MoLoRAError
+from molora_demo.app import build, serve
+from tests.demo.fake_model import BROKEN, ENDLESS, HISTORY, FakeModel
+
+KNOBS = (256, 0, "none", ["auto"], "none")  # new tokens, temperature, personality, domain, user
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def model() -> FakeModel:
+    return FakeModel(delay_s=0.01, positions=400)
+
+
+@pytest.fixture(scope="module")
+def address(model: FakeModel) -> Iterator[str]:
+    page = build(model)
+    yield serve(page, port=free_port(), open_browser=False, block=False)
+    page.close(verbose=False)
+
+
+def connect(address: str) -> Client:
+    return Client(address, verbose=False)
+
+
+def shown(page: str) -> str:
+    """The text of a page part."""
+    return unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def ask(client: Client, prompt: str, *knobs) -> str:
+    return client.predict(prompt, *(knobs or KNOBS), api_name="/ask")[0]
+
+
+def test_an_answer_streams_in_growing_pieces(address):
+    job = connect(address).submit("hello", *KNOBS, api_name="/ask")
+    pages = [page for page, *_ in job]
+    lengths = [len(shown(page)) for page in pages]
+    assert len(pages) > 4 and lengths == sorted(lengths)
+    assert "20 kg × 15 mg/kg = 300 mg." in shown(pages[-1])
+    assert re.search(r"64 tokens, \d+\.\d tokens/s, first token in 0\.\d\d s", pages[-1])
+
+
+def test_history_is_plain_text_and_stays_with_its_browser(address, model):
+    one, two = connect(address), connect(address)
+    ask(one, "I am <Ada>")
+    assert "nothing" in shown(ask(two, HISTORY))
+    ask(one, HISTORY)
+    past = [message["content"] for message in model.calls[-1]["messages"]]
+    assert past[0] == "I am <Ada>" and past[1].startswith("The dose is") and past[2] == HISTORY
+    assert "Ada" not in ask(two, "hello again")
+
+
+def test_the_controls_reach_the_model(address, model):
+    client = connect(address)
+    ask(client, "hello", 32, 0.5, "sage", ["math", "code"], "ada")
+    call = model.calls[-1]
+    assert call["selection"] == {"personality": "sage", "domain": ["math", "code"], "user": "ada"}
+    assert (call["max_new_tokens"], call["do_sample"], call["temperature"]) == (32, True, 0.5)
+    ask(client, "hello", 16, 0, "none", [], "none")
+    assert model.calls[-1]["selection"] == {"personality": None, "domain": None, "user": None}
+
+
+def test_stop_ends_only_its_own_browsers_answer(address, model):
+    client, other = connect(address), connect(address)
+    closed = model.closed
+    job = client.submit(ENDLESS, 256, 0, *KNOBS[2:], api_name="/ask")
+    while len(job.outputs()) < 3:
+        time.sleep(0.02)
+    other.predict(api_name="/stop")
+    time.sleep(0.3)
+    assert not job.done()
+    client.predict(api_name="/stop")
+    page = job.result(timeout=5)[0]
+    assert "· stopped" in page and 0 < shown(page).count("tick") < 250
+    assert model.closed == closed + 1
+
+
+def test_retry_answers_the_last_prompt_again_and_clear_forgets(address, model):
+    client = connect(address)
+    ask(client, "first")
+    ask(client, "second")
+    client.predict("draft", *KNOBS, api_name="/retry")
+    said = [message["content"] for message in model.calls[-1]["messages"]]
+    assert said[0::2] == ["first", "second"]
+    assert "welcome" in client.predict(api_name="/clear")
+    ask(client, "third")
+    assert len(model.calls[-1]["messages"]) == 1
+
+
+def test_an_error_of_the_model_is_a_sentence_on_the_page_and_leaves_the_prompt(address):
+    client = connect(address)
+    ask(client, "hello")
+    page, box = client.predict(BROKEN, *KNOBS, api_name="/ask")[:2]
+    assert "The adapter &lt;b&gt;math&lt;/b&gt; is gone: add it again." in page and 'role="alert"' in page
+    assert "Traceback" not in page and box == BROKEN
+    assert BROKEN not in shown(ask(client, "go on"))
+
+
+def test_a_message_that_cannot_fit_is_refused_in_words(address):
+    assert "Shorten it" in ask(connect(address), "word " * 200)
+
+
+def test_an_old_history_is_trimmed_to_what_fits(address, model):
+    client = connect(address)
+    for number in range(4):
+        ask(client, f"turn {number}")
+    said = [message["content"] for message in model.calls[-1]["messages"]]
+    assert said[-1] == "turn 3" and "turn 0" not in said and "turn 2" in said
+
+
+def test_without_a_router_nothing_offers_auto():
+    model = FakeModel()
+    model.router = None
+    drops = [block for block in build(model).blocks.values() if block.get_block_name() == "dropdown"]
+    assert [drop.value for drop in drops] == ["none"] * 3
+    assert not any("auto" in dict(drop.choices).values() or drop.multiselect for drop in drops)
+
+
+def test_an_unknown_adapter_is_refused_in_words(address):
+    with pytest.raises(AppError, match="lawyer"):
+        ask(connect(address), "hello", 64, 0, "none", ["lawyer"], "none")
+
+
+def test_two_browsers_wait_for_each_other(address):
+    jobs = [connect(address).submit("hello", *KNOBS, api_name="/ask") for _ in range(2)]
+    assert all("64 tokens" in job.result(timeout=20)[0] for job in jobs)
+
+
+def test_the_page_asks_no_other_host(address):
+    page = urlopen(address, timeout=5).read().decode()
+    loaded = re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["'](?:https?:)?//([^/"']+)""", page)
+    assert set(loaded) <= {address.split("/")[2]}
+
+
+def test_a_taken_port_is_named(model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(MoLoRAError, match=str(port)):
+            serve(build(model), port=port, open_browser=False, block=False)

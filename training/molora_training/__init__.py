@@ -1,0 +1,1 @@
+"""Training of adapters and routers for MoLoRA: data, losses, loops, evaluation."""

@@ -1,0 +1,101 @@
+"""Train one LoRA adapter on a frozen base.
+
+- the loss is the mean over answer tokens, across all processes of `accelerate launch`
+- batches of similar length under a token budget, cosine schedule with warm-up, gradients clipped
+- every `checkpoint_every` steps a validation and a checkpoint; the best validated adapter is what comes out
+- an interrupted training goes on from its checkpoint as if nothing had happened
+- a loss that is not finite ends the training with a sentence; the last checkpoint stays
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from molora.base import load_base
+from molora.errors import DataError
+from molora_training.adapter_run import Run, answer_count
+from molora_training.adapter_settings import AdapterTrainSettings
+from molora_training.batches import plan_steps
+from molora_training.data import Encoded, encode_within, read_examples
+
+
+def train(
+    settings: AdapterTrainSettings,
+    resume: bool = True,
+    command: str | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train and write the adapter to `settings.out`; checkpoints and curves lie in `settings.work`.
+
+    Args:
+        settings: what to train.
+        resume: go on from the checkpoint of the same settings if there is one; False starts anew.
+        command: the command line to name in the model card.
+        on_step: called after each step with the number of finished steps and the step's loss.
+
+    Returns:
+        The metrics, as in `metrics.json` of the adapter.
+
+    Raises:
+        ConfigError: settings that do not fit, or a checkpoint of other settings.
+        DataError: no usable examples.
+        NonFiniteError: the loss or the gradient is not finite.
+    """
+    accelerator = Accelerator()
+    # The main process fetches the base first; the others then find it in the cache.
+    with accelerator.main_process_first():
+        model, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
+    rows = _read_rows(settings.data.train, tokenizer, settings.data.max_length)
+    held_out = _read_rows(settings.data.validation, tokenizer, settings.data.max_length)
+    steps = plan_steps(
+        [row.input_ids.numel() for row in rows],
+        settings.batch_tokens,
+        settings.epochs,
+        accelerator.num_processes,
+        settings.seed,
+    )
+    run = Run(
+        settings=settings,
+        accelerator=accelerator,
+        model=accelerator.prepare_model(_with_lora(model, settings)),
+        rows=rows,
+        held_out=held_out,
+        steps=steps[: settings.max_steps],
+        pad_id=tokenizer.pad_token_id,
+    )
+    started = time.monotonic()
+    run.start(resume)
+    run.train(on_step)
+    return run.finish(time.monotonic() - started, command)
+
+
+def _with_lora(model: Any, settings: AdapterTrainSettings) -> Any:
+    """The base with a fresh adapter: base frozen in its dtype, adapter in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    shape = settings.lora
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        use_rslora=shape.rslora,
+        target_modules=shape.targets if isinstance(shape.targets, str) else list(shape.targets),
+        lora_dropout=shape.dropout,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _read_rows(file: Path, tokenizer: Any, max_length: int) -> list[Encoded]:
+    """The encoded examples of a file that fit into `max_length` tokens and have an answer."""
+    examples = read_examples(file)
+    names = sorted({domain for example in examples for domain in example.domains})
+    fitting = encode_within(examples, tokenizer, max_length, names)
+    rows = [row for row in fitting if answer_count(row)]
+    if not rows:
+        raise DataError(f"{file} holds no example with an answer within {max_length} tokens; check data.max_length.")
+    return rows

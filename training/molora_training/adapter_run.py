@@ -1,0 +1,224 @@
+"""The training loop of one adapter: steps, validation, checkpoints, and what comes out."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from molora.errors import NonFiniteError
+from molora_training.adapter_output import settings_record, write_adapter
+from molora_training.adapter_settings import AdapterTrainSettings
+from molora_training.batches import plan_pass
+from molora_training.checkpoint import load_state, save_state, save_tensors
+from molora_training.curves import curves
+from molora_training.data import IGNORED, Encoded, collate
+
+_CLIP_NORM = 1.0
+
+
+@dataclass
+class Run:
+    """One training on this process: model, data, plan and counters."""
+
+    settings: AdapterTrainSettings
+    accelerator: Accelerator
+    model: Any
+    rows: Sequence[Encoded]
+    held_out: Sequence[Encoded]
+    steps: Sequence[Sequence[Sequence[int]]]  # step -> process -> indices of rows
+    pad_id: int
+    counters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.peft_model = self.accelerator.unwrap_model(self.model)
+        self.parameters = {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
+        self.state_file = self.settings.work / "state.safetensors"
+        self.best_file = self.settings.work / "best.safetensors"
+        self.is_main = self.accelerator.is_main_process
+
+    def start(self, resume: bool) -> None:
+        """Restore the checkpoint, or measure the base and write the first one."""
+        fingerprint = self._fingerprint()
+        if self.is_main and not resume:
+            shutil.rmtree(self.settings.work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state_file.is_file():
+            self.counters = load_state(self.state_file, self.parameters, self.optimizer, fingerprint)
+            return
+        base_loss = self._validate()
+        self.counters = {
+            "fingerprint": fingerprint,
+            "step": 0,
+            "best_step": 0,
+            "base_validation_loss": base_loss,
+            "validation_loss": base_loss,
+            "validation_losses": [[0, base_loss]],
+            "train_losses": [],
+        }
+        self._save(is_best=True)
+
+    def train(self, on_step: Callable[[int, float], None] | None) -> None:
+        """All steps that are left."""
+        from tqdm.auto import tqdm
+
+        first, total = self.counters["step"], len(self.steps)
+        writer = curves(self.settings.work / "tensorboard", first) if self.is_main else None
+        name = self.settings.out.name
+        with tqdm(total=total, initial=first, desc=f"adapter {name}", disable=not self.is_main) as bar:
+            for step in range(first, total):
+                loss, norm = self._step(step)
+                self.counters["step"] = step + 1
+                self.counters["train_losses"].append(loss)
+                if writer is not None:
+                    writer.add_scalar("train/loss", loss, step + 1)
+                    writer.add_scalar("train/gradient_norm", norm, step + 1)
+                    writer.add_scalar("train/learning_rate", self._learning_rate(step), step + 1)
+                if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == total:
+                    validation_loss = self._checkpoint()
+                    if writer is not None:
+                        writer.add_scalar("validation/loss", validation_loss, step + 1)
+                best = self.counters["validation_loss"]
+                bar.set_postfix_str(f"loss {loss:.3f}, best validation {best:.3f}", refresh=False)
+                bar.update()
+                if on_step is not None:
+                    on_step(step + 1, loss)
+        if writer is not None:
+            writer.close()
+
+    def finish(self, seconds: float, command: str | None) -> dict[str, Any]:
+        """Write the best adapter and remove the checkpoint; the curves stay."""
+        best = load_file(self.best_file)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(best[name])
+        if self.is_main and self.counters["best_step"] == 0:
+            print("No step did better than the base: the adapter that is written changes nothing.", file=sys.stderr)
+        device = self.accelerator.device
+        losses = self.counters["train_losses"]
+        metrics = {
+            "base_validation_loss": self.counters["base_validation_loss"],
+            "validation_loss": self.counters["validation_loss"],
+            "best_step": self.counters["best_step"],
+            "train_loss": losses[-1],
+            "steps": len(self.steps),
+            "train_examples": len(self.rows),
+            "validation_examples": len(self.held_out),
+            "answer_tokens": sum(self._answer_tokens(step) for step in range(len(self.steps))),
+            "validation_losses": self.counters["validation_losses"],
+            "train_losses": losses,
+            "seconds": round(seconds, 1),
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+            "processes": self.accelerator.num_processes,
+            "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
+            "settings": settings_record(self.settings),
+        }
+        if self.is_main:
+            write_adapter(self.peft_model, self.settings, metrics, command)
+            self.state_file.unlink()
+            self.best_file.unlink()
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    def _step(self, step: int) -> tuple[float, float]:
+        """One optimizer step; returns the loss over all processes and the gradient's norm before clipping."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # Dropout depends on the step alone, so a resumed training draws the same.
+        torch.manual_seed(self.settings.seed * 1_000_003 + step * processes + rank)
+        self.model.train()
+        total = self._summed_loss(self.model, self.rows, self.steps[step][rank])
+        # Gradients are averaged over processes, hence the factor: each answer token of the step weighs the same.
+        count = self._answer_tokens(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        (total * (processes / count)).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM))
+        loss = float(self.accelerator.reduce(total.detach(), "sum")) / count
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"The loss became {loss} and the gradient's norm {norm} at step {step + 1}. The adapter of step "
+                f"{self.counters['best_step']} stays in {self.best_file}; take a lower learning_rate and start anew."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(step)
+        self.optimizer.step()
+        return loss, norm
+
+    def _summed_loss(self, model: Any, rows: Sequence[Encoded], indices: Sequence[int]) -> torch.Tensor:
+        """Cross-entropy summed over the answer tokens of a batch, float32, shape []."""
+        device = self.accelerator.device
+        batch = collate([rows[index] for index in indices], self.pad_id).to(device)
+        labels = batch.labels[:, 1:]  # [B, T - 1]
+        mixed = device.type == "cuda" and self.settings.dtype == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        answered = labels != IGNORED
+        # Only the answer tokens' rows become float32: the vocabulary is wide.
+        return torch.nn.functional.cross_entropy(logits[:, :-1][answered].float(), labels[answered], reduction="sum")
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss for each answer token of the validation examples, over all processes."""
+        self.model.eval()
+        accelerator = self.accelerator
+        batches = plan_pass([row.input_ids.numel() for row in self.held_out], self.settings.batch_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+            # The unwrapped model: processes may have different numbers of batches here.
+            total += self._summed_loss(self.peft_model, self.held_out, indices)
+        count = sum(answer_count(row) for row in self.held_out)
+        return float(accelerator.reduce(total, "sum")) / count
+
+    def _checkpoint(self) -> float:
+        validation_loss = self._validate()
+        step = self.counters["step"]
+        if not math.isfinite(validation_loss):
+            raise NonFiniteError(
+                f"The validation loss became {validation_loss} at step {step}. The adapter of step "
+                f"{self.counters['best_step']} stays in {self.best_file}; take a lower learning_rate and start anew."
+            )
+        self.counters["validation_losses"].append([step, validation_loss])
+        is_best = validation_loss < self.counters["validation_loss"]
+        if is_best:
+            self.counters |= {"validation_loss": validation_loss, "best_step": step}
+        self._save(is_best)
+        return validation_loss
+
+    def _save(self, is_best: bool) -> None:
+        if self.is_main:
+            if is_best:
+                save_tensors(self.best_file, self.parameters)
+            save_state(self.state_file, self.parameters, self.optimizer, self.counters)
+        self.accelerator.wait_for_everyone()
+
+    def _answer_tokens(self, step: int) -> int:
+        return sum(answer_count(self.rows[index]) for indices in self.steps[step] for index in indices)
+
+    def _learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to zero after the last step."""
+        total = len(self.steps)
+        warm = math.ceil(self.settings.warmup * total)
+        if step < warm:
+            return self.settings.learning_rate * (step + 1) / warm
+        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+    def _fingerprint(self) -> str:
+        """Changes with anything that a checkpoint depends on."""
+        settings, digest = self.settings, hashlib.sha256()
+        record = settings_record(settings) | {"out": str(settings.out), "processes": self.accelerator.num_processes}
+        digest.update(json.dumps(record, sort_keys=True).encode())
+        for file in (settings.data.train, settings.data.validation):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+
+def answer_count(row: Encoded) -> int:
+    """How many tokens of `row` are learnt: those with a label that some earlier token predicts."""
+    return int((row.labels[1:] != IGNORED).sum())

@@ -1,0 +1,72 @@
+"""Settings of the adapter trainer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from molora.base import DEFAULT_BASE
+from molora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """What to learn from: JSON Lines of `Example`s. `source` and `licence` go into the model card."""
+
+    train: Path
+    validation: Path
+    max_length: int = 1024  # tokens; longer examples are left out
+    source: str = "not stated"
+    licence: str = "not stated"
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(f"data.max_length must be at least 2 tokens, not {self.max_length}.")
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """The adapter. `targets` is PEFT's: "all-linear" or module names."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ConfigError(f"lora.rank and lora.alpha must be positive, not {self.rank} and {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}.")
+
+
+@dataclass(frozen=True)
+class AdapterTrainSettings:
+    """One training. Batches hold up to `batch_tokens` padded tokens in each process."""
+
+    out: Path
+    data: DataFiles
+    lora: LoraShape = field(default_factory=LoraShape)
+    base: str = DEFAULT_BASE
+    learning_rate: float = 2e-4
+    warmup: float = 0.05  # share of the steps
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_tokens: int = 4096
+    checkpoint_every: int = 100  # steps between two validations, each with a checkpoint
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen base; the adapter trains in float32
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "batch_tokens", "checkpoint_every"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps must be positive or null, not {self.max_steps}.")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup must lie in [0, 1), not {self.warmup}.")
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints and curves of this training lie: `runs/<the last two parts of out>`."""
+        return Path("runs").joinpath("adapter", *self.out.parts[-2:])

@@ -1,0 +1,53 @@
+"""Which examples go together: batches of similar length under a token budget, the same for the same seed."""
+
+import random
+from collections.abc import Sequence
+
+# Lengths are sorted within this many batches' worth of examples: little padding, yet mixed epochs.
+_WINDOW_BATCHES = 32
+
+
+def plan_steps(
+    lengths: Sequence[int], batch_tokens: int, epochs: int, processes: int, seed: int
+) -> list[list[list[int]]]:
+    """Plan a whole training: for each step, for each process, the indices of its batch.
+
+    A batch's padded size (examples times longest) is at most `batch_tokens`, but an example longer than that is a
+    batch alone. Each epoch holds every example; the last step of an epoch repeats batches if processes are left over.
+    """
+    steps = []
+    for epoch in range(epochs):
+        rng = random.Random(f"{seed}/{epoch}")
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        batches = _bucket(order, lengths, batch_tokens)
+        rng.shuffle(batches)
+        missing = -len(batches) % processes
+        batches += [batches[index % len(batches)] for index in range(missing)]
+        steps += [batches[start : start + processes] for start in range(0, len(batches), processes)]
+    return steps
+
+
+def plan_pass(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches for one pass over all examples, longest last; sizes as in `plan_steps`."""
+    return _fill(sorted(range(len(lengths)), key=lambda index: (lengths[index], index)), lengths, batch_tokens)
+
+
+def _bucket(order: list[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    mean_length = max(1, sum(lengths) // max(1, len(lengths)))
+    window = max(1, _WINDOW_BATCHES * batch_tokens // mean_length)
+    batches = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lambda index: lengths[index])
+        batches += _fill(near, lengths, batch_tokens)
+    return batches
+
+
+def _fill(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Cut `order`, which is sorted by length, into batches."""
+    batches: list[list[int]] = []
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

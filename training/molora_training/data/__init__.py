@@ -1,0 +1,27 @@
+"""Data for training and judging adapters and routers: real text of four domains and two users, and mixes of them."""
+
+from .encode import IGNORED, Batch, Encoded, collate, encode, encode_within
+from .items import DOMAINS, SPLITS, USERS, Example, MixedExample, Split, read_examples, read_mixed, write_examples
+from .mixed import mix
+from .prepare import data_dir, prepare
+
+__all__ = [
+    "DOMAINS",
+    "IGNORED",
+    "SPLITS",
+    "USERS",
+    "Batch",
+    "Encoded",
+    "Example",
+    "MixedExample",
+    "Split",
+    "collate",
+    "data_dir",
+    "encode",
+    "encode_within",
+    "mix",
+    "prepare",
+    "read_examples",
+    "read_mixed",
+    "write_examples",
+]

