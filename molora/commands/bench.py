@@ -4,7 +4,16 @@ from typing import Any
 
 import typer
 
-from molora.commands.common import Dtype, DtypeOption, JsonOption, ModelArgument, extra, model_place, write_json
+from molora.commands.common import (
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    extra,
+    hide_loading_bars,
+    model_place,
+    write_json,
+)
 
 app = typer.Typer(
     help="Measure speed on this machine.\n\nExample: molora bench decode --json",
@@ -31,6 +40,7 @@ def decode(model: ModelArgument = None, as_json: JsonOption = False, dtype: Dtyp
     with extra("train"):
         from molora.bench import measure_decode
 
+        hide_loading_bars()
         record = measure_decode(model_place(model), dtype.value)
     if as_json:
         write_json(record)

@@ -82,14 +82,20 @@ def model_place(model: str | None) -> str:
 def open_model(model: str | None, dtype: Dtype) -> "MoLoRAModel":
     """Loads a saved MoLoRA, onto the GPU where there is one."""
     import torch
-    from transformers.utils import logging
 
     from molora import MoLoRAModel
 
     place = model_place(model)
-    logging.disable_progress_bar()
+    hide_loading_bars()
     device_map = "cuda" if torch.cuda.is_available() else None
     return MoLoRAModel.from_pretrained(place, dtype=getattr(torch, dtype.value), device_map=device_map)
+
+
+def hide_loading_bars() -> None:
+    """Without the bars of ``transformers``, which take a fraction of a second."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def parse_selection(entries: Sequence[str] | None) -> "dict[str, Choice]":

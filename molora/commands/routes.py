@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Token = tuple[int, str, Route]
 """(id, text, route); the text is "" where a character is not complete yet."""
+_VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
 
 
 def routes(
@@ -118,7 +119,7 @@ def _print_table(tokens: Sequence[Token], layers: "Sequence[StackLayer]") -> Non
     for layer in layers:
         table.add_column(layer.name)
     for number, (_, piece, route) in enumerate(tokens):
-        shown = printable(piece).replace("\n", "⏎").replace("\t", "⇥") or "…"
+        shown = printable(piece).translate(_VISIBLE) or "…"
         table.add_row(str(number), Text(shown), *(_cell(route, layer) for layer in layers))
     console = Console()
     console.print(table)

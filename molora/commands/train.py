@@ -1,5 +1,6 @@
 """``molora train``: data, adapters and routers."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def adapter(
         from molora_training.settings import load_settings
 
         settings = load_settings(AdapterTrainSettings, config, overrides or ())
+        _join_processes()
         metrics = train(settings, resume=resume, command=_command("adapter", config, overrides))
     _report(metrics, settings.out, as_json)
 
@@ -80,7 +82,8 @@ def router(
 
     Example: molora train router model=stack.yaml data=data out=my-molora epochs=2
 
-    Several processes: accelerate launch --num_processes 2 -m molora train router --config router.yaml
+    Several processes: accelerate launch --num_processes 2 -m molora train router --config router.yaml (with GPUs; on
+    CPUs use torchrun as for an adapter)
     """
     with extra("train"):
         from molora_training.router import train
@@ -88,6 +91,7 @@ def router(
         from molora_training.settings import load_settings
 
         settings = load_settings(RouterTrainSettings, config, overrides or ())
+        _join_processes()
         metrics = train(settings, resume=resume, command=_command("router", config, overrides))
     _report(metrics, settings.out, as_json)
 
@@ -138,6 +142,14 @@ def personas(
 
         counts = prepare(out=out, names=names or (), tries=tries, seed=seed)
     _report_data({name: {"examples": row} for name, row in counts.items()}, out or data_dir(), as_json)
+
+
+def _join_processes() -> None:
+    """Without an accelerator, ``accelerate`` takes each process that torchrun starts for the only one, unless told."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def _command(kind: str, config: Path | None, overrides: Sequence[str] | None) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from molora_kernels import Dispatch, dispatch
 from tests.kernels.plans import KINDS, make_slots
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+
 from molora_kernels import Dispatch, Factors, add_lora, dispatch
 from tests.kernels.plans import KINDS, SLOTS, make_slots
 
-D, O = 24, 20  # different, and multiples of no tile
+IN, OUT = 24, 20  # different, and multiples of no tile
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value
 RANKS = {"1": [1] * SLOTS, "8": [8] * SLOTS, "16": [16] * SLOTS, "64": [64] * SLOTS, "mixed": [1, 8, 16, 64, 3, 5]}
 
@@ -20,8 +21,8 @@ class Case:
             return torch.randn(shape, generator=generator).to(dtype)
 
         self.slots = make_slots(kind, T, S)
-        self.x, self.y = tensor(T, D), tensor(T, O)
-        self.factors = {s: Factors(tensor(r, D) / D**0.5, tensor(r, O) / r**0.5) for s, r in enumerate(ranks)}
+        self.x, self.y = tensor(T, IN), tensor(T, OUT)
+        self.factors = {s: Factors(tensor(r, IN) / IN**0.5, tensor(r, OUT) / r**0.5) for s, r in enumerate(ranks)}
         self.weights = torch.rand(T, S, generator=generator) + 0.5
 
     def plan(self, **known: bool) -> Dispatch:

@@ -11,8 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests.conftest import SMALL, make_base, write_adapter
-from tests.parity.test_equalities import make_routed
 
 from molora import Adapter, MoLoRALinear, MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -26,6 +24,8 @@ from molora.errors import (
     StackError,
     UnsupportedAdapterError,
 )
+from tests.conftest import SMALL, make_base, write_adapter
+from tests.parity.test_equalities import make_routed
 
 Change = Callable[[Path], None]
 
@@ -140,7 +140,7 @@ CHANGES: dict[str, tuple[type[AdapterError], str, Change]] = {
     "a file": (
         AdapterNotFoundError,
         "no adapter folder",
-        lambda folder: shutil.rmtree(folder) or folder.write_text("x") and None,  # type: ignore[func-returns-value]
+        lambda folder: shutil.rmtree(folder) or (folder.write_text("x") and None),  # type: ignore[func-returns-value]
     ),
 }
 

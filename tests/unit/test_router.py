@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.test_equalities import make_routed
 
 from molora import Router, RouterConfig
 from molora.errors import ConfigError, RouterError
 from molora.memory import Memory
 from molora.router import NEVER, RouterPart, balance_loss, z_loss
+from tests.parity.test_equalities import make_routed
 
 ROWS = ["domain/math", "domain/code", "domain/none"]
 

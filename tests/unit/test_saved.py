@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.parity.test_equalities import make_routed
 
 from molora import MoLoRAModel, Router, RouterConfig, VocabularyRouter, saved
 from molora.errors import AdapterError, ConfigError, MoLoRAError, RouterError, StackError
 from molora.selection import router_rows
+from tests.parity.test_equalities import make_routed
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.test_equalities import make_stack
 
 from molora import MoLoRAModel, VocabularyRouter
 from molora.errors import RouterError
 from molora.selection import router_rows
+from tests.parity.test_equalities import make_stack
 
 ROWS = ["domain/math", "domain/code", "domain/none", "user/*", "user/none"]
 
@@ -93,7 +93,7 @@ def test_a_model_follows_the_rules(base: Any, adapters: dict[str, Path], ids: to
 @torch.no_grad()
 def test_generation_follows_the_rules(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
     model = make_model(base, adapters)
-    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False)
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     cached = model.generate(input_ids=ids, **options)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **options))
     beams = [model.generate(input_ids=ids, num_beams=3, use_cache=use, **options) for use in (True, False)]

@@ -52,6 +52,8 @@ def load_state(
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             prefix = {key: f"optimizer/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            if prefix["step"] not in tensors:  # the checkpoint before the first step
+                continue
             # AdamW keeps the step count on the CPU, the moments beside the parameter.
             optimizer.state[parameter] = {
                 key: tensors[full] if key == "step" else tensors[full].to(parameter.device)

@@ -62,7 +62,7 @@ def train(settings: StarterSettings) -> None:
     wanted = [name for layer in layers for name in layer.adapters]
     missing = [n for n in personas.read_personas() if not (settings.data / f"{n}.train.jsonl").is_file()]
     if missing:
-        personas.prepare(settings.data, missing, settings.base, seed=settings.seed)
+        _parallel(2, _prepare_personas, [(settings, missing)])  # in a process of its own, which gives its memory back
     runs = [
         (_adapter_settings(settings, layer, name, rate),)
         for layer in sorted(layers, key=lambda layer: -layer.rank)  # the longest first
@@ -128,6 +128,10 @@ def _keep_best(settings: StarterSettings, layer: StarterLayer, name: str) -> str
     folders = [settings.work / "adapters" / f"{name}-{rate:g}" for rate in layer.learning_rates]
     best = min(folders, key=lambda f: json.loads((f / "metrics.json").read_text(encoding="utf-8"))["validation_loss"])
     return str(best.resolve())
+
+
+def _prepare_personas(settings: StarterSettings, names: list[str]) -> str:
+    return f"personas: {personas.prepare(settings.data, names, settings.base, seed=settings.seed)}"
 
 
 def _train_adapter(settings: AdapterTrainSettings) -> str:
