@@ -124,8 +124,11 @@ class Adapter:
 
 def _find(path: str | Path) -> Path:
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError:  # a name that no file system takes
+        pass
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and ".." not in str(path):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -155,9 +158,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         parts.append(f"bias={config['bias']}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        parts.append(
-            f"init_lora_weights={init} (it changes the base itself: convert it to plain LoRA with PEFT)"
-        )
+        parts.append(f"init_lora_weights={init} (it changes the base itself: convert it to plain LoRA with PEFT)")
     if parts:
         raise UnsupportedAdapterError(
             f"The adapter at {folder} uses {', '.join(sorted(parts))}, which MoLoRA does not run. Nothing was loaded."
@@ -167,9 +168,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule for ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the name."""
+    if not isinstance(patterns or {}, Mapping):
+        raise AdapterFormatError(f"rank_pattern and alpha_pattern map module names to numbers, not {patterns!r}.")
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise AdapterFormatError(f"{key!r} in rank_pattern or alpha_pattern is no pattern ({error}).") from error
     return default
 
 
@@ -222,7 +228,9 @@ def _pair(folder: Path, module: str, pair: Mapping[str, torch.Tensor], config: M
     rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     A, B = pair["A"], pair["B"]
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
+    if isinstance(alpha, float) and not math.isfinite(alpha):
+        raise NonFiniteError(f"{folder / CONFIG_FILE} gives {module!r} an alpha of {alpha}. Nothing was loaded.")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         raise AdapterFormatError(f"{folder / CONFIG_FILE} gives {module!r} rank {rank!r} and alpha {alpha!r}.")
     if A.shape[0] != rank or B.shape[1] != rank:
         raise AdapterFormatError(

@@ -1,6 +1,7 @@
 """The router's memory lives in the KV cache: what happens to the cache's sequences happens to it."""
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,6 +9,11 @@ from transformers import Cache
 
 from molora.errors import CacheError
 from molora.memory import Memory
+
+_UNSEEN = (
+    "These past_key_values hold text that was run without the router, so its memory of it is missing. "
+    "Run the text through this model, or pass the past_key_values that this model returned."
+)
 
 
 class RoutedCacheMixin:
@@ -42,31 +48,43 @@ class RoutedCacheMixin:
             memory.crop(0)
 
 
-@lru_cache
-def _routed(cls: type) -> type:
+@cache
+def _routed(cls: Any) -> Any:
     return type(f"Routed{cls.__name__}", (RoutedCacheMixin, cls), {})
 
 
 def attach(cache: Cache, memories: list[Memory]) -> None:
     """Makes ``cache`` carry ``memories``: it stays an instance of its class and keeps every method."""
-    cache.routing_memories = memories  # type: ignore[attr-defined]
-    cache.__class__ = _routed(type(cache))
+    cache.routing_memories = memories
+    cls: Any = type(cache)
+    cache.__class__ = _routed(cls)
 
 
-def memories_of(cache: Cache, batch: int) -> list[Memory] | None:
+def memories_of(cache: Cache, batch: int, owners: Sequence[object]) -> list[Memory] | None:
     """The memories that ``cache`` carries; None for a cache that is new.
+
+    Args:
+        cache: of the forward.
+        batch: its sequences.
+        owners: signature of each part of the router.
 
     Raises:
         CacheError: the cache has tokens that this router never saw, or sequences it does not know.
     """
     memories = getattr(cache, "routing_memories", None)
+    length = cache.get_seq_length()
     if memories is None:
-        if int(cache.get_seq_length()) > 0:
-            raise CacheError(
-                "These past_key_values were filled without the router, so its memory of that text is missing. "
-                "Run the text through this model, or pass the past_key_values that this model returned."
-            )
+        if int(length) > 0:
+            raise CacheError(_UNSEEN)
         return None
+    # Static caches count on the device, where reading the count would wait for it; they cannot be shortened either.
+    if isinstance(length, int) and any(len(memory) != length for memory in memories):
+        raise CacheError(_UNSEEN)
+    if length and [memory.owner for memory in memories] != list(owners):
+        raise CacheError(
+            "These past_key_values were filled under another router, whose memory this one cannot go on with. "
+            "Run the text through this model again."
+        )
     if any(len(memory) and memory.batch != batch for memory in memories):
         raise CacheError(f"These past_key_values hold {memories[0].batch} sequences, and the batch has {batch}.")
     return memories

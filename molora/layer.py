@@ -16,6 +16,8 @@ from molora_kernels import Dispatch, Factors, add_lora
 class PlanSource(Protocol):
     """Where a module finds the plan of the forward that is under way."""
 
+    kept: slice | torch.Tensor  # the positions whose hidden states reach the head
+
     def plan(self, layer: int) -> RoutingPlan | None: ...
 
 
@@ -94,7 +96,9 @@ class MoLoRALinear(nn.Module):
         if rows == plan.slots.shape[0] * plan.slots.shape[1]:
             return plan.dispatch
         if x.dim() == 3 and x.shape[0] == plan.slots.shape[0] and x.shape[1] < plan.slots.shape[1]:
-            return plan.last(x.shape[1]).dispatch  # lm_head under logits_to_keep
+            kept = plan.at(self.source.kept)  # the head under logits_to_keep
+            if kept.slots.shape[1] == x.shape[1]:
+                return kept.dispatch
         raise BaseModelError(
             f"A module got {rows} rows in a forward of {plan.slots.shape[0]} x {plan.slots.shape[1]} tokens: "
             f"it does not see one row a token, so it cannot be adapted."
@@ -111,14 +115,14 @@ class MoLoRALinear(nn.Module):
             self._joined = (slots, joined)
         A, B = self._joined[1]
         h = x.to(A.dtype) @ A.T
-        weights = _rank_weights(work, [(s, self.factors[s].A.shape[0]) for s in slots if s in self.factors], h.dtype)
-        return y.addmm_(h if weights is None else h * weights, B)
+        if not work.unit:
+            h = h * _rank_weights(work, [(s, self.factors[s].A.shape[0]) for s in slots if s in self.factors])
+        # Under autocast the products come in another dtype than the factors.
+        return y.addmm_(h.to(y.dtype), B.to(y.dtype))
 
 
-def _rank_weights(work: Dispatch, ranks: Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor | None:
-    """[T, R] weights of the joined ranks; None when all are 1."""
+def _rank_weights(work: Dispatch, ranks: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """[T, R] weights of the joined ranks, float32."""
     weights = {group.slot: group.weights for group in work.groups}
-    if all(weight is None for weight in weights.values()):
-        return None
     columns = [w.unsqueeze(1).expand(-1, rank) for slot, rank in ranks if (w := weights[slot]) is not None]
-    return torch.cat(columns, 1).to(dtype)
+    return torch.cat(columns, 1)

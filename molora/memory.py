@@ -50,7 +50,8 @@ class Memory:
     values), so that a cache that is cropped gets the averages of its shorter past back.
     """
 
-    def __init__(self, batch: int, width: int, decays: torch.Tensor) -> None:
+    def __init__(self, batch: int, width: int, decays: torch.Tensor, owner: object = None) -> None:
+        self.owner = owner  # what filled it: another router's memory means nothing
         self.z = torch.zeros(batch, 0, width, device=decays.device)  # [B, T, width]
         self.real = torch.zeros(batch, 0, dtype=torch.bool, device=decays.device)  # [B, T]
         self.decays = decays

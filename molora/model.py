@@ -1,5 +1,6 @@
 """The wrapped model: one frozen base, a stack of adapters, a router."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class MoLoRAModel(nn.Module):
             AdapterError: an adapter cannot be used. RouterError: the router is for another stack or base.
             The base is left as it was.
         """
-        stack = stack if isinstance(stack, Stack) else Stack.load(stack)
+        stack = copy.deepcopy(stack) if isinstance(stack, Stack) else Stack.load(stack)
         adapters = {
             f"{layer.name}/{name}": Adapter.load(path)
             for layer in stack.layers
@@ -75,14 +76,14 @@ class MoLoRAModel(nn.Module):
 
             name = str(base)
             base, tokenizer = load_base(name, dtype=dtype or torch.bfloat16, device_map=device_map)
-        model = cls(base, tokenizer, name)
+        name = name or str(base.config.name_or_path or "this base")
         for adapter in adapters.values():
-            model._check(adapter)
-        hidden = base.config.get_text_config().hidden_size
+            _check_fits(adapter, base, name)
         if isinstance(router, RouterConfig):
-            router = Router(router, router_rows(stack), hidden)
+            router = Router(router, router_rows(stack), base.config.get_text_config().hidden_size)
         if router is not None:
-            router.check(router_rows(stack), hidden, len(decoder_layers(base)[1]))
+            _check_router(router, stack, base)
+        model = cls(base, tokenizer, name)  # from here on nothing is refused
         model.stack = stack
         for label, adapter in adapters.items():
             model._put(label, adapter)
@@ -154,7 +155,7 @@ class MoLoRAModel(nn.Module):
         selection: Selection | Sequence[Selection] | None = None,
         output_routes: bool = False,
         **kwargs: Any,
-    ) -> MoLoRAOutput:
+    ) -> MoLoRAOutput | Any:
         """A forward of the base under ``selection`` (one for all sequences, or one for each).
 
         Args:
@@ -167,16 +168,18 @@ class MoLoRAModel(nn.Module):
         Raises:
             SelectionError: the selection does not fit the stack or the batch.
         """
-        with self.routing.active(self._resolve(selection)):
+        with self.routing.active(lambda: self._resolve(selection)):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             routes = self._routes() if output_routes else None
+        if isinstance(output, tuple):  # return_dict=False
+            return (*output, routes) if output_routes else output
         return MoLoRAOutput(**output, routes=routes)
 
     def generate(
         self, *args: Any, selection: Selection | Sequence[Selection] | None = None, **kwargs: Any
     ) -> torch.Tensor | Any:
         """``transformers``' own generate, under ``selection``; every option of it works as on the base."""
-        with self.routing.active(self._resolve(selection)):
+        with self.routing.active(lambda: self._resolve(selection)):
             return self.base.generate(*args, **kwargs)
 
     def stream(
@@ -190,16 +193,24 @@ class MoLoRAModel(nn.Module):
         Args:
             prompt: chat messages, a text that is continued, or token ids [1, tokens].
             selection: as in :meth:`forward`.
-            kwargs: for ``generate``.
+            kwargs: for ``generate``; without a length there or in the model's generation_config, up to 256 tokens.
+
+        Raises:
+            SelectionError: the selection does not fit the stack, or there are several prompts.
         """
-        resolved = self._resolve(selection)
-        inputs = {"max_new_tokens": 256, **self.encode(prompt), **kwargs}
+        self._resolve(selection)  # refused here rather than in the thread
+        inputs = {**self.encode(prompt), **kwargs}
+        if inputs["input_ids"].shape[0] != 1:
+            raise SelectionError("A stream has one prompt; for several at once use generate.")
+        config = kwargs.get("generation_config", self.base.generation_config)
+        if not {"max_new_tokens", "max_length"} & set(kwargs) and config.max_new_tokens is None:
+            inputs["max_new_tokens"] = 256
 
         def generate(**inputs: Any) -> None:
-            with self.routing.active(resolved):
+            with self.routing.active(lambda: self._resolve(selection)):
                 self.base.generate(**inputs)
 
-        return stream(generate, self._last_route, self.tokenizer, inputs)
+        return stream(generate, self._route_at, self.tokenizer, inputs)
 
     def encode(self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [1, tokens] of chat messages, a text or token ids, on the model's device."""
@@ -230,15 +241,19 @@ class MoLoRAModel(nn.Module):
         if name in self.stack[layer].adapters:
             raise StackError(f"Layer {layer!r} already has an adapter {name!r}: use replace_adapter.")
         adapter = self._load(path)
+        encoded = self._encode_examples(examples) if examples is not None else []
         with self.routing.lock:
-            rows = self._examples(examples) if examples is not None else None
             self.stack[layer].adapters[name] = path
             self._put(f"{layer}/{name}", adapter)
             if isinstance(self.router, Router):
                 for row in router_rows(self.stack):
                     if row not in self.router.rows:
-                        self.router.add_row(row, rows)
+                        self.router.add_row(row)
             self.set_router(self._vocabulary_again())
+            if encoded and isinstance(self.router, Router) and not self.stack[layer].shared:
+                # Part after part: what a deeper one reads depends on what the first one chooses.
+                for part in range(len(self.router.parts)):
+                    self.router.set_row(f"{layer}/{name}", part, self._features(encoded, part))
 
     def remove_adapter(self, layer: str, name: str) -> None:
         """Takes an adapter, and its row of the router, out of the live stack."""
@@ -265,8 +280,7 @@ class MoLoRAModel(nn.Module):
     def set_router(self, router: Router | VocabularyRouter | None) -> None:
         """Gives the stack another router, made for its rows."""
         if router is not None:
-            hidden = self.config.get_text_config().hidden_size
-            router.check(router_rows(self.stack), hidden, len(decoder_layers(self.base)[1]))
+            _check_router(router, self.stack, self.base)
             device = self.base.get_input_embeddings().weight.device
             router.to(device).train(self.training and self.router is router)
         self.router = router
@@ -294,26 +308,8 @@ class MoLoRAModel(nn.Module):
 
     def _load(self, path: str | Path) -> Adapter:
         adapter = Adapter.load(path)
-        self._check(adapter)
+        _check_fits(adapter, self.base, str(self.base_name))
         return adapter
-
-    def _check(self, adapter: Adapter) -> None:
-        def weight(name: str) -> torch.Tensor | None:
-            try:
-                return self.base.get_submodule(name.removesuffix(".weight")).weight.detach()  # type: ignore[union-attr]
-            except AttributeError:
-                return None
-
-        adapter.check_fits(self._sizes(), weight, str(self.base_name or "this base"))
-
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of every linear module of the base, by its name in the base."""
-        sizes = {}
-        for name, module in self.base.named_modules():
-            size = linear_size(module)
-            if size is not None:
-                sizes[name.removesuffix(".base_layer")] = size
-        return sizes
 
     def _wrapped(self, name: str) -> MoLoRALinear:
         module = self.base.get_submodule(name)
@@ -325,7 +321,7 @@ class MoLoRAModel(nn.Module):
                 if inside
                 else self.config.get_text_config().num_hidden_layers
             )
-            module = MoLoRALinear.from_base(module, self.routing, index)
+            module = MoLoRALinear.from_base(module, self.routing, index).eval()
             parent, _, child = name.rpartition(".")
             setattr(self.base.get_submodule(parent), child, module)
         return module
@@ -353,23 +349,55 @@ class MoLoRAModel(nn.Module):
             plan, names=self.slots.names, columns=columns, logits=list(state.logits), rows=rows, real=state._real
         )
 
-    def _last_route(self) -> list[tuple[str, str | None, float]]:
+    def _route_at(self, position: int) -> list[tuple[str, str | None, float]]:
+        """The route of a token of the forward that just ran, by its position in its (only) sequence."""
         plan = self.routing.plans[-1]
         assert plan is not None
+        index = position - int(self.routing.first)
         columns = [layer.name for layer in self.routing.layers for _ in range(layer.top_k)]
-        return read_plan(plan.slots[0, -1], plan.weights[0, -1], self.slots.names, columns)
+        return read_plan(plan.slots[0, index], plan.weights[0, index], self.slots.names, columns)
+
+    def _encode_examples(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        if not isinstance(self.router, Router):
+            raise SelectionError("examples need a learned router.")
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise SelectionError("examples must be a list of texts, at least one and none of them empty.")
+        return [self.encode(text) for text in texts]
 
     @torch.no_grad()
-    def _examples(self, texts: Sequence[str]) -> list[torch.Tensor]:
-        """For each part of the router, its features q [tokens, hidden] over ``texts``, without adapters."""
-        if not isinstance(self.router, Router) or not texts:
-            raise SelectionError("examples need a learned router and at least one text.")
-        found: list[list[torch.Tensor]] = [[] for _ in self.router.parts]
-        everything = {layer.name: list(layer.adapters) for layer in self.stack.layers if not layer.shared}
-        for text in texts:
-            with self.routing.active(self._resolve(everything)):
-                self.base(**self.encode(text), use_cache=False)
-                for part, q in zip(found, self.routing.features, strict=True):
-                    if q is not None:
-                        part.append(q[0])
-        return [torch.cat(part) for part in found]
+    def _features(self, encoded: Sequence[dict[str, torch.Tensor]], part: int) -> torch.Tensor:
+        """A part's features q [tokens, hidden] over texts, routed by the parts before it."""
+        choices = {layer.name: list(layer.adapters) for layer in self.stack.layers if not layer.shared}
+        found = []
+        for inputs in encoded:
+            with self.routing.active(lambda: self._resolve(choices)):
+                self.base(**inputs, use_cache=False)
+                q = self.routing.features[part]
+                assert q is not None
+                found.append(q[0])
+        return torch.cat(found)
+
+
+def _linear_sizes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear module, by its name in the base before it was wrapped."""
+    sizes = {}
+    for name, module in base.named_modules():
+        size = linear_size(module)
+        if size is not None:
+            sizes[name.removesuffix(".base_layer")] = size
+    return sizes
+
+
+def _check_fits(adapter: Adapter, base: PreTrainedModel, name: str) -> None:
+    def weight(module: str) -> torch.Tensor | None:
+        try:
+            return base.get_submodule(module.removesuffix(".weight")).weight.detach()
+        except AttributeError:
+            return None
+
+    adapter.check_fits(_linear_sizes(base), weight, name)
+
+
+def _check_router(router: Router | VocabularyRouter, stack: Stack, base: PreTrainedModel) -> None:
+    config = base.config.get_text_config()
+    router.check(router_rows(stack), config.hidden_size, len(decoder_layers(base)[1]), config.vocab_size)

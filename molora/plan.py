@@ -30,9 +30,9 @@ class RoutingPlan:
         S = self.slots.shape[-1]
         return dispatch(self.slots.reshape(-1, S), self.weights.reshape(-1, S), uniform=self.uniform, unit=self.unit)
 
-    def last(self, tokens: int) -> "RoutingPlan":
-        """The plan of the last ``tokens`` tokens of each sequence."""
-        return RoutingPlan(self.slots[:, -tokens:], self.weights[:, -tokens:], self.uniform, self.unit)
+    def at(self, positions: slice | torch.Tensor) -> "RoutingPlan":
+        """The plan of some positions of each sequence."""
+        return RoutingPlan(self.slots[:, positions], self.weights[:, positions], self.uniform, self.unit)
 
 
 def forced_plan(selection: ResolvedSelection, tokens: int) -> RoutingPlan:
@@ -96,4 +96,6 @@ def _choose(
     slots = slots.masked_fill(~allowed.expand_as(p).gather(-1, choice), -1)
     if mode == "softmax":
         return slots, top / top.sum(-1, keepdim=True)
+    # At full weight, what the router holds for worse than none must not act either.
+    slots = slots.masked_fill(logits.gather(-1, choice) < logits[..., -1:], -1)
     return slots, 1 + (top - top.detach()) if straight_through else torch.ones_like(top)

@@ -1,6 +1,6 @@
 """The router: for each token, from its own causal past, logits over the stack's candidates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -36,20 +36,22 @@ class RouterConfig:
     learn_decays: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.reads, Sequence):
+        if isinstance(self.reads, list | tuple):
             object.__setattr__(self, "reads", tuple(self.reads))
         object.__setattr__(self, "decays", tuple(self.decays))
         points = self.points
+        if not points or not all(isinstance(point, int) and not isinstance(point, bool) for point in points):
+            raise ConfigError(f"reads must be 0, a layer, or (0, layer), not {self.reads!r}.")
         if list(points) != sorted(set(points)) or min(points) < 0 or not (len(points) == 1 or points[0] == 0):
             raise ConfigError(f"reads must be 0, a layer, or (0, layer), not {self.reads!r}.")
         if len(points) > 2:
             raise ConfigError(f"reads takes at most two points, not {self.reads!r}.")
         if self.weights not in ("unit", "softmax"):
             raise ConfigError(f"weights must be 'unit' or 'softmax', not {self.weights!r}.")
-        if not all(0 < decay < 1 for decay in self.decays):
+        if not all(isinstance(decay, int | float) and 0 < decay < 1 for decay in self.decays):
             raise ConfigError(f"decays must lie between 0 and 1, not {self.decays!r}.")
-        if self.width < 1 or self.hidden < 1:
-            raise ConfigError("width and hidden must be at least 1.")
+        if not all(isinstance(size, int) and size >= 1 for size in (self.width, self.hidden)):
+            raise ConfigError(f"width and hidden must be whole numbers from 1, not {self.width!r}, {self.hidden!r}.")
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -61,10 +63,27 @@ class RouterConfig:
         if set(data) - known:
             unknown = ", ".join(sorted(set(data) - known))
             raise ConfigError(f"Unknown router setting {unknown}; known: {', '.join(sorted(known))}.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**values)
 
 
-class RouterPart(nn.Module):
+class _Float32(nn.Module):
+    """Stays in float32 when the model around it is cast: a route is a comparison of near numbers."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            tensor.data = tensor.data.float()
+        return self
+
+
+class _Linear32(nn.Linear, _Float32):
+    """A linear module that stays in float32."""
+
+
+class RouterPart(_Float32):
     """One two-layer MLP that reads at one point of the model.
 
     z = P (x - mean) / std;  u = [z, averages of z];  q = SiLU(W1 u + b1);  logits = W2 q + b2.
@@ -76,11 +95,12 @@ class RouterPart(nn.Module):
         self.width = config.width
         self.mean = nn.Buffer(torch.zeros(hidden_size))
         self.std = nn.Buffer(torch.ones(hidden_size))
-        self.project = nn.Linear(hidden_size, config.width, bias=False)
+        self.project = _Linear32(hidden_size, config.width, bias=False)
         self.decay_logits = nn.Parameter(torch.logit(torch.tensor(config.decays)), requires_grad=config.learn_decays)
-        self.input = nn.Linear((1 + len(config.decays)) * config.width, config.hidden)
-        self.output = nn.Linear(config.hidden, rows)
+        self.input = _Linear32((1 + len(config.decays)) * config.width, config.hidden)
+        self.output = _Linear32(config.hidden, rows)
         self.table: torch.Tensor | None = None  # [vocabulary, width], folded projection of every embedding
+        self.register_load_state_dict_post_hook(lambda part, _: setattr(part, "table", None))
 
     @property
     def decays(self) -> torch.Tensor:
@@ -92,7 +112,7 @@ class RouterPart(nn.Module):
 
     def read_ids(self, input_ids: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         """z of token ids [batch, tokens], by the folded table outside training."""
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             return self.read(embedding(input_ids).detach())
         if self.table is None or self.table.device != input_ids.device:
             self.fold(embedding, input_ids.device)
@@ -102,16 +122,19 @@ class RouterPart(nn.Module):
     @torch.no_grad()
     def fold(self, embedding: nn.Module, device: torch.device) -> None:
         """Everything before the MLP is linear in the embedding: one row for each token id."""
-        count = embedding.num_embeddings  # type: ignore[attr-defined]
-        blocks = [self.read(embedding(ids)) for ids in torch.arange(count, device=device).split(8192)]
-        self.table = torch.cat(blocks)  # type: ignore[arg-type]
+        count = int(embedding.num_embeddings)  # type: ignore[arg-type]
+        self.table = torch.cat([self.read(embedding(ids)) for ids in torch.arange(count, device=device).split(8192)])
 
     def train(self, mode: bool = True) -> "RouterPart":
         self.table = None  # what it folds may change
         return super().train(mode)
 
-    def new_memory(self, batch: int) -> Memory:
-        return Memory(batch, self.width, self.decays.detach())
+    def signature(self) -> object:
+        """What a memory must have been filled by to be gone on with."""
+        return self.reads, self.width, tuple(self.decays.tolist())
+
+    def new_memory(self, batch: int, owner: object) -> Memory:
+        return Memory(batch, self.width, self.decays.detach(), owner)
 
     def features(self, z: torch.Tensor, real: torch.Tensor, memory: Memory | None) -> torch.Tensor:
         """q [batch, tokens, hidden] of z [batch, tokens, width] and of ``memory`` (None: empty), which is advanced."""
@@ -151,7 +174,11 @@ class Router(nn.Module):
     def weights(self) -> str:
         return self.config.weights
 
-    def check(self, rows: Sequence[str], hidden_size: int, layers: int) -> None:
+    @property
+    def _parts(self) -> list[Any]:
+        return list(self.parts)
+
+    def check(self, rows: Sequence[str], hidden_size: int, layers: int, vocabulary: int) -> None:
         """Checks that this router is one for the given candidates and base.
 
         Raises:
@@ -168,32 +195,45 @@ class Router(nn.Module):
             raise RouterError(f"This router reads at layer {max(self.points)}, and the base has {layers} layers.")
 
     @torch.no_grad()
-    def add_row(self, name: str, examples: Sequence[torch.Tensor] | None = None) -> None:
-        """Adds a row. Without ``examples`` "auto" never chooses it; with them it is computed without training.
+    def add_row(self, name: str) -> None:
+        """Adds a row that "auto" never chooses, until it is trained or :meth:`set_row` gives it weights."""
+        for part in self._parts:
+            weight, bias = part.output.weight, part.output.bias
+            self._set(
+                part,
+                torch.cat([weight, weight.new_zeros(1, weight.shape[1])]),
+                nn.functional.pad(bias, (0, 1), value=NEVER),
+            )
+        self.rows.append(name)
+
+    @torch.no_grad()
+    def set_row(self, name: str, index: int, q: torch.Tensor) -> None:
+        """Computes a row of one part from examples, without training.
+
+        It points along the mean of the examples' features, with the mean norm of the layer's other rows, and is
+        biased to win on them by 1 on average.
 
         Args:
-            name: the row's name.
-            examples: for each part q [tokens, hidden] of the new adapter's own data. The row points along their mean,
-                with the norm of the layer's other rows, and is biased to win on them by 1 on average.
+            name: the row.
+            index: of the part.
+            q: [tokens, hidden], the part's features on the new adapter's own data.
         """
-        layer = name.split("/")[0]
-        peers = [i for i, row in enumerate(self.rows) if row.split("/")[0] == layer]
-        for index, part in enumerate(self.parts):
-            weight = part.output.weight.new_zeros(part.output.in_features)
-            bias = part.output.bias.new_tensor(NEVER)
-            if examples is not None:
-                q = examples[index].to(weight)
-                others = part.output(q)[:, peers].amax(1).mean() if peers else weight.new_zeros(())
-                norm = part.output.weight[peers].norm(dim=1).mean() if peers else weight.new_ones(())
-                weight = nn.functional.normalize(q.mean(0), dim=0) * norm
-                bias = others - (q @ weight).mean() + 1
-            self._set(part, torch.cat([part.output.weight, weight[None]]), torch.cat([part.output.bias, bias[None]]))
-        self.rows.append(name)
+        layer, own = name.split("/")[0], self.rows.index(name)
+        part = self._parts[index]
+        weight, bias = part.output.weight, part.output.bias
+        q = q.to(weight)
+        peers = [i for i, row in enumerate(self.rows) if row.split("/")[0] == layer and i != own]
+        known = [i for i in peers if float(bias[i]) > NEVER / 2]
+        norm = weight[known].norm(dim=1).mean() if known else weight.new_ones(())
+        row = nn.functional.normalize(q.mean(0), dim=0) * norm.clamp_min(1e-3)
+        others = part.output(q)[:, known].amax(1).mean() if known else weight.new_zeros(())
+        weight[own] = row
+        bias[own] = others - (q @ row).mean() + 1
 
     @torch.no_grad()
     def remove_row(self, name: str) -> None:
         keep = [i for i, row in enumerate(self.rows) if row != name]
-        for part in self.parts:
+        for part in self._parts:
             self._set(part, part.output.weight[keep], part.output.bias[keep])
         self.rows.remove(name)
 
@@ -203,7 +243,7 @@ class Router(nn.Module):
         part.output.weight, part.output.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
-class VocabularyPart(nn.Module):
+class VocabularyPart(_Float32):
     """Routes by token id alone: its z is the logits themselves."""
 
     reads = 0
@@ -218,8 +258,11 @@ class VocabularyPart(nn.Module):
     def read_ids(self, input_ids: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         return nn.functional.embedding(input_ids, self.table)
 
-    def new_memory(self, batch: int) -> Memory:
-        return Memory(batch, self.table.shape[1], self.table.new_zeros(0))
+    def signature(self) -> object:
+        return "vocabulary", self.table.shape[1]
+
+    def new_memory(self, batch: int, owner: object) -> Memory:
+        return Memory(batch, self.table.shape[1], self.table.new_zeros(0), owner)
 
     def features(self, z: torch.Tensor, real: torch.Tensor, memory: Memory | None) -> torch.Tensor:
         if memory is not None:
@@ -243,31 +286,49 @@ class VocabularyRouter(nn.Module):
     weights = "unit"
     points = (0,)
 
-    def __init__(self, rules: Mapping[str, Iterable[Any]], rows: Sequence[str], vocabulary: int) -> None:
+    def __init__(self, rules: Mapping[str, Sequence[Any]], rows: Sequence[str], vocabulary: int) -> None:
         super().__init__()
         self.rows = list(rows)
-        self.rules = {name: list(spans) for name, spans in rules.items()}
-        table = torch.zeros(vocabulary, len(self.rows))
+        if not isinstance(vocabulary, int) or vocabulary < 1 or not isinstance(rules, Mapping):
+            raise RouterError(
+                "A vocabulary router needs rules {'layer/adapter': [ids and ranges]} and a vocabulary size."
+            )
+        self.rules = {name: _spans(name, spans, vocabulary) for name, spans in rules.items()}
+        table = torch.full((vocabulary, len(self.rows)), NEVER)
+        nulls = [i for i, row in enumerate(self.rows) if row.endswith("/none")]
+        table[:, nulls] = NEVER / 2  # above every adapter that no rule gives
         for name, spans in self.rules.items():
             if name not in self.rows:
                 raise RouterError(f"A vocabulary rule names {name!r}; the stack has {', '.join(self.rows)}.")
-            for span in spans:
-                first, last = (span, span) if isinstance(span, int) else span
-                if not 0 <= first <= last < vocabulary:
-                    raise RouterError(f"The rule of {name!r} has {span!r}; token ids go from 0 to {vocabulary - 1}.")
-                same_layer = [i for i, row in enumerate(self.rows) if row.split("/")[0] == name.split("/")[0]]
-                table[first : last + 1, same_layer] = NEVER
+            layer = name.split("/")[0]
+            others = [i for i, row in enumerate(self.rows) if row.split("/")[0] == layer and i not in nulls]
+            for first, last in spans:
+                table[first : last + 1, others] = NEVER
                 table[first : last + 1, self.rows.index(name)] = 0
-        unruled = [i for i, row in enumerate(self.rows) if not row.endswith("/none")]
-        for layer in {row.split("/")[0] for row in self.rows}:
-            columns = [i for i, row in enumerate(self.rows) if row.split("/")[0] == layer]
-            untouched = (table[:, columns] == 0).all(1)
-            table[untouched.nonzero(), [i for i in columns if i in unruled]] = NEVER
         self.parts = nn.ModuleList([VocabularyPart(table)])
+        self.vocabulary = vocabulary
 
-    def check(self, rows: Sequence[str], hidden_size: int, layers: int) -> None:
+    def check(self, rows: Sequence[str], hidden_size: int, layers: int, vocabulary: int) -> None:
+        """As :meth:`Router.check`."""
         if sorted(self.rows) != sorted(rows):
             raise RouterError(f"This router was made for {', '.join(self.rows)}; the stack has {', '.join(rows)}.")
+        if self.vocabulary < vocabulary:
+            raise RouterError(f"This router knows {self.vocabulary} token ids, and the base has {vocabulary}.")
+
+
+def _spans(name: str, spans: Any, vocabulary: int) -> list[tuple[int, int]]:
+    """Ids and [first, last] ranges as ranges. Raises RouterError for what is neither or out of the vocabulary."""
+    found = []
+    for span in spans if isinstance(spans, list | tuple | range | set) else [spans]:
+        pair = [span, span] if isinstance(span, int) else span
+        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(id_, int) for id_ in pair)
+        if not whole or not isinstance(spans, list | tuple | range | set) or not 0 <= pair[0] <= pair[1] < vocabulary:
+            raise RouterError(
+                f"The rule of {name!r} has {span!r}; give token ids and [first, last] ranges between 0 and "
+                f"{vocabulary - 1}."
+            )
+        found.append((pair[0], pair[1]))
+    return found
 
 
 def balance_loss(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

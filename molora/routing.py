@@ -1,7 +1,7 @@
 """What one forward of a routed model shares: it routes the tokens once, and every module reads the plan from here."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,9 @@ class RoutingState:
         self.logits: list[torch.Tensor | None] = []  # by part of the router, [batch, tokens, rows]
         self.features: list[torch.Tensor | None] = []  # by part, q [batch, tokens, hidden]
         self.lock = threading.RLock()
+        self.kept: slice | torch.Tensor = slice(None)  # positions whose hidden states reach the head
+        self.first: Any = 0  # position of the first token of the forward in its sequence
+        self._owners: list[object] = []
         self._boundary: int | None = None
         self._real: torch.Tensor | None = None
         self._memories: list[Memory] | None = None
@@ -56,6 +59,7 @@ class RoutingState:
             hook.remove()
         del self._hooks[1:]
         self.router = router
+        self._owners = [part.signature() for part in router.parts] if router else []  # type: ignore[operator]
         self._boundary = (max(router.points) or None) if router else None
         if self._boundary is not None:
             layer = decoder_layers(self.base)[1][self._boundary]
@@ -67,10 +71,21 @@ class RoutingState:
             return None
         return self.plans[0 if self._boundary is None or layer < self._boundary else 1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+
     @contextmanager
-    def active(self, selection: ResolvedSelection) -> Iterator[None]:
-        """Forwards within run under ``selection``. One thread at a time: others wait."""
+    def active(self, resolve: Callable[[], ResolvedSelection]) -> Iterator[None]:
+        """Forwards within run under the selection that ``resolve`` gives. One thread at a time: others wait.
+
+        It is asked when the turn has come: the stack may have changed while waiting.
+        """
         with self.lock:
+            selection = resolve()
             before, self.selection = self.selection, selection
             try:
                 yield
@@ -85,16 +100,20 @@ class RoutingState:
             self.plans = []
             return None
         if args:
-            kwargs["input_ids"], args = args[0], args[1:]
+            kwargs["input_ids"] = args[0]
+            args = args[1:]
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
         if source is None:
             raise BaseModelError("Give input_ids or inputs_embeds.")
         batch, tokens = source.shape[:2]
         cache = self._cache(kwargs)
+        self.first = cache.get_seq_length() if cache is not None else 0
+        keep = kwargs.get("logits_to_keep", 0)
+        self.kept = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
         self._real = real_tokens(kwargs.get("attention_mask"), batch, tokens, cache, source.device)
         self._current = self.selection.expand(batch).to(source.device)
-        parts = self.router.parts if self.router is not None else ()
+        parts: Any = self.router.parts if self.router is not None else ()
         self.logits, self.features = [None] * len(parts), [None] * len(parts)
         self._memories = self._find_memories(cache, batch)
         forced = forced_plan(self._current, tokens)
@@ -126,23 +145,28 @@ class RoutingState:
         logits = part(q)
         self.features[index], self.logits[index] = q, logits
         through = self.router.training and torch.is_grad_enabled()
-        return route(logits, self.router.rows, self.layers, self._current, self.router.weights, through)
+        plan = route(logits, self.router.rows, self.layers, self._current, self.router.weights, through)
+        if through:
+            plan.dispatch  # noqa: B018 - made here, so that a layer that is run again for its gradient finds it made
+        return plan
 
     def _cache(self, kwargs: dict[str, Any]) -> Cache | None:
         """The cache of this forward; made here where the model would make it, so that it can carry the memory."""
         config = self.base.config
         use = kwargs.get("use_cache")
         use = getattr(config.get_text_config(), "use_cache", True) if use is None else use
-        if kwargs.get("past_key_values") is None and use and self.router is not None and not self.base.training:
+        learning = self.base.training or (self.router is not None and self.router.training and torch.is_grad_enabled())
+        if kwargs.get("past_key_values") is None and use and self.router is not None and not learning:
             kwargs["past_key_values"] = DynamicCache(config=config)
         return kwargs.get("past_key_values")
 
     def _find_memories(self, cache: Cache | None, batch: int) -> list[Memory] | None:
         if cache is None or self.router is None:
             return None
-        memories = memories_of(cache, batch)
+        memories = memories_of(cache, batch, self._owners)
         if memories is None or any(len(memory) == 0 for memory in memories):
-            memories = [part.new_memory(batch) for part in self.router.parts]  # type: ignore[operator]
+            parts: Any = self.router.parts
+            memories = [part.new_memory(batch, owner) for part, owner in zip(parts, self._owners, strict=True)]
             if hasattr(cache, "routing_memories"):
                 cache.routing_memories = memories
             else:

@@ -45,10 +45,13 @@ def load(folder: str | Path) -> Saved:
     known = {"format", "base", "stack", "router"}
     if not isinstance(manifest, dict) or set(manifest) != known:
         raise StackError(f"{path / MANIFEST} must have the keys {', '.join(sorted(known))}.")
+    base = manifest["base"]
+    if not isinstance(base, dict) or not isinstance(base.get("name"), str):
+        raise StackError(f"{path / MANIFEST}: base must be {{name: ..., revision: ...}}, not {base!r}.")
     if manifest["format"] != FORMAT:
         raise StackError(f"{path / MANIFEST} has format {manifest['format']!r}; this version reads {FORMAT}.")
     stack = Stack.from_dict(manifest["stack"], path)
-    return Saved(manifest["base"]["name"], stack, _load_router(path, manifest["router"]))
+    return Saved(base["name"], stack, _load_router(path, manifest["router"]))
 
 
 def _find(folder: str | Path) -> Path:
@@ -69,7 +72,14 @@ def _find(folder: str | Path) -> Path:
 def _load_router(path: Path, entry: Any) -> Router | VocabularyRouter | None:
     if entry is None:
         return None
-    if entry.get("kind") == "vocabulary":
+    kinds = {"vocabulary": {"kind", "rules", "rows", "vocabulary"}, "mlp": {"kind", "config", "rows", "hidden_size"}}
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if kind not in kinds or set(entry) != kinds[kind]:
+        known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in kinds.items())
+        raise RouterError(
+            f"{path / MANIFEST}: the router, of kind {kind!r}, must be null or have the keys of its kind ({known})."
+        )
+    if kind == "vocabulary":
         return VocabularyRouter(entry["rules"], entry["rows"], entry["vocabulary"])
     router = Router(RouterConfig.from_dict(entry["config"]), entry["rows"], entry["hidden_size"])
     try:
@@ -109,7 +119,12 @@ def save(
         _write(work / "new", base, stack, router, sources)
         if target.exists():
             os.replace(target, work / "old")
-        os.replace(work / "new", target)
+        try:
+            os.replace(work / "new", target)
+        except OSError:
+            if (work / "old").exists():
+                os.rename(work / "old", target)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -129,8 +144,7 @@ def _write(
             layer["adapters"][name] = place.as_posix()
     entry: dict[str, Any] | None = None
     if isinstance(router, VocabularyRouter):
-        vocabulary = router.parts[0].table.shape[0]  # type: ignore[union-attr]
-        entry = {"kind": "vocabulary", "rules": router.rules, "rows": router.rows, "vocabulary": vocabulary}
+        entry = {"kind": "vocabulary", "rules": router.rules, "rows": router.rows, "vocabulary": router.vocabulary}
     elif router is not None:
         config = asdict(router.config)
         entry = {"kind": "mlp", "config": config, "rows": router.rows, "hidden_size": router.hidden_size}

@@ -1,6 +1,6 @@
 """Selections: which adapters may act on each sequence, turned into masks that the router and the plan read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,12 +85,15 @@ class ResolvedSelection:
             return self
         if batch % count:
             raise SelectionError(f"{count} selections were given for a batch of {batch} sequences.")
-        parts = (tensor.repeat_interleave(batch // count, 0) for tensor in (self.allowed, self.forced, self.routed))
-        return ResolvedSelection(*parts, self.any_routed, self.uniform)
+        return self._map(lambda tensor: tensor.repeat_interleave(batch // count, 0))
 
     def to(self, device: torch.device) -> "ResolvedSelection":
-        parts = (tensor.to(device) for tensor in (self.allowed, self.forced, self.routed))
-        return ResolvedSelection(*parts, self.any_routed, self.uniform)
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ResolvedSelection":
+        return ResolvedSelection(
+            change(self.allowed), change(self.forced), change(self.routed), self.any_routed, self.uniform
+        )
 
 
 def resolve(
@@ -101,6 +104,8 @@ def resolve(
     Raises:
         SelectionError: an unknown layer or adapter, a wrong type, "auto" without a router.
     """
+    if selection is not None and (isinstance(selection, str) or not isinstance(selection, Mapping | Sequence)):
+        raise SelectionError(f"A selection maps layers to choices; {selection!r} does not.")
     many = [selection or {}] if selection is None or isinstance(selection, Mapping) else list(selection)
     if not many:
         raise SelectionError("An empty list of selections was given: give one for each sequence, or one for all.")

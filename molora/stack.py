@@ -52,11 +52,15 @@ class StackLayer:
         if not isinstance(self.adapters, Mapping):
             raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")
         self.adapters = {check_name(name, "an adapter"): path for name, path in self.adapters.items()}
+        if not all(isinstance(path, str | Path) and str(path) for path in self.adapters.values()):
+            raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")
+        if not isinstance(self.shared, bool):
+            raise StackError(f"Layer {self.name!r}: shared must be true or false, not {self.shared!r}.")
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
             raise StackError(f"Layer {self.name!r}: top_k must be a whole number from 1, not {self.top_k!r}.")
         if self.shared and self.default == AUTO:
             self.default = None
-        if self.default not in (AUTO, None) and self.default not in self.adapters:
+        if self.default not in (AUTO, None) and self.default not in list(self.adapters):
             raise StackError(f"Layer {self.name!r}: its default {self.default!r} is none of its adapters.")
 
 
@@ -108,7 +112,7 @@ class Stack:
                 raise StackError(f"A layer has the keys {', '.join(sorted(known))}, not {entry!r}.")
             entry = dict(entry)
             adapters = entry.pop("adapters", None) or {}
-            if not isinstance(adapters, Mapping):
+            if not isinstance(adapters, Mapping) or not all(isinstance(path, str) for path in adapters.values()):
                 raise StackError(f"Layer {entry['name']!r}: adapters must map names to folders.")
             if folder is not None:
                 adapters = {name: _locate(folder, path) for name, path in adapters.items()}
@@ -135,7 +139,7 @@ class Stack:
         path = Path(file)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise StackError(f"{file} is not a readable stack file ({error}).") from error
         return cls.from_dict(data, path.parent)
 

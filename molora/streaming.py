@@ -16,19 +16,21 @@ _END = object()
 
 
 class _RouteStreamer(BaseStreamer):
-    """Hands over (token id, route) as ``generate`` produces tokens."""
+    """Hands over (token id, route) as ``generate`` produces tokens.
 
-    def __init__(self, route: Callable[[], Route], out: "queue.Queue[Any]") -> None:
+    A token's route is that of the position it was predicted from; one step may bring several (prompt lookup).
+    """
+
+    def __init__(self, route: Callable[[int], Route], out: "queue.Queue[Any]") -> None:
         self.route = route
         self.out = out
-        self.prompt = True
+        self.seen = 0  # tokens so far, the prompt's first
 
     def put(self, value: torch.Tensor) -> None:
-        if self.prompt:
-            self.prompt = False
-            return
-        for token in value.flatten().tolist():
-            self.out.put((token, self.route()))
+        if self.seen:
+            for offset, token in enumerate(value.flatten().tolist()):
+                self.out.put((token, self.route(self.seen - 1 + offset)))
+        self.seen += value.numel()
 
     def end(self) -> None:
         pass
@@ -43,29 +45,47 @@ class _Stop(StoppingCriteria):
 
 
 class TextDecoder:
-    """Token ids -> text, holding back what is not yet a whole character."""
+    """Token ids -> text, holding back what is not yet a whole character.
+
+    Only the last few tokens are decoded anew: those since the second last place at which the text was whole, because
+    some decoders write a word differently at a beginning.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.shown = 0  # characters of the current piece already given out
+        self.before = 0  # where decoding begins
+        self.given = 0  # tokens whose text is given out
 
     def push(self, token: int) -> str:
+        """The text that is whole with this token."""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.rest()
         if text.endswith("\ufffd"):
             return ""
-        new = text[self.shown :]
-        self.shown = len(text)
-        if text.endswith("\n"):  # a safe place to begin anew, so that decoding stays linear
-            self.ids, self.shown = [], 0
-        return new
+        self.before, self.given = self.given, len(self.ids)
+        return text
+
+    def rest(self) -> str:
+        """The text that is not given out yet, whole or not."""
+        given = self._decode(self.ids[self.before : self.given])
+        return self._decode(self.ids[self.before :])[len(given) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def stream(
-    generate: Callable[..., Any], route: Callable[[], Route], tokenizer: Any, inputs: dict[str, Any]
+    generate: Callable[..., Any], route: Callable[[int], Route], tokenizer: Any, inputs: dict[str, Any]
 ) -> Iterator[StreamedToken]:
-    """Runs ``generate(**inputs)`` in a thread and yields its tokens. Closing the iterator stops it."""
+    """Runs ``generate(**inputs)`` in a thread and yields its tokens. Closing the iterator stops it.
+
+    Args:
+        generate: called with ``inputs`` and a streamer.
+        route: the route of a position of the sequence, asked right after the forward that read it.
+        tokenizer: None: tokens have no text.
+        inputs: input_ids [1, tokens] and the options of generate.
+    """
     out: queue.Queue[Any] = queue.Queue()
     stop = _Stop()
     inputs["stopping_criteria"] = StoppingCriteriaList([*(inputs.get("stopping_criteria") or []), stop])
@@ -79,12 +99,22 @@ def stream(
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    decoder = TextDecoder(tokenizer)
+    decoder = TextDecoder(tokenizer) if tokenizer is not None else None
+    held: tuple[int, Route] | None = None  # a token whose character may still be completed by the next
     try:
         while (item := out.get()) is not _END:
             if isinstance(item, BaseException):
                 raise item
-            yield StreamedToken(item[0], decoder.push(item[0]), item[1])
+            if held is not None:
+                yield StreamedToken(held[0], "", held[1])
+                held = None
+            text = decoder.push(item[0]) if decoder is not None else ""
+            if decoder is not None and decoder.given < len(decoder.ids):
+                held = item
+            else:
+                yield StreamedToken(item[0], text, item[1])
+        if held is not None and decoder is not None:
+            yield StreamedToken(held[0], decoder.rest(), held[1])
     finally:
         stop.asked.set()
         thread.join()

@@ -17,18 +17,18 @@ from peft import LoraConfig, get_peft_model
 
 torch.set_num_threads(1)
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8),
@@ -76,7 +76,11 @@ def adapters(base: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPa
         "math": {},
         "code": {"r": 8, "lora_alpha": 8, "use_rslora": True},
         "sage": {"r": 1, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-        "ada": {"r": 3, "rank_pattern": {"down_proj": 5, "layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+        "ada": {
+            "r": 3,
+            "rank_pattern": {"down_proj": 5, "layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"o_proj": 3},
+        },
     }
     return {name: write_adapter(base, root / name, seed, **kind) for seed, (name, kind) in enumerate(kinds.items(), 1)}
 

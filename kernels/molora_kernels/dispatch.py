@@ -23,6 +23,11 @@ class Dispatch:
     everywhere: bool
 
     @property
+    def unit(self) -> bool:
+        """Every weight is 1."""
+        return all(group.weights is None for group in self.groups)
+
+    @property
     def slots(self) -> tuple[int, ...]:
         return tuple(group.slot for group in self.groups)
 

@@ -39,6 +39,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Mapping[int, Factors], p
         h = (x if group.tokens is None else x[group.tokens]) @ A.T  # [N, R]
         if group.weights is not None:
             h = h * group.weights.to(h.dtype).unsqueeze(1)
+        if h.dtype != y.dtype or B.dtype != y.dtype:  # under autocast
+            h, B = h.to(y.dtype), B.to(y.dtype)
         if torch.is_grad_enabled() and (h.requires_grad or y.requires_grad):
             y = torch.addmm(y, h, B) if group.tokens is None else y.index_add(0, group.tokens, h @ B)
         elif group.tokens is None:

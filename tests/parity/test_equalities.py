@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel
-from tests.conftest import FAMILIES, make_base, write_adapter
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora.router import Router
+from tests.conftest import FAMILIES, make_base, write_adapter
 
 
 def make_stack(adapters: dict[str, Path], **layer: Any) -> Stack:
@@ -142,7 +141,7 @@ def test_cached_generation_is_full_recomputation(
 ) -> None:
     model = make_routed(base, adapters, **ROUTED[kind])
     selection = {"personality": "sage", "domain": "auto", "user": ["ada"]}
-    options = dict(max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cached = model.generate(input_ids=ids, selection=selection, **options)
     full = model.generate(input_ids=ids, selection=selection, use_cache=False, **options)
     assert torch.equal(cached.sequences, full.sequences)
@@ -179,12 +178,15 @@ def test_padded_batch_of_different_selections_is_each_alone(
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         mask[row, -length:] = 1
-    options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     if static:
         options.update(cache_implementation="static", disable_compile=True)
-    batch = model.generate(
-        input_ids=ids * mask, attention_mask=mask, selection=selections, **options
-    )
+    batch = model.generate(input_ids=ids * mask, attention_mask=mask, selection=selections, **options)
     for row, (length, selection) in enumerate(zip(lengths, selections, strict=True)):
         alone = model.generate(input_ids=ids[row : row + 1, -length:], selection=selection, **options)
         n = alone.sequences.shape[1] - length

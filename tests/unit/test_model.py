@@ -227,7 +227,9 @@ def test_autocast_is_pefts(base: Any, adapters: dict[str, Path], ids: torch.Tens
         expected = peft(ids).logits
         found = model(ids, selection={"personality": None, "domain": "code"}).logits
         model(ids)
-    close(found.float(), expected.float(), 3e-2)
+    exact = peft(ids).logits
+    assert found.dtype == expected.dtype
+    assert (found - exact).square().mean() <= 3 * (expected - exact).square().mean()
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
         model.train()(ids, labels=ids).loss.backward()
 

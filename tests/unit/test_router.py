@@ -92,7 +92,7 @@ def test_features_are_the_formula(ids: torch.Tensor) -> None:
 def test_features_with_a_memory_are_those_of_the_whole() -> None:
     part = part_of(make_router())
     z, real = torch.randn(2, 12, 8), torch.ones(2, 12, dtype=torch.bool)
-    memory = part.new_memory(2)
+    memory = part.new_memory(2, part.signature())
     assert isinstance(memory, Memory)
     pieces = [part.features(piece, real[:, : piece.shape[1]], memory) for piece in z.split([5, 1, 6], 1)]
     assert torch.allclose(torch.cat(pieces, 1), part.features(z, real, None), atol=1e-5)
@@ -117,7 +117,9 @@ def test_a_row_from_examples_wins_on_them(reads: Any) -> None:
     router = make_router(reads=reads)
     examples = [torch.randn(20, 16).abs() * 0.1 + 1 for _ in router.parts]
     before = [part(q) for part, q in zip(router.parts, examples, strict=True)]
-    router.add_row("domain/law", examples)
+    router.add_row("domain/law")
+    for index, q in enumerate(examples):
+        router.set_row("domain/law", index, q)
     for part, q, old in zip(router.parts, examples, before, strict=True):
         logits = part(q)
         assert torch.allclose(logits[..., :3], old)
@@ -195,13 +197,13 @@ def test_settings_from_a_dict() -> None:
 
 def test_a_router_for_something_else() -> None:
     router = make_router(reads=2)
-    router.check(ROWS[::-1], 32, 3)
+    router.check(ROWS[::-1], 32, 3, 97)
     with pytest.raises(RouterError, match="domain/law"):
-        router.check([*ROWS, "domain/law"], 32, 3)
+        router.check([*ROWS, "domain/law"], 32, 3, 97)
     with pytest.raises(RouterError, match="32 features"):
-        router.check(ROWS, 64, 3)
+        router.check(ROWS, 64, 3, 97)
     with pytest.raises(RouterError, match="layer 2"):
-        router.check(ROWS, 32, 2)
+        router.check(ROWS, 32, 2, 97)
 
 
 def test_training_routes_are_evaluation_routes(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
@@ -247,7 +249,9 @@ def dense_loss(model: Any, base: Any, ids: torch.Tensor, top_k: int) -> torch.Te
         real = torch.ones(ids.shape, dtype=torch.bool)
         p = part(part.features(part.read(hidden), real, None))[..., columns].softmax(-1)
         top, choice = p.topk(top_k, -1)
-        weight = top / top.sum(-1, keepdim=True) if model.router.weights == "softmax" else 1 + top - top.detach()
+        weight = top / top.sum(-1, keepdim=True)
+        if model.router.weights == "unit":  # nothing that ranks below none
+            weight = (1 + top - top.detach()) * (top >= p[..., -1:])
         mixed["w"] = torch.zeros_like(p).scatter(-1, choice, weight)
 
     def adapt(name: str, inside: int) -> Any:

@@ -63,9 +63,9 @@ def test_an_unknown_row() -> None:
 
 def test_other_candidates() -> None:
     router = VocabularyRouter({}, ROWS, 97)
-    router.check(ROWS[::-1], 32, 3)
+    router.check(ROWS[::-1], 32, 3, 97)
     with pytest.raises(RouterError):
-        router.check(ROWS[1:], 32, 3)
+        router.check(ROWS[1:], 32, 3, 97)
 
 
 RULES = {"domain/math": [[3, 40]], "domain/code": [[41, 70]]}

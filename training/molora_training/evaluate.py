@@ -85,7 +85,7 @@ class LabelRouter(nn.Module):
 
     def see(self, batch: Batch) -> None:
         """The labels of the next forward."""
-        self.parts[0].labels = batch.domain_ids  # type: ignore[assignment]
+        self.parts[0].labels = batch.domain_ids
 
 
 class _LabelPart(nn.Module):
@@ -103,6 +103,9 @@ class _LabelPart(nn.Module):
     def read_ids(self, input_ids: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         return self.table[self.labels]
 
+    def signature(self) -> object:
+        return "labels"
+
     def features(self, z: torch.Tensor, real: torch.Tensor, memory: None) -> torch.Tensor:
         return z
 
@@ -116,7 +119,7 @@ def routed_by(model: MoLoRAModel, router: Any, top_k: int = 1, weights: str | No
     before, layer = (model.router, model.stack[LAYER].top_k), model.stack[LAYER]
     if weights is not None and isinstance(router, Router):
         router = copy.deepcopy(router)
-        router.config = replace(router.config, weights=weights)  # type: ignore[arg-type]
+        router.config = replace(router.config, weights=weights)
     layer.top_k = top_k
     model.set_router(router)
     try:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def _rows(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
     rows = []
     for one in contenders:
         everything = torch.arange(len(base.loss))[None]
-        low, high = bootstrap(lambda index, one=one: share(index, one.mixed), len(base.loss))
+        low, high = bootstrap(partial(share, x=one.mixed), len(base.loss))
         gap = (base.domain_mean - one.mixed.domain_mean) / (base.domain_mean - oracle.domain_mean)
         rows.append(
             {

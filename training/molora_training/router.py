@@ -102,8 +102,7 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
 
     def read(split: str, count: int) -> list[Encoded]:
         examples: dict[str, Sequence[Example]] = {
-            domain: read_examples(settings.data / f"{domain}.{split}.jsonl")
-            for domain in domains  # type: ignore[misc]
+            domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains
         }
         mixed = mix(examples, split, count, settings.seed) if len(domains) > 1 else []  # type: ignore[arg-type]
         singles = [example for rows in examples.values() for example in rows[: max(1, count // 8)]]
@@ -127,10 +126,11 @@ class _Run:
         self.settings, self.accelerator, self.model = settings, accelerator, model
         self.rows, self.held_out = rows, held_out
         self.labels = Labels(model, domains)
-        self.router: Any = model.router
+        router: Any = model.router
+        self.router = router
         objective = RouterObjective(model.train(), self.labels, settings.loss, self._class_weights())
         self.objective = accelerator.prepare_model(objective)
-        self.parameters = {n: p for n, p in self.router.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay
         )

@@ -88,8 +88,10 @@ class RouterObjective(nn.Module):
             terms[name] = torch.stack([part[name] for part in parts]).mean()
         for index, part in enumerate(parts):
             terms |= {f"{name}.{index}": value for name, value in part.items() if name.startswith("right/")}
-        terms["loss"] = sum(getattr(self.weights, name) * terms[name] for name in ("lm", "label", "balance", "z")
-                            if name in terms)  # type: ignore[assignment]  # fmt: skip
+        weighted = [
+            getattr(self.weights, name) * terms[name] for name in ("lm", "label", "balance", "z") if name in terms
+        ]
+        terms["loss"] = torch.stack(weighted).sum()
         return terms
 
     def _part(self, logits: torch.Tensor, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor]:
