@@ -10,6 +10,7 @@ from molora._version import __version__
 from molora.commands.bench import app as bench
 from molora.commands.chat import chat
 from molora.commands.demo import demo
+from molora.commands.eval import app as evaluate
 from molora.commands.generate import generate
 from molora.commands.info import info
 from molora.commands.routes import routes
@@ -31,6 +32,7 @@ app.command()(routes)
 app.command()(info)
 app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 
 def _version(asked: bool) -> None:

@@ -12,6 +12,8 @@ from molora.errors import BaseModelError
 from molora.plan import RoutingPlan
 from molora_kernels import Dispatch, Factors, add_lora
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class PlanSource(Protocol):
     """Where a module finds the plan of the forward that is under way."""
@@ -65,6 +67,7 @@ class MoLoRALinear(nn.Module):
         self.factors.pop(slot, None)
         if weights is not None:
             device = self.weight.device
+            dtype = torch.float32 if device.type == "cpu" and dtype in _HALF else dtype
             B = (weights.B.float() * weights.scale).T.contiguous()
             self.factors[slot] = Factors(weights.A.to(device, dtype), B.to(device, dtype))
 
@@ -72,7 +75,7 @@ class MoLoRALinear(nn.Module):
         """``.to()`` and the like move the factors too."""
         super()._apply(fn, recurse)
         self._joined = None
-        self.factors = {slot: Factors(fn(A), fn(B)) for slot, (A, B) in self.factors.items()}
+        self.factors = {slot: Factors(_compute(fn(A)), _compute(fn(B))) for slot, (A, B) in self.factors.items()}
         return self
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -88,8 +91,7 @@ class MoLoRALinear(nn.Module):
         if work.everywhere and not torch.is_grad_enabled():
             out = self._add_everywhere(out, flat, work)
         else:
-            factors = self.factors
-            out = add_lora(out, flat.to(next(iter(factors.values())).A.dtype), factors, work)
+            out = add_lora(out, flat, self.factors, work)
         return out.view(y.shape)
 
     def _work(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> Dispatch:
@@ -118,7 +120,13 @@ class MoLoRALinear(nn.Module):
         if not work.unit:
             h = h * _rank_weights(work, [(s, self.factors[s].A.shape[0]) for s in slots if s in self.factors])
         # Under autocast the products come in another dtype than the factors.
-        return y.addmm_(h.to(y.dtype), B.to(y.dtype))
+        return y.add_((h @ B.to(h.dtype)).to(y.dtype))
+
+
+def _compute(tensor: torch.Tensor) -> torch.Tensor:
+    """A factor in the dtype of its products: float32 on a CPU, where a thin product in half precision takes 40 times
+    as long (90 against 2 microseconds on two cores)."""
+    return tensor.float() if tensor.dtype in _HALF and tensor.device.type == "cpu" else tensor
 
 
 def _rank_weights(work: Dispatch, ranks: Sequence[tuple[int, int]]) -> torch.Tensor:

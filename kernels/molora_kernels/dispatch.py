@@ -1,6 +1,7 @@
 """(token, slot, weight) triples sorted by slot, once for a forward, shared by every module."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,12 +23,12 @@ class Dispatch:
     tokens: int
     everywhere: bool
 
-    @property
+    @cached_property
     def unit(self) -> bool:
         """Every weight is 1."""
         return all(group.weights is None for group in self.groups)
 
-    @property
+    @cached_property
     def slots(self) -> tuple[int, ...]:
         return tuple(group.slot for group in self.groups)
 

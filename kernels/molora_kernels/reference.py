@@ -24,8 +24,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Mapping[int, Factors], p
     Work is proportional to the (token, slot) pairs. Slots without factors for this module add nothing.
 
     Args:
-        y: [T, O], the base's output.
-        x: [T, D], its input, of the factors' dtype.
+        y: [T, O], the base's output; its dtype may differ from that of the factors, in which the products are made.
+        x: [T, D], its input.
         factors: slot -> its factors.
         plan: of T tokens.
 
@@ -36,15 +36,15 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Mapping[int, Factors], p
         if group.slot not in factors:
             continue
         A, B = factors[group.slot]
-        h = (x if group.tokens is None else x[group.tokens]) @ A.T  # [N, R]
+        h = (x if group.tokens is None else x[group.tokens]).to(A.dtype) @ A.T  # [N, R]
         if group.weights is not None:
             h = h * group.weights.to(h.dtype).unsqueeze(1)
-        if h.dtype != y.dtype or B.dtype != y.dtype:  # under autocast
-            h, B = h.to(y.dtype), B.to(y.dtype)
-        if torch.is_grad_enabled() and (h.requires_grad or y.requires_grad):
-            y = torch.addmm(y, h, B) if group.tokens is None else y.index_add(0, group.tokens, h @ B)
+        delta = (h @ B.to(h.dtype)).to(y.dtype)  # [N, O]; under autocast h has another dtype than B
+        if torch.is_grad_enabled() and (delta.requires_grad or y.requires_grad):
+            y = y + delta if group.tokens is None else y.index_add(0, group.tokens, delta)
         elif group.tokens is None:
-            y.addmm_(h, B)
+            y.add_(delta)
         else:
-            y.index_add_(0, group.tokens, h @ B)
+            # A token is in a group once, so this is index_add_, which is slow in half precision on a CPU.
+            y.index_copy_(0, group.tokens, y.index_select(0, group.tokens).add_(delta))
     return y

@@ -144,6 +144,32 @@ def personas(
     _report_data({name: {"examples": row} for name, row in counts.items()}, out or data_dir(), as_json)
 
 
+@app.command()
+def starter(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+) -> None:
+    """Train the whole starter stack: personas' data, adapters of every layer, the routers of the results table.
+
+    In: prepared data (`molora train data`). Out: a saved MoLoRA at `out` (default: starter), the routers that were
+    compared in `work`/routers. What is there already is kept, so an interrupted run goes on.
+
+    Settings: out, work, data, processes (trainings at once), batch_tokens, router_epochs, seed, layers, routers.
+
+    Example: molora train starter processes=4
+
+    On 2 CPU cores this takes a night; the small recipe takes an hour: molora train starter --config
+    training/molora_training/configs/starter-small.yaml
+    """
+    with extra("train"):
+        from molora_training.settings import load_settings
+        from molora_training.starter import CONFIG, StarterSettings, train
+
+        settings = load_settings(StarterSettings, config or CONFIG, overrides or ())
+        train(settings)
+    typer.echo(f"The stack lies in {settings.out}.")
+
+
 def _join_processes() -> None:
     """Without an accelerator, ``accelerate`` takes each process that torchrun starts for the only one, unless told."""
     import torch

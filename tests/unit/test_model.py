@@ -201,7 +201,9 @@ def test_everything_follows_to_another_dtype(
     model.to(dtype)
     for module in model.modules():
         if isinstance(module, MoLoRALinear):
-            assert {t.dtype for pair in module.factors.values() for t in pair} == {dtype}
+            # On a CPU thin products are made in float32, where they are faster.
+            work = torch.float32 if dtype == torch.bfloat16 else dtype
+            assert {t.dtype for pair in module.factors.values() for t in pair} == {work}
     found = model(ids, selection=selection).logits
     assert found.dtype == dtype
     close(found.float(), expected, 1e-4 if dtype == torch.float64 else 0.3)  # a route may change in bfloat16

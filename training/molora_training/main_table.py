@@ -33,13 +33,19 @@ class Contender:
 
 
 def run(
-    model_folder: Path, routers: Path, data: Path, out: Path, command: str, batch_tokens: int = 8192, limit: int = 0
+    model_folder: Path,
+    routers: Path | None,
+    data: Path,
+    out: Path,
+    command: str,
+    batch_tokens: int = 8192,
+    limit: int = 0,
 ) -> dict[str, Any]:
     """Measures and writes ``out`` (JSON in the project's results format).
 
     Args:
         model_folder: the saved MoLoRA, whose router is the default.
-        routers: folder of saved MoLoRAs with other routers for the same adapters.
+        routers: folder of saved MoLoRAs with other routers for the same adapters; None: only its own.
         data: prepared data.
         out: the JSON file.
         command: to be named in it.
@@ -52,7 +58,10 @@ def run(
     domains = [name for name in DOMAINS if name in model.stack[LAYER].adapters]
     test = _Test(model, domains, data, limit, batch_tokens)
     contenders = test.baselines()
-    variants = {path.name: load(path).router for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()}
+    variants: dict[str, Any] = {"as saved": model.router}
+    if routers is not None:
+        folders = [path for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()]
+        variants = {path.name: load(path).router for path in folders}
     for name, router in variants.items():
         assert isinstance(router, Router)
         for weights, top_k in (("unit", 1), ("softmax", 2)):

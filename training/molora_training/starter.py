@@ -33,6 +33,7 @@ class StarterLayer:
     rank: int
     learning_rates: tuple[float, ...]
     epochs: int
+    checkpoint_every: int = 40
     default: str | None = "auto"
     shared: bool = False
 
@@ -103,7 +104,7 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
         learning_rate=rate,
         epochs=layer.epochs,
         batch_tokens=settings.batch_tokens,
-        checkpoint_every=40,
+        checkpoint_every=layer.checkpoint_every,
         seed=settings.seed,
     )
 

@@ -1,0 +1,158 @@
+"""Writes docs/results.md and its pictures from docs/results/*.json, so that page and figures cannot disagree.
+
+    python -m tools.render_results
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent.parent / "docs"
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
+
+
+def main() -> None:
+    """Renders every page and picture."""
+    report = json.loads((DOCS / "results" / "main.json").read_text(encoding="utf-8"))
+    speed = json.loads((DOCS / "results" / "decode.json").read_text(encoding="utf-8"))
+    (DOCS / "results.md").write_text(page(report, speed), encoding="utf-8")
+    draw_routes(report["example"], DOCS / "images" / "routes.svg")
+    draw_gap(report, DOCS / "images" / "gap.svg")
+
+
+def page(report: dict[str, Any], speed: dict[str, Any]) -> str:
+    """The Markdown of docs/results.md."""
+    domains = list(report["rows"][0]["single"])
+    parts = [
+        "# Results",
+        "",
+        "Does routing by token pay, and at what price? Every figure on this page is rendered from",
+        "`docs/results/*.json` by `python -m tools.render_results`.",
+        "",
+        "## Loss on held-out text",
+        "",
+        f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, "
+        f"seed {report['seed']}. Data: {report['data']}. Nats for each answer token; prompts are paraphrased, about half "
+        "of the test prompts use forms that no training prompt has. *Gap closed* is the share of the way from the base to "
+        "the label oracle (each token at its own domain's adapter); brackets hold 95% bootstrap intervals over "
+        "conversations.",
+        "",
+        "![Share of the gap closed](images/gap.svg)",
+        "",
+        f"| contender | mixed | gap closed | by domain mean | {' | '.join(domains)} |",
+        "|---|---|---|---|" + "---|" * len(domains),
+    ]
+    parts += [row_line(row, domains, report["default"]) for row in report["rows"]]
+    parts += ["", "The shipped default is in bold. Single-domain columns: loss on held-out text of that domain alone.", ""]
+    parts += ["### What had to be reached", "", "| line | value | bar | |", "|---|---|---|---|"]
+    for line in [*report["must"], *speed["must"]]:
+        sign = "≥" if line["better"] == "higher" else "≤"
+        verdict = "reached" if line["holds"] else "**missed**"
+        note = f" ({line['note']})" if line["note"] else ""
+        parts.append(f"| {line['name']}{note} | {line['value']:.3f} | {sign} {line['bar']} | {verdict} |")
+    parts += ["", "### Tokens that go to their own domain, by position", "", *positions(report), ""]
+    parts += ["### Prompt forms that training never saw", "", *unseen(report), ""]
+    parts += [
+        "### One conversation, token by token",
+        "",
+        "![Router probabilities along a mixed conversation](images/routes.svg)",
+        "",
+        "## Decoding on two CPU cores",
+        "",
+        f"`{speed['command']}` on {speed['machine']}, {speed['date']}: greedy, batch 1, 64 tokens, a selection of three "
+        "layers; X-LoRA (PEFT) with the same adapters.",
+        "",
+        "| | tokens/s | of the base |",
+        "|---|---|---|",
+        *[f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['of_base']:.2f} |" for row in speed["rows"]],
+        "",
+    ]
+    notes = DOCS / "results" / "notes.md"
+    parts.append(notes.read_text(encoding="utf-8"))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def row_line(row: dict[str, Any], domains: list[str], default: str) -> str:
+    """One contender's line of the table."""
+    name = f"**{row['contender']}**" if row["contender"] == default else row["contender"]
+    low, high = row["gap_closed_interval"]
+    single = " | ".join(f"{row['single'][domain]:.3f}" for domain in domains)
+    return (
+        f"| {name} | {row['mixed']:.4f} | {row['gap_closed']:.1%} [{low:.1%}, {high:.1%}] "
+        f"| {row['gap_closed_domain_mean']:.1%} | {single} |"
+    )
+
+
+def positions(report: dict[str, Any]) -> list[str]:
+    """The table of right tokens by position, for the routers at top-1."""
+    rows = [row for row in report["rows"] if row["right_by_position"] and "top-1" in row["contender"]]
+    names = list(rows[0]["right_by_position"])
+    lines = [f"| router | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for row in rows:
+        values = " | ".join(f"{row['right_by_position'][name]:.1%}" for name in names)
+        lines.append(f"| {row['contender']} | {values} |")
+    return lines
+
+
+def unseen(report: dict[str, Any]) -> list[str]:
+    """The table of seen against unseen prompt forms."""
+    table = report["unseen_forms"]
+    names = list(next(iter(table.values())))
+    lines = [f"| domain | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    return lines + [f"| {d} | {' | '.join(f'{row[name]:.3f}' for name in names)} |" for d, row in table.items()]
+
+
+def draw_routes(example: dict[str, Any], file: Path) -> None:
+    """Router probabilities over one conversation, with the true domains as a band."""
+    plt = _pyplot()
+    figure, (top, band) = plt.subplots(2, 1, figsize=(10, 3.6), height_ratios=[8, 1], sharex=True)
+    names = [*example["domains"], "none"]
+    columns = list(zip(*example["probabilities"], strict=True))
+    top.stackplot(range(len(columns[0])), columns, labels=names, colors=PALETTE, linewidth=0)
+    top.set(ylabel="router probability", ylim=(0, 1))
+    top.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=len(names), frameon=False)
+    colors = [PALETTE[label] for label in example["labels"]]
+    band.bar(range(len(colors)), [1] * len(colors), width=1, color=colors)
+    for at, answer in enumerate(example["answer"]):
+        if answer:
+            band.axvspan(at - 0.5, at + 0.5, 0, 0.25, color="black", linewidth=0)
+    band.set(yticks=[], xlabel="token (band: true domain; black: answer)", xlim=(0, len(colors)))
+    _save(figure, file)
+
+
+def draw_gap(report: dict[str, Any], file: Path) -> None:
+    """Bars of the share of the gap closed."""
+    plt = _pyplot()
+    rows = [row for row in report["rows"] if row["contender"] not in ("base", "label oracle")]
+    rows = sorted(rows, key=lambda row: row["gap_closed"])
+    figure, axes = plt.subplots(figsize=(8, 0.28 * len(rows) + 0.8))
+    kinds = {"router": PALETTE[0], "adapter": PALETTE[6]}
+    axes.barh(
+        [row["contender"] for row in rows],
+        [100 * row["gap_closed"] for row in rows],
+        color=[kinds.get(row["kind"], PALETTE[1]) for row in rows],
+    )
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set(xlabel="% of the gap from base to label oracle, mixed text", xlim=(0, 105))
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "molora"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
