@@ -154,7 +154,8 @@ def starter(
     In: prepared data (`molora train data`). Out: a saved MoLoRA at `out` (default: starter), the routers that were
     compared in `work`/routers. What is there already is kept, so an interrupted run goes on.
 
-    Settings: out, work, data, processes (trainings at once), batch_tokens, router_epochs, seed, layers, routers.
+    Settings: out, work, data, processes and router_processes (trainings at once), batch_tokens, router_epochs, seed,
+    layers, routers.
 
     Example: molora train starter processes=4
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from molora import MoLoRAModel, Router
+from molora.errors import ConfigError
 from molora.saved import load
 from molora_training.data import DOMAINS, Encoded, encode_within, read_examples, read_mixed
 from molora_training.evaluate import LAYER, LabelRouter, Losses, bootstrap, losses, right_by_position, routed_by
@@ -54,7 +56,8 @@ def run(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoLoRAModel.from_pretrained(model_folder, dtype=torch.bfloat16).to(device)
-    model.set_router(model.router)
+    if not isinstance(model.router, Router):
+        raise ConfigError(f"{model_folder} has no learned router to be measured.")
     domains = [name for name in DOMAINS if name in model.stack[LAYER].adapters]
     test = _Test(model, domains, data, limit, batch_tokens)
     contenders = test.baselines()
@@ -62,13 +65,6 @@ def run(
     if routers is not None:
         folders = [path for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()]
         variants = {path.name: load(path).router for path in folders}
-    for name, router in variants.items():
-        assert isinstance(router, Router)
-        for weights, top_k in (("unit", 1), ("softmax", 2)):
-            with routed_by(model, router, top_k, weights):
-                label = f"MoLoRA {name}, top-{top_k} {weights}"
-                contenders.append(test.measure(label, "router", {LAYER: "auto"}, positions=True))
-                print(f"{label}: mixed {contenders[-1].mixed.mean:.4f}", flush=True)
     default = _default_name(model, variants)
     report = {
         "command": command,
@@ -78,15 +74,32 @@ def run(
         "seed": 0,
         "data": f"test split by sha256 of the task or document id (10%): {len(test.mixed)} mixed conversations, "
         + ", ".join(f"{len(rows)} {name}" for name, rows in test.single.items()),
-        "default": default,
-        "rows": _rows(contenders),
         "unseen_forms": test.unseen_forms(model),
-        "must": _must(contenders, default),
         "example": test.example(model),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    top_k, weights = model.stack[LAYER].top_k, str(model.router.weights)
+    kinds = sorted((("unit", 1), ("softmax", 2)), key=lambda kind: kind != (weights, top_k))
+    for name in sorted(variants, key=lambda name: name != default):  # the default first, so that no stop loses it
+        for weights, top_k in kinds:
+            with routed_by(model, variants[name], top_k, weights):
+                label = _label(name, weights, top_k)
+                contenders.append(test.measure(label, "router", {LAYER: "auto"}, positions=True))
+                print(f"{label}: mixed {contenders[-1].mixed.mean:.4f}", flush=True)
+            first = next(one.name for one in contenders if one.kind == "router")
+            report |= {"default": first, "rows": _rows(contenders), "must": _must(contenders, first)}
+            _write(report, out)
     return report
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out)
+
+
+def _label(name: str, weights: str, top_k: int) -> str:
+    return f"MoLoRA {name}, top-{top_k} {weights}"
 
 
 class _Test:
@@ -247,18 +260,19 @@ def _named(contenders: Sequence[Contender], name: str) -> Contender:
 
 
 def _default_name(model: MoLoRAModel, variants: dict[str, Any]) -> str:
-    """Which row is the shipped router: the variant with the same weights."""
+    """Which variant is the shipped router: the one with the same weights."""
     assert isinstance(model.router, Router)
     own = {name: tensor.cpu() for name, tensor in model.router.state_dict().items()}
     for name, router in variants.items():
         other = router.state_dict()
         if own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own):
-            top_k = model.stack[LAYER].top_k
-            return f"MoLoRA {name}, top-{top_k} {model.router.weights}"
+            return name
     raise ValueError("The shipped router is none of the variants.")
 
 
 def _commit() -> str:
+    if os.environ.get("MOLORA_COMMIT"):  # where the code was brought without its history
+        return os.environ["MOLORA_COMMIT"]
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

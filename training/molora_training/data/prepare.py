@@ -24,6 +24,7 @@ from .read_general import QUESTIONS, write_questions
 from .read_law import read_law
 from .read_math import read_math
 from .read_medicine import read_medicine
+from .read_ukrainian import read_ukrainian
 from .read_users import USER_READERS
 from .text import approx_tokens, stable_fraction
 
@@ -39,6 +40,7 @@ READERS: dict[str, Callable[[], Iterable[Item]]] = {
     "code": read_code,
     "medicine": read_medicine,
     "law": read_law,
+    "ukrainian": read_ukrainian,
     **USER_READERS,
 }
 
