@@ -33,9 +33,9 @@ def page(report: dict[str, Any], speed: dict[str, Any]) -> str:
         "## Loss on held-out text",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, "
-        f"seed {report['seed']}. Data: {report['data']}. Nats for each answer token; prompts are paraphrased, about half "
-        "of the test prompts use forms that no training prompt has. *Gap closed* is the share of the way from the base to "
-        "the label oracle (each token at its own domain's adapter); brackets hold 95% bootstrap intervals over "
+        f"seed {report['seed']}. Data: {report['data']}. Nats for each answer token; prompts are paraphrased, about "
+        "half of the test prompts use forms that no training prompt has. *Gap closed* is the share of the way from the "
+        "base to the label oracle (each token at its own domain's adapter); brackets hold 95% bootstrap intervals over "
         "conversations.",
         "",
         "![Share of the gap closed](images/gap.svg)",

@@ -16,11 +16,12 @@ import torch
 from molora import MoLoRAModel, Router
 from molora.errors import ConfigError
 from molora.saved import load
-from molora_training.data import DOMAINS, Encoded, encode_within, read_examples, read_mixed
+from molora_training.data import DOMAINS, Encoded, encode_within, mix, read_examples
 from molora_training.evaluate import LAYER, LabelRouter, Losses, bootstrap, losses, right_by_position, routed_by
 
 OFF = {"personality": None, "user": None}
 SINGLE_TOLERANCE = 0.03
+MIXED = 300
 
 
 @dataclass
@@ -108,8 +109,9 @@ class _Test:
     def __init__(self, model: MoLoRAModel, domains: Sequence[str], data: Path, limit: int, batch_tokens: int) -> None:
         self.model, self.domains, self.batch_tokens = model, list(domains), batch_tokens
         some = slice(limit or None)
-        self.mixed_examples = read_mixed(data / "mixed.test.jsonl")[some]
-        self.single_examples = {name: read_examples(data / f"{name}.test.jsonl")[some] for name in domains}
+        examples = {name: read_examples(data / f"{name}.test.jsonl") for name in domains}
+        self.mixed_examples = mix(examples, "test", MIXED)[some]
+        self.single_examples = {name: rows[some] for name, rows in examples.items()}
         self.mixed = self._encode(self.mixed_examples)
         self.single = {name: self._encode(rows) for name, rows in self.single_examples.items()}
 

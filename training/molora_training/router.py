@@ -193,7 +193,8 @@ class _Run:
             "machine": _machine(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "command": command,
-            "settings": json.loads(json.dumps(asdict(self.settings), default=str)),
+            # Paths mean nothing elsewhere; names do.
+            "settings": json.loads(json.dumps(asdict(self.settings), default=lambda value: value.name)),
         }
         if self.accelerator.is_main_process:
             self.model.eval()

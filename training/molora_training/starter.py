@@ -52,7 +52,8 @@ class StarterSettings:
     data: Path = field(default_factory=data_dir)
     processes: int = 1  # trainings at once
     batch_tokens: int = 8192
-    router_epochs: int = 3
+    router_mixed: int = 6000
+    router_epochs: int = 4
     router_processes: int = 1
     seed: int = 0
 
@@ -123,7 +124,7 @@ def _router_settings(settings: StarterSettings, name: str, shape: dict[str, Any]
         router=from_mapping(RouterShape, shape, f"routers.{name}."),
         loss=LossWeights(),
         epochs=settings.router_epochs,
-        mixed=4000,
+        mixed=settings.router_mixed,
         seed=settings.seed,
     )
 
