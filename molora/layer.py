@@ -46,6 +46,9 @@ class MoLoRALinear(nn.Module):
         self.factors: dict[int, Factors] = {}
         self.source = source
         self._joined: tuple[tuple[int, ...], Factors] | None = None
+        # In a state dict the base is the base: what is saved of it loads anywhere.
+        self.register_state_dict_post_hook(_as_unwrapped)
+        self.register_load_state_dict_pre_hook(_as_wrapped)
 
     @classmethod
     def from_base(cls, base_layer: nn.Module, source: PlanSource, layer: int = 0) -> "MoLoRALinear":
@@ -121,6 +124,17 @@ class MoLoRALinear(nn.Module):
             h = h * _rank_weights(work, [(s, self.factors[s].A.shape[0]) for s in slots if s in self.factors])
         # Under autocast the products come in another dtype than the factors.
         return y.add_((h @ B.to(h.dtype)).to(y.dtype))
+
+
+def _as_unwrapped(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}base_layer.")]:
+        state[prefix + name.removeprefix(f"{prefix}base_layer.")] = state.pop(name)
+
+
+def _as_wrapped(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    inside = f"{prefix}base_layer."
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(inside)]:
+        state[inside + name.removeprefix(prefix)] = state.pop(name)
 
 
 def _compute(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from molora_training.data.read_code import programming_task
 from molora_training.data.read_law import case_items, clause_items, support_item
 from molora_training.data.read_math import word_problem
 from molora_training.data.read_medicine import case_question, short_question
+from molora_training.data.read_ukrainian import items as ukrainian_items
 from molora_training.data.read_users import LONGEST_WORDS, SHORTEST_WORDS, passages
 from molora_training.data.text import approx_tokens, cut, sentences
 
@@ -82,7 +83,7 @@ def test_unseen_forms_are_in_the_test_split_only_and_about_half_of_it() -> None:
 
 def test_every_domain_has_ten_forms_and_two_of_them_unseen() -> None:
     law = [form for kind in ("summary", "sequel", "clause", "contract", "support") for form in FORMS[kind]]
-    for forms in (FORMS["math"], FORMS["code"], FORMS["medicine"], FORMS["passage"], law):
+    for forms in (FORMS["math"], FORMS["code"], FORMS["medicine"], FORMS["passage"], FORMS["correct-ukrainian"], law):
         assert len({form.template for form in forms}) >= 10
         assert sum(form.unseen for form in forms) >= 2
 
@@ -95,6 +96,8 @@ def test_every_form_can_be_filled() -> None:
         "summary": {"document": "d"},
         "sequel": {"document": "d"},
         "passage": {"opening": "o"},
+        "continue-ukrainian": {"opening": "o"},
+        "correct-ukrainian": {"text": "t"},
     }
     for kind, forms in FORMS.items():
         for form in forms:
@@ -330,3 +333,15 @@ def test_a_missing_npm_is_said_plainly(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="Node.js"):
         fetch(packages.SOTU)
+
+
+def test_a_ukrainian_document_gives_corrections_and_continuations() -> None:
+    wrong = "Він пішол до магазина. " * 6
+    right = "Він пішов до магазину. " * 6
+    found = list(ukrainian_items("doc", f"{wrong}\n{wrong}", f"{right}\n{right}"))
+    assert {one.kind for one in found} == {"correct-ukrainian", "continue-ukrainian"}
+    assert {one.task for one in found} == {"doc"}
+    correct = next(one for one in found if one.kind == "correct-ukrainian")
+    assert correct.body["text"] == wrong.strip() and correct.answers["plain"] == right.strip()
+    follow = next(one for one in found if one.kind == "continue-ukrainian")
+    assert f"{follow.body['opening']} {follow.answers['plain']}" in right + right

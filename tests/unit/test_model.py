@@ -287,3 +287,13 @@ def test_gradient_checkpointing_changes_no_gradient(model: MoLoRAModel, ids: tor
         gradients.append(model.router.parts[0].output.weight.grad.clone())
     assert gradients[0].abs().max() > 0
     close(gradients[1], gradients[0])
+
+
+@torch.no_grad()
+def test_the_base_is_saved_as_the_base(model: MoLoRAModel, base: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    assert set(model.base.state_dict()) == set(base.state_dict())
+    model.base.save_pretrained(tmp_path)
+    again = type(base).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, base(ids).logits)
+    model.base.load_state_dict(base.state_dict())
+    assert torch.equal(model(ids, selection={"domain": None}).logits, base(ids).logits)

@@ -131,8 +131,11 @@ class _Run:
         objective = RouterObjective(model.train(), self.labels, settings.loss, self._class_weights())
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
+        matrices = [parameter for parameter in self.parameters.values() if parameter.dim() > 1]
+        others = [parameter for parameter in self.parameters.values() if parameter.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            settings.learning_rate,
         )
         lengths = [row.input_ids.numel() for row in rows]
         steps = plan_steps(lengths, settings.batch_tokens, settings.epochs, accelerator.num_processes, settings.seed)

@@ -1,0 +1,165 @@
+"""The router trainer on a tiny random model: it learns the domains, resumes exactly, spreads over processes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from molora import MoLoRAModel
+from molora.errors import ConfigError, DataError, NonFiniteError
+from molora.router import NEVER
+from molora_training import router_objective
+from molora_training.router import train
+from molora_training.router_settings import LossWeights, RouterShape, RouterTrainSettings
+from tests.unit.spoken import make_spoken
+
+TEXTS = {"math": "12+34=46 78*9=702 0123", "code": "def f(x): return x", "general": "hello you, good day"}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RouterTrainSettings:
+    """Two adapters and text without a domain, whose bytes tell them apart."""
+    monkeypatch.chdir(tmp_path)
+    model = make_spoken(tmp_path / "adapters")
+    model.base.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    model.stack.save(tmp_path / "stack.yaml")
+    data = tmp_path / "data"
+    data.mkdir()
+    for domain, text in TEXTS.items():
+        for split in ("train", "validation"):
+            rows = [_row(domain, split, n, text[n % 5 :] + text[: n % 5]) for n in range(12)]
+            (data / f"{domain}.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return RouterTrainSettings(
+        model=tmp_path / "stack.yaml",
+        out=tmp_path / "out",
+        data=data,
+        base=str(tmp_path / "base"),
+        router=RouterShape(width=16, hidden=32),
+        mixed=24,
+        epochs=4,
+        max_steps=12,
+        batch_tokens=1024,
+        learning_rate=1e-2,
+        checkpoint_every=4,
+        dtype="float32",
+    )
+
+
+def _row(domain: str, split: str, number: int, text: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+    return {"id": f"{domain}-{number}", "domain": domain, "split": split, "form": "bare", "messages": messages}
+
+
+@pytest.mark.parametrize("reads", [(0,), (1,), (0, 1)], ids=str)
+def test_it_learns_which_domain(reads: tuple[int, ...], settings: RouterTrainSettings) -> None:
+    settings = dataclasses.replace(settings, router=dataclasses.replace(settings.router, reads=reads))
+    settings = dataclasses.replace(settings, epochs=60, max_steps=100)
+    metrics = train(settings, command="molora train router")
+    assert metrics["validation"]["right/domain"] > 0.9
+    model = MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
+    with torch.no_grad():
+        for domain, text in TEXTS.items():
+            question = model.encode([{"role": "user", "content": text}])
+            slots = model(**question, output_routes=True).routes.slots[0, -len(text) :, 0]
+            wanted = -1 if domain == "general" else model.slots[f"domain/{domain}"]
+            assert (slots == wanted).float().mean() > 0.8
+    kept = json.loads((settings.out / "router.metrics.json").read_text())
+    assert kept["command"] == "molora train router" and kept["settings"]["data"] == "data"
+
+
+def test_base_and_adapters_stay_and_untaught_rows_are_silent(settings: RouterTrainSettings) -> None:
+    before = load_file(settings.data.parent / "base" / "model.safetensors")
+    train(settings)
+    weights = load_file(settings.out / "router.safetensors")
+    model = MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
+    after = model.base.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for name in ("math", "code"):
+        file = "adapter_model.safetensors"
+        copied = (settings.out / "adapters" / "domain" / name / file).read_bytes()
+        assert copied == (settings.data.parent / "adapters" / name / file).read_bytes()
+    silent = model.router.rows.index("user/*")  # no user has data here
+    assert float(weights["parts.0.output.bias"][silent]) == NEVER
+
+
+def test_the_next_token_loss_reaches_the_router(settings: RouterTrainSettings) -> None:
+    loss = LossWeights(lm=1.0, label=0.0, balance=0.01)
+    settings = dataclasses.replace(settings, loss=loss, max_steps=4, checkpoint_every=2)
+    metrics = train(settings)
+    assert {"lm", "label", "balance", "z"} <= set(metrics["validation"])
+    weights = load_file(settings.out / "router.safetensors")
+    again = train(dataclasses.replace(settings, out=settings.out.with_name("longer"), max_steps=8))
+    other = load_file(settings.out.with_name("longer") / "router.safetensors")
+    assert not torch.equal(weights["parts.0.output.weight"], other["parts.0.output.weight"])
+    assert again["steps"] == 8
+
+
+def test_resumed_equals_uninterrupted(settings: RouterTrainSettings) -> None:
+    whole = train(dataclasses.replace(settings, out=settings.out.with_name("whole")))
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, on_step=interrupt)
+    assert not settings.out.exists() and (settings.work / "state.safetensors").is_file()
+    with pytest.raises(ConfigError, match="other settings"):
+        train(dataclasses.replace(settings, learning_rate=0.1))
+    steps: list[int] = []
+    resumed = train(settings, on_step=lambda step, loss: steps.append(step))
+    assert steps[0] == 5  # the last checkpoint was at 4
+    assert abs(resumed["validation"]["loss"] - whole["validation"]["loss"]) < 1e-5
+    mine, theirs = (load_file(out / "router.safetensors") for out in (settings.out, settings.out.with_name("whole")))
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_going_on_from_a_saved_router(settings: RouterTrainSettings) -> None:
+    first = train(settings)
+    again = dataclasses.replace(settings, model=settings.out, out=settings.out.with_name("more"), start="saved")
+    assert train(again)["validation"]["loss"] < first["validation"]["loss"]
+
+
+def test_two_processes_are_one(settings: RouterTrainSettings, tmp_path: Path) -> None:
+    settings = dataclasses.replace(settings, max_steps=6, checkpoint_every=6)
+    overrides = [f"{name}={getattr(settings, name)}" for name in ("model", "out", "data", "base", "mixed", "max_steps")]
+    overrides += ["router.width=16", "router.hidden=32", "batch_tokens=512", "dtype=float32", "learning_rate=0.01"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "molora", "train", "router", "--json", *overrides],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((settings.out / "router.metrics.json").read_text())
+    assert metrics["processes"] == 2 and metrics["steps"] == 6
+    MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
+
+
+def test_data_that_does_not_fit(settings: RouterTrainSettings, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"<adapter>.train.jsonl"):
+        train(dataclasses.replace(settings, data=tmp_path / "empty"))
+    (settings.data / "math.train.jsonl").write_text('{"id": 3}\n')
+    with pytest.raises(DataError, match="math.train.jsonl"):
+        train(settings)
+
+
+def test_a_loss_that_is_no_number_stops_it(settings: RouterTrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(dataclasses.replace(settings, out=settings.out.with_name("good")))
+    monkeypatch.setattr(router_objective, "z_loss", lambda logits, real: logits.sum() * float("nan"))
+    with pytest.raises(NonFiniteError, match="step 1"):
+        train(settings)
+    assert not settings.out.exists()
