@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-all
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
-	@$(BIN)/mypy molora
+	@$(BIN)/mypy molora training/molora_training demo/molora_demo
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
+MARKS = ("<!-- results -->", "<!-- /results -->")
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
 
 
@@ -16,8 +17,35 @@ def main() -> None:
     report = json.loads((DOCS / "results" / "main.json").read_text(encoding="utf-8"))
     speed = json.loads((DOCS / "results" / "decode.json").read_text(encoding="utf-8"))
     (DOCS / "results.md").write_text(page(report, speed), encoding="utf-8")
+    readme = DOCS.parent / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    table = readme_table(report, speed)
+    readme.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
     draw_routes(report["example"], DOCS / "images" / "routes.svg")
     draw_gap(report, DOCS / "images" / "gap.svg")
+
+
+def readme_table(report: dict[str, Any], speed: dict[str, Any]) -> str:
+    """The few lines of the README's table."""
+    rows = {row["contender"]: row for row in report["rows"]}
+    shown = ["base", "uniform merge", "per-sequence oracle", report["default"], "label oracle"]
+    parts = [
+        "| held-out text that changes its domain | nats a token | gap to the label oracle closed |",
+        "|---|---|---|",
+    ]
+    for name in shown:
+        row = rows[name]
+        parts.append(f"| {name} | {row['mixed']:.3f} | {row['gap_closed']:.0%} |")
+    parts += [
+        "",
+        f"`{report['command']}`, {report['machine']}, commit {report['commit']}. Decoding with three layers on keeps "
+        f"{speed['ratios']['molora_to_base']:.0%} of the base's tokens/s and is "
+        f"{speed['ratios']['molora_to_xlora']:.0f} times as fast as X-LoRA (`molora bench decode`, "
+        f"{speed['machine']}, {speed['threads']} threads). "
+        "[All results](docs/results.md), the missed bars among them.",
+    ]
+    return "\n".join(parts)
 
 
 def page(report: dict[str, Any], speed: dict[str, Any]) -> str:

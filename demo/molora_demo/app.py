@@ -237,8 +237,11 @@ def launch(model_folder: str | Path, host: str = "127.0.0.1", port: int = 7860, 
     Raises:
         MoLoRAError: the folder holds no usable MoLoRA, or the port is taken.
     """
-    from molora import MoLoRAModel  # the page itself needs no model code, and tests give it a stand-in
+    import torch  # the page itself needs no model code, and tests give it a stand-in
 
-    page = build(MoLoRAModel.from_pretrained(model_folder))
+    from molora import MoLoRAModel
+
+    device_map = "cuda" if torch.cuda.is_available() else None
+    page = build(MoLoRAModel.from_pretrained(model_folder, device_map=device_map))
     print(f"MoLoRA demo on http://{host}:{port}. Stop it with Ctrl+C.", flush=True)
     serve(page, host, port, open_browser)

@@ -44,7 +44,9 @@ def main(
         from molora_training.main_table import run
 
         folder = model or starter_folder()
-        report = run(folder, routers, data or data_dir(), out, "molora eval main", batch_tokens, limit)
+        command = "molora eval main" + (" --routers runs/starter/routers" if routers else "")
+        command += f" --limit {limit}" if limit else ""
+        report = run(folder, routers, data or data_dir(), out, command, batch_tokens, limit)
     if as_json:
         write_json(report)
         return

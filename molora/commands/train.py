@@ -104,7 +104,7 @@ def data(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch and prepare conversations for the domains (math, code, medicine, law) and the two users.
+    """Fetch and prepare conversations for the domains (math, code, medicine, law, ukrainian) and the two users.
 
     In: nothing; the sources are fetched once. Out: NAME.train.jsonl, .validation.jsonl and .test.jsonl for each, and
     mixed conversations where all domains are asked for. What is there already is kept.

@@ -1,0 +1,42 @@
+"""The pages say what the measured files say."""
+
+import json
+import re
+from pathlib import Path
+
+from tools.render_results import main, page, readme_table
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def test_the_results_page_is_rendered_from_the_files() -> None:
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page(read("main.json"), read("decode.json"))
+
+
+def test_the_readme_table_is_rendered_from_the_files() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_table(read("main.json"), read("decode.json")) in text
+
+
+def test_rendering_again_changes_nothing() -> None:
+    files = [*(ROOT / "docs" / "images").glob("*.svg"), ROOT / "docs" / "results.md", ROOT / "README.md"]
+    before = {file: file.read_bytes() for file in files}
+    main()
+    assert {file: file.read_bytes() for file in files} == before
+
+
+def test_links_and_pictures_exist() -> None:
+    for page_file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page_file.read_text(encoding="utf-8")):
+            assert (page_file.parent / target).exists(), f"{page_file.name}: {target}"
+
+
+def test_the_starter_stack_is_small_and_safe() -> None:
+    files = [path for path in (ROOT / "starter").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
