@@ -155,6 +155,13 @@ def test_a_case_gives_whole_sentences_that_fit() -> None:
         assert approx_tokens(one.body["document"]) <= 340
 
 
+def test_a_closing_quote_stays_with_its_ukrainian_sentence() -> None:
+    line = " ".join(f"Він голосно сказав номер {n}: «Ходімо звідси!» Потім усі пішли додому." for n in range(12))
+    made = list(ukrainian_items("ua-gec-8", line, line))
+    assert made
+    assert all(f"{one.body['opening']} {one.answers['plain']}" in line for one in made)
+
+
 def test_passages_have_the_stated_length_and_neighbours_share_a_task() -> None:
     speech = " ".join(f"This is sentence number {n} of a long speech to the people." for n in range(300))
     made = list(passages(speech, "jackson", "jackson-1830"))

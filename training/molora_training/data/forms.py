@@ -182,7 +182,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         ],
         [
             "Учителька сказала переписати без помилок. {text} Дякую!",
-            "Найди, що не так, і перепиши повністю.\n---\n{text}",
+            "Знайди, що не так, і перепиши повністю.\n---\n{text}",
             "My colleague in Kyiv sent a draft and asks for a corrected version:\n{text}",
         ],
     ),

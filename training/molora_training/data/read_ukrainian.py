@@ -8,8 +8,10 @@ from .packages import UA_GEC, fetch, read_texts
 from .text import approx_tokens, collapse, stable_index
 
 FOLDERS = ("ua_gec/data/gec-only/train/", "ua_gec/data/gec-only/test/")
-OPENING_TOKENS, ANSWER_TOKENS, FEWEST_TOKENS = 110, 110, 30
-_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"”»)]*\s+(?=[\"“«—–(]?\s?[А-ЯІЇЄҐA-Z0-9])")
+OPENING_TOKENS, ANSWER_TOKENS, FEWEST_TOKENS = 185, 185, 50
+# A closing mark stays with its sentence: only the white space is split at.
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"”»)]))\s+(?=[\"“«—–(]?\s?[А-ЯІЇЄҐA-Z0-9])")
+_ENDED = re.compile(r"[.!?…][\"”»)]*$")
 
 
 def read_ukrainian() -> Iterator[Item]:
@@ -31,18 +33,18 @@ def items(document: str, source: str, target: str) -> Iterator[Item]:
         for line, (wrong, right) in enumerate(zip(before, after, strict=True)):
             wrong, right = collapse(wrong), collapse(right)
             fits = FEWEST_TOKENS <= approx_tokens(right) <= ANSWER_TOKENS and approx_tokens(wrong) <= ANSWER_TOKENS
-            if fits and wrong != right:
+            if fits and wrong != right and _ENDED.search(right):
                 name = f"{document}-correct{line}"
                 yield Item(name, document, "ukrainian", "correct-ukrainian", {"text": wrong}, {"plain": right})
     rest = [sentence for line in after for sentence in _SENTENCE_END.split(collapse(line)) if sentence]
     number = 0
     while len(rest) > 2:
         name = f"{document}-continue{number}"
-        opening, rest = _take(rest, 20 + stable_index(f"opening:{name}", 50))
-        answer, rest = _take(rest, 50 + stable_index(f"length:{name}", 40))
+        opening, rest = _take(rest, 35 + stable_index(f"opening:{name}", 85))
+        answer, rest = _take(rest, 85 + stable_index(f"length:{name}", 65))
         number += 1
         sizes = approx_tokens(opening), approx_tokens(answer)
-        if sizes[0] <= OPENING_TOKENS and FEWEST_TOKENS <= sizes[1] <= ANSWER_TOKENS:
+        if sizes[0] <= OPENING_TOKENS and FEWEST_TOKENS <= sizes[1] <= ANSWER_TOKENS and _ENDED.search(answer):
             yield Item(name, document, "ukrainian", "continue-ukrainian", {"opening": opening}, {"plain": answer})
 
 
