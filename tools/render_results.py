@@ -36,7 +36,7 @@ def readme_table(report: dict[str, Any], speed: dict[str, Any]) -> str:
     ]
     for name in shown:
         row = rows[name]
-        parts.append(f"| {name} | {row['mixed']:.3f} | {row['gap_closed']:.0%} |")
+        parts.append(f"| {name} | {row['mixed']:.3f} | {row['gap_closed']:.1%} |")
     parts += [
         "",
         f"`{report['command']}`, {report['machine']}, commit {report['commit']}. Decoding with three layers on keeps "

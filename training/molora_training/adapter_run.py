@@ -20,6 +20,7 @@ from molora_training.batches import plan_pass
 from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
 from molora_training.data import IGNORED, Encoded, collate
+from molora_training.schedule import warm_cosine
 
 _CLIP_NORM = 1.0
 
@@ -202,12 +203,7 @@ class Run:
         return sum(answer_count(self.rows[index]) for indices in self.steps[step] for index in indices)
 
     def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to zero after the last step."""
-        total = len(self.steps)
-        warm = math.ceil(self.settings.warmup * total)
-        if step < warm:
-            return self.settings.learning_rate * (step + 1) / warm
-        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        return warm_cosine(step, len(self.steps), self.settings.warmup, self.settings.learning_rate)
 
     def _fingerprint(self) -> str:
         """Changes with anything that a checkpoint depends on."""

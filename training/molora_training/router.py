@@ -32,6 +32,7 @@ from molora_training.curves import curves
 from molora_training.data import Encoded, Example, collate, encode_within, mix, read_examples
 from molora_training.router_objective import Labels, RouterObjective, reading_inputs
 from molora_training.router_settings import RouterTrainSettings
+from molora_training.schedule import warm_cosine
 
 GENERAL = "general"
 _VALIDATION_MIXED = 200
@@ -210,7 +211,7 @@ class _Run:
         return metrics
 
     def _step(self, step: int) -> dict[str, float]:
-        rate = self._rate(step)
+        rate = warm_cosine(step, len(self.steps), self.settings.warmup, self.settings.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = [self.rows[index] for index in self.steps[step][self.accelerator.process_index]]
@@ -288,13 +289,6 @@ class _Run:
         if self.accelerator.is_main_process:
             save_state(self.state_file, self.parameters, self.optimizer, self.counters)
         self.accelerator.wait_for_everyone()
-
-    def _rate(self, step: int) -> float:
-        total = len(self.steps)
-        warm = max(1, math.ceil(self.settings.warmup * total))
-        if step < warm:
-            return self.settings.learning_rate * (step + 1) / warm
-        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
     def _fingerprint(self) -> str:
         record = json.dumps([asdict(self.settings), self.accelerator.num_processes, len(self.rows)], default=str)
