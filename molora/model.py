@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from molora import saved
 from molora.adapter import Adapter
 from molora.chat import render
+from molora.checks import check_fits, check_router
 from molora.errors import BaseModelError, SelectionError, StackError
-from molora.layer import MoLoRALinear, linear_size
+from molora.layer import MoLoRALinear
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
 from molora.router import Router, RouterConfig, VocabularyRouter
 from molora.routing import RoutingState, decoder_layers
@@ -78,11 +79,11 @@ class MoLoRAModel(nn.Module):
             base, tokenizer = load_base(name, dtype=dtype or torch.bfloat16, device_map=device_map)
         name = name or str(base.config.name_or_path or "this base")
         for adapter in adapters.values():
-            _check_fits(adapter, base, name)
+            check_fits(adapter, base, name)
         if isinstance(router, RouterConfig):
             router = Router(router, router_rows(stack), base.config.get_text_config().hidden_size)
         if router is not None:
-            _check_router(router, stack, base)
+            check_router(router, stack, base)
         model = cls(base, tokenizer, name)  # from here on nothing is refused
         model.stack = stack
         for label, adapter in adapters.items():
@@ -280,7 +281,7 @@ class MoLoRAModel(nn.Module):
     def set_router(self, router: Router | VocabularyRouter | None) -> None:
         """Gives the stack another router, made for its rows."""
         if router is not None:
-            _check_router(router, self.stack, self.base)
+            check_router(router, self.stack, self.base)
             device = self.base.get_input_embeddings().weight.device
             router.to(device).train(self.training and self.router is router)
         self.router = router
@@ -308,7 +309,7 @@ class MoLoRAModel(nn.Module):
 
     def _load(self, path: str | Path) -> Adapter:
         adapter = Adapter.load(path)
-        _check_fits(adapter, self.base, str(self.base_name))
+        check_fits(adapter, self.base, str(self.base_name))
         return adapter
 
     def _wrapped(self, name: str) -> MoLoRALinear:
@@ -376,28 +377,3 @@ class MoLoRAModel(nn.Module):
                 assert q is not None
                 found.append(q[0])
         return torch.cat(found)
-
-
-def _linear_sizes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear module, by its name in the base before it was wrapped."""
-    sizes = {}
-    for name, module in base.named_modules():
-        size = linear_size(module)
-        if size is not None:
-            sizes[name.removesuffix(".base_layer")] = size
-    return sizes
-
-
-def _check_fits(adapter: Adapter, base: PreTrainedModel, name: str) -> None:
-    def weight(module: str) -> torch.Tensor | None:
-        try:
-            return base.get_submodule(module.removesuffix(".weight")).weight.detach()
-        except AttributeError:
-            return None
-
-    adapter.check_fits(_linear_sizes(base), weight, name)
-
-
-def _check_router(router: Router | VocabularyRouter, stack: Stack, base: PreTrainedModel) -> None:
-    config = base.config.get_text_config()
-    router.check(router_rows(stack), config.hidden_size, len(decoder_layers(base)[1]), config.vocab_size)

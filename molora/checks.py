@@ -1,0 +1,39 @@
+"""Does an adapter, does a router fit a base? Asked before anything of it is changed."""
+
+import torch
+from transformers import PreTrainedModel
+
+from molora.adapter import Adapter
+from molora.layer import linear_size
+from molora.router import Router, VocabularyRouter
+from molora.routing import decoder_layers
+from molora.selection import router_rows
+from molora.stack import Stack
+
+
+def linear_sizes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear module, by its name in the base before it was wrapped."""
+    sizes = {}
+    for name, module in base.named_modules():
+        size = linear_size(module)
+        if size is not None:
+            sizes[name.removesuffix(".base_layer")] = size
+    return sizes
+
+
+def check_fits(adapter: Adapter, base: PreTrainedModel, name: str) -> None:
+    """Raises AdapterError where ``adapter`` is for another base than the one called ``name``."""
+
+    def weight(module: str) -> torch.Tensor | None:
+        try:
+            return base.get_submodule(module.removesuffix(".weight")).weight.detach()
+        except AttributeError:
+            return None
+
+    adapter.check_fits(linear_sizes(base), weight, name)
+
+
+def check_router(router: Router | VocabularyRouter, stack: Stack, base: PreTrainedModel) -> None:
+    """Raises RouterError where ``router`` is for another stack or base."""
+    config = base.config.get_text_config()
+    router.check(router_rows(stack), config.hidden_size, len(decoder_layers(base)[1]), config.vocab_size)
