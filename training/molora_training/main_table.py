@@ -55,6 +55,7 @@ def run(
         batch_tokens: padded tokens in one forward.
         limit: use only so many sequences of each set (0: all), for a quick look.
     """
+    commit = _commit()  # of the code that runs: later ones may come while it does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoLoRAModel.from_pretrained(model_folder, dtype=torch.bfloat16).to(device)
     if not isinstance(model.router, Router):
@@ -69,7 +70,7 @@ def run(
     default = _default_name(model, variants)
     report = {
         "command": command,
-        "commit": _commit(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
         "seed": 0,
