@@ -231,20 +231,20 @@ def test_autocast_is_pefts(base: Any, adapters: dict[str, Path], ids: torch.Tens
         model(ids)
     exact = peft(ids).logits
     assert found.dtype == expected.dtype
-    assert (found - exact).square().mean() <= 3 * (expected - exact).square().mean()
+    assert (found - exact).square().mean() <= 1.5 * (expected - exact).square().mean()
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
         model.train()(ids, labels=ids).loss.backward()
 
 
 @torch.no_grad()
 def test_a_half_precision_base(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
-    """Near to float32 as PEFT is in bfloat16, which rounds less often: it keeps the factors in float32."""
+    """As near to float32 as PEFT is in bfloat16, where both keep the factors in float32 on a CPU."""
     exact = PeftModel.from_pretrained(copy.deepcopy(base), adapters["code"]).eval()(ids).logits
     peft = PeftModel.from_pretrained(make_base().to(torch.bfloat16), adapters["code"]).eval()(ids).logits
     model = make_routed(make_base().to(torch.bfloat16), adapters)
     found = model(ids, selection={"personality": None, "domain": "code"}).logits
     assert found.dtype == torch.bfloat16
-    assert (found - exact).square().mean() <= 3 * (peft - exact).square().mean()
+    assert (found - exact).square().mean() <= 1.5 * (peft - exact).square().mean()
     routed = model(ids, output_routes=True)
     assert routed.logits.dtype == torch.bfloat16 and routed.routes.logits[0].dtype == torch.float32
 
