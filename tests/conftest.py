@@ -16,6 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 torch.set_num_threads(1)
+DEVICE = torch.device(os.environ.get("MOLORA_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh runs the equalities on a GPU
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -45,7 +46,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def make_base(family: str = "llama", seed: int = 0) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().to(DEVICE)
     model.generation_config.pad_token_id = 0
     return model
 
@@ -87,4 +88,4 @@ def adapters(base: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(5))
+    return torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(5)).to(DEVICE)

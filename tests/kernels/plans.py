@@ -2,12 +2,17 @@
 
 import torch
 
+from tests.conftest import DEVICE
+
 SLOTS = 6
 
 
 def make_slots(kind: str, T: int, S: int = 2, seed: int = 0) -> torch.Tensor:
     """[T, S] int64: S different slots a token out of SLOTS, -1 for none, by how popular each slot is."""
-    generator = torch.Generator().manual_seed(seed)
+    return _slots(kind, T, S, torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def _slots(kind: str, T: int, S: int, generator: torch.Generator) -> torch.Tensor:
     popularity = {
         "identical": torch.eye(SLOTS)[2] + torch.eye(SLOTS)[4],
         "distinct": torch.ones(SLOTS),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from molora_kernels import Dispatch, dispatch
+from tests.conftest import DEVICE
 from tests.kernels.plans import KINDS, make_slots
 
 T_ALL = [1, 7, 63, 133]
@@ -11,12 +12,12 @@ T_ALL = [1, 7, 63, 133]
 
 def make(kind: str, T: int, **known: bool) -> tuple[torch.Tensor, torch.Tensor, Dispatch]:
     slots = make_slots(kind, T)
-    weights = torch.rand(slots.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(slots.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return slots, weights, dispatch(slots, weights, **known)
 
 
 def tokens_of(group_tokens: torch.Tensor | None, T: int) -> torch.Tensor:
-    return torch.arange(T) if group_tokens is None else group_tokens
+    return torch.arange(T, device=DEVICE) if group_tokens is None else group_tokens
 
 
 @pytest.mark.parametrize("T", T_ALL)
@@ -51,8 +52,8 @@ def test_counts_and_order(kind: str, T: int) -> None:
 
 @pytest.mark.parametrize("T", T_ALL)
 def test_uniform_is_what_the_sort_finds(T: int) -> None:
-    slots = torch.tensor([5, -1, 2]).expand(T, -1)
-    weights = torch.rand(T, 3)
+    slots = torch.tensor([5, -1, 2], device=DEVICE).expand(T, -1)
+    weights = torch.rand(T, 3, device=DEVICE)
     known, sorted_plan = dispatch(slots, weights, uniform=True), dispatch(slots, weights)
     assert known.slots == sorted_plan.slots == (2, 5)
     assert known.everywhere and sorted_plan.everywhere
@@ -64,14 +65,14 @@ def test_uniform_is_what_the_sort_finds(T: int) -> None:
 @pytest.mark.parametrize("T", T_ALL)
 @pytest.mark.parametrize("uniform", [False, True])
 def test_unit_plans_carry_no_weights(T: int, uniform: bool) -> None:
-    slots = torch.tensor([[1, 0]]).expand(T, -1)
-    plan = dispatch(slots, torch.ones(T, 2), uniform=uniform, unit=True)
+    slots = torch.tensor([[1, 0]], device=DEVICE).expand(T, -1)
+    plan = dispatch(slots, torch.ones(T, 2, device=DEVICE), uniform=uniform, unit=True)
     assert [group.weights for group in plan.groups] == [None, None]
 
 
 def test_nothing_acts() -> None:
     for T in T_ALL:
-        plan = dispatch(make_slots("all -1", T), torch.ones(T, 2))
+        plan = dispatch(make_slots("all -1", T), torch.ones(T, 2, device=DEVICE))
         assert plan.groups == () and plan.slots == ()
 
 
@@ -83,7 +84,7 @@ def test_it_is_repeatable() -> None:
 
 def test_weights_keep_their_gradient() -> None:
     slots = make_slots("uniform", 63)
-    weights = torch.rand(63, 2, requires_grad=True)
+    weights = torch.rand(63, 2, requires_grad=True, device=DEVICE)
     total = sum(group.weights.sum() for group in dispatch(slots, weights).groups if group.weights is not None)
     total.backward()
     assert torch.equal(weights.grad, (slots >= 0).float())

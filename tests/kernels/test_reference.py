@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from molora_kernels import Dispatch, Factors, add_lora, dispatch
+from tests.conftest import DEVICE
 from tests.kernels.plans import KINDS, SLOTS, make_slots
 
 IN, OUT = 24, 20  # different, and multiples of no tile
@@ -18,12 +19,12 @@ class Case:
         generator = torch.Generator().manual_seed(7)
 
         def tensor(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
         self.slots = make_slots(kind, T, S)
         self.x, self.y = tensor(T, IN), tensor(T, OUT)
         self.factors = {s: Factors(tensor(r, IN) / IN**0.5, tensor(r, OUT) / r**0.5) for s, r in enumerate(ranks)}
-        self.weights = torch.rand(T, S, generator=generator) + 0.5
+        self.weights = torch.rand(T, S, generator=generator).to(DEVICE) + 0.5
 
     def plan(self, **known: bool) -> Dispatch:
         return dispatch(self.slots, self.weights, **known)
@@ -140,7 +141,7 @@ def test_gradients_are_the_loops(kind: str, T: int) -> None:
     case.needs_grad()
     out, expected = add_lora(case.y, case.x, case.factors, case.plan()), loop(reference)
     close(out, expected)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
     out.backward(upstream)
     expected.backward(upstream.double())
     for found, wanted in zip(case.leaves(), reference.leaves(), strict=True):

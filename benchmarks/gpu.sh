@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Checks on a GPU what must hold there, then measures, then prints a short table. Nothing is measured on red.
+#   benchmarks/gpu.sh [OUT]   OUT: folder of the results (default: runs/gpu)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/gpu}
+mkdir -p "$out"
+export PYTHONPATH=".:kernels:training:demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+python3 -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'No GPU is here.')"
+MOLORA_TEST_DEVICE=cuda python3 -m pytest -p no:cacheprovider tests/kernels tests/parity \
+    tests/unit/test_generation.py tests/unit/test_live_stack.py tests/unit/test_streaming.py
+python3 -m molora bench decode --json >"$out/decode.json"
+python3 - "$out/decode.json" <<'PY'
+import json, sys
+result = json.load(open(sys.argv[1]))
+print(json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=1))
+PY
