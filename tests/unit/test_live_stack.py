@@ -219,7 +219,7 @@ class Pause(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self.reached.set()
         self.go.wait(20)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def in_thread(act: Any) -> tuple[threading.Thread, list[Any]]:

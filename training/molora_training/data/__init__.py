@@ -1,4 +1,4 @@
-"""Data for training and judging adapters and routers: real text of four domains and two users, and mixes of them."""
+"""Data for training and judging adapters and routers: real text of five domains and two users, and mixes of them."""
 
 from .encode import IGNORED, Batch, Encoded, collate, encode, encode_within
 from .items import DOMAINS, SPLITS, USERS, Example, MixedExample, Split, read_examples, read_mixed, write_examples
