@@ -122,7 +122,7 @@ class Count(StoppingCriteria):
         self.steps += 1
         if self.steps == self.fail_at:
             raise RuntimeError("out of memory")
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def test_closing_at_once_runs_nothing(model: MoLoRAModel, prompt: torch.Tensor) -> None:
