@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from molora.errors import ConfigError
-from molora_training.settings import load_settings
+from molora_training.settings import load_settings, work_folder
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,9 @@ def test_missing_key_and_file(tmp_path: Path) -> None:
         load_settings(Outer, None)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_settings(Outer, tmp_path / "none.yaml")
+
+
+def test_results_of_one_name_do_not_share_checkpoints() -> None:
+    first, second = (work_folder("adapter", Path(root, "adapters", "math")) for root in ("a", "b"))
+    assert first != second and first.name.startswith("math-")
+    assert work_folder("adapter", Path("a", "adapters", "math")) == first

@@ -6,6 +6,7 @@ from typing import Literal
 
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError
+from molora_training.settings import work_folder
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,5 @@ class AdapterTrainSettings:
 
     @property
     def work(self) -> Path:
-        """Where checkpoints and curves of this training lie: `runs/<the last two parts of out>`."""
-        return Path("runs").joinpath("adapter", *self.out.parts[-2:])
+        """Where checkpoints and curves of this training lie."""
+        return work_folder("adapter", self.out)

@@ -46,7 +46,7 @@ def load_state(
     if counters["fingerprint"] != fingerprint:
         raise ConfigError(
             f"The checkpoint {file} belongs to a training with other settings, data or number of processes; "
-            "take those again, or start anew without resuming."
+            f"take those again, or delete {file.parent} (--no-resume does) to start anew."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from molora.errors import ConfigError
+from molora_training.settings import work_folder
 
 
 @dataclass(frozen=True)
@@ -75,5 +76,5 @@ class RouterTrainSettings:
 
     @property
     def work(self) -> Path:
-        """Where checkpoints and curves lie."""
-        return Path("runs") / "router" / self.out.name
+        """Where checkpoints and curves of this training lie."""
+        return work_folder("router", self.out)

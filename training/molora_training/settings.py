@@ -1,6 +1,7 @@
 """One way to read settings: frozen dataclass <- YAML file <- `key=value` overrides; an unknown key is an error."""
 
 import dataclasses
+import hashlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -115,3 +116,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"The setting {key} must be {getattr(hint, '__name__', hint)}, not {value!r}.")
+
+
+def work_folder(kind: str, out: Path) -> Path:
+    """Where a training keeps checkpoints and curves: under `runs/`, named for its result, each result its own."""
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
+    return Path("runs") / kind / f"{out.name}-{place}"
