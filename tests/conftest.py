@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.get("MOLORA_TEST_DEVICE", "cpu") == "cpu":  # kernels in Triton's interpreter: before it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import copy
 from collections.abc import Callable

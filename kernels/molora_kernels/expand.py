@@ -1,0 +1,141 @@
+"""Grouped expand in Triton: y(t) += sum over k of w(t, k) h(t, k) B_s, in one pass over y.
+
+Each program owns its part of y, so nothing is added atomically and a repeated run is bitwise equal. Tokens on which
+nothing acts are neither read nor written: they stay the base's bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from molora_kernels.pages import PAGE, RankPages
+
+
+@triton.jit
+def _expand_token_kernel(
+    y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, columns_ptr,
+    pairs, pages, stride_y,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(2)
+    column = tl.load(columns_ptr + piece)
+    width = tl.load(columns_ptr + piece + 1) - column
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = o < width
+    ranks = tl.arange(0, PAGE)
+    b_start = column.to(tl.int64) * PAGE * pages
+    acc = tl.zeros((BLOCK_O,), tl.float32)
+    acts = 0
+    for k in tl.static_range(TOP):
+        pair = token * TOP + k
+        slot = tl.load(slots_ptr + pair).to(tl.int64)
+        if slot >= 0:
+            count = tl.load(count_ptr + slot * SLICES + piece)
+            row = tl.load(first_ptr + slot * SLICES + piece).to(tl.int64) * PAGE
+            weight = tl.load(weights_ptr + pair)
+            for page in range(count):
+                h = tl.zeros((PAGE,), tl.float32)
+                for split in tl.static_range(SPLIT):
+                    at = (pair + split * pairs) * (SLICES * MAX_PAGES * PAGE) + (piece * MAX_PAGES + page) * PAGE
+                    h += tl.load(h_ptr + at + ranks)
+                b = tl.load(
+                    b_ptr + b_start + (row + page * PAGE + ranks)[:, None] * width + o[None, :],
+                    mask=inside[None, :], other=0.0,
+                )  # fmt: skip
+                acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
+                acts = 1
+    if acts > 0:
+        y = y_ptr + token * stride_y + column + o
+        total = tl.load(y, mask=inside, other=0.0).to(tl.float32) + acc
+        tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _expand_block_kernel(
+    y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
+    tokens, pages, stride_y,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(2)
+    column = tl.load(columns_ptr + piece)
+    width = tl.load(columns_ptr + piece + 1) - column
+    if tl.program_id(1) * BLOCK_O >= width:
+        return
+    place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = o < width
+    ranks = tl.arange(0, PAGE)
+    b_start = column.to(tl.int64) * PAGE * pages
+    NONE: tl.constexpr = 2147483647
+    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    acts = tl.zeros((BLOCK_T,), tl.int32)
+    for k in tl.static_range(TOP):
+        pair = token * TOP + k
+        left = tl.load(slots_ptr + pair, mask=place < tokens, other=-1).to(tl.int32)
+        left = tl.where(left < 0, NONE, left)
+        weight = tl.load(weights_ptr + pair, mask=left < NONE, other=0.0)
+        slot = tl.min(left, 0)
+        while slot < NONE:
+            mine = left == slot
+            count = tl.load(count_ptr + slot.to(tl.int64) * SLICES + piece)
+            row = tl.load(first_ptr + slot.to(tl.int64) * SLICES + piece).to(tl.int64) * PAGE
+            for page in range(count):
+                h = tl.zeros((BLOCK_T, PAGE), tl.float32)
+                for split in tl.static_range(SPLIT):
+                    at = (pair + split * tokens * TOP) * (SLICES * MAX_PAGES * PAGE) + (piece * MAX_PAGES + page) * PAGE
+                    h += tl.load(h_ptr + at[:, None] + ranks[None, :], mask=mine[:, None], other=0.0)
+                h = h * weight[:, None]
+                b = tl.load(
+                    b_ptr + b_start + (row + page * PAGE + ranks)[:, None] * width + o[None, :],
+                    mask=inside[None, :], other=0.0,
+                )  # fmt: skip
+                if UPCAST:
+                    b = b.to(tl.float32)
+                acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
+            acts = tl.where(mine & (count > 0), 1, acts)
+            left = tl.where(mine, NONE, left)
+            slot = tl.min(left, 0)
+    if tl.max(acts, 0) > 0:
+        y = y_ptr + token[:, None] * stride_y + column + o[None, :]
+        mask = (acts > 0)[:, None] & inside[None, :]
+        total = tl.load(y, mask=mask, other=0.0).to(tl.float32) + acc
+        tl.store(y, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    pages: RankPages,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor | None,
+    upcast: bool,
+) -> torch.Tensor:
+    """Adds to y [T, sum of O] in place.
+
+    Args:
+        y: [T, sum of O], rows contiguous.
+        h: of :func:`molora_kernels.shrink.shrink`.
+        pages, slots, order, upcast: as there.
+        weights: [T, S] float32, contiguous.
+    """
+    split, T, S, _ = h.shape
+    slices, widest = len(pages.outputs), max(pages.outputs)
+    shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
+    found = (pages.first, pages.count, pages.columns)
+    if order is None:
+        block = 256
+        _expand_token_kernel[(T, triton.cdiv(widest, block), slices)](
+            y, h, pages.B, weights, slots, *found, T * S, pages.pages, y.stride(0), **shape, BLOCK_O=block, num_warps=4
+        )
+    else:
+        block_t, block = 64, 128
+        _expand_block_kernel[(triton.cdiv(T, block_t), triton.cdiv(widest, block), slices)](
+            y, h, pages.B, weights, slots, order, *found, T, pages.pages, y.stride(0), **shape,
+            BLOCK_T=block_t, BLOCK_O=block, UPCAST=upcast, num_warps=4,
+        )  # fmt: skip
+    return y

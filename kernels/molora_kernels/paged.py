@@ -1,0 +1,106 @@
+"""The grouped product over rank pages: checks, the order of tokens, and the choice of a form."""
+
+import torch
+
+from molora_kernels.expand import expand
+from molora_kernels.pages import RankPages
+from molora_kernels.shrink import shrink
+
+TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
+_TARGET_PROGRAMS = 264  # two for each of an H100's multiprocessors
+_SHORTEST_SPLIT = 256  # elements of D that a program should have at least
+
+
+def order_by_slot(slots: torch.Tensor, bound: int) -> torch.Tensor:
+    """[T] int64: tokens with the same slots next to one another; no host synchronisation.
+
+    Ordered by the first slot, then by the second, and so on, so that a block of tokens meets few different slots in
+    each column.
+
+    Args:
+        slots: [T, S] int, -1 for none.
+        bound: every slot is below it.
+    """
+    key = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
+    columns = slots.to(torch.int64) + 1
+    # More columns than fit in 63 bits only order less well: the product is right in any order.
+    for column in columns.unbind(1)[: max(1, 62 // (bound + 1).bit_length())]:
+        key = key * (bound + 1) + column
+    return key.argsort(stable=True)
+
+
+def add_lora_paged(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pages: RankPages,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor | None = None,
+    *,
+    by_token: bool | None = None,
+) -> torch.Tensor:
+    """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place, forward only.
+
+    Args:
+        y: [T, sum of the slices' O], the base's output, rows contiguous.
+        x: [T, D], its input, rows contiguous, in the factors' dtype.
+        pages: the adapters. A slot that is empty, or adapts none of the slices, adds nothing.
+        slots: [T, S] int32 or int64, contiguous, -1 for none, all below ``pages.slots``: they are not looked at on the
+            host, so that nothing waits for the device.
+        weights: [T, S] float32, contiguous.
+        order: of :func:`order_by_slot`, shared by the modules of a forward; made here where it is needed and missing.
+        by_token: which form; None: by the number of tokens.
+
+    Returns:
+        y.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype, stride or device; nothing has changed.
+    """
+    _check(y, x, pages, slots, weights)
+    T, S = slots.shape
+    if T == 0 or S == 0:
+        return y
+    if by_token is None:
+        by_token = T <= TOKEN_FORM
+    if by_token:
+        order = None
+    elif order is None:
+        order = order_by_slot(slots, pages.slots)
+    programs = T * S if by_token else -(-T // 64) * S
+    split = _split(programs * len(pages.outputs), pages.inputs)
+    upcast = x.device.type == "cpu"
+    h = shrink(x, pages, slots, order, split, upcast)
+    return expand(y, h, pages, slots, weights, order, upcast)
+
+
+def _split(programs: int, width: int) -> int:
+    """Over how many programs a sum over the input is split: a power of two, so that few kernels are compiled."""
+    split = 1
+    while split < 16 and programs * split < _TARGET_PROGRAMS and width // (split * 2) >= _SHORTEST_SPLIT:
+        split *= 2
+    return split
+
+
+def _check(y: torch.Tensor, x: torch.Tensor, pages: RankPages, slots: torch.Tensor, weights: torch.Tensor) -> None:
+    T, width = slots.shape[0], sum(pages.outputs)
+    wanted = {
+        "x": (x, (T, pages.inputs), (pages.A.dtype,)),
+        "y": (y, (T, width), (torch.float32, torch.bfloat16, torch.float16)),
+        "slots": (slots, tuple(slots.shape), (torch.int32, torch.int64)),
+        "weights": (weights, tuple(slots.shape), (torch.float32,)),
+    }
+    if slots.dim() != 2:
+        raise ValueError(f"slots must be [T, S], not {list(slots.shape)}.")
+    for name, (tensor, shape, dtypes) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}.")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}.")
+        if tensor.device != pages.A.device:
+            raise ValueError(f"{name} is on {tensor.device}, the adapters on {pages.A.device}.")
+        if tensor.numel() and tensor.stride(1) != 1:
+            raise ValueError(f"{name} must have contiguous rows, not strides {tensor.stride()}.")
+    for name, tensor in (("slots", slots), ("weights", weights)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous.")

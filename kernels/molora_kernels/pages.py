@@ -1,0 +1,130 @@
+"""Where the kernels find adapters: arenas of rank pages with addresses that never change.
+
+One `RankPages` holds the adapters of a group of modules that read the same input (q, k and v; gate and up; o alone),
+each module a *slice* of the group's output. A slot holds a run of pages in each slice; a page is `PAGE` ranks. So an
+adapter of rank 8 takes one page where one of rank 64 takes four, and a swap writes into memory that a captured graph
+already reads. Rows past an adapter's rank are zeros in A and in B: kernels need no mask for them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from molora_kernels.reference import Factors
+
+PAGE = 16  # ranks; the shortest side of a tensor core's tile
+MAX_RANK = 256
+
+
+class RankPages:
+    """Factors of up to ``slots`` adapters.
+
+    A: [slices, pages, PAGE, D]. B: flat, slice after slice, each [pages, PAGE, O of the slice].
+    first, count: [slots, slices] int32, the run of pages of each slot. columns: [slices + 1] int32, where each slice
+    begins in the output.
+
+    Args:
+        inputs: D, the width of the input.
+        outputs: the width of each slice's output.
+        slots: how many adapters.
+        pages: how many pages in each slice.
+        max_rank: the largest rank that may come; launches cover as many pages a slot.
+        dtype, device: of the factors.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: Sequence[int],
+        slots: int,
+        pages: int,
+        max_rank: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        if not 1 <= max_rank <= MAX_RANK:
+            raise ValueError(f"max_rank must lie in [1, {MAX_RANK}], not {max_rank}.")
+        self.inputs, self.outputs = inputs, tuple(outputs)
+        self.slots, self.pages = slots, pages
+        self.max_pages = -(-max_rank // PAGE)
+        self.A = torch.zeros(len(self.outputs), pages, PAGE, inputs, dtype=dtype, device=device)
+        self.B = torch.zeros(pages * PAGE * sum(self.outputs), dtype=dtype, device=device)
+        self.first = torch.zeros(slots, len(self.outputs), dtype=torch.int32, device=device)
+        self.count = torch.zeros(slots, len(self.outputs), dtype=torch.int32, device=device)
+        starts = [sum(self.outputs[:index]) for index in range(len(self.outputs) + 1)]
+        self.columns = torch.tensor(starts, dtype=torch.int32, device=device)
+        self._starts = starts
+        self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
+
+    def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
+        """Writes an adapter into a slot, in place of what was there; None: it does not adapt that slice.
+
+        Raises:
+            IndexError: there is no such slot.
+            ValueError: a factor of another shape, or of a rank over ``max_rank``; nothing has changed.
+            MemoryError: no run of free pages is long enough; nothing has changed.
+        """
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"There is no slot {slot}: slots are 0 to {self.slots - 1}.")
+        if len(factors) != len(self.outputs):
+            raise ValueError(f"Give {len(self.outputs)} factors, one a slice, not {len(factors)}.")
+        for index, pair in enumerate(factors):
+            if pair is not None:
+                self._check(index, pair)
+        runs = [self._place(index, slot, pair) for index, pair in enumerate(factors)]
+        for index, (pair, run) in enumerate(zip(factors, runs, strict=True)):
+            self._write(index, slot, pair, run)
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot."""
+        self.put(slot, [None] * len(self.outputs))
+
+    def b_slice(self, index: int) -> torch.Tensor:
+        """[pages, PAGE, O], the pages of B of one slice, a view."""
+        width, start = self.outputs[index], self.pages * PAGE * self._starts[index]
+        return self.B[start : start + self.pages * PAGE * width].view(self.pages, PAGE, width)
+
+    def factors(self, index: int) -> dict[int, Factors]:
+        """slot -> factors of one slice, with the zero rows that fill the last page; views."""
+        A, B = self.A[index].flatten(0, 1), self.b_slice(index).flatten(0, 1)
+        found = {}
+        for slot, (first, count) in self._runs[index].items():
+            rows = slice(first * PAGE, (first + count) * PAGE)
+            found[slot] = Factors(A[rows], B[rows])
+        return found
+
+    def _check(self, index: int, pair: Factors) -> None:
+        rank = pair.A.shape[0]
+        if pair.A.shape != (rank, self.inputs) or pair.B.shape != (rank, self.outputs[index]):
+            raise ValueError(
+                f"Slice {index} takes A [R, {self.inputs}] and B [R, {self.outputs[index]}], "
+                f"not {list(pair.A.shape)} and {list(pair.B.shape)}."
+            )
+        if not 1 <= rank <= self.max_pages * PAGE:
+            raise ValueError(f"Rank {rank} does not fit: these pages take ranks up to {self.max_pages * PAGE}.")
+
+    def _place(self, index: int, slot: int, pair: Factors | None) -> tuple[int, int]:
+        """First fit among the pages that are free once this slot's own are."""
+        if pair is None:
+            return 0, 0
+        need, first = -(-pair.A.shape[0] // PAGE), 0
+        for start, count in sorted(run for other, run in self._runs[index].items() if other != slot):
+            if start - first >= need:
+                break
+            first = start + count
+        if first + need > self.pages:
+            raise MemoryError(f"No {need} free pages in a row: {self.pages} serve {len(self._runs[index])} adapters.")
+        return first, need
+
+    def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int]) -> None:
+        self._runs[index].pop(slot, None)
+        self.count[slot, index] = 0
+        if pair is None:
+            return
+        first, count = run
+        rank, rows = pair.A.shape[0], slice(first * PAGE, (first + count) * PAGE)
+        for arena, factor in ((self.A[index].flatten(0, 1), pair.A), (self.b_slice(index).flatten(0, 1), pair.B)):
+            arena[rows][:rank].copy_(factor)
+            arena[rows][rank:].zero_()
+        self.first[slot, index], self.count[slot, index] = first, count
+        self._runs[index][slot] = run

@@ -1,0 +1,119 @@
+"""Grouped shrink in Triton: h(t, k) = x(t) A_s^T for s = slots(t, k), all slices of a group in one launch.
+
+Two forms of one function. By token (decode): a program for each (token, k), no order needed. By block (prefill): a
+program for a block of tokens that were ordered by slot; it loops over the slots that occur in its block, so its work is
+bounded by the tokens that are there, and any order gives the same result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from molora_kernels.pages import PAGE, RankPages
+
+
+@triton.jit
+def _shrink_token_kernel(
+    x_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
+    pairs, width_in, pages, stride_x,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    part = tl.program_id(1)
+    split = tl.program_id(2)
+    slot = tl.load(slots_ptr + pair).to(tl.int64)
+    if slot < 0:
+        return
+    piece = part // MAX_PAGES
+    page = part % MAX_PAGES
+    if page >= tl.load(count_ptr + slot * SLICES + piece):
+        return
+    row = (piece * pages + tl.load(first_ptr + slot * SLICES + piece) + page).to(tl.int64) * PAGE
+    ranks = tl.arange(0, PAGE)
+    x_row = x_ptr + (pair // TOP).to(tl.int64) * stride_x
+    acc = tl.zeros((PAGE,), tl.float32)
+    for start in range(split * BLOCK_D, width_in, SPLIT * BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_row + d, mask=d < width_in, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + (row + ranks)[:, None] * width_in + d[None, :], mask=(d < width_in)[None, :], other=0.0)
+        acc += tl.sum(a.to(tl.float32) * x[None, :], 1)
+    at = (split * pairs + pair).to(tl.int64) * (SLICES * MAX_PAGES * PAGE)
+    tl.store(h_ptr + at + part * PAGE + ranks, acc)
+
+
+@triton.jit
+def _shrink_block_kernel(
+    x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, first_ptr, count_ptr,
+    tokens, width_in, pages, stride_x,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    k = tl.program_id(2) // SPLIT
+    split = tl.program_id(2) % SPLIT
+    piece = part // MAX_PAGES
+    page = part % MAX_PAGES
+    place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
+    NONE: tl.constexpr = 2147483647
+    left = tl.load(slots_ptr + token * TOP + k, mask=place < tokens, other=-1).to(tl.int32)
+    left = tl.where(left < 0, NONE, left)
+    ranks = tl.arange(0, PAGE)
+    slot = tl.min(left, 0)
+    while slot < NONE:
+        mine = left == slot
+        if page < tl.load(count_ptr + slot.to(tl.int64) * SLICES + piece):
+            row = (piece * pages + tl.load(first_ptr + slot.to(tl.int64) * SLICES + piece) + page).to(tl.int64) * PAGE
+            acc = tl.zeros((BLOCK_T, PAGE), tl.float32)
+            for start in range(split * BLOCK_D, width_in, SPLIT * BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                inside = d < width_in
+                x = tl.load(
+                    x_ptr + token[:, None] * stride_x + d[None, :], mask=mine[:, None] & inside[None, :], other=0.0
+                )
+                a = tl.load(
+                    a_ptr + (row + ranks)[None, :] * width_in + d[:, None], mask=inside[:, None], other=0.0
+                )  # [BLOCK_D, PAGE]
+                if UPCAST:
+                    x, a = x.to(tl.float32), a.to(tl.float32)
+                acc = tl.dot(x, a, acc, input_precision="ieee")
+            at = (split * tokens + token) * TOP + k
+            at = at * (SLICES * MAX_PAGES * PAGE) + part * PAGE
+            tl.store(h_ptr + at[:, None] + ranks[None, :], acc, mask=mine[:, None])
+        left = tl.where(mine, NONE, left)
+        slot = tl.min(left, 0)
+
+
+def shrink(
+    x: torch.Tensor, pages: RankPages, slots: torch.Tensor, order: torch.Tensor | None, split: int, upcast: bool
+) -> torch.Tensor:
+    """[split, T, S, slices x pages x PAGE] float32: partial sums of h, to be added up over ``split``.
+
+    What no adapter reaches is not written: the expand does not read it.
+
+    Args:
+        x: [T, D], rows contiguous.
+        pages: the adapters.
+        slots: [T, S] int32 or int64, contiguous, -1 for none.
+        order: [T] int32 or int64, tokens in order of slot; None: the form by token.
+        split: over how many programs each sum over D is split.
+        upcast: multiply in float32 (Triton's interpreter gets half precision wrong).
+    """
+    T, S = slots.shape
+    slices = len(pages.outputs)
+    parts = slices * pages.max_pages
+    h = torch.empty(split, T, S, parts * PAGE, dtype=torch.float32, device=x.device)
+    shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
+    if order is None:
+        _shrink_token_kernel[(T * S, parts, split)](
+            x, pages.A, h, slots, pages.first, pages.count,
+            T * S, pages.inputs, pages.pages, x.stride(0), **shape, BLOCK_D=256, num_warps=4,
+        )  # fmt: skip
+    else:
+        block = 64
+        _shrink_block_kernel[(triton.cdiv(T, block), parts, S * split)](
+            x, pages.A, h, slots, order, pages.first, pages.count,
+            T, pages.inputs, pages.pages, x.stride(0), **shape, BLOCK_T=block, BLOCK_D=64, UPCAST=upcast, num_warps=4,
+        )  # fmt: skip
+    return h

@@ -1,0 +1,227 @@
+"""The Triton kernels over rank pages against a float64 loop over pairs, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from molora_kernels import Factors
+from molora_kernels.paged import add_lora_paged, order_by_slot
+from molora_kernels.pages import PAGE, RankPages
+from tests.conftest import DEVICE
+from tests.kernels.plans import KINDS, SLOTS, make_slots
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative, of the norm
+RANKS = {"1": [1] * SLOTS, "8": [8] * SLOTS, "16": [16] * SLOTS, "64": [64] * SLOTS, "mixed": [1, 8, 16, 64, 3, 37]}
+FORMS = {"token": True, "block": False}
+
+
+class Case:
+    """A group of modules, its adapters and inputs; y and what no adapter owns are no zeros."""
+
+    def __init__(
+        self,
+        kind: str = "zipf",
+        T: int = 7,
+        ranks: list[int] = RANKS["mixed"],
+        dtype: torch.dtype = torch.float32,
+        D: int = 100,
+        outputs: tuple[int, ...] = (100, 24, 40),
+        S: int = 2,
+    ) -> None:
+        generator = torch.Generator().manual_seed(7)
+
+        def tensor(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+        self.outputs, self.dtype = outputs, dtype
+        self.slots = make_slots(kind, T, S)
+        self.x, self.y = tensor(T, D), tensor(T, sum(outputs))
+        self.weights = (torch.rand(T, S, generator=generator) + 0.5).to(DEVICE)
+        self.factors = [
+            [Factors(tensor(r, D) / D**0.5, tensor(r, wide) / r**0.5) for wide in outputs] for r in ranks
+        ]  # [slot][slice]
+        self.pages = RankPages(D, outputs, SLOTS, 40, 64, dtype, DEVICE)
+        self.pages.A.fill_(torch.nan)  # what was never written must never be read
+        self.pages.B.fill_(torch.nan)
+        for slot, pairs in enumerate(self.factors):
+            self.pages.put(slot, pairs)
+
+    def run(self, form: str, **options: torch.Tensor) -> torch.Tensor:
+        return add_lora_paged(
+            self.y.clone(), self.x, self.pages, self.slots, self.weights, by_token=FORMS[form], **options
+        )
+
+    def expected(self) -> torch.Tensor:
+        rows = []
+        for t, slots in enumerate(self.slots.tolist()):
+            row = self.y[t].double()
+            for k, slot in enumerate(slots):
+                if slot >= 0:
+                    x = self.x[t].double()
+                    parts = [x @ A.double().T @ B.double() for A, B in self.factors[slot]]
+                    row = row + self.weights[t, k].double() * torch.cat(parts)
+            rows.append(row)
+        return torch.stack(rows)
+
+    def check(self, found: torch.Tensor) -> None:
+        expected = self.expected()
+        assert found.dtype == self.dtype and torch.isfinite(found).all()
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error <= TOLERANCE[self.dtype]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out unwritten holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [1, 7, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_loop(kind: str, T: int, form: str) -> None:
+    case = Case(kind, T)
+    case.check(case.run(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_rank_and_dtype(ranks: str, dtype: torch.dtype, form: str) -> None:
+    case = Case(ranks=RANKS[ranks], dtype=dtype)
+    case.check(case.run(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"D": 1024, "outputs": (48,)},  # long enough that the sum over D is split
+        {"outputs": (300, 17)},  # several blocks of the output, the last one ragged
+        {"S": 1},
+        {"S": 3},
+    ],
+    ids=str,
+)
+def test_shapes(shape: dict[str, int], form: str) -> None:
+    case = Case(T=9, **shape)
+    case.check(case.run(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_nothing_reaches_stays_bit_for_bit(form: str) -> None:
+    case = Case("uniform", 33)
+    case.slots[::2] = -1
+    found = case.run(form)
+    assert torch.equal(found[::2], case.y[::2])
+    assert not torch.equal(found[1::2], case.y[1::2])
+    case.check(found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_slice_that_an_adapter_leaves_alone(form: str) -> None:
+    case = Case("identical", 7)
+    pair = case.factors[2]
+    case.pages.put(2, [pair[0], None, None])
+    case.pages.clear(4)
+    found = case.run(form)
+    assert torch.equal(found[:, 100:], case.y[:, 100:])
+    assert not torch.equal(found[:, :100], case.y[:, :100])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_repeated_run_is_bitwise_equal(form: str) -> None:
+    case = Case("zipf", 70)
+    assert torch.equal(case.run(form), case.run(form))
+
+
+def test_any_order_is_right() -> None:
+    case = Case("zipf", 70)
+    case.check(case.run("block", order=torch.randperm(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_narrow_integers_and_rows_with_gaps(form: str) -> None:
+    case = Case("zipf", 7)
+    expected = case.run(form)
+    case.slots = case.slots.int()
+    case.x = torch.cat([case.x, case.x], 1)[:, :100]
+    assert not case.x.is_contiguous()
+    assert torch.equal(case.run(form), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_swap_writes_where_the_old_one_was(form: str) -> None:
+    case = Case("identical", 7, ranks=[16] * SLOTS)
+    addresses = [t.data_ptr() for t in (case.pages.A, case.pages.B, case.pages.first, case.pages.count)]
+    case.check(case.run(form))
+    for rank in (3, 64, 16):
+        generator = torch.Generator().manual_seed(rank)
+        new = [
+            Factors(*(torch.randn(rank, w, generator=generator).to(DEVICE) / 10 for w in (100, wide)))
+            for wide in case.outputs
+        ]
+        case.pages.put(2, new)
+        case.factors[2] = new
+        case.check(case.run(form))
+    assert addresses == [t.data_ptr() for t in (case.pages.A, case.pages.B, case.pages.first, case.pages.count)]
+
+
+def test_order_puts_equal_rows_together() -> None:
+    slots = make_slots("zipf", 133)
+    sorted_rows = slots[order_by_slot(slots, SLOTS)]
+    changes = (sorted_rows[1:] != sorted_rows[:-1]).any(1).sum() + 1
+    assert changes == len(slots.unique(dim=0))
+
+
+def test_pages_are_reused_and_run_out() -> None:
+    pages = RankPages(8, (4,), slots=3, pages=4, max_rank=48, dtype=torch.float32, device=DEVICE)
+
+    def adapter(rank: int) -> list[Factors | None]:
+        return [Factors(torch.full((rank, 8), float(rank)), torch.full((rank, 4), float(rank)))]
+
+    pages.put(0, adapter(16))
+    pages.put(1, adapter(33))
+    with pytest.raises(MemoryError, match="4 serve 2"):
+        pages.put(2, adapter(1))
+    pages.put(0, adapter(5))  # over itself
+    pages.clear(1)
+    pages.put(2, adapter(48))
+    assert sorted(pages.factors(0)) == [0, 2]
+    A = pages.factors(0)[0].A
+    assert A.shape == (PAGE, 8) and (A[:5] == 5).all() and (A[5:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slot", "shapes", "error", "words"),
+    [
+        (3, ((4, 8), (4, 4)), IndexError, "slots are 0 to 2"),
+        (0, ((4, 9), (4, 4)), ValueError, "takes A"),
+        (0, ((4, 8), (5, 4)), ValueError, "takes A"),
+        (0, ((40, 8), (40, 4)), ValueError, "ranks up to 32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(slot: int, shapes: tuple, error: type[Exception], words: str) -> None:
+    pages = RankPages(8, (4,), slots=3, pages=4, max_rank=32, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(error, match=words):
+        pages.put(slot, [Factors(*(torch.ones(shape) for shape in shapes))])
+    assert not pages.count.any() and not pages.A.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("x", lambda x: x[:, :-1], "x must be"),
+        ("x", lambda x: x.double(), "x must be torch.float32"),
+        ("x", lambda x: x.T.contiguous().T, "contiguous rows"),
+        ("y", lambda y: y[:-1], "y must be"),
+        ("slots", lambda s: s.float(), "slots must be"),
+        ("weights", lambda w: w.half(), "weights must be"),
+        ("weights", lambda w: w.to("meta"), "is on meta"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(name: str, change: object, words: str) -> None:
+    case = Case()
+    setattr(case, name, change(getattr(case, name)))  # type: ignore[operator]
+    with pytest.raises(ValueError, match=words):
+        add_lora_paged(case.y, case.x, case.pages, case.slots, case.weights)
