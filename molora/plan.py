@@ -42,10 +42,34 @@ def forced_plan(selection: ResolvedSelection, tokens: int) -> RoutingPlan:
     return RoutingPlan(slots, weights, uniform=selection.uniform, unit=True)
 
 
+@dataclass(frozen=True)
+class LayerTable:
+    """A layer's candidates on the device of the router: what a step would else build and send anew.
+
+    rows: [C] int64, the router's row of each candidate. slots: [C] int64, its slot, -1 for the null.
+    """
+
+    candidates: LayerCandidates
+    rows: torch.Tensor
+    slots: torch.Tensor
+
+
+def layer_tables(rows: Sequence[str], layers: Sequence[LayerCandidates], device: torch.device) -> list[LayerTable]:
+    """The tables of ``layers`` for a router with ``rows``."""
+    at = {name: index for index, name in enumerate(rows)}
+    return [
+        LayerTable(
+            layer,
+            torch.tensor([at[row] for row in layer.rows], device=device),
+            torch.tensor(layer.slots, device=device),
+        )
+        for layer in layers
+    ]
+
+
 def route(
     logits: torch.Tensor,
-    rows: Sequence[str],
-    layers: Sequence[LayerCandidates],
+    tables: Sequence[LayerTable],
     selection: ResolvedSelection,
     mode: str,
     straight_through: bool,
@@ -57,8 +81,7 @@ def route(
 
     Args:
         logits: [batch, tokens, rows] float32.
-        rows: the rows' names.
-        layers: the stack's candidates.
+        tables: of the stack's layers.
         selection: for the batch.
         mode: "unit" or "softmax".
         straight_through: give unit weights a gradient.
@@ -66,14 +89,12 @@ def route(
     batch, tokens = logits.shape[:2]
     slots = selection.forced.unsqueeze(1).expand(batch, tokens, -1).clone()
     weights = torch.ones(slots.shape, device=slots.device)
-    at = {name: index for index, name in enumerate(rows)}
-    for index, layer in enumerate(layers):
-        routed = selection.routed[:, index]
-        if not routed.any():
-            continue
-        chosen, weight = _choose(logits[..., [at[row] for row in layer.rows]], layer, selection, mode, straight_through)
-        mask = routed.view(-1, 1, 1)
-        k = slice(layer.column, layer.column + chosen.shape[-1])
+    for index in selection.routed_layers:
+        table = tables[index]
+        own = logits.index_select(-1, table.rows)
+        chosen, weight = _choose(own, table, selection, mode, straight_through)
+        mask = selection.routed[:, index].view(-1, 1, 1)
+        k = slice(table.candidates.column, table.candidates.column + chosen.shape[-1])
         slots[..., k] = torch.where(mask, chosen, slots[..., k])
         weights = torch.cat(
             [weights[..., : k.start], torch.where(mask, weight, weights[..., k]), weights[..., k.stop :]], -1
@@ -83,15 +104,15 @@ def route(
 
 
 def _choose(
-    logits: torch.Tensor, layer: LayerCandidates, selection: ResolvedSelection, mode: str, straight_through: bool
+    logits: torch.Tensor, table: LayerTable, selection: ResolvedSelection, mode: str, straight_through: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots and weights [batch, tokens, k] of one layer, from its candidates' logits [batch, tokens, C]."""
-    allowed = selection.allowed[:, layer.all].unsqueeze(1)
+    allowed = selection.allowed[:, table.candidates.all].unsqueeze(1)
     # A sequence in which the layer is not routed allows nothing: its row is overwritten by the caller.
     masked = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     p = masked.softmax(-1)
-    top, choice = p.topk(min(layer.top_k, p.shape[-1]), dim=-1)
-    slots = torch.tensor(layer.slots, device=logits.device)[choice]
+    top, choice = p.topk(min(table.candidates.top_k, p.shape[-1]), dim=-1)
+    slots = table.slots[choice]
     # Fewer candidates allowed than k: what is not allowed must not act.
     slots = slots.masked_fill(~allowed.expand_as(p).gather(-1, choice), -1)
     if mode == "softmax":

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from molora.cache import attach, memories_of
 from molora.errors import BaseModelError
 from molora.memory import Memory
-from molora.plan import RoutingPlan, forced_plan, route
+from molora.plan import LayerTable, RoutingPlan, forced_plan, layer_tables, route
 from molora.router import Router, VocabularyRouter
 from molora.selection import LayerCandidates, ResolvedSelection
 
@@ -52,6 +52,8 @@ class RoutingState:
         self._real: torch.Tensor | None = None
         self._memories: list[Memory] | None = None
         self._current: ResolvedSelection | None = None
+        self._placed: tuple[ResolvedSelection, int, torch.device] | None = None  # what _current was made from
+        self._tables: tuple[object, list[LayerTable]] | None = None
         self._hooks: list[Any] = [base.register_forward_pre_hook(self._before_base, with_kwargs=True)]
 
     def set_router(self, router: Router | VocabularyRouter | None) -> None:
@@ -112,7 +114,10 @@ class RoutingState:
         keep = kwargs.get("logits_to_keep", 0)
         self.kept = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
         self._real = real_tokens(kwargs.get("attention_mask"), batch, tokens, cache, source.device)
-        self._current = self.selection.expand(batch).to(source.device)
+        placed = (self.selection, batch, source.device)
+        if self._placed != placed:
+            self._placed, self._current = placed, self.selection.expand(batch).to(source.device)
+        assert self._current is not None
         parts: Any = self.router.parts if self.router is not None else ()
         self.logits, self.features = [None] * len(parts), [None] * len(parts)
         self._memories = self._find_memories(cache, batch)
@@ -145,10 +150,17 @@ class RoutingState:
         logits = part(q)
         self.features[index], self.logits[index] = q, logits
         through = self.router.training and torch.is_grad_enabled()
-        plan = route(logits, self.router.rows, self.layers, self._current, self.router.weights, through)
+        plan = route(logits, self._layer_tables(logits.device), self._current, self.router.weights, through)
         if through:
             plan.dispatch  # noqa: B018 - made here, so that a layer that is run again for its gradient finds it made
         return plan
+
+    def _layer_tables(self, device: torch.device) -> list[LayerTable]:
+        assert self.router is not None
+        key = (list(self.router.rows), list(self.layers), device)
+        if self._tables is None or self._tables[0] != key:
+            self._tables = (key, layer_tables(self.router.rows, self.layers, device))
+        return self._tables[1]
 
     def _cache(self, kwargs: dict[str, Any]) -> Cache | None:
         """The cache of this forward; made here where the model would make it, so that it can carry the memory."""

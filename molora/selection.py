@@ -58,20 +58,25 @@ def router_rows(stack: Stack) -> list[str]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal when the same object: tensors have no one truth
 class ResolvedSelection:
     """A selection for N sequences against one stack.
 
     allowed: bool [N, candidates], what the router may choose (all False in a layer that is forced or off).
     forced: int64 [N, S], the slot that acts at weight 1 in each column of the plan, -1 for none.
     routed: bool [N, layers], the layers that the router decides.
+    routed_layers: those that it decides in at least one sequence. Known here, so that no step has to ask the device.
     """
 
     allowed: torch.Tensor
     forced: torch.Tensor
     routed: torch.Tensor
-    any_routed: bool
+    routed_layers: tuple[int, ...]
     uniform: bool  # the same in every sequence
+
+    @property
+    def any_routed(self) -> bool:
+        return bool(self.routed_layers)
 
     def expand(self, batch: int) -> "ResolvedSelection":
         """For ``batch`` sequences: one for all, or each repeated in place as beam search and
@@ -92,7 +97,7 @@ class ResolvedSelection:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ResolvedSelection":
         return ResolvedSelection(
-            change(self.allowed), change(self.forced), change(self.routed), self.any_routed, self.uniform
+            change(self.allowed), change(self.forced), change(self.routed), self.routed_layers, self.uniform
         )
 
 
@@ -126,7 +131,8 @@ def resolve(
                 allowed[n, [*positions, entry.all.stop - 1]] = True
                 routed[n, index] = True
     uniform = bool((allowed == allowed[:1]).all() and (forced == forced[:1]).all())
-    return ResolvedSelection(allowed, forced, routed, bool(routed.any()), uniform)
+    routed_layers = tuple(routed.any(0).nonzero().flatten().tolist())
+    return ResolvedSelection(allowed, forced, routed, routed_layers, uniform)
 
 
 def _check_layers(selection: Any, stack: Stack) -> None:
