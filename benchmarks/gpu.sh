@@ -9,6 +9,7 @@ export PYTHONPATH=".:kernels:training:demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNB
 python3 -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'No GPU is here.')"
 MOLORA_TEST_DEVICE=cuda python3 -m pytest -p no:cacheprovider tests/kernels tests/parity \
     tests/unit/test_generation.py tests/unit/test_live_stack.py tests/unit/test_streaming.py
+python3 -m benchmarks.kernels --out "$out/kernels.csv"
 python3 -m molora bench decode --json >"$out/decode.json"
 python3 - "$out/decode.json" <<'PY'
 import json, sys

@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from molora_kernels.pages import PAGE, RankPages
+from molora_kernels.pages import PAGE, PageView
 
 
 @triton.jit
 def _expand_token_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, columns_ptr,
-    pairs, pages, stride_y,
+    pairs, pages, adapters, stride_y,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -32,8 +32,8 @@ def _expand_token_kernel(
         pair = token * TOP + k
         slot = tl.load(slots_ptr + pair).to(tl.int64)
         if slot >= 0:
-            count = tl.load(count_ptr + slot * SLICES + piece)
-            row = tl.load(first_ptr + slot * SLICES + piece).to(tl.int64) * PAGE
+            count = tl.load(count_ptr + piece * adapters + slot)
+            row = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE
             weight = tl.load(weights_ptr + pair)
             for page in range(count):
                 h = tl.zeros((PAGE,), tl.float32)
@@ -55,7 +55,7 @@ def _expand_token_kernel(
 @triton.jit
 def _expand_block_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
-    tokens, pages, stride_y,
+    tokens, pages, adapters, stride_y,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +81,8 @@ def _expand_block_kernel(
         slot = tl.min(left, 0)
         while slot < NONE:
             mine = left == slot
-            count = tl.load(count_ptr + slot.to(tl.int64) * SLICES + piece)
-            row = tl.load(first_ptr + slot.to(tl.int64) * SLICES + piece).to(tl.int64) * PAGE
+            count = tl.load(count_ptr + piece * adapters + slot)
+            row = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE
             for page in range(count):
                 h = tl.zeros((BLOCK_T, PAGE), tl.float32)
                 for split in tl.static_range(SPLIT):
@@ -109,7 +109,7 @@ def _expand_block_kernel(
 def expand(
     y: torch.Tensor,
     h: torch.Tensor,
-    pages: RankPages,
+    pages: PageView,
     slots: torch.Tensor,
     weights: torch.Tensor,
     order: torch.Tensor | None,
@@ -130,12 +130,13 @@ def expand(
     if order is None:
         block = 256
         _expand_token_kernel[(T, triton.cdiv(widest, block), slices)](
-            y, h, pages.B, weights, slots, *found, T * S, pages.pages, y.stride(0), **shape, BLOCK_O=block, num_warps=4
-        )
+            y, h, pages.B, weights, slots, *found, T * S, pages.pages, pages.slots, y.stride(0),
+            **shape, BLOCK_O=block, num_warps=4,
+        )  # fmt: skip
     else:
         block_t, block = 64, 128
         _expand_block_kernel[(triton.cdiv(T, block_t), triton.cdiv(widest, block), slices)](
-            y, h, pages.B, weights, slots, order, *found, T, pages.pages, y.stride(0), **shape,
-            BLOCK_T=block_t, BLOCK_O=block, UPCAST=upcast, num_warps=4,
+            y, h, pages.B, weights, slots, order, *found, T, pages.pages, pages.slots, y.stride(0),
+            **shape, BLOCK_T=block_t, BLOCK_O=block, UPCAST=upcast, num_warps=4,
         )  # fmt: skip
     return y

@@ -1,9 +1,11 @@
 """The grouped product over rank pages: checks, the order of tokens, and the choice of a form."""
 
+from typing import Any
+
 import torch
 
 from molora_kernels.expand import expand
-from molora_kernels.pages import RankPages
+from molora_kernels.pages import PAGE, PageView, RankPages
 from molora_kernels.shrink import shrink
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
@@ -39,7 +41,10 @@ def add_lora_paged(
     *,
     by_token: bool | None = None,
 ) -> torch.Tensor:
-    """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place, forward only.
+    """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place.
+
+    Gradients go to y, x and weights: what the training of a router and of what lies below needs. The factors are
+    frozen.
 
     Args:
         y: [T, sum of the slices' O], the base's output, rows contiguous.
@@ -67,15 +72,61 @@ def add_lora_paged(
         order = None
     elif order is None:
         order = order_by_slot(slots, pages.slots)
-    programs = T * S if by_token else -(-T // 64) * S
-    split = _split(programs * len(pages.outputs), pages.inputs)
-    upcast = x.device.type == "cpu"
-    h = shrink(x, pages, slots, order, split, upcast)
-    return expand(y, h, pages, slots, weights, order, upcast)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, weights)):
+        return _AddLoRA.apply(y, x, weights, pages, slots, order)
+    h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x))
+    return expand(y, h, pages, slots, weights, order, _upcast(x))
 
 
-def _split(programs: int, width: int) -> int:
+class _AddLoRA(torch.autograd.Function):
+    """Keeps x, and h summed over its parts: rank numbers for each token, which the gradient of the weights needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        pages: RankPages,
+        slots: torch.Tensor,
+        order: torch.Tensor | None,
+    ) -> torch.Tensor:
+        h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x), zeros=True)
+        expand(y, h, pages, slots, weights, order, _upcast(x))
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(weights, slots, order, h.sum(0) if ctx.needs_input_grad[2] else None)
+        ctx.pages, ctx.x_dtype = pages, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        weights, slots, order, h = ctx.saved_tensors
+        pages: RankPages = ctx.pages
+        dx = dweights = None
+        if ctx.needs_input_grad[1]:
+            dx = torch.zeros(len(dy), pages.inputs, dtype=torch.float32, device=dy.device)
+        if ctx.needs_input_grad[2]:
+            dweights = torch.zeros_like(weights)
+        ranks = pages.max_pages * PAGE
+        parts = dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)
+        for index, part in enumerate(parts if dx is not None or dweights is not None else ()):
+            back = pages.transposed(index)
+            dh = shrink(part, back, slots, order, _split(back, slots, order), _upcast(dy), zeros=True)
+            if dx is not None:
+                expand(dx, dh, back, slots, weights, order, _upcast(dy))
+            if dweights is not None:
+                dweights += (h[..., index * ranks : (index + 1) * ranks] * dh.sum(0)).sum(-1)
+        return dy, None if dx is None else dx.to(ctx.x_dtype), dweights, None, None, None
+
+
+def _upcast(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _split(pages: PageView, slots: torch.Tensor, order: torch.Tensor | None) -> int:
     """Over how many programs a sum over the input is split: a power of two, so that few kernels are compiled."""
+    T, S = slots.shape
+    programs, width = (T if order is None else -(-T // 64)) * S * len(pages.outputs), pages.inputs
     split = 1
     while split < 16 and programs * split < _TARGET_PROGRAMS and width // (split * 2) >= _SHORTEST_SPLIT:
         split *= 2

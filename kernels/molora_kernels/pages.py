@@ -7,6 +7,7 @@ already reads. Rows past an adapter's rank are zeros in A and in B: kernels need
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,12 +17,29 @@ PAGE = 16  # ranks; the shortest side of a tensor core's tile
 MAX_RANK = 256
 
 
-class RankPages:
-    """Factors of up to ``slots`` adapters.
+@dataclass
+class PageView:
+    """What the kernels read.
 
     A: [slices, pages, PAGE, D]. B: flat, slice after slice, each [pages, PAGE, O of the slice].
-    first, count: [slots, slices] int32, the run of pages of each slot. columns: [slices + 1] int32, where each slice
-    begins in the output.
+    first, count: [slices, slots] int32, the run of pages of each slot. columns: [slices + 1] int32, where each slice
+    begins in the output. inputs: D. outputs: O of each slice. max_pages: the most that a slot can have.
+    """
+
+    inputs: int
+    outputs: tuple[int, ...]
+    slots: int
+    pages: int
+    max_pages: int
+    A: torch.Tensor
+    B: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    columns: torch.Tensor
+
+
+class RankPages(PageView):
+    """Factors of up to ``slots`` adapters, in memory that never moves.
 
     Args:
         inputs: D, the width of the input.
@@ -44,16 +62,21 @@ class RankPages:
     ) -> None:
         if not 1 <= max_rank <= MAX_RANK:
             raise ValueError(f"max_rank must lie in [1, {MAX_RANK}], not {max_rank}.")
-        self.inputs, self.outputs = inputs, tuple(outputs)
-        self.slots, self.pages = slots, pages
-        self.max_pages = -(-max_rank // PAGE)
-        self.A = torch.zeros(len(self.outputs), pages, PAGE, inputs, dtype=dtype, device=device)
-        self.B = torch.zeros(pages * PAGE * sum(self.outputs), dtype=dtype, device=device)
-        self.first = torch.zeros(slots, len(self.outputs), dtype=torch.int32, device=device)
-        self.count = torch.zeros(slots, len(self.outputs), dtype=torch.int32, device=device)
-        starts = [sum(self.outputs[:index]) for index in range(len(self.outputs) + 1)]
-        self.columns = torch.tensor(starts, dtype=torch.int32, device=device)
-        self._starts = starts
+        slices = len(outputs)
+        self._starts = [sum(outputs[:index]) for index in range(slices + 1)]
+        super().__init__(
+            inputs,
+            tuple(outputs),
+            slots,
+            pages,
+            -(-max_rank // PAGE),
+            A=torch.zeros(slices, pages, PAGE, inputs, dtype=dtype, device=device),
+            B=torch.zeros(pages * PAGE * sum(outputs), dtype=dtype, device=device),
+            first=torch.zeros(slices, slots, dtype=torch.int32, device=device),
+            count=torch.zeros(slices, slots, dtype=torch.int32, device=device),
+            columns=torch.tensor(self._starts, dtype=torch.int32, device=device),
+        )
+        self._input_columns = torch.tensor([0, inputs], dtype=torch.int32, device=device)
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
 
     def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
@@ -93,6 +116,21 @@ class RankPages:
             found[slot] = Factors(A[rows], B[rows])
         return found
 
+    def transposed(self, index: int) -> PageView:
+        """One slice with A and B exchanged, for gradients: the same memory read the other way round."""
+        return PageView(
+            self.outputs[index],
+            (self.inputs,),
+            self.slots,
+            self.pages,
+            self.max_pages,
+            A=self.b_slice(index),
+            B=self.A[index],
+            first=self.first[index],
+            count=self.count[index],
+            columns=self._input_columns,
+        )
+
     def _check(self, index: int, pair: Factors) -> None:
         rank = pair.A.shape[0]
         if pair.A.shape != (rank, self.inputs) or pair.B.shape != (rank, self.outputs[index]):
@@ -118,7 +156,7 @@ class RankPages:
 
     def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int]) -> None:
         self._runs[index].pop(slot, None)
-        self.count[slot, index] = 0
+        self.count[index, slot] = 0
         if pair is None:
             return
         first, count = run
@@ -126,5 +164,5 @@ class RankPages:
         for arena, factor in ((self.A[index].flatten(0, 1), pair.A), (self.b_slice(index).flatten(0, 1), pair.B)):
             arena[rows][:rank].copy_(factor)
             arena[rows][rank:].zero_()
-        self.first[slot, index], self.count[slot, index] = first, count
+        self.first[index, slot], self.count[index, slot] = first, count
         self._runs[index][slot] = run

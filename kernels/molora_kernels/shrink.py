@@ -9,13 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from molora_kernels.pages import PAGE, RankPages
+from molora_kernels.pages import PAGE, PageView
 
 
 @triton.jit
 def _shrink_token_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
-    pairs, width_in, pages, stride_x,
+    pairs, width_in, pages, adapters, stride_x,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -27,9 +27,9 @@ def _shrink_token_kernel(
         return
     piece = part // MAX_PAGES
     page = part % MAX_PAGES
-    if page >= tl.load(count_ptr + slot * SLICES + piece):
+    if page >= tl.load(count_ptr + piece * adapters + slot):
         return
-    row = (piece * pages + tl.load(first_ptr + slot * SLICES + piece) + page).to(tl.int64) * PAGE
+    row = (piece * pages + tl.load(first_ptr + piece * adapters + slot) + page).to(tl.int64) * PAGE
     ranks = tl.arange(0, PAGE)
     x_row = x_ptr + (pair // TOP).to(tl.int64) * stride_x
     acc = tl.zeros((PAGE,), tl.float32)
@@ -45,7 +45,7 @@ def _shrink_token_kernel(
 @triton.jit
 def _shrink_block_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, first_ptr, count_ptr,
-    tokens, width_in, pages, stride_x,
+    tokens, width_in, pages, adapters, stride_x,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +63,8 @@ def _shrink_block_kernel(
     slot = tl.min(left, 0)
     while slot < NONE:
         mine = left == slot
-        if page < tl.load(count_ptr + slot.to(tl.int64) * SLICES + piece):
-            row = (piece * pages + tl.load(first_ptr + slot.to(tl.int64) * SLICES + piece) + page).to(tl.int64) * PAGE
+        if page < tl.load(count_ptr + piece * adapters + slot):
+            row = (piece * pages + tl.load(first_ptr + piece * adapters + slot) + page).to(tl.int64) * PAGE
             acc = tl.zeros((BLOCK_T, PAGE), tl.float32)
             for start in range(split * BLOCK_D, width_in, SPLIT * BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
@@ -86,7 +86,13 @@ def _shrink_block_kernel(
 
 
 def shrink(
-    x: torch.Tensor, pages: RankPages, slots: torch.Tensor, order: torch.Tensor | None, split: int, upcast: bool
+    x: torch.Tensor,
+    pages: PageView,
+    slots: torch.Tensor,
+    order: torch.Tensor | None,
+    split: int,
+    upcast: bool,
+    zeros: bool = False,
 ) -> torch.Tensor:
     """[split, T, S, slices x pages x PAGE] float32: partial sums of h, to be added up over ``split``.
 
@@ -99,21 +105,25 @@ def shrink(
         order: [T] int32 or int64, tokens in order of slot; None: the form by token.
         split: over how many programs each sum over D is split.
         upcast: multiply in float32 (Triton's interpreter gets half precision wrong).
+        zeros: what no adapter reaches is 0 instead.
     """
     T, S = slots.shape
     slices = len(pages.outputs)
     parts = slices * pages.max_pages
-    h = torch.empty(split, T, S, parts * PAGE, dtype=torch.float32, device=x.device)
+    make = torch.zeros if zeros else torch.empty
+    h = make(split, T, S, parts * PAGE, dtype=torch.float32, device=x.device)
     shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
     if order is None:
         _shrink_token_kernel[(T * S, parts, split)](
             x, pages.A, h, slots, pages.first, pages.count,
-            T * S, pages.inputs, pages.pages, x.stride(0), **shape, BLOCK_D=256, num_warps=4,
+            T * S, pages.inputs, pages.pages, pages.slots, x.stride(0),
+            **shape, BLOCK_D=256, num_warps=4,
         )  # fmt: skip
     else:
         block = 64
         _shrink_block_kernel[(triton.cdiv(T, block), parts, S * split)](
             x, pages.A, h, slots, order, pages.first, pages.count,
-            T, pages.inputs, pages.pages, x.stride(0), **shape, BLOCK_T=block, BLOCK_D=64, UPCAST=upcast, num_warps=4,
+            T, pages.inputs, pages.pages, pages.slots, x.stride(0),
+            **shape, BLOCK_T=block, BLOCK_D=64, UPCAST=upcast, num_warps=4,
         )  # fmt: skip
     return h

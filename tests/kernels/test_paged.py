@@ -225,3 +225,34 @@ def test_tensors_of_another_kind_are_refused(name: str, change: object, words: s
     setattr(case, name, change(getattr(case, name)))  # type: ignore[operator]
     with pytest.raises(ValueError, match=words):
         add_lora_paged(case.y, case.x, case.pages, case.slots, case.weights)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["zipf", "identical", "all -1"])
+@pytest.mark.parametrize("T", [1, 70])
+def test_gradients_are_the_loops(kind: str, T: int, form: str) -> None:
+    case = Case(kind, T)
+    upstream = torch.randn(case.y.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    leaves = [case.y, case.x, case.weights]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    case.run(form).backward(upstream)
+    found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    for leaf in leaves:
+        leaf.grad = None
+    case.expected().backward(upstream.double())
+    assert len(found) == 3
+    for grad, leaf in zip(found, leaves, strict=True):
+        wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        assert (grad - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_frozen_base_gives_the_weights_their_gradient() -> None:
+    """What training a router does: only the weights need one."""
+    case = Case("zipf", 9)
+    case.weights.requires_grad_()
+    case.run("token").square().sum().backward()
+    found = case.weights.grad.clone()
+    case.weights.grad = None
+    case.expected().square().sum().backward()
+    assert (found - case.weights.grad).norm() <= 1e-5 * case.weights.grad.norm()
