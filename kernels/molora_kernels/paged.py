@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from molora_kernels.expand import expand
+from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView, RankPages
 from molora_kernels.shrink import shrink
 
@@ -43,8 +44,8 @@ def add_lora_paged(
 ) -> torch.Tensor:
     """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place.
 
-    Gradients go to y, x and weights: what the training of a router and of what lies below needs. The factors are
-    frozen.
+    Gradients go to y, x and weights, and to ``pages.A`` and ``pages.B`` where these require one (as arenas: all
+    adapters that act are trained at once).
 
     Args:
         y: [T, sum of the slices' O], the base's output, rows contiguous.
@@ -72,14 +73,14 @@ def add_lora_paged(
         order = None
     elif order is None:
         order = order_by_slot(slots, pages.slots)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, weights)):
-        return _AddLoRA.apply(y, x, weights, pages, slots, order)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B)):
+        return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, order)
     h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x))
     return expand(y, h, pages, slots, weights, order, _upcast(x))
 
 
 class _AddLoRA(torch.autograd.Function):
-    """Keeps x, and h summed over its parts: rank numbers for each token, which the gradient of the weights needs."""
+    """Keeps x only for dA, and h summed over its parts (rank numbers for each token) only for dB and d(weights)."""
 
     @staticmethod
     def forward(
@@ -87,6 +88,8 @@ class _AddLoRA(torch.autograd.Function):
         y: torch.Tensor,
         x: torch.Tensor,
         weights: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
         pages: RankPages,
         slots: torch.Tensor,
         order: torch.Tensor | None,
@@ -94,29 +97,37 @@ class _AddLoRA(torch.autograd.Function):
         h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x), zeros=True)
         expand(y, h, pages, slots, weights, order, _upcast(x))
         ctx.mark_dirty(y)
-        ctx.save_for_backward(weights, slots, order, h.sum(0) if ctx.needs_input_grad[2] else None)
+        _, _, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
+        kept = (x if for_A else None, h.sum(0) if for_weights or for_B else None)
+        ctx.save_for_backward(weights, slots, order, *kept)
         ctx.pages, ctx.x_dtype = pages, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        weights, slots, order, h = ctx.saved_tensors
+        weights, slots, order, x, h = ctx.saved_tensors
         pages: RankPages = ctx.pages
-        dx = dweights = None
-        if ctx.needs_input_grad[1]:
-            dx = torch.zeros(len(dy), pages.inputs, dtype=torch.float32, device=dy.device)
-        if ctx.needs_input_grad[2]:
-            dweights = torch.zeros_like(weights)
-        ranks = pages.max_pages * PAGE
-        parts = dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)
-        for index, part in enumerate(parts if dx is not None or dweights is not None else ()):
-            back = pages.transposed(index)
-            dh = shrink(part, back, slots, order, _split(back, slots, order), _upcast(dy), zeros=True)
-            if dx is not None:
-                expand(dx, dh, back, slots, weights, order, _upcast(dy))
-            if dweights is not None:
-                dweights += (h[..., index * ranks : (index + 1) * ranks] * dh.sum(0)).sum(-1)
-        return dy, None if dx is None else dx.to(ctx.x_dtype), dweights, None, None, None
+        _, for_x, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
+        dx = torch.zeros(len(dy), pages.inputs, dtype=torch.float32, device=dy.device) if for_x else None
+        dweights = torch.zeros_like(weights) if for_weights else None
+        dA = torch.zeros_like(pages.A) if for_A else None
+        dB = torch.zeros_like(pages.B) if for_B else None
+        by_slot = pairs_by_slot(slots, pages.slots) if for_A or for_B else None
+        upcast, ranks = _upcast(dy), pages.max_pages * PAGE
+        for index, part in enumerate(dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)):
+            if for_x or for_weights or for_A:
+                back = pages.transposed(index)
+                dh = shrink(part, back, slots, order, _split(back, slots, order), upcast, zeros=True)
+                if dx is not None:
+                    expand(dx, dh, back, slots, weights, order, upcast)
+                if dweights is not None:
+                    dweights += (h[..., index * ranks : (index + 1) * ranks] * dh.sum(0)).sum(-1)
+                if dA is not None and by_slot is not None:
+                    outer(dA[index], dh.sum(0), x, weights, by_slot, pages, index, upcast)
+            if dB is not None and by_slot is not None:
+                own = h[..., index * ranks : (index + 1) * ranks]
+                outer(pages.b_slice(index, dB), own, part, weights, by_slot, pages, index, upcast)
+        return dy, None if dx is None else dx.to(ctx.x_dtype), dweights, dA, dB, None, None, None
 
 
 def _upcast(x: torch.Tensor) -> bool:

@@ -79,6 +79,7 @@ class RankPages(PageView):
         self._input_columns = torch.tensor([0, inputs], dtype=torch.int32, device=device)
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
 
+    @torch.no_grad()
     def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
         """Writes an adapter into a slot, in place of what was there; None: it does not adapt that slice.
 
@@ -102,10 +103,10 @@ class RankPages(PageView):
         """Empties a slot."""
         self.put(slot, [None] * len(self.outputs))
 
-    def b_slice(self, index: int) -> torch.Tensor:
-        """[pages, PAGE, O], the pages of B of one slice, a view."""
+    def b_slice(self, index: int, of: torch.Tensor | None = None) -> torch.Tensor:
+        """[pages, PAGE, O], the pages of one slice in B, or in a tensor ``of`` the same layout; a view."""
         width, start = self.outputs[index], self.pages * PAGE * self._starts[index]
-        return self.B[start : start + self.pages * PAGE * width].view(self.pages, PAGE, width)
+        return (self.B if of is None else of)[start : start + self.pages * PAGE * width].view(self.pages, PAGE, width)
 
     def factors(self, index: int) -> dict[int, Factors]:
         """slot -> factors of one slice, with the zero rows that fill the last page; views."""

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molora_kernels import expand, shrink
+from molora_kernels import expand, outer, shrink
 from molora_kernels.pages import PAGE
 
 TARGETS = {
@@ -22,9 +22,11 @@ KERNELS = {
     shrink._shrink_block_kernel: {"BLOCK_T": 64, "BLOCK_D": 64, "UPCAST": False},
     expand._expand_token_kernel: {"BLOCK_O": 256},
     expand._expand_block_kernel: {"BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
+    outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128, "UPCAST": False},
 }
 POINTERS = {
     "h_ptr": "fp32", "weights_ptr": "fp32", "slots_ptr": "i64", "order_ptr": "i64",
+    "u_ptr": "fp32", "pairs_ptr": "i64", "starts_ptr": "i64",
     "first_ptr": "i32", "count_ptr": "i32", "columns_ptr": "i32",
 }  # fmt: skip
 
@@ -33,7 +35,7 @@ def main() -> None:
     for target_name, target in TARGETS.items():
         for kernel, own in KERNELS.items():
             for dtype in ("bf16", "fp16", "fp32"):
-                constants = {**SHAPE, **own}
+                constants = {name: value for name, value in {**SHAPE, **own}.items() if name in kernel.arg_names}
                 signature = {name: _kind(name, constants, dtype) for name in kernel.arg_names}
                 source = ASTSource(kernel, signature=signature, constexprs=constants)
                 compiled = triton.compile(source, target=target, options={"num_warps": 4})

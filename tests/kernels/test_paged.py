@@ -256,3 +256,32 @@ def test_a_frozen_base_gives_the_weights_their_gradient() -> None:
     case.weights.grad = None
     case.expected().square().sum().backward()
     assert (found - case.weights.grad).norm() <= 1e-5 * case.weights.grad.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["zipf", "empty slots"])
+def test_gradients_of_the_factors_are_the_loops(kind: str, form: str) -> None:
+    case = Case(kind, 70)
+    case.pages.A.nan_to_num_(0.0).requires_grad_()
+    case.pages.B.nan_to_num_(0.0).requires_grad_()
+    upstream = torch.randn(case.y.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    case.run(form).backward(upstream)
+    found = {name: getattr(case.pages, name).grad for name in "AB"}
+    leaves = [factor.requires_grad_() for pairs in case.factors for pair in pairs for factor in pair]
+    case.expected().backward(upstream.double())
+    owned = {"A": torch.zeros_like(found["A"], dtype=torch.bool), "B": torch.zeros_like(found["B"], dtype=torch.bool)}
+    for slot, pairs in enumerate(case.factors):
+        for index, (A, B) in enumerate(pairs):
+            first = int(case.pages.first[index, slot]) * PAGE
+            rows = slice(first, first + len(A))
+            for name, grad, mine, leaf in (
+                ("A", found["A"][index], owned["A"][index], A),
+                ("B", case.pages.b_slice(index, found["B"]), case.pages.b_slice(index, owned["B"]), B),
+            ):
+                wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                got = grad.flatten(0, 1)[rows]
+                assert (got - wanted).norm() <= 1e-5 * wanted.norm(), (name, slot, index)
+                mine.flatten(0, 1)[rows] = True
+    assert len(leaves) == 2 * 3 * SLOTS
+    for name, grad in found.items():  # what no adapter owns stays where it is
+        assert not grad[~owned[name]].any()
