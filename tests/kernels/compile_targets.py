@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molora_kernels import expand, outer, shrink
+from molora_kernels import expand, outer, route, shrink
 from molora_kernels.pages import PAGE
 
 TARGETS = {
@@ -23,18 +23,30 @@ KERNELS = {
     expand._expand_token_kernel: {"BLOCK_O": 256},
     expand._expand_block_kernel: {"BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128, "UPCAST": False},
+    route._route_step_kernel: {
+        "DECAYS": 2,
+        "LAYERS": 3,
+        "MOST": 4,
+        "SOFTMAX": True,
+        "BLOCK_W": 128,
+        "BLOCK_H": 32,
+        "BLOCK_R": 16,
+        "BLOCK_C": 64,
+    },
 }
 POINTERS = {
-    "h_ptr": "fp32", "weights_ptr": "fp32", "slots_ptr": "i64", "order_ptr": "i64",
-    "u_ptr": "fp32", "pairs_ptr": "i64", "starts_ptr": "i64",
-    "first_ptr": "i32", "count_ptr": "i32", "columns_ptr": "i32",
-}  # fmt: skip
+    **dict.fromkeys(["slots_ptr", "order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
+    **dict.fromkeys(["first_ptr", "count_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),
+    **dict.fromkeys(["forced_ptr"], "i32"),
+    **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
+    **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr"], "fp32"),
+}
 
 
 def main() -> None:
     for target_name, target in TARGETS.items():
         for kernel, own in KERNELS.items():
-            for dtype in ("bf16", "fp16", "fp32"):
+            for dtype in ("fp32",) if kernel is route._route_step_kernel else ("bf16", "fp16", "fp32"):
                 constants = {name: value for name, value in {**SHAPE, **own}.items() if name in kernel.arg_names}
                 signature = {name: _kind(name, constants, dtype) for name in kernel.arg_names}
                 source = ASTSource(kernel, signature=signature, constexprs=constants)
