@@ -1,5 +1,6 @@
 """Pace of greedy decoding: the bare base, MoLoRA with every layer on, and PEFT's X-LoRA, in one run on one machine."""
 
+import datetime
 import platform
 import statistics
 import time
@@ -12,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from molora import MoLoRAModel
 from molora.base import load_base
+from molora.provenance import commit
 from molora.selection import Choice
 from molora.stack import AUTO
 
@@ -69,16 +71,25 @@ def measure_decode(folder: str, dtype: str = "bfloat16") -> dict[str, Any]:
         for name, generate in generators.items():
             if turn < REPEATS[name]:
                 runs[name].append(_pace(generate, inputs, TOKENS[name]))
+    source = {"command": "molora bench decode --json", "commit": commit(), "date": datetime.date.today().isoformat()}
     pace = {name: statistics.median(values) for name, values in runs.items()}
+    ratios = {
+        "molora_to_base": round(pace["molora"] / pace["base"], 4),
+        "xlora_to_base": round(pace["xlora"] / pace["base"], 4),
+        "molora_to_xlora": round(pace["molora"] / pace["xlora"], 3),
+    }
     return {
+        **source,
+        "seed": "none: greedy",
+        "data": PROMPT,
+        "must": [
+            _must("tokens/s of MoLoRA over the base's", ratios["molora_to_base"], 0.7),
+            _must("tokens/s of MoLoRA over X-LoRA's", ratios["molora_to_xlora"], 5),
+        ],
         "tokens_per_second": {name: round(value, 3) for name, value in pace.items()},
         "runs": {name: [round(value, 3) for value in values] for name, values in runs.items()},
         "tokens": TOKENS,
-        "ratios": {
-            "molora_to_base": round(pace["molora"] / pace["base"], 4),
-            "xlora_to_base": round(pace["xlora"] / pace["base"], 4),
-            "molora_to_xlora": round(pace["molora"] / pace["xlora"], 3),
-        },
+        "ratios": ratios,
         "prompt_tokens": inputs["input_ids"].shape[1],
         "batch": 1,
         "selection": selection,
@@ -91,6 +102,10 @@ def measure_decode(folder: str, dtype: str = "bfloat16") -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": machine_name(),
     }
+
+
+def _must(name: str, value: float, bar: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "bar": bar, "better": "higher", "holds": value >= bar, "note": ""}
 
 
 def full_selection(model: MoLoRAModel) -> dict[str, Choice]:

@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from molora import MoLoRAModel, Router
+from molora import MoLoRAModel, Router, provenance
 from molora.errors import ConfigError
 from molora.saved import load
 from molora_training.data import DOMAINS, Encoded, encode_within, mix, read_examples
@@ -55,7 +54,7 @@ def run(
         batch_tokens: padded tokens in one forward.
         limit: use only so many sequences of each set (0: all), for a quick look.
     """
-    commit = _commit()  # of the code that runs: later ones may come while it does
+    commit = provenance.commit()  # of the code that runs: later ones may come while it does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoLoRAModel.from_pretrained(model_folder, dtype=torch.bfloat16).to(device)
     if not isinstance(model.router, Router):
@@ -271,13 +270,3 @@ def _default_name(model: MoLoRAModel, variants: dict[str, Any]) -> str:
         if own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own):
             return name
     raise ValueError("The shipped router is none of the variants.")
-
-
-def _commit() -> str:
-    if os.environ.get("MOLORA_COMMIT"):  # where the code was brought without its history
-        return os.environ["MOLORA_COMMIT"]
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
