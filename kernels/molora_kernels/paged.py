@@ -120,10 +120,11 @@ class _AddLoRA(torch.autograd.Function):
                 dh = shrink(part, back, slots, order, _split(back, slots, order), upcast, zeros=True)
                 if dx is not None:
                     expand(dx, dh, back, slots, weights, order, upcast)
+                dh = dh.sum(0)
                 if dweights is not None:
-                    dweights += (h[..., index * ranks : (index + 1) * ranks] * dh.sum(0)).sum(-1)
+                    dweights += (h[..., index * ranks : (index + 1) * ranks] * dh).sum(-1)
                 if dA is not None and by_slot is not None:
-                    outer(dA[index], dh.sum(0), x, weights, by_slot, pages, index, upcast)
+                    outer(dA[index], dh, x, weights, by_slot, pages, index, upcast)
             if dB is not None and by_slot is not None:
                 own = h[..., index * ranks : (index + 1) * ranks]
                 outer(pages.b_slice(index, dB), own, part, weights, by_slot, pages, index, upcast)
