@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from molora_kernels import Factors
-from molora_kernels.paged import add_lora_paged, order_by_slot
+from molora_kernels.order import order_by_slot
+from molora_kernels.paged import add_lora_paged
 from molora_kernels.pages import RankPages
 
 
@@ -72,7 +73,7 @@ def ours_by_token(p: Problem) -> Callable[[], torch.Tensor]:
 
 def ours_by_block(p: Problem) -> Callable[[], torch.Tensor]:
     """The order is made once a forward and shared by its modules, so it is timed apart."""
-    order = order_by_slot(p.slots, p.pages.slots)
+    order = order_by_slot(p.slots)
     return lambda: add_lora_paged(p.y, p.x, p.pages, p.slots, p.weights, order, by_token=False)
 
 

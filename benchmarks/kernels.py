@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import CONTENDERS, Problem, exact, make_problem
-from molora_kernels.paged import order_by_slot
+from molora_kernels.order import order_by_slot
 
 LAYERS = {  # modules that share an input: (in, (out, ...))
     "1.7B": {
@@ -82,7 +82,7 @@ def measure_layer(
                 continue
             check(name, problem, contender)
             total[name] += clock(contender(problem))
-    order = clock(lambda: order_by_slot(problem.slots, K))
+    order = clock(lambda: order_by_slot(problem.slots))
     return {"shape": shape, "adapters": K, "tokens": T, "top": S, "rank": rank, "popularity": popularity,
             "order": order, **total}  # fmt: skip
 

@@ -8,7 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.adapter import LoRAWeights
+from molora.backend import failed
 from molora.errors import BaseModelError
+from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
 from molora_kernels import Dispatch, Factors, add_lora
 
@@ -36,13 +38,22 @@ class MoLoRALinear(nn.Module):
     """y = base(x) + sum of the adapters that the plan has for each token.
 
     ``layer`` is the decoder layer it stands in, which says whose plan holds. Factors are kept by slot, in the compute
-    dtype and on the device of the base module.
+    dtype and on the device of the base module: in ``factors``, or where the kernels of a GPU serve them, in the pages
+    of ``group``, which it shares with the modules that read the same input and in which it is number ``piece``.
     """
 
-    def __init__(self, base_layer: nn.Module, source: PlanSource, layer: int) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        source: PlanSource,
+        layer: int,
+        group: AdapterGroup | None = None,
+        piece: int = 0,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.layer = layer
+        self.group, self.piece = group, piece
         self.factors: dict[int, Factors] = {}
         self.source = source
         self._joined: tuple[tuple[int, ...], Factors] | None = None
@@ -51,10 +62,17 @@ class MoLoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_as_wrapped)
 
     @classmethod
-    def from_base(cls, base_layer: nn.Module, source: PlanSource, layer: int = 0) -> "MoLoRALinear":
+    def from_base(
+        cls,
+        base_layer: nn.Module,
+        source: PlanSource,
+        layer: int = 0,
+        group: AdapterGroup | None = None,
+        piece: int = 0,
+    ) -> "MoLoRALinear":
         if linear_size(base_layer) is None:
             raise BaseModelError(f"{type(base_layer).__name__} is no linear module, so no LoRA can adapt it.")
-        return cls(base_layer, source, layer)
+        return cls(base_layer, source, layer, group, piece)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,7 +86,13 @@ class MoLoRALinear(nn.Module):
         """Puts an adapter into a slot, or empties it."""
         self._joined = None
         self.factors.pop(slot, None)
-        if weights is not None:
+        if self.group is not None:
+            factors = None
+            if weights is not None:
+                B = (weights.B.float() * weights.scale).T
+                factors = Factors(weights.A, B)
+            self.group.put(slot, self.piece, factors)
+        elif weights is not None:
             device = self.weight.device
             dtype = torch.float32 if device.type == "cpu" and dtype in _HALF else dtype
             B = (weights.B.float() * weights.scale).T.contiguous()
@@ -78,42 +102,64 @@ class MoLoRALinear(nn.Module):
         """``.to()`` and the like move the factors too."""
         super()._apply(fn, recurse)
         self._joined = None
+        if self.group is not None:
+            self.group.apply(fn)
         self.factors = {slot: Factors(_compute(fn(A)), _compute(fn(B))) for slot, (A, B) in self.factors.items()}
         return self
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
         plan = self.source.plan(self.layer)
-        if plan is None or not self.factors:
+        if plan is None or not (self.factors or self.group):
             return y
         flat = x.reshape(-1, x.shape[-1])
-        work = self._work(plan, x, flat.shape[0])
-        if not work.groups:
-            return y
+        plan = self._here(plan, x, flat.shape[0])
         out = y.reshape(-1, y.shape[-1])
-        if work.everywhere and not torch.is_grad_enabled():
-            out = self._add_everywhere(out, flat, work)
+        if self.group is not None:
+            out = self._add_paged(out, x, flat, plan, self.group)
         else:
-            out = add_lora(out, flat, self.factors, work)
+            out = self._add(out, flat, plan.dispatch, self.factors)
         return out.view(y.shape)
 
-    def _work(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> Dispatch:
+    def _here(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> RoutingPlan:
+        """The plan of the rows of x: of all tokens, or of those that are kept for the head."""
         if rows == plan.slots.shape[0] * plan.slots.shape[1]:
-            return plan.dispatch
+            return plan
         if x.dim() == 3 and x.shape[0] == plan.slots.shape[0] and x.shape[1] < plan.slots.shape[1]:
             kept = plan.at(self.source.kept)  # the head under logits_to_keep
             if kept.slots.shape[1] == x.shape[1]:
-                return kept.dispatch
+                return kept
         raise BaseModelError(
             f"A module got {rows} rows in a forward of {plan.slots.shape[0]} x {plan.slots.shape[1]} tokens: "
             f"it does not see one row a token, so it cannot be adapted."
         )
 
-    def _add_everywhere(self, y: torch.Tensor, x: torch.Tensor, work: Dispatch) -> torch.Tensor:
+    def _add(self, y: torch.Tensor, x: torch.Tensor, work: Dispatch, factors: dict[int, Factors]) -> torch.Tensor:
+        if not work.groups:
+            return y
+        if work.everywhere and not torch.is_grad_enabled():
+            return self._add_everywhere(y, x, work, factors)
+        return add_lora(y, x, factors, work)
+
+    def _add_paged(
+        self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: RoutingPlan, group: AdapterGroup
+    ) -> torch.Tensor:
+        if group.serves(flat):
+            try:
+                return group.add(y, x, flat, plan.paged, self.piece)
+            except Exception as error:  # Triton's own errors have no common class
+                if not failed(error):
+                    raise
+        self._joined = None  # pages may have been written since
+        return self._add(y, flat, plan.dispatch, group.pages.factors(self.piece))
+
+    def _add_everywhere(
+        self, y: torch.Tensor, x: torch.Tensor, work: Dispatch, factors: dict[int, Factors]
+    ) -> torch.Tensor:
         """All groups act on all tokens (decoding, forced adapters): their ranks joined, two products serve them."""
         slots = work.slots
         if self._joined is None or self._joined[0] != slots:
-            parts = [self.factors[slot] for slot in slots if slot in self.factors]
+            parts = [factors[slot] for slot in slots if slot in factors]
             if not parts:
                 return y
             joined = parts[0] if len(parts) == 1 else Factors(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
@@ -121,7 +167,7 @@ class MoLoRALinear(nn.Module):
         A, B = self._joined[1]
         h = x.to(A.dtype) @ A.T
         if not work.unit:
-            h = h * _rank_weights(work, [(s, self.factors[s].A.shape[0]) for s in slots if s in self.factors])
+            h = h * _rank_weights(work, [(s, factors[s].A.shape[0]) for s in slots if s in factors])
         # Under autocast the products come in another dtype than the factors.
         return y.add_((h @ B.to(h.dtype)).to(y.dtype))
 

@@ -8,6 +8,7 @@ import torch
 
 from molora.selection import LayerCandidates, ResolvedSelection
 from molora_kernels import Dispatch, dispatch
+from molora_kernels.order import PagedPlan
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class RoutingPlan:
         """The plan sorted by slot: made once, shared by all modules."""
         S = self.slots.shape[-1]
         return dispatch(self.slots.reshape(-1, S), self.weights.reshape(-1, S), uniform=self.uniform, unit=self.unit)
+
+    @cached_property
+    def paged(self) -> PagedPlan:
+        """The plan as the kernels read it: made once, shared by all modules; nothing waits for the device."""
+        S = self.slots.shape[-1]
+        return PagedPlan(
+            self.slots.reshape(-1, S).to(torch.int32).contiguous(), self.weights.reshape(-1, S).contiguous()
+        )
 
     def at(self, positions: slice | torch.Tensor) -> "RoutingPlan":
         """The plan of some positions of each sequence."""

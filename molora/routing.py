@@ -48,7 +48,7 @@ class RoutingState:
         self.kept: slice | torch.Tensor = slice(None)  # positions whose hidden states reach the head
         self.first: Any = 0  # position of the first token of the forward in its sequence
         self._owners: list[object] = []
-        self._boundary: int | None = None
+        self.boundary: int | None = None
         self._real: torch.Tensor | None = None
         self._memories: list[Memory] | None = None
         self._current: ResolvedSelection | None = None
@@ -62,16 +62,16 @@ class RoutingState:
         del self._hooks[1:]
         self.router = router
         self._owners = [part.signature() for part in router.parts] if router else []  # type: ignore[operator]
-        self._boundary = (max(router.points) or None) if router else None
-        if self._boundary is not None:
-            layer = decoder_layers(self.base)[1][self._boundary]
+        self.boundary = (max(router.points) or None) if router else None
+        if self.boundary is not None:
+            layer = decoder_layers(self.base)[1][self.boundary]
             self._hooks.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
 
     def plan(self, layer: int) -> RoutingPlan | None:
         """The plan for modules of decoder layer ``layer``; None outside a routed forward."""
         if not self.plans:
             return None
-        return self.plans[0 if self._boundary is None or layer < self._boundary else 1]
+        return self.plans[0 if self.boundary is None or layer < self.boundary else 1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"}
@@ -122,7 +122,7 @@ class RoutingState:
         self.logits, self.features = [None] * len(parts), [None] * len(parts)
         self._memories = self._find_memories(cache, batch)
         forced = forced_plan(self._current, tokens)
-        self.plans = [forced] if self._boundary is None else [forced, None]
+        self.plans = [forced] if self.boundary is None else [forced, None]
         if self.router is not None and self.router.points[0] == 0:
             part: Any = parts[0]
             z = part.read_ids(ids, self.base.get_input_embeddings()) if ids is not None else part.read(embeds)

@@ -14,12 +14,12 @@ from molora_kernels.pages import PAGE, PageView
 @triton.jit
 def _expand_token_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, columns_ptr,
-    pairs, pages, adapters, stride_y,
+    pairs, pages, adapters, stride_y, piece_first,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(2)
+    piece = piece_first + tl.program_id(2)
     column = tl.load(columns_ptr + piece)
     width = tl.load(columns_ptr + piece + 1) - column
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -47,7 +47,7 @@ def _expand_token_kernel(
                 acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
                 acts = 1
     if acts > 0:
-        y = y_ptr + token * stride_y + column + o
+        y = y_ptr + token * stride_y + column - tl.load(columns_ptr + piece_first) + o
         total = tl.load(y, mask=inside, other=0.0).to(tl.float32) + acc
         tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -55,11 +55,11 @@ def _expand_token_kernel(
 @triton.jit
 def _expand_block_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
-    tokens, pages, adapters, stride_y,
+    tokens, pages, adapters, stride_y, piece_first,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(2)
+    piece = piece_first + tl.program_id(2)
     column = tl.load(columns_ptr + piece)
     width = tl.load(columns_ptr + piece + 1) - column
     if tl.program_id(1) * BLOCK_O >= width:
@@ -100,7 +100,7 @@ def _expand_block_kernel(
             left = tl.where(mine, NONE, left)
             slot = tl.min(left, 0)
     if tl.max(acts, 0) > 0:
-        y = y_ptr + token[:, None] * stride_y + column + o[None, :]
+        y = y_ptr + token[:, None] * stride_y + column - tl.load(columns_ptr + piece_first) + o[None, :]
         mask = (acts > 0)[:, None] & inside[None, :]
         total = tl.load(y, mask=mask, other=0.0).to(tl.float32) + acc
         tl.store(y, total.to(y_ptr.dtype.element_ty), mask=mask)
@@ -114,29 +114,33 @@ def expand(
     weights: torch.Tensor,
     order: torch.Tensor | None,
     upcast: bool,
+    piece: int | None = None,
 ) -> torch.Tensor:
     """Adds to y [T, sum of O] in place.
 
     Args:
-        y: [T, sum of O], rows contiguous.
+        y: [T, sum of O], rows contiguous; [T, O of the slice] of one ``piece`` alone.
         h: of :func:`molora_kernels.shrink.shrink`.
         pages, slots, order, upcast: as there.
         weights: [T, S] float32, contiguous.
     """
     split, T, S, _ = h.shape
     slices, widest = len(pages.outputs), max(pages.outputs)
+    first, acting = (0, slices) if piece is None else (piece, 1)
+    if piece is not None:
+        widest = pages.outputs[piece]
     shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
     found = (pages.first, pages.count, pages.columns)
     if order is None:
         block = 256
-        _expand_token_kernel[(T, triton.cdiv(widest, block), slices)](
-            y, h, pages.B, weights, slots, *found, T * S, pages.pages, pages.slots, y.stride(0),
+        _expand_token_kernel[(T, triton.cdiv(widest, block), acting)](
+            y, h, pages.B, weights, slots, *found, T * S, pages.pages, pages.slots, y.stride(0), first,
             **shape, BLOCK_O=block, num_warps=4,
         )  # fmt: skip
     else:
         block_t, block = 64, 128
-        _expand_block_kernel[(triton.cdiv(T, block_t), triton.cdiv(widest, block), slices)](
-            y, h, pages.B, weights, slots, order, *found, T, pages.pages, pages.slots, y.stride(0),
+        _expand_block_kernel[(triton.cdiv(T, block_t), triton.cdiv(widest, block), acting)](
+            y, h, pages.B, weights, slots, order, *found, T, pages.pages, pages.slots, y.stride(0), first,
             **shape, BLOCK_T=block_t, BLOCK_O=block, UPCAST=upcast, num_warps=4,
         )  # fmt: skip
     return y

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from molora_kernels.expand import expand
+from molora_kernels.order import PagedPlan, order_by_slot
 from molora_kernels.outer import outer, pairs_by_slot
-from molora_kernels.pages import PAGE, PageView, RankPages
+from molora_kernels.pages import PAGE, PageView
 from molora_kernels.shrink import shrink
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
@@ -14,28 +15,10 @@ _TARGET_PROGRAMS = 264  # two for each of an H100's multiprocessors
 _SHORTEST_SPLIT = 256  # elements of D that a program should have at least
 
 
-def order_by_slot(slots: torch.Tensor, bound: int) -> torch.Tensor:
-    """[T] int64: tokens with the same slots next to one another; no host synchronisation.
-
-    Ordered by the first slot, then by the second, and so on, so that a block of tokens meets few different slots in
-    each column.
-
-    Args:
-        slots: [T, S] int, -1 for none.
-        bound: every slot is below it.
-    """
-    key = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
-    columns = slots.to(torch.int64) + 1
-    # More columns than fit in 63 bits only order less well: the product is right in any order.
-    for column in columns.unbind(1)[: max(1, 62 // (bound + 1).bit_length())]:
-        key = key * (bound + 1) + column
-    return key.argsort(stable=True)
-
-
 def add_lora_paged(
     y: torch.Tensor,
     x: torch.Tensor,
-    pages: RankPages,
+    pages: PageView,
     slots: torch.Tensor,
     weights: torch.Tensor,
     order: torch.Tensor | None = None,
@@ -54,7 +37,8 @@ def add_lora_paged(
         slots: [T, S] int32 or int64, contiguous, -1 for none, all below ``pages.slots``: they are not looked at on the
             host, so that nothing waits for the device.
         weights: [T, S] float32, contiguous.
-        order: of :func:`order_by_slot`, shared by the modules of a forward; made here where it is needed and missing.
+        order: of :func:`molora_kernels.order.order_by_slot`, shared by the modules of a forward; made here
+            where it is needed and missing.
         by_token: which form; None: by the number of tokens.
 
     Returns:
@@ -72,11 +56,26 @@ def add_lora_paged(
     if by_token:
         order = None
     elif order is None:
-        order = order_by_slot(slots, pages.slots)
+        order = order_by_slot(slots)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B)):
         return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, order)
     h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x))
     return expand(y, h, pages, slots, weights, order, _upcast(x))
+
+
+def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
+    """The shrink of all slices, for :func:`expand_paged`: [split, T, S, columns] float32. x: [T, D]."""
+    order = _order(plan)
+    return shrink(x, pages, plan.slots, order, _split(pages, plan.slots, order), _upcast(x))
+
+
+def expand_paged(y: torch.Tensor, h: torch.Tensor, pages: PageView, plan: PagedPlan, piece: int) -> torch.Tensor:
+    """y [T, O of slice ``piece``], rows contiguous, plus that slice's expand of h, in place."""
+    return expand(y, h, pages, plan.slots, plan.weights, _order(plan), _upcast(h), piece)
+
+
+def _order(plan: PagedPlan) -> torch.Tensor | None:
+    return None if plan.slots.shape[0] <= TOKEN_FORM else plan.order
 
 
 class _AddLoRA(torch.autograd.Function):
@@ -90,7 +89,7 @@ class _AddLoRA(torch.autograd.Function):
         weights: torch.Tensor,
         A: torch.Tensor,
         B: torch.Tensor,
-        pages: RankPages,
+        pages: PageView,
         slots: torch.Tensor,
         order: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -106,7 +105,7 @@ class _AddLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         weights, slots, order, x, h = ctx.saved_tensors
-        pages: RankPages = ctx.pages
+        pages: PageView = ctx.pages
         _, for_x, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
         dx = torch.zeros(len(dy), pages.inputs, dtype=torch.float32, device=dy.device) if for_x else None
         dweights = torch.zeros_like(weights) if for_weights else None
@@ -145,7 +144,7 @@ def _split(pages: PageView, slots: torch.Tensor, order: torch.Tensor | None) -> 
     return split
 
 
-def _check(y: torch.Tensor, x: torch.Tensor, pages: RankPages, slots: torch.Tensor, weights: torch.Tensor) -> None:
+def _check(y: torch.Tensor, x: torch.Tensor, pages: PageView, slots: torch.Tensor, weights: torch.Tensor) -> None:
     T, width = slots.shape[0], sum(pages.outputs)
     wanted = {
         "x": (x, (T, pages.inputs), (pages.A.dtype,)),

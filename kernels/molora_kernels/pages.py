@@ -8,6 +8,7 @@ already reads. Rows past an adapter's rank are zeros in A and in B: kernels need
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -37,6 +38,47 @@ class PageView:
     count: torch.Tensor
     columns: torch.Tensor
 
+    def b_slice(self, index: int, of: torch.Tensor | None = None) -> torch.Tensor:
+        """[pages, PAGE, O], the pages of one slice in B, or in a tensor ``of`` the same layout; a view."""
+        width, start = self.outputs[index], self.pages * PAGE * sum(self.outputs[:index])
+        return (self.B if of is None else of)[start : start + self.pages * PAGE * width].view(self.pages, PAGE, width)
+
+    def piece(self, index: int) -> "PageView":
+        """One slice as a group of its own: the same memory."""
+        width, here = self.outputs[index], slice(index, index + 1)
+        return PageView(
+            self.inputs,
+            (width,),
+            self.slots,
+            self.pages,
+            self.max_pages,
+            A=self.A[here],
+            B=self.b_slice(index).flatten(),
+            first=self.first[here],
+            count=self.count[here],
+            columns=_span(width, self.first.device),
+        )
+
+    def transposed(self, index: int) -> "PageView":
+        """One slice with A and B exchanged, for gradients: the same memory read the other way round."""
+        return PageView(
+            self.outputs[index],
+            (self.inputs,),
+            self.slots,
+            self.pages,
+            self.max_pages,
+            A=self.b_slice(index),
+            B=self.A[index],
+            first=self.first[index],
+            count=self.count[index],
+            columns=_span(self.inputs, self.first.device),
+        )
+
+
+@cache
+def _span(width: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, width], dtype=torch.int32, device=device)
+
 
 class RankPages(PageView):
     """Factors of up to ``slots`` adapters, in memory that never moves.
@@ -63,7 +105,6 @@ class RankPages(PageView):
         if not 1 <= max_rank <= MAX_RANK:
             raise ValueError(f"max_rank must lie in [1, {MAX_RANK}], not {max_rank}.")
         slices = len(outputs)
-        self._starts = [sum(outputs[:index]) for index in range(slices + 1)]
         super().__init__(
             inputs,
             tuple(outputs),
@@ -74,9 +115,8 @@ class RankPages(PageView):
             B=torch.zeros(pages * PAGE * sum(outputs), dtype=dtype, device=device),
             first=torch.zeros(slices, slots, dtype=torch.int32, device=device),
             count=torch.zeros(slices, slots, dtype=torch.int32, device=device),
-            columns=torch.tensor(self._starts, dtype=torch.int32, device=device),
+            columns=torch.tensor([sum(outputs[:index]) for index in range(slices + 1)], dtype=torch.int32, device=device),
         )
-        self._input_columns = torch.tensor([0, inputs], dtype=torch.int32, device=device)
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
 
     @torch.no_grad()
@@ -99,14 +139,17 @@ class RankPages(PageView):
         for index, (pair, run) in enumerate(zip(factors, runs, strict=True)):
             self._write(index, slot, pair, run)
 
+    def put_slice(self, slot: int, index: int, pair: Factors | None) -> None:
+        """As :meth:`put`, for one slice; what the slot has in the others stays."""
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"There is no slot {slot}: slots are 0 to {self.slots - 1}.")
+        if pair is not None:
+            self._check(index, pair)
+        self._write(index, slot, pair, self._place(index, slot, pair))
+
     def clear(self, slot: int) -> None:
         """Empties a slot."""
         self.put(slot, [None] * len(self.outputs))
-
-    def b_slice(self, index: int, of: torch.Tensor | None = None) -> torch.Tensor:
-        """[pages, PAGE, O], the pages of one slice in B, or in a tensor ``of`` the same layout; a view."""
-        width, start = self.outputs[index], self.pages * PAGE * self._starts[index]
-        return (self.B if of is None else of)[start : start + self.pages * PAGE * width].view(self.pages, PAGE, width)
 
     def factors(self, index: int) -> dict[int, Factors]:
         """slot -> factors of one slice, with the zero rows that fill the last page; views."""
@@ -116,21 +159,6 @@ class RankPages(PageView):
             rows = slice(first * PAGE, (first + count) * PAGE)
             found[slot] = Factors(A[rows], B[rows])
         return found
-
-    def transposed(self, index: int) -> PageView:
-        """One slice with A and B exchanged, for gradients: the same memory read the other way round."""
-        return PageView(
-            self.outputs[index],
-            (self.inputs,),
-            self.slots,
-            self.pages,
-            self.max_pages,
-            A=self.b_slice(index),
-            B=self.A[index],
-            first=self.first[index],
-            count=self.count[index],
-            columns=self._input_columns,
-        )
 
     def _check(self, index: int, pair: Factors) -> None:
         rank = pair.A.shape[0]

@@ -47,40 +47,40 @@ def _shrink_block_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, first_ptr, count_ptr,
     tokens, width_in, pages, adapters, stride_x,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(1)
+    # Columns of h: the ranks of all slices, so that x is read once for all of them.
+    COLUMNS: tl.constexpr = SLICES * MAX_PAGES * PAGE
+    c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.program_id(2) // SPLIT
     split = tl.program_id(2) % SPLIT
-    piece = part // MAX_PAGES
-    page = part % MAX_PAGES
+    piece = c // (MAX_PAGES * PAGE)
+    page = (c // PAGE) % MAX_PAGES
     place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
     NONE: tl.constexpr = 2147483647
     left = tl.load(slots_ptr + token * TOP + k, mask=place < tokens, other=-1).to(tl.int32)
     left = tl.where(left < 0, NONE, left)
-    ranks = tl.arange(0, PAGE)
     slot = tl.min(left, 0)
     while slot < NONE:
         mine = left == slot
-        if page < tl.load(count_ptr + piece * adapters + slot):
-            row = (piece * pages + tl.load(first_ptr + piece * adapters + slot) + page).to(tl.int64) * PAGE
-            acc = tl.zeros((BLOCK_T, PAGE), tl.float32)
+        owned = page < tl.load(count_ptr + piece * adapters + slot, mask=c < COLUMNS, other=0)
+        if tl.max(owned.to(tl.int32), 0) > 0:
+            first = tl.load(first_ptr + piece * adapters + slot, mask=owned, other=0)
+            rows = a_ptr + ((piece * pages + first + page).to(tl.int64) * PAGE + c % PAGE) * width_in
+            acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for start in range(split * BLOCK_D, width_in, SPLIT * BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 inside = d < width_in
                 x = tl.load(
                     x_ptr + token[:, None] * stride_x + d[None, :], mask=mine[:, None] & inside[None, :], other=0.0
                 )
-                a = tl.load(
-                    a_ptr + (row + ranks)[None, :] * width_in + d[:, None], mask=inside[:, None], other=0.0
-                )  # [BLOCK_D, PAGE]
+                a = tl.load(rows[None, :] + d[:, None], mask=inside[:, None] & owned[None, :], other=0.0)
                 if UPCAST:
                     x, a = x.to(tl.float32), a.to(tl.float32)
                 acc = tl.dot(x, a, acc, input_precision="ieee")
-            at = (split * tokens + token) * TOP + k
-            at = at * (SLICES * MAX_PAGES * PAGE) + part * PAGE
-            tl.store(h_ptr + at[:, None] + ranks[None, :], acc, mask=mine[:, None])
+            at = ((split * tokens + token) * TOP + k) * COLUMNS
+            tl.store(h_ptr + at[:, None] + c[None, :], acc, mask=mine[:, None] & owned[None, :])
         left = tl.where(mine, NONE, left)
         slot = tl.min(left, 0)
 
@@ -121,9 +121,10 @@ def shrink(
         )  # fmt: skip
     else:
         block = 64
-        _shrink_block_kernel[(triton.cdiv(T, block), parts, S * split)](
+        columns = max(16, min(64, triton.next_power_of_2(parts * PAGE)))
+        _shrink_block_kernel[(triton.cdiv(T, block), triton.cdiv(parts * PAGE, columns), S * split)](
             x, pages.A, h, slots, order, pages.first, pages.count,
             T, pages.inputs, pages.pages, pages.slots, x.stride(0),
-            **shape, BLOCK_T=block, BLOCK_D=64, UPCAST=upcast, num_warps=4,
+            **shape, BLOCK_T=block, BLOCK_D=64, BLOCK_R=columns, UPCAST=upcast, num_warps=4,
         )  # fmt: skip
     return h

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molora_kernels import expand, outer, route, shrink
+from molora_kernels import attention, expand, linear, outer, route, shrink, step
 from molora_kernels.pages import PAGE
 
 TARGETS = {
@@ -16,13 +16,22 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),  # Hopper
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
-SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE}
+SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True}
+PRODUCT = {"SHRINK_SPLIT": 2, "BLOCK_D": 256, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
+HEADS = {"HALF": 64, "BLOCK": 64, "NORM": True, "BIAS": True}
+PARTS = {"GROUP": 3, "BLOCK_G": 16, "WIDTH": 64, "BLOCK_W": 64, "BLOCK_T": 64, "PARTS": 4}
 KERNELS = {
     shrink._shrink_token_kernel: {"BLOCK_D": 256},
-    shrink._shrink_block_kernel: {"BLOCK_T": 64, "BLOCK_D": 64, "UPCAST": False},
+    shrink._shrink_block_kernel: {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_R": 64, "UPCAST": False},
     expand._expand_token_kernel: {"BLOCK_O": 256},
     expand._expand_block_kernel: {"BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128, "UPCAST": False},
+    linear._linear_kernel: {**PRODUCT, "DOT": True, "UPCAST": False},
+    step._add_norm_kernel: {"BLOCK": 2048},
+    step._heads_kernel: HEADS,
+    step._gate_kernel: {"BLOCK": 128},
+    attention._part_kernel: {**PARTS, "UPCAST": False},
+    attention._join_kernel: {"WIDTH": 64, "BLOCK_W": 64, "PARTS": 4},
     route._route_step_kernel: {
         "DECAYS": 2,
         "LAYERS": 3,
@@ -39,7 +48,9 @@ POINTERS = {
     **dict.fromkeys(["first_ptr", "count_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),
     **dict.fromkeys(["forced_ptr"], "i32"),
     **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
-    **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr"], "fp32"),
+    **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr", "parts_ptr", "best_ptr", "total_ptr"], "fp32"),
+    **dict.fromkeys(["positions_ptr", "length_ptr"], "i64"),
+    "mask_ptr": "i1",
 }
 
 
@@ -47,7 +58,9 @@ def main() -> None:
     for target_name, target in TARGETS.items():
         for kernel, own in KERNELS.items():
             for dtype in ("fp32",) if kernel is route._route_step_kernel else ("bf16", "fp16", "fp32"):
-                constants = {name: value for name, value in {**SHAPE, **own}.items() if name in kernel.arg_names}
+                pdl = target.backend == "cuda" and target.arch >= 90  # programmatic dependent launch
+                given = {**SHAPE, **own, "PDL": pdl}
+                constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {name: _kind(name, constants, dtype) for name in kernel.arg_names}
                 source = ASTSource(kernel, signature=signature, constexprs=constants)
                 compiled = triton.compile(source, target=target, options={"num_warps": 4})
@@ -58,6 +71,8 @@ def main() -> None:
 def _kind(name: str, constants: dict[str, object], dtype: str) -> str:
     if name in constants:
         return "constexpr"
+    if name in ("eps", "scale"):
+        return "fp32"
     return f"*{POINTERS.get(name, dtype)}" if name.endswith("_ptr") else "i32"
 
 

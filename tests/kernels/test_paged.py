@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from molora_kernels import Factors
-from molora_kernels.paged import add_lora_paged, order_by_slot
+from molora_kernels.order import order_by_slot
+from molora_kernels.paged import add_lora_paged
 from molora_kernels.pages import PAGE, RankPages
 from tests.conftest import DEVICE
 from tests.kernels.plans import KINDS, SLOTS, make_slots
@@ -169,7 +170,7 @@ def test_a_swap_writes_where_the_old_one_was(form: str) -> None:
 
 def test_order_puts_equal_rows_together() -> None:
     slots = make_slots("zipf", 133)
-    sorted_rows = slots[order_by_slot(slots, SLOTS)]
+    sorted_rows = slots[order_by_slot(slots)]
     changes = (sorted_rows[1:] != sorted_rows[:-1]).any(1).sum() + 1
     assert changes == len(slots.unique(dim=0))
 

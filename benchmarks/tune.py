@@ -1,0 +1,132 @@
+"""Measures how the products of a decode step are best cut on this GPU and writes the table that they are cut by.
+
+python -m benchmarks.tune --out kernels/molora_kernels/tiles.json
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from molora_kernels.linear import LinearTile, linear
+
+SHAPES = {  # rows and columns of W
+    "1.7B": [(4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)],
+    "8B": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)],
+    "head": [(151936, 2048)],
+}
+TOKENS = (1, 8, 16, 32, 64)
+BYTES = 1 << 29  # of weights that a timing goes through, so that none of them is still in the L2
+SHARED = 200 << 10  # bytes of shared memory that a program may have
+
+
+def candidates(tokens: int) -> Iterator[LinearTile]:
+    if tokens == 1:
+        for n, k, split, warps in itertools.product((4, 8, 16, 32), (256, 512, 1024, 2048), (1, 2), (2, 4, 8)):
+            if 2048 <= n * k <= 16384 and n * k // (warps * 32) in (16, 32, 64, 128):
+                yield LinearTile(n, k, split, warps, 2)
+    else:
+        block = max(16, tokens)
+        for n, k, split, warps, stages in itertools.product(
+            (16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 5)
+        ):
+            if (n + block) * k * 2 * stages <= SHARED and 4096 <= n * k <= 16384 and (warps == 4 or n >= 64):
+                yield LinearTile(n, k, split, warps, stages)
+
+
+def run(tokens: int, rows: int, columns: int, tile: LinearTile, copies: int) -> float:
+    """Microseconds of one product, the median of replays that go through ``copies`` weights."""
+    weights = torch.randn(copies, rows, columns, device="cuda", dtype=torch.bfloat16) / columns**0.5
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    kind = torch.bfloat16 if rows > 65536 else torch.float32
+    y = torch.full((tile.split, tokens, rows), torch.nan, device="cuda", dtype=kind)
+    linear(y, x, weights[0], tile)
+    expected = x.double() @ weights[0].double().T
+    error = float((y.double().sum(0) - expected).norm() / expected.norm())
+    if not error < 1e-2:
+        sys.exit(f"{tile} is wrong at {tokens} x {rows} x {columns}: relative error {error:.1e}.")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            linear(y, x, weight, tile)
+    times = []
+    for _ in range(4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / copies)
+    return statistics.median(times[1:])
+
+
+def compile_all(part: list[tuple[int, LinearTile]]) -> None:
+    for tokens, tile in part:
+        x = torch.randn(tokens, 16384, device="cuda", dtype=torch.bfloat16)
+        for rows, kind in ((1024, torch.float32), (1024, torch.bfloat16)):
+            if kind is torch.float32 or tile.split == 1:
+                y = torch.empty(tile.split, tokens, rows, device="cuda", dtype=kind)
+                linear(y, x, torch.zeros(rows, 16384, device="cuda", dtype=torch.bfloat16), tile)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu/tiles.json"))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    settings = parser.parse_args()
+    work = [(tokens, tile) for tokens in TOKENS for tile in candidates(tokens)]
+    with ProcessPoolExecutor(settings.workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_all, [work[i :: settings.workers] for i in range(settings.workers)]))
+    entries = []
+    for shape in settings.shapes:
+        for tokens, (rows, columns) in itertools.product(TOKENS, SHAPES[shape]):
+            copies = max(2, min(64, BYTES // (rows * columns * 2)))
+            weights = torch.randn(copies, rows, columns, device="cuda", dtype=torch.bfloat16)
+            x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            library = _library(x, weights)
+            del weights
+            tiles = [t for t in candidates(tokens) if rows <= 65536 or t.split == 1]
+            times = {tile: run(tokens, rows, columns, tile, copies) for tile in tiles}
+            best = min(times, key=lambda tile: times[tile])
+            entry = {"tokens": tokens, "rows": rows, "columns": columns, "us": round(times[best], 2),
+                     "library_us": round(library, 2), "tile": asdict(best)}  # fmt: skip
+            entries.append(entry)
+            limit = rows * columns * 2 / 3.0e6
+            print(f"{tokens:3} x {rows} x {columns}: {times[best]:.2f} us, cuBLAS {library:.2f}, limit {limit:.2f}  "
+                  f"{tuple(asdict(best).values())}", flush=True)  # fmt: skip
+    name = torch.cuda.get_device_name()
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(
+        '{"device": "' + name + '", "linear": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n"
+    )
+
+
+def _library(x: torch.Tensor, weights: torch.Tensor) -> float:
+    for weight in weights[:2]:
+        x @ weight.T
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            x @ weight.T
+    times = []
+    for _ in range(4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(weights))
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    main()

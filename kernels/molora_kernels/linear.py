@@ -1,0 +1,154 @@
+"""A decode step's linear modules in Triton: the base's product and the adapters' shrink of a group in one launch.
+
+Few tokens, so the time is that of reading W once. The programs of the shrink stand beside those of the product in one
+grid: what adapters cost here is their own bytes, not another launch. Both leave float32 partial sums that the kernel
+which reads them adds up (:mod:`molora_kernels.step`), so a product may be split along its input without atomics.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from molora_kernels.pages import PAGE, PageView
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """How a product is cut: rows of W, columns of W, parts of the input, warps, pipeline stages."""
+
+    n: int = 32
+    k: int = 256
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, y_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
+    tokens, width_in, width_out, tiles, blocks, pages, adapters, stride_x,
+    ADAPTED: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
+    SHRINK_SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    EVEN: tl.constexpr, DOT: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    products = tiles * blocks * SPLIT
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if program < products:
+        tile = program % tiles
+        split = (program // tiles) % SPLIT
+        block = program // (tiles * SPLIT)
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        w_rows = w_ptr + rows.to(tl.int64)[:, None] * width_in
+        if DOT:
+            acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+            for start in range(split * BLOCK_K, width_in, SPLIT * BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                if EVEN:
+                    w = tl.load(w_rows + k[None, :])
+                    x = tl.load(x_ptr + t[None, :] * stride_x + k[:, None], mask=(t < tokens)[None, :], other=0.0)
+                else:
+                    inside = k < width_in
+                    w = tl.load(w_rows + k[None, :], mask=(rows < width_out)[:, None] & inside[None, :], other=0.0)
+                    x = tl.load(
+                        x_ptr + t[None, :] * stride_x + k[:, None],
+                        mask=(t < tokens)[None, :] & inside[:, None], other=0.0,
+                    )  # fmt: skip
+                if UPCAST:
+                    w, x = w.to(tl.float32), x.to(tl.float32)
+                acc = tl.dot(w, x, acc, input_precision="ieee")
+            at = (split * tokens + t).to(tl.int64)[None, :] * width_out + rows[:, None]
+            tl.store(
+                y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=(rows < width_out)[:, None] & (t < tokens)[None, :]
+            )
+        else:  # one token
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            for start in range(split * BLOCK_K, width_in, SPLIT * BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                if EVEN:
+                    w = tl.load(w_rows + k[None, :])
+                    x = tl.load(x_ptr + block * stride_x + k)
+                else:
+                    w = tl.load(
+                        w_rows + k[None, :], mask=(rows < width_out)[:, None] & (k < width_in)[None, :], other=0.0
+                    )
+                    x = tl.load(x_ptr + block * stride_x + k, mask=k < width_in, other=0.0)
+                total += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+            at = (split * tokens + block).to(tl.int64) * width_out + rows
+            tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=rows < width_out)
+    elif ADAPTED:
+        PARTS: tl.constexpr = SLICES * MAX_PAGES
+        place = program - products
+        part = place % PARTS
+        piece = part // MAX_PAGES
+        page = part % MAX_PAGES
+        cut = (place // PARTS) % SHRINK_SPLIT
+        pair = place // (PARTS * SHRINK_SPLIT)
+        slot = tl.load(slots_ptr + pair).to(tl.int64)
+        if slot >= 0:
+            if page < tl.load(count_ptr + piece * adapters + slot):
+                row = (piece * pages + tl.load(first_ptr + piece * adapters + slot) + page).to(tl.int64) * PAGE
+                ranks = tl.arange(0, PAGE)
+                x_row = x_ptr + (pair // TOP).to(tl.int64) * stride_x
+                own = tl.zeros((PAGE,), tl.float32)
+                for start in range(cut * BLOCK_D, width_in, SHRINK_SPLIT * BLOCK_D):
+                    d = start + tl.arange(0, BLOCK_D)
+                    x = tl.load(x_row + d, mask=d < width_in, other=0.0).to(tl.float32)
+                    a = tl.load(
+                        a_ptr + (row + ranks)[:, None] * width_in + d[None, :], mask=(d < width_in)[None, :], other=0.0
+                    )
+                    own += tl.sum(a.to(tl.float32) * x[None, :], 1)
+                pairs = tokens * TOP
+                tl.store(h_ptr + (cut * pairs + pair).to(tl.int64) * (PARTS * PAGE) + part * PAGE + ranks, own)
+
+
+def linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tile: LinearTile,
+    h: torch.Tensor | None = None,
+    pages: PageView | None = None,
+    slots: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """y[s] += over the parts s: y = x W^T; and h, the adapters' shrink of x, as :func:`molora_kernels.shrink.shrink`.
+
+    Args:
+        y: [tile.split, T, O], written.
+        x: [T, D], rows contiguous.
+        weight: [O, D], contiguous, in the dtype of x.
+        tile: how it is cut.
+        h: [cuts, T, S, slices x pages x PAGE] float32, written where an adapter acts; None: no adapters.
+        pages: the adapters.
+        slots: [T, S] int32, contiguous, -1 for none.
+        pdl: launch as a programmatic dependent of the kernel before (Hopper).
+    """
+    T, D = x.shape
+    N = weight.shape[0]
+    dot = T > 1
+    block_t = max(16, min(64, triton.next_power_of_2(T))) if dot else 1
+    tiles, blocks = triton.cdiv(N, tile.n), triton.cdiv(T, block_t)
+    adapted = h is not None and pages is not None and slots is not None
+    programs, cuts, top, slices, most = tiles * blocks * tile.split, 1, 1, 1, 1
+    if adapted:
+        assert h is not None and pages is not None and slots is not None
+        cuts, top, slices, most = h.shape[0], slots.shape[1], len(pages.outputs), pages.max_pages
+        programs += T * top * slices * most * cuts
+    found = (pages.A, h, slots, pages.first, pages.count) if adapted and pages is not None else (x, x, x, x, x)
+    extra = {"launch_pdl": True} if pdl else {}
+    _linear_kernel[(programs,)](
+        x, weight, y, *found, T, D, N, tiles, blocks,
+        pages.pages if pages is not None else 0, pages.slots if pages is not None else 0, x.stride(0),
+        ADAPTED=adapted, TOP=top, SLICES=slices, MAX_PAGES=most, PAGE=PAGE, SHRINK_SPLIT=cuts, BLOCK_D=256,
+        SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_T=block_t,
+        EVEN=N % tile.n == 0 and D % (tile.k * tile.split) == 0, DOT=dot, UPCAST=x.device.type == "cpu", PDL=pdl,
+        num_warps=tile.warps, num_stages=tile.stages, **extra,
+    )  # fmt: skip

@@ -1,0 +1,37 @@
+"""Which code multiplies adapters: the kernels on a GPU that Triton serves, torch everywhere else."""
+
+import warnings
+from importlib.util import find_spec
+
+import torch
+
+BACKENDS = ("torch", "triton")
+_broken: list[str] = []  # why the kernels are not used any more
+
+
+def backend_for(device: torch.device) -> str:
+    """"triton" for a CUDA GPU of compute capability 8.0 or more (or AMD's ROCm) with Triton installed, else "torch"."""
+    if device.type != "cuda" or find_spec("triton") is None or _broken:
+        return "torch"
+    old = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    if old:
+        _warn_once(f"{torch.cuda.get_device_name(device)} is older than the kernels' GPUs (8.0)")
+    return "torch" if old else "triton"
+
+
+def failed(error: Exception) -> bool:
+    """Whether ``error`` is Triton's, unable to compile a kernel here; from then on torch does the work."""
+    if not type(error).__module__.startswith("triton"):
+        return False
+    _warn_once(f"Triton cannot compile a kernel here ({type(error).__name__}: {error})")
+    return True
+
+
+def broken() -> bool:
+    return bool(_broken)
+
+
+def _warn_once(why: str) -> None:
+    if why not in _broken:
+        _broken.append(why)
+        warnings.warn(f"{why}: adapters are multiplied by plain torch, which is right but slower.", stacklevel=3)

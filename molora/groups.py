@@ -1,0 +1,114 @@
+"""Adapters of modules that read the same input, in memory that the kernels and captured steps read."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from molora.backend import broken
+from molora_kernels import Factors
+from molora_kernels.order import PagedPlan
+from molora_kernels.pages import MAX_RANK, PAGE, RankPages
+
+_FIRST_SLOTS, _FIRST_PAGES = 16, 16
+
+# Modules of one parent that read one input, each family in the order in which the base calls them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def siblings(name: str) -> tuple[str, ...]:
+    """Names of the modules that read what module ``name`` reads, itself among them."""
+    parent, _, child = name.rpartition(".")
+    for family in SIBLINGS:
+        if child in family:
+            return tuple(f"{parent}.{other}" for other in family)
+    return (name,)
+
+
+class AdapterGroup:
+    """Rank pages that grow when more or larger adapters come.
+
+    Args:
+        inputs: D, which the modules share.
+        outputs: O of each.
+        dtype, device: of the factors.
+    """
+
+    def __init__(self, inputs: int, outputs: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
+        self._shrunk: tuple[torch.Tensor, PagedPlan, torch.Tensor] | None = None
+        self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
+
+    def put(self, slot: int, piece: int, factors: Factors | None) -> None:
+        """Writes an adapter's factors for one of the modules into a slot; None empties it there.
+
+        Raises:
+            ValueError: a rank over 256, or factors of another shape.
+        """
+        pages = self.pages
+        rank = 1 if factors is None else factors.A.shape[0]
+        if rank > MAX_RANK:
+            raise ValueError(f"Rank {rank} is over {MAX_RANK}, the most that the kernels take.")
+        slots, count, most = pages.slots, pages.pages, pages.max_pages
+        while slot >= slots:
+            slots *= 2
+        while most * PAGE < rank:
+            most *= 2
+        if (slots, most) == (pages.slots, pages.max_pages):
+            try:
+                pages.put_slice(slot, piece, factors)
+                return
+            except MemoryError:
+                count *= 2
+        while count < pages.pages + most:
+            count *= 2
+        self._move(slots, count, most)
+        self.pages.put_slice(slot, piece, factors)
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether the kernels can run on x."""
+        on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+        return on_gpu and x.device == self.pages.A.device and not broken()
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor:
+        """y plus what the adapters add to it, in place.
+
+        Args:
+            y: [T, O of the piece], the module's output.
+            x: its input as the module got it: its siblings get the same object, and share its shrink.
+            flat: [T, D], the same input.
+            plan: of the T tokens.
+            piece: the module's number in the group.
+        """
+        from molora_kernels.paged import TOKEN_FORM, add_lora_paged, expand_paged, shrink_paged
+
+        flat = flat.to(self.pages.A.dtype)
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
+            order = plan.order if len(flat) > TOKEN_FORM else None
+            return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, order)
+        if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
+            self._shrunk = (x, plan, shrink_paged(flat, self.pages, plan))
+        h = self._shrunk[2]
+        if piece == len(self.pages.outputs) - 1:
+            self._shrunk = None  # nothing is kept beyond the last of the siblings
+        return expand_paged(y, h, self.pages, plan, piece)
+
+    def apply(self, change: Any) -> None:
+        """``.to()`` and the like."""
+        pages = self.pages
+        A = change(pages.A)
+        if A.dtype != pages.A.dtype or A.device != pages.A.device:
+            self._move(pages.slots, pages.pages, pages.max_pages, A.dtype, A.device)
+
+    def _move(
+        self, slots: int, pages: int, max_pages: int, dtype: torch.dtype | None = None, device: Any = None
+    ) -> None:
+        old = self.pages
+        self.pages = RankPages(
+            old.inputs, old.outputs, slots, pages, max_pages * PAGE, dtype or old.A.dtype, device or old.A.device
+        )
+        for piece in range(len(old.outputs)):
+            for slot, factors in old.factors(piece).items():
+                self.pages.put_slice(slot, piece, factors)
+        self.version += 1

@@ -1,0 +1,107 @@
+"""The routes of a captured decode step: the router's weights, the sequences' selections and memories, in memory that
+never moves. A change of selection or a new sequence writes into it; the captured step stays what it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from molora.memory import Memory
+from molora.router import Router
+from molora.routing import RoutingState
+from molora.selection import LayerCandidates, ResolvedSelection
+from molora_kernels.route import Candidates, Choice, RouterWeights, StepState, route_step
+
+
+class StepRoutes:
+    """For each region of the model (below the layer at which a deeper part of the router reads, and from it on) the
+    slots [N, S] int32 and weights [N, S] float32 of one token of each of N sequences."""
+
+    def __init__(self, routing: RoutingState, batch: int, device: torch.device) -> None:
+        self.routing = routing
+        self.boundary = routing.boundary
+        router = routing.router
+        self.layers: Sequence[LayerCandidates] = routing.layers
+        columns = sum(layer.top_k for layer in self.layers)
+        count = sum(len(layer.slots) for layer in self.layers)
+        self.choice = Choice(
+            torch.zeros(batch, count, dtype=torch.bool, device=device),
+            torch.full((batch, columns), -1, dtype=torch.int32, device=device),
+            torch.zeros(batch, len(self.layers), dtype=torch.bool, device=device),
+        )
+        self.real = torch.ones(batch, dtype=torch.bool, device=device)
+        self.each = torch.arange(batch, device=device)
+        self.parts: list[Any] = []
+        self.weights: list[RouterWeights] = []
+        self.states: list[StepState] = []
+        if isinstance(router, Router):
+            self.candidates = _candidates(self.layers, router.rows, columns, device)
+            embedding = routing.base.get_input_embeddings()
+            for part in router._parts:
+                table = torch.zeros(batch, part.width, device=device)
+                if part.reads == 0:
+                    if part.table is None or part.table.device != device:
+                        part.fold(embedding, device)
+                    table = part.table
+                weights = RouterWeights(
+                    table, part.decays.detach(), part.input.weight, part.input.bias, part.output.weight,
+                    part.output.bias,
+                )  # fmt: skip
+                self.parts.append(part)
+                self.weights.append(weights)
+                self.states.append(StepState.new(batch, weights, columns))
+        self.ones = torch.ones(batch, columns, device=device)
+
+    @torch.no_grad()
+    def start(self, selection: ResolvedSelection, memories: Sequence[Memory] | None) -> None:
+        """Takes over the selections of the sequences and what the router remembers of them."""
+        for mine, given in (
+            (self.choice.allowed, selection.allowed),
+            (self.choice.forced, selection.forced),
+            (self.choice.routed, selection.routed),
+        ):
+            mine.copy_(given)
+        for state, memory in zip(self.states, memories or (), strict=False):
+            state.memory.copy_(memory.state)
+
+    def read_tokens(self, ids: torch.Tensor) -> None:
+        """Routes by token ids [N], where a part of the router reads them."""
+        if self.parts and self.parts[0].reads == 0:
+            self._step(0, ids)
+
+    def read_hidden(self, hidden: torch.Tensor) -> None:
+        """Routes by hidden states [N, D] before layer ``boundary``."""
+        self.weights[-1].table.copy_(self.parts[-1].read(hidden))
+        self._step(len(self.parts) - 1, self.each)
+
+    def plan(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """slots and weights for the modules of decoder layer ``layer``."""
+        if self.boundary is not None and layer >= self.boundary:
+            return self.states[-1].slots, self.states[-1].weights
+        if self.parts and self.parts[0].reads == 0:
+            return self.states[0].slots, self.states[0].weights
+        return self.choice.forced, self.ones
+
+    def _step(self, index: int, ids: torch.Tensor) -> None:
+        assert self.routing.router is not None
+        softmax = self.routing.router.weights == "softmax"
+        route_step(
+            ids, self.real, self.weights[index], self.candidates, self.choice, self.states[index], softmax
+        )  # fmt: skip
+
+
+def _candidates(
+    layers: Sequence[LayerCandidates], rows: Sequence[str], columns: int, device: torch.device
+) -> Candidates:
+    flat_rows = [rows.index(row) for layer in layers for row in layer.rows]
+    flat_slots = [slot for layer in layers for slot in layer.slots]
+
+    def ints(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return Candidates(
+        ints(flat_rows),
+        ints(flat_slots),
+        ints([*(layer.first for layer in layers), len(flat_rows)]),
+        ints([*(layer.column for layer in layers), columns]),
+    )

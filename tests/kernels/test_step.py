@@ -1,0 +1,168 @@
+"""A decode step's kernels against plain torch in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from molora_kernels import Factors
+from molora_kernels.attention import Attention
+from molora_kernels.linear import LinearTile, linear
+from molora_kernels.pages import RankPages
+from molora_kernels.step import Added, add_norm, gate, heads
+from tests.conftest import DEVICE
+
+EPS = 1e-6
+
+
+class Group:
+    """A group of modules over T tokens with adapters of ranks 3, 16 and 20; the last does not adapt the last slice."""
+
+    def __init__(self, T: int, D: int, outputs: tuple[int, ...], top: int = 2, cuts: int = 2, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.outputs = outputs
+        self.x, self.weight = self.randn(T, D), self.randn(sum(outputs), D) / D**0.5
+        self.pages = RankPages(D, outputs, 4, 8, 32, torch.float32, DEVICE)
+        self.parts: dict[int, list[Factors | None]] = {}
+        for slot, rank in enumerate((3, 16, 20)):
+            pairs: list[Factors | None] = [Factors(self.randn(rank, D) / D**0.5, self.randn(rank, o)) for o in outputs]
+            if slot == 2 and len(outputs) > 1:
+                pairs[-1] = None
+            self.parts[slot] = pairs
+            self.pages.put(slot, pairs)
+        self.slots = torch.randint(-1, 4, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
+        self.weights = self.randn(T, top)
+        self.h = torch.full(
+            (cuts, T, top, len(outputs) * self.pages.max_pages * 16), torch.nan, dtype=torch.float32, device=DEVICE
+        )
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator).to(DEVICE)
+
+    def product(self, tile: LinearTile, adapted: bool = True) -> torch.Tensor:
+        """Partial sums of the base's product, h beside them; what is not written stays NaN."""
+        y = torch.full((tile.split, len(self.x), sum(self.outputs)), torch.nan, device=DEVICE)
+        more = (self.h, self.pages, self.slots) if adapted else ()
+        linear(y, self.x, self.weight, tile, *more)
+        return y
+
+    @property
+    def added(self) -> Added:
+        return Added(self.h, self.pages, self.slots, self.weights)
+
+    def exact(self, adapted: bool = True) -> torch.Tensor:
+        y, x = self.x.double() @ self.weight.double().T, self.x.double()
+        for slot, pairs in self.parts.items() if adapted else ():
+            weight = (self.weights.double() * (self.slots == slot)).sum(1, keepdim=True)
+            column = 0
+            for pair, wide in zip(pairs, self.outputs, strict=True):
+                if pair is not None:
+                    y[:, column : column + wide] += weight * (x @ pair.A.double().T @ pair.B.double())
+                column += wide
+        return y
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 1e-5, f"relative error {error:.1e}"
+
+
+def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * gain.double()
+
+
+TILES = {"one part": LinearTile(16, 32), "split": LinearTile(32, 16, split=3), "ragged": LinearTile(64, 64, split=2)}
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("T", [1, 5, 70])
+def test_product_and_shrink_in_one_launch(T: int, tile: str, adapted: bool) -> None:
+    group = Group(T, 96, (40,))
+    y = group.product(TILES[tile], adapted)
+    close(y.sum(0), group.exact(adapted=False))
+    if adapted:
+        gain, x, residual = group.randn(40), torch.empty(T, 40, device=DEVICE), group.randn(T, 40)
+        expected = residual.double() + group.exact()
+        add_norm(residual, y, gain, x, EPS, group.added)
+        close(residual, expected)
+        close(x, norm(expected, gain))
+
+
+def test_add_norm_of_nothing_added() -> None:
+    group = Group(3, 40, (8,))
+    x, before = torch.empty_like(group.x), group.x.clone()
+    gain = group.randn(40)
+    add_norm(group.x, None, gain, x, EPS)
+    assert torch.equal(group.x, before)
+    close(x, norm(before.double(), gain))
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
+def test_gate(adapted: bool) -> None:
+    group = Group(4, 64, (150, 150))
+    m = torch.full((4, 150), torch.nan, device=DEVICE)
+    gate(group.product(TILES["split"], adapted), m, group.added if adapted else None)
+    g, u = group.exact(adapted).split(150, 1)
+    close(m, F.silu(g) * u)
+
+
+@pytest.mark.parametrize("kind", ["plain", "normed", "bias"])
+@pytest.mark.parametrize("width", [16, 24], ids=["width 16", "width 24"])
+def test_heads(kind: str, width: int) -> None:
+    T, H, G, longest = 3, 4, 2, 9
+    group = Group(T, 64, (H * width, G * width, G * width))
+    bias = group.randn((H + 2 * G) * width) if kind == "bias" else None
+    gains = (group.randn(width), group.randn(width))
+    angle = torch.outer(torch.arange(20.0), torch.logspace(0, -2, width // 2)).to(DEVICE)
+    positions, length = torch.tensor([7, 3, 19], device=DEVICE), torch.tensor([7], device=DEVICE)
+    q = torch.full((T, H, width), torch.nan, device=DEVICE)
+    keys, values = torch.zeros(2, T, G, longest, width, device=DEVICE).unbind(0)
+    heads(
+        group.product(TILES["split"]), bias, q, keys, values, (*gains, EPS) if kind == "normed" else None,
+        (angle.cos(), angle.sin()), positions, length, group.added,
+    )  # fmt: skip
+    y = group.exact() + (bias.double() if bias is not None else 0)
+    expected = [part.view(T, -1, width) for part in y.split(group.outputs, 1)]
+    for index, gain in enumerate(gains):
+        part = expected[index]
+        if kind == "normed":
+            part = norm(part, gain)
+        cos, sin = (f(angle[positions].double()).repeat(1, 2).unsqueeze(1) for f in (torch.cos, torch.sin))
+        low, high = part.chunk(2, -1)
+        expected[index] = part * cos + torch.cat([-high, low], -1) * sin
+    close(q, expected[0])
+    close(keys[:, :, 7], expected[1])
+    close(values[:, :, 7], expected[2])
+    for cache in (keys, values):
+        assert not cache[:, :, :7].any() and not cache[:, :, 8:].any()
+
+
+MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "all": lambda mask: mask,
+    "left padding": lambda mask: mask.index_fill(1, torch.arange(70, device=DEVICE), False),
+    "holes": lambda mask: mask & (torch.arange(mask.shape[1], device=DEVICE) % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", [(1, 4, 2, 16, 150), (3, 3, 3, 24, 300), (2, 8, 1, 64, 100)], ids=str)
+def test_attention(shape: tuple[int, ...], mask: str) -> None:
+    N, H, G, width, longest = shape
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(N, H, width, generator=generator).to(DEVICE)
+    keys, values = torch.randn(2, N, G, longest, width, generator=generator).to(DEVICE).unbind(0)
+    seen = MASKS[mask](torch.ones(N, longest, dtype=torch.bool, device=DEVICE))
+    length = 83
+    keys[:, :, length + 1 :], values[:, :, length + 1 :] = torch.nan, torch.nan  # what was never written is not read
+    out = torch.full_like(q, torch.nan)
+    Attention(N, H, G, width, longest, q.dtype, DEVICE)(
+        out, q, keys, values, seen, torch.tensor([length], device=DEVICE), width**-0.5
+    )
+    here = slice(0, length + 1)
+    expected = F.scaled_dot_product_attention(
+        q.double().unsqueeze(2), keys[:, :, here].double(), values[:, :, here].double(),
+        seen[:, None, None, here], enable_gqa=True,
+    )  # fmt: skip
+    close(out, expected.squeeze(2))
