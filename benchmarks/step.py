@@ -74,6 +74,7 @@ def routing_of(base: Any, count: int, top: int) -> tuple[RoutingState, Any]:
         table.take(label)
     router = Router(RouterConfig(), router_rows(stack), base.config.hidden_size).to("cuda").eval().requires_grad_(False)
     for part in router._parts:  # tokens spread over the adapters, none to the null
+        part.input.weight.normal_(0, 1.0)
         part.output.weight.normal_(0, 1.0)
         part.output.bias[-1] = -1e4
     state = RoutingState(base)
@@ -127,15 +128,17 @@ def start(step: DecodeStep, context: int) -> None:
 
 
 @torch.no_grad()
-def check(base: Any, step: DecodeStep, context: int) -> None:
-    """The step without adapters is the base's."""
+def check(base: Any, exact: Any, step: DecodeStep, context: int) -> None:
+    """The step without adapters is as near to the base in float32 as the base in bf16 is."""
     ids, following = prefill(base, step, context)
     found = step(following)[:4].float()
     whole = torch.cat([ids, following.unsqueeze(1)], 1)[:4]
-    expected = base(whole, logits_to_keep=1).logits[:, 0].float()
-    error = float((found - expected).norm() / expected.norm())
-    if not error < 3e-2:
-        sys.exit(f"The step is wrong: relative error {error:.2e} of the base's logits. Nothing is printed.")
+    theirs = base(whole, logits_to_keep=1).logits[:, 0].float()
+    expected = exact(whole, logits_to_keep=1).logits[:, 0].float()
+    ours, peers = (float((logits - expected).norm() / expected.norm()) for logits in (found, theirs))
+    print(f"relative error to float32: ours {ours:.4f}, the base in bf16 {peers:.4f}")
+    if not ours < 1.2 * peers:
+        sys.exit("The step is wrong. Nothing is printed.")
 
 
 @torch.no_grad()
@@ -154,6 +157,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("No GPU is here: steps are only timed on one.")
     clock, base = Timer(), make_base(settings.shape)
+    exact = copy.deepcopy(base).float()
     plan = blueprint(base)
     rows: list[dict[str, Any]] = []
     weights = sum(p.numel() for p in base.parameters() if p.data_ptr() != plan.embedding.data_ptr())
@@ -164,7 +168,7 @@ def main() -> None:
         nothing = RoutingState(base)
         step = DecodeStep(plan, {}, StepRoutes(nothing, batch, plan.device), batch, 1024)
         step.capture()
-        check(base, step, settings.context)
+        check(base, exact, step, settings.context)
         graph = step.graph
         assert graph is not None
         start(step, settings.context)
@@ -187,9 +191,10 @@ def main() -> None:
                 step = DecodeStep(plan, groups, routes, batch, 1024)
                 step.capture()
                 routes.start(selection.expand(batch).to(plan.device), None)
-                prefill(base, step, settings.context)
+                step.ids.copy_(prefill(base, step, settings.context)[1])
                 graph = step.graph
                 assert graph is not None
+                start(step, settings.context)
                 routed = clock(graph.replay)
                 slots = len(routes.plan(99)[0].unique())
                 before = next(row for row in rows if row["batch"] == batch and "adapters" not in row)

@@ -12,10 +12,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from molora_kernels.attention import Attention, AttentionTile
 from molora_kernels.linear import LinearTile, linear
 
 SHAPES = {  # rows and columns of W
@@ -77,12 +80,64 @@ def compile_all(part: list[tuple[int, LinearTile]]) -> None:
                 linear(y, x, torch.zeros(rows, 16384, device="cuda", dtype=torch.bfloat16), tile)
 
 
+def attention_candidates(programs: int) -> Iterator[AttentionTile]:
+    for block, parts, warps, stages in itertools.product((64, 128), (1, 2, 4, 8, 16), (4, 8), (2, 3)):
+        if 64 <= programs * parts <= 4096 and block * parts <= 1024:
+            yield AttentionTile(block, parts, warps, stages)
+
+
+def run_attention(batch: int, kv_heads: int, context: int, tile: AttentionTile, memory: torch.Tensor) -> float:
+    """Microseconds over ``context`` positions, heads of width 128 in pairs, with the programmatic launch of a step."""
+    heads, width = 2 * kv_heads, 128
+    q = torch.randn(batch, heads, width, device="cuda", dtype=torch.bfloat16)
+    out, mask = torch.empty_like(q), torch.ones(batch, memory.shape[4], dtype=torch.bool, device="cuda")
+    length = torch.full((1,), context - 1, device="cuda")
+    attention = Attention(batch, heads, width, tile, q.device)
+
+    def through() -> None:
+        for keys, values in memory:
+            attention(out, q, keys, values, mask, length, width**-0.5, True)
+
+    through()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        through()
+    times = []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(memory))
+    return statistics.median(times[1:])
+
+
+def tune_attention() -> list[dict[str, Any]]:
+    entries, kv_heads, context = [], 8, 512
+    for batch in (1, 2, 4, 8, 16, 32, 64, 128):
+        memory = torch.randn(max(2, 256 // batch), 2, batch, kv_heads, 1024, 128, device="cuda", dtype=torch.bfloat16)
+        memory = memory[:28]
+        tiles = list(attention_candidates(batch * kv_heads))
+        times = {tile: run_attention(batch, kv_heads, context, tile, memory) for tile in tiles}
+        best = min(times, key=lambda tile: times[tile])
+        limit = batch * kv_heads * context * 128 * 4 / 3.0e6
+        print(f"attention {batch}: {times[best]:.2f} us, limit {limit:.2f}  {tuple(asdict(best).values())}", flush=True)
+        entries.append({"programs": batch * kv_heads, "us": round(times[best], 2), "tile": asdict(best)})
+    return entries
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/tiles.json"))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    parser.add_argument("--only-attention", action="store_true", help="keep the products as they are in the table")
     settings = parser.parse_args()
+    if settings.only_attention:
+        known = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
+        write(settings.out, known["linear"], tune_attention())
+        return
     work = [(tokens, tile) for tokens in TOKENS for tile in candidates(tokens)]
     with ProcessPoolExecutor(settings.workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_all, [work[i :: settings.workers] for i in range(settings.workers)]))
@@ -103,11 +158,14 @@ def main() -> None:
             limit = rows * columns * 2 / 3.0e6
             print(f"{tokens:3} x {rows} x {columns}: {times[best]:.2f} us, cuBLAS {library:.2f}, limit {limit:.2f}  "
                   f"{tuple(asdict(best).values())}", flush=True)  # fmt: skip
-    name = torch.cuda.get_device_name()
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(
-        '{"device": "' + name + '", "linear": [\n' + ",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n"
-    )
+    write(settings.out, entries, tune_attention())
+
+
+def write(out: Path, linear_entries: list[dict[str, Any]], attention_entries: list[dict[str, Any]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tables = (",\n".join(json.dumps(entry) for entry in table) for table in (linear_entries, attention_entries))
+    device = json.dumps(torch.cuda.get_device_name())
+    out.write_text('{{"device": {},\n"linear": [\n{}\n],\n"attention": [\n{}\n]}}\n'.format(device, *tables))
 
 
 def _library(x: torch.Tensor, weights: torch.Tensor) -> float:

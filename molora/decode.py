@@ -16,10 +16,10 @@ from molora.step_cache import StepCache
 from molora.step_routes import StepRoutes
 from molora_kernels.attention import Attention
 from molora_kernels.expand import expand
-from molora_kernels.linear import LinearTile, linear
+from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import PAGE
 from molora_kernels.step import Added, add_norm, gate, heads
-from molora_kernels.tiles import linear_tile
+from molora_kernels.tiles import attention_tile, linear_tile
 
 
 @dataclass
@@ -61,7 +61,8 @@ class DecodeStep:
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.mask = torch.ones(batch, longest, dtype=torch.bool, device=device)
         self.rotary = plan.rotary(longest)
-        self.attention = Attention(batch, plan.heads, plan.kv_heads, plan.head_width, longest, dtype, device)
+        tile = attention_tile(batch, plan.kv_heads, longest)
+        self.attention = Attention(batch, plan.heads, plan.head_width, tile, device)
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -85,7 +86,7 @@ class DecodeStep:
                 return Product(weight, tile, y, None)
             slots, weights = routes.plan(layer)
             width = len(group.pages.outputs) * group.pages.max_pages * PAGE
-            cuts = (shrink_cuts(batch, weight.shape[1]), batch, slots.shape[1], width)
+            cuts = (-(-weight.shape[1] // shrink_block(weight.shape[1])), batch, slots.shape[1], width)
             h = shrunk.setdefault(cuts, buffer(*cuts, kind=torch.float32))
             return Product(weight, tile, y, Added(h, group.pages, slots, weights))
 
@@ -110,7 +111,7 @@ class DecodeStep:
     def run(self) -> None:
         """Reads ``ids`` at ``length`` of the cache; writes ``logits`` and goes on to the next position."""
         plan, pdl = self.plan, self.pdl
-        self.routes.read_tokens(self.ids)
+        self.routes.read_tokens(self.ids, pdl)
         self.mask.index_fill_(1, self.length, True)
         torch.index_select(plan.embedding, 0, self.ids, out=self.residual)
         add_norm(self.residual, None, plan.layers[0].norms[0], self.x, plan.eps)
@@ -118,7 +119,7 @@ class DecodeStep:
         last = len(plan.layers) - 1
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(plan.layers, self.products, strict=True)):
             if index == self.routes.boundary:
-                self.routes.read_hidden(self.residual)
+                self.routes.read_hidden(self.residual, pdl)
             keys, values = self.cache.memory[index]
             heads(
                 qkv(self.x, pdl and index != self.routes.boundary), layer.bias, self.q, keys, values, layer.head_norms,
@@ -175,14 +176,6 @@ class DecodeStep:
             self.run()
         self.cache.advance()
         return self.logits
-
-
-def shrink_cuts(tokens: int, columns: int) -> int:
-    """Over how many programs a shrink's sum is split: long inputs of few tokens."""
-    cuts = 1
-    while cuts < 4 and tokens <= 16 and columns // cuts > 2048:
-        cuts *= 2
-    return cuts
 
 
 def step_output(logits: torch.Tensor, cache: Any) -> Any:

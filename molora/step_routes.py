@@ -64,15 +64,15 @@ class StepRoutes:
         for state, memory in zip(self.states, memories or (), strict=False):
             state.memory.copy_(memory.state)
 
-    def read_tokens(self, ids: torch.Tensor) -> None:
+    def read_tokens(self, ids: torch.Tensor, pdl: bool = False) -> None:
         """Routes by token ids [N], where a part of the router reads them."""
         if self.parts and self.parts[0].reads == 0:
-            self._step(0, ids)
+            self._step(0, ids, pdl)
 
-    def read_hidden(self, hidden: torch.Tensor) -> None:
+    def read_hidden(self, hidden: torch.Tensor, pdl: bool = False) -> None:
         """Routes by hidden states [N, D] before layer ``boundary``."""
         self.weights[-1].table.copy_(self.parts[-1].read(hidden))
-        self._step(len(self.parts) - 1, self.each)
+        self._step(len(self.parts) - 1, self.each, pdl)
 
     def plan(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """slots and weights for the modules of decoder layer ``layer``."""
@@ -82,11 +82,11 @@ class StepRoutes:
             return self.states[0].slots, self.states[0].weights
         return self.choice.forced, self.ones
 
-    def _step(self, index: int, ids: torch.Tensor) -> None:
+    def _step(self, index: int, ids: torch.Tensor, pdl: bool) -> None:
         assert self.routing.router is not None
         softmax = self.routing.router.weights == "softmax"
         route_step(
-            ids, self.real, self.weights[index], self.candidates, self.choice, self.states[index], softmax
+            ids, self.real, self.weights[index], self.candidates, self.choice, self.states[index], softmax, pdl
         )  # fmt: skip
 
 

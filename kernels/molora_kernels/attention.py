@@ -1,6 +1,8 @@
 """Attention of one new token for each sequence over a static cache, in Triton: heads that share keys in one program,
 the past in parts, and a second kernel that puts the parts together."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _part_kernel(
-    q_ptr, keys_ptr, values_ptr, mask_ptr, length_ptr, parts_ptr, best_ptr, total_ptr,
+    q_ptr, keys_ptr, values_ptr, mask_ptr, length_ptr, out_ptr, parts_ptr, best_ptr, total_ptr,
     heads, kv_heads, longest, scale,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
@@ -52,9 +54,14 @@ def _part_kernel(
         acc = acc * shrunk[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         best = new
     at = (n * heads + head) * PARTS + part
-    tl.store(best_ptr + at, best, mask=g < GROUP)
-    tl.store(total_ptr + at, total, mask=g < GROUP)
-    tl.store(parts_ptr + at[:, None] * WIDTH + w[None, :], acc, mask=(g < GROUP)[:, None] & (w < WIDTH)[None, :])
+    here = (g < GROUP)[:, None] & (w < WIDTH)[None, :]
+    if PARTS == 1:
+        out = acc / total[:, None]
+        tl.store(out_ptr + at[:, None] * WIDTH + w[None, :], out.to(out_ptr.dtype.element_ty), mask=here)
+    else:
+        tl.store(best_ptr + at, best, mask=g < GROUP)
+        tl.store(total_ptr + at, total, mask=g < GROUP)
+        tl.store(parts_ptr + at[:, None] * WIDTH + w[None, :], acc, mask=here)
 
 
 @triton.jit
@@ -78,25 +85,30 @@ def _join_kernel(
     tl.store(out_ptr + row * WIDTH + w, out.to(out_ptr.dtype.element_ty), mask=w < WIDTH)
 
 
+@dataclass(frozen=True)
+class AttentionTile:
+    """How attention is cut: positions at a time, parts of the past (a power of two), warps, pipeline stages."""
+
+    block: int = 64
+    parts: int = 8
+    warps: int = 4
+    stages: int = 2
+
+
 class Attention:
     """Attention of N sequences with memory for its parts.
 
     Args:
-        batch: N. heads: H. kv_heads: G, a divisor of H. width: d of a head. longest: of the cache.
-        dtype, device: of the queries.
+        batch: N. heads: H. width: d of a head.
+        tile: how it is cut.
+        device: of the queries.
     """
 
-    def __init__(
-        self, batch: int, heads: int, kv_heads: int, width: int, longest: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.block = 64
-        blocks = triton.cdiv(longest, self.block)
-        # Enough programs for the GPU, and no more parts than blocks: a power of two, as the join wants it.
-        wanted = max(1, min(blocks, 64, 264 // (batch * kv_heads)))
-        self.parts = 1 << (wanted.bit_length() - 1)
-        self.scratch = torch.empty(batch, heads, self.parts, width, dtype=torch.float32, device=device)
-        self.best = torch.empty(batch, heads, self.parts, dtype=torch.float32, device=device)
-        self.total = torch.empty(batch, heads, self.parts, dtype=torch.float32, device=device)
+    def __init__(self, batch: int, heads: int, width: int, tile: AttentionTile, device: torch.device) -> None:
+        self.tile = tile
+        self.scratch = torch.empty(batch, heads, tile.parts, width, dtype=torch.float32, device=device)
+        self.best = torch.empty(batch, heads, tile.parts, dtype=torch.float32, device=device)
+        self.total = torch.empty(batch, heads, tile.parts, dtype=torch.float32, device=device)
 
     def __call__(
         self,
@@ -123,13 +135,15 @@ class Attention:
         N, H, d = q.shape
         G, longest = keys.shape[1], keys.shape[2]
         launch = {"launch_pdl": True} if pdl else {}
-        block_w = triton.next_power_of_2(d)
-        _part_kernel[(N, G, self.parts)](
-            q, keys, values, mask, length, self.scratch, self.best, self.total, H, G, longest, scale,
+        block_w, tile = triton.next_power_of_2(d), self.tile
+        _part_kernel[(N, G, tile.parts)](
+            q, keys, values, mask, length, out, self.scratch, self.best, self.total, H, G, longest, scale,
             GROUP=H // G, BLOCK_G=max(16, triton.next_power_of_2(H // G)), WIDTH=d, BLOCK_W=max(16, block_w),
-            BLOCK_T=self.block, PARTS=self.parts, UPCAST=q.device.type == "cpu", PDL=pdl, num_warps=4, **launch,
+            BLOCK_T=tile.block, PARTS=tile.parts, UPCAST=q.device.type == "cpu", PDL=pdl, num_warps=tile.warps,
+            num_stages=tile.stages, **launch,
         )  # fmt: skip
-        _join_kernel[(N * H,)](
-            self.scratch, self.best, self.total, out, WIDTH=d, BLOCK_W=block_w, PARTS=self.parts, PDL=pdl,
-            num_warps=2 if self.parts > 8 else 1, **launch,
-        )  # fmt: skip
+        if tile.parts > 1:
+            _join_kernel[(N * H,)](
+                self.scratch, self.best, self.total, out, WIDTH=d, BLOCK_W=block_w, PARTS=tile.parts, PDL=pdl,
+                num_warps=1, **launch,
+            )  # fmt: skip

@@ -27,27 +27,72 @@ class LinearTile:
 
 
 @triton.jit
+def _prefetch(
+    w_rows, split, width_in, rows, width_out,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Asks for the first AHEAD lines (of 64 half-precision numbers) of each row, which do not depend on x."""
+    line = tl.arange(0, AHEAD) * 64
+    k = (line // BLOCK_K * SPLIT + split) * BLOCK_K + line % BLOCK_K
+    inside = (rows < width_out)[:, None] & (k < width_in)[None, :]
+    lines = w_rows + tl.where(inside, k[None, :], 0)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, y_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width_in, width_out, tiles, blocks, pages, adapters, stride_x,
     ADAPTED: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
-    SHRINK_SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+    CUTS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     EVEN: tl.constexpr, DOT: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    products = tiles * blocks * SPLIT
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if program < products:
-        tile = program % tiles
-        split = (program // tiles) % SPLIT
-        block = program // (tiles * SPLIT)
+    PARTS: tl.constexpr = SLICES * MAX_PAGES
+    shrinks = 0
+    if ADAPTED:
+        shrinks = tokens * TOP * PARTS * CUTS
+    if program < shrinks:
+        # The plan was written before the kernel before this one, and factors are constants: both are read early.
+        part = program % PARTS
+        piece = part // MAX_PAGES
+        page = part % MAX_PAGES
+        cut = (program // PARTS) % CUTS
+        pair = program // (PARTS * CUTS)
+        slot = tl.load(slots_ptr + pair).to(tl.int64)
+        acts = slot >= 0
+        acts = acts & (page < tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0))
+        first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0)
+        row = (piece * pages + first + page).to(tl.int64) * PAGE
+        ranks = tl.arange(0, PAGE)
+        d = cut * BLOCK_D + tl.arange(0, BLOCK_D)
+        a = tl.load(
+            a_ptr + (row + ranks)[:, None] * width_in + d[None, :], mask=(d < width_in)[None, :] & acts, other=0.0
+        )
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        if acts:
+            x = tl.load(x_ptr + (pair // TOP).to(tl.int64) * stride_x + d, mask=d < width_in, other=0.0)
+            own = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+            tl.store(h_ptr + (cut * tokens * TOP + pair).to(tl.int64) * (PARTS * PAGE) + part * PAGE + ranks, own)
+    else:
+        place = program - shrinks
+        tile = place % tiles
+        split = (place // tiles) % SPLIT
+        block = place // (tiles * SPLIT)
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
         w_rows = w_ptr + rows.to(tl.int64)[:, None] * width_in
+        if PDL:
+            if AHEAD > 0:
+                _prefetch(w_rows, split, width_in, rows, width_out, SPLIT, BLOCK_N, BLOCK_K, AHEAD)
+            gdc_wait()
+            gdc_launch_dependents()
         if DOT:
+            t = block * BLOCK_T + tl.arange(0, BLOCK_T)
             acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
             for start in range(split * BLOCK_K, width_in, SPLIT * BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
@@ -83,30 +128,15 @@ def _linear_kernel(
                 total += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
             at = (split * tokens + block).to(tl.int64) * width_out + rows
             tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=rows < width_out)
-    elif ADAPTED:
-        PARTS: tl.constexpr = SLICES * MAX_PAGES
-        place = program - products
-        part = place % PARTS
-        piece = part // MAX_PAGES
-        page = part % MAX_PAGES
-        cut = (place // PARTS) % SHRINK_SPLIT
-        pair = place // (PARTS * SHRINK_SPLIT)
-        slot = tl.load(slots_ptr + pair).to(tl.int64)
-        if slot >= 0:
-            if page < tl.load(count_ptr + piece * adapters + slot):
-                row = (piece * pages + tl.load(first_ptr + piece * adapters + slot) + page).to(tl.int64) * PAGE
-                ranks = tl.arange(0, PAGE)
-                x_row = x_ptr + (pair // TOP).to(tl.int64) * stride_x
-                own = tl.zeros((PAGE,), tl.float32)
-                for start in range(cut * BLOCK_D, width_in, SHRINK_SPLIT * BLOCK_D):
-                    d = start + tl.arange(0, BLOCK_D)
-                    x = tl.load(x_row + d, mask=d < width_in, other=0.0).to(tl.float32)
-                    a = tl.load(
-                        a_ptr + (row + ranks)[:, None] * width_in + d[None, :], mask=(d < width_in)[None, :], other=0.0
-                    )
-                    own += tl.sum(a.to(tl.float32) * x[None, :], 1)
-                pairs = tokens * TOP
-                tl.store(h_ptr + (cut * pairs + pair).to(tl.int64) * (PARTS * PAGE) + part * PAGE + ranks, own)
+
+
+AHEAD = 0  # lines of each row of W
+
+
+def shrink_block(columns: int) -> int:
+    """Elements of the input in one program of the shrink: all are asked for at once. There are
+    cdiv(columns, shrink_block(columns)) parts of the sum."""
+    return max(16, min(1024 if columns <= 8192 else 2048, triton.next_power_of_2(columns)))
 
 
 def linear(
@@ -138,6 +168,7 @@ def linear(
     tiles, blocks = triton.cdiv(N, tile.n), triton.cdiv(T, block_t)
     adapted = h is not None and pages is not None and slots is not None
     programs, cuts, top, slices, most = tiles * blocks * tile.split, 1, 1, 1, 1
+    block_d = shrink_block(D)
     if adapted:
         assert h is not None and pages is not None and slots is not None
         cuts, top, slices, most = h.shape[0], slots.shape[1], len(pages.outputs), pages.max_pages
@@ -147,7 +178,7 @@ def linear(
     _linear_kernel[(programs,)](
         x, weight, y, *found, T, D, N, tiles, blocks,
         pages.pages if pages is not None else 0, pages.slots if pages is not None else 0, x.stride(0),
-        ADAPTED=adapted, TOP=top, SLICES=slices, MAX_PAGES=most, PAGE=PAGE, SHRINK_SPLIT=cuts, BLOCK_D=256,
+        ADAPTED=adapted, TOP=top, SLICES=slices, MAX_PAGES=most, PAGE=PAGE, CUTS=cuts, BLOCK_D=block_d, AHEAD=AHEAD,
         SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_T=block_t,
         EVEN=N % tile.n == 0 and D % (tile.k * tile.split) == 0, DOT=dot, UPCAST=x.device.type == "cpu", PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **extra,

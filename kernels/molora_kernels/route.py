@@ -1,4 +1,4 @@
-"""One decode step of a router in one Triton kernel: memory, MLP, and the choice of slots, for each sequence.
+"""One decode step of a router in Triton: memory, MLP, and the choice of slots, for each sequence.
 
 u = [z, m_1, ..., m_D] with m_d = decay_d m_d + (1 - decay_d) z;  q = SiLU(W1 u + b1);  logits = W2 q + b2; then, in
 each layer of the stack that the router decides, the top-k of the candidates that the sequence allows. Nothing is asked
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @dataclass
@@ -51,10 +52,11 @@ class Choice:
 
 @dataclass
 class StepState:
-    """Written by a step. memory: [N, D, W] float32. q: [N, H], logits: [N, rows] float32. slots: [N, S] int32.
-    weights: [N, S] float32."""
+    """Written by a step. memory: [N, D, W], u: [N, (1 + D) W], q: [N, H], logits: [N, rows] float32. slots: [N, S]
+    int32. weights: [N, S] float32."""
 
     memory: torch.Tensor
+    u: torch.Tensor
     q: torch.Tensor
     logits: torch.Tensor
     slots: torch.Tensor
@@ -65,6 +67,7 @@ class StepState:
         device, width = router.w1.device, router.table.shape[1]
         return cls(
             torch.zeros(batch, len(router.decays), width, device=device),
+            torch.zeros(batch, router.w1.shape[1], device=device),
             torch.zeros(batch, router.w1.shape[0], device=device),
             torch.zeros(batch, router.w2.shape[0], device=device),
             torch.full((batch, columns), -1, dtype=torch.int32, device=device),
@@ -73,49 +76,62 @@ class StepState:
 
 
 @triton.jit
-def _route_step_kernel(
-    ids_ptr, real_ptr, table_ptr, decays_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
-    rows_ptr, slots_of_ptr, firsts_ptr, columns_ptr, allowed_ptr, forced_ptr, routed_ptr,
-    memory_ptr, q_ptr, logits_ptr, slots_ptr, weights_ptr,
-    width, hidden, rows, candidates, columns,
-    DECAYS: tl.constexpr, LAYERS: tl.constexpr, MOST: tl.constexpr, SOFTMAX: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+def _remember_kernel(
+    ids_ptr, real_ptr, table_ptr, decays_ptr, memory_ptr, u_ptr, width,
+    DECAYS: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     w = tl.arange(0, BLOCK_W)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     z = tl.load(table_ptr + tl.load(ids_ptr + n).to(tl.int64) * width + w, mask=w < width, other=0.0)
     real = tl.load(real_ptr + n) != 0
+    u = u_ptr + n * ((1 + DECAYS) * width) + w
+    tl.store(u, z, mask=w < width)
     for d in tl.static_range(DECAYS):
         cell = memory_ptr + (n * DECAYS + d) * width + w
         old = tl.load(cell, mask=w < width, other=0.0)
         decay = tl.load(decays_ptr + d)
         new = tl.where(real, decay * old + (1.0 - decay) * z, old)
         tl.store(cell, new, mask=w < width)
-    tl.debug_barrier()
-    for start in range(0, hidden, BLOCK_H):
-        j = start + tl.arange(0, BLOCK_H)
-        here = j < hidden
-        rows_of_w1 = w1_ptr + j[:, None] * ((1 + DECAYS) * width) + w[None, :]
-        mask = here[:, None] & (w < width)[None, :]
-        q = tl.load(b1_ptr + j, mask=here, other=0.0)
-        q += tl.sum(tl.load(rows_of_w1, mask=mask, other=0.0) * z[None, :], 1)
-        for d in tl.static_range(DECAYS):
-            m = tl.load(memory_ptr + (n * DECAYS + d) * width + w, mask=w < width, other=0.0)
-            q += tl.sum(tl.load(rows_of_w1 + (1 + d) * width, mask=mask, other=0.0) * m[None, :], 1)
-        tl.store(q_ptr + n * hidden + j, q / (1.0 + tl.exp(-q)), mask=here)
-    tl.debug_barrier()
-    for start in range(0, rows, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        logit = tl.load(b2_ptr + r, mask=r < rows, other=0.0)
-        for first in range(0, hidden, BLOCK_H):
-            j = first + tl.arange(0, BLOCK_H)
-            q = tl.load(q_ptr + n * hidden + j, mask=j < hidden, other=0.0)
-            part = tl.load(
-                w2_ptr + r[:, None] * hidden + j[None, :], mask=(r < rows)[:, None] & (j < hidden)[None, :], other=0.0
-            )
-            logit += tl.sum(part * q[None, :], 1)
-        tl.store(logits_ptr + n * rows + r, logit, mask=r < rows)
-    tl.debug_barrier()
+        tl.store(u + (1 + d) * width, new, mask=w < width)
+
+
+@triton.jit
+def _affine_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, tokens, width_in, width_out,
+    SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = W x + b, a few rows of W for a few tokens."""
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    d = tl.arange(0, BLOCK_D)
+    mask = (o < width_out)[:, None] & (d < width_in)[None, :]
+    w = tl.load(w_ptr + o[:, None] * width_in + d[None, :], mask=mask, other=0.0)
+    b = tl.load(b_ptr + o, mask=o < width_out, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for i in range(TOKENS):
+        t = tl.program_id(1) * TOKENS + i
+        if t < tokens:
+            x = tl.load(x_ptr + t * width_in + d, mask=d < width_in, other=0.0)
+            y = tl.sum(w * x[None, :], 1) + b
+            if SILU:
+                y = y / (1.0 + tl.exp(-y))
+            tl.store(y_ptr + t * width_out + o, y, mask=o < width_out)
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr, rows_ptr, slots_of_ptr, firsts_ptr, columns_ptr, allowed_ptr, forced_ptr, routed_ptr,
+    slots_ptr, weights_ptr, rows, candidates, columns,
+    LAYERS: tl.constexpr, MOST: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     LOWEST: tl.constexpr = -3.0e38
     for layer in tl.static_range(LAYERS):
         column = tl.load(columns_ptr + layer)
@@ -172,6 +188,7 @@ def route_step(
     choice: Choice,
     state: StepState,
     softmax: bool,
+    pdl: bool = False,
 ) -> StepState:
     """Routes one token of each of N sequences; writes ``state`` in place.
 
@@ -182,6 +199,7 @@ def route_step(
         state: of N sequences; its memory goes on from what is there.
         softmax: top-k weights renormalised over the chosen; else each chosen acts at weight 1, if the router does not
             hold it for worse than the layer's null.
+        pdl: as for :func:`molora_kernels.linear.linear`.
 
     Raises:
         ValueError: ``ids``, ``real``, ``choice`` and ``state`` are not of the same number of sequences.
@@ -189,14 +207,29 @@ def route_step(
     N, L, S = len(ids), len(candidates.firsts) - 1, choice.forced.shape[1]
     if {len(real), len(choice.allowed), len(choice.forced), len(choice.routed), len(state.memory)} != {N}:
         raise ValueError(f"{N} token ids, and masks, selections or a state for another number of sequences.")
-    width, hidden = router.table.shape[1], router.w1.shape[0]
-    _route_step_kernel[(N,)](
-        ids, real, router.table, router.decays, router.w1, router.b1, router.w2, router.b2,
-        candidates.rows, candidates.slots, candidates.firsts, candidates.columns,
-        choice.allowed, choice.forced, choice.routed,
-        state.memory, state.q, state.logits, state.slots, state.weights,
-        width, hidden, router.w2.shape[0], len(candidates.rows), S,
-        DECAYS=len(router.decays), LAYERS=L, MOST=triton.next_power_of_2(S), SOFTMAX=softmax,
-        BLOCK_W=triton.next_power_of_2(width), BLOCK_H=32, BLOCK_R=16, BLOCK_C=64, num_warps=8,
+    launch = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    width = router.table.shape[1]
+    _remember_kernel[(N,)](
+        ids, real, router.table, router.decays, state.memory, state.u, width,
+        DECAYS=len(router.decays), BLOCK_W=triton.next_power_of_2(width), num_warps=1, **launch,
+    )  # fmt: skip
+    _affine(state.u, router.w1, router.b1, state.q, True, launch)
+    _affine(state.q, router.w2, router.b2, state.logits, False, launch)
+    _choose_kernel[(N,)](
+        state.logits, candidates.rows, candidates.slots, candidates.firsts, candidates.columns,
+        choice.allowed, choice.forced, choice.routed, state.slots, state.weights,
+        router.w2.shape[0], len(candidates.rows), S,
+        LAYERS=L, MOST=triton.next_power_of_2(S), SOFTMAX=softmax, BLOCK_C=64, num_warps=1, **launch,
     )  # fmt: skip
     return state
+
+
+def _affine(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, silu: bool, launch: dict[str, bool]
+) -> None:
+    tokens = min(8, triton.next_power_of_2(len(x)))
+    grid = (triton.cdiv(len(w), 16), triton.cdiv(len(x), tokens))
+    _affine_kernel[grid](
+        x, w, b, y, len(x), w.shape[1], w.shape[0],
+        SILU=silu, BLOCK_O=16, BLOCK_D=triton.next_power_of_2(w.shape[1]), TOKENS=tokens, num_warps=4, **launch,
+    )  # fmt: skip

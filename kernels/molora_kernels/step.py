@@ -28,29 +28,57 @@ class Added:
 
 
 @triton.jit
-def _lora_columns(
-    acc, o, inside, token, piece, width, column,
+def _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE: tl.constexpr):
+    """How many pages act, the first of their rows, and at which weight. Written long before the kernel before this one,
+    so that it may be read before that one is done."""
+    slot = tl.load(slots_ptr + pair).to(tl.int64)
+    acts = slot >= 0
+    count = tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0)
+    row = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0).to(tl.int64) * PAGE
+    return count, row, tl.load(weights_ptr + pair, mask=acts, other=0.0)
+
+
+@triton.jit
+def _b_page(b_ptr, column, pages, row, width, o, inside, wanted, PAGE: tl.constexpr):
+    rows = column.to(tl.int64) * PAGE * pages + (row + tl.arange(0, PAGE)) * width
+    return tl.load(b_ptr + rows[:, None] + o[None, :], mask=inside[None, :] & wanted, other=0.0)
+
+
+@triton.jit
+def _h_page(
+    h_ptr, pair, pairs, part, wanted,
+    SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    h = tl.zeros((PAGE,), tl.float32)
+    for cut in tl.static_range(CUTS):
+        at = (cut * pairs + pair) * (SLICES * MAX_PAGES * PAGE) + part * PAGE
+        h += tl.load(h_ptr + at + tl.arange(0, PAGE), mask=wanted, other=0.0)
+    return h
+
+
+@triton.jit
+def _add_lora(
+    acc, b, count, row, weight, o, inside, token, piece, width, column,
     h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """acc plus the adapters' part of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width``
-    wide."""
-    b_start = (token * 0 + column) * PAGE * pages  # int64, as token is
+    wide. ``b`` is the first page of the first adapter, read early."""
+    pairs = tokens * TOP
+    h = _h_page(h_ptr, token * TOP, pairs, piece * MAX_PAGES, count > 0, SLICES, MAX_PAGES, CUTS, PAGE)
+    acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
     for k in tl.static_range(TOP):
         pair = token * TOP + k
-        slot = tl.load(slots_ptr + pair).to(tl.int64)
-        if slot >= 0:
-            count = tl.load(count_ptr + piece * adapters + slot)
-            row = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE
-            weight = tl.load(weights_ptr + pair)
-            for page in range(count):
-                for r in tl.static_range(PAGE):
-                    h = 0.0
-                    for cut in tl.static_range(CUTS):
-                        at = (cut * tokens * TOP + pair) * (SLICES * MAX_PAGES * PAGE)
-                        h += tl.load(h_ptr + at + (piece * MAX_PAGES + page) * PAGE + r)
-                    b = tl.load(b_ptr + b_start + (row + page * PAGE + r) * width + o, mask=inside, other=0.0)
-                    acc += b.to(tl.float32) * (h * weight)
+        begin = 1
+        if k > 0:
+            begin = 0
+            count, row, weight = _acting(
+                pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
+            )
+        for page in range(begin, count):
+            h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
+            b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
+            acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
     return acc
 
 
@@ -66,6 +94,12 @@ def _add_norm_kernel(
     o = tl.arange(0, BLOCK)
     inside = o < width
     g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
+    start = token * 0  # the only slice
+    if ADAPTED:
+        count, row, weight = _acting(
+            token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
+        )
+        b = _b_page(b_ptr, start, pages, row, width, o, inside, count > 0, PAGE)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -73,8 +107,8 @@ def _add_norm_kernel(
     for split in tl.static_range(SPLIT):
         acc += tl.load(y_ptr + (split * tokens + token) * width + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
-        acc = _lora_columns(
-            acc, o, inside, token, 0, width, 0, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+        acc = _add_lora(
+            acc, b, count, row, weight, o, inside, token, 0, width, start, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
             tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
@@ -86,26 +120,15 @@ def _add_norm_kernel(
 
 
 @triton.jit
-def _half(
-    half: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    token, piece, column, width, head, y_ptr, bias_ptr,
-    h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, width_out, pages, adapters,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, ADAPTED: tl.constexpr,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
+def _partial_sum(
+    y_ptr, bias_ptr, token, column, o, inside, tokens, width_out,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.arange(0, BLOCK)
-    inside = i < HALF
-    o = head * (2 * HALF) + half * HALF + i
     acc = tl.zeros((BLOCK,), tl.float32)
     if BIAS:
         acc = tl.load(bias_ptr + column + o, mask=inside, other=0.0).to(tl.float32)
     for split in tl.static_range(SPLIT):
         acc += tl.load(y_ptr + (split * tokens + token) * width_out + column + o, mask=inside, other=0.0).to(tl.float32)
-    if ADAPTED:
-        acc = _lora_columns(
-            acc, o, inside, token, piece, width, column, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-            tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
-        )  # fmt: skip
     return acc
 
 
@@ -119,28 +142,40 @@ def _heads_kernel(
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
+    head = tl.program_id(1)
+    # Which of q, k and v this head belongs to.
+    piece = tl.where(head < heads, 0, tl.where(head < heads + kv_heads, 1, 2))
+    before = tl.where(piece == 0, 0, tl.where(piece == 1, heads, heads + kv_heads))
+    head = head - before
+    column = before * (2 * HALF)
+    width = tl.where(piece == 0, heads, kv_heads) * (2 * HALF)
+    width_out = (heads + 2 * kv_heads) * (2 * HALF)
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    o_low = head * (2 * HALF) + i
+    o_high = o_low + HALF
+    if ADAPTED:
+        count, row, weight = _acting(
+            token * TOP, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
+        )
+        b_low = _b_page(b_ptr, column, pages, row, width, o_low, inside, count > 0, PAGE)
+        b_high = _b_page(b_ptr, column, pages, row, width, o_high, inside, count > 0, PAGE)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    # Which of q, k and v this head belongs to.
-    piece = tl.where(row < heads, 0, tl.where(row < heads + kv_heads, 1, 2))
-    head = row - tl.where(piece == 0, 0, tl.where(piece == 1, heads, heads + kv_heads))
-    column = tl.where(piece == 0, 0, tl.where(piece == 1, heads, heads + kv_heads)) * (2 * HALF)
-    width = tl.where(piece == 0, heads, kv_heads) * (2 * HALF)
-    width_out = (heads + 2 * kv_heads) * (2 * HALF)
-    low = _half(
-        0, HALF, BLOCK, token, piece, column, width, head, y_ptr, bias_ptr,
-        h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, width_out, pages, adapters,
-        SPLIT, BIAS, ADAPTED, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
-    )  # fmt: skip
-    high = _half(
-        1, HALF, BLOCK, token, piece, column, width, head, y_ptr, bias_ptr,
-        h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, width_out, pages, adapters,
-        SPLIT, BIAS, ADAPTED, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
-    )  # fmt: skip
-    i = tl.arange(0, BLOCK)
-    inside = i < HALF
+    low = _partial_sum(y_ptr, bias_ptr, token, column, o_low, inside, tokens, width_out, BLOCK, SPLIT, BIAS)
+    high = _partial_sum(y_ptr, bias_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT, BIAS)
+    if ADAPTED:
+        low = _add_lora(
+            low, b_low, count, row, weight, o_low, inside, token, piece, width, column,
+            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+        )  # fmt: skip
+        high = _add_lora(
+            high, b_high, count, row, weight, o_high, inside, token, piece, width, column,
+            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+        )  # fmt: skip
     length = tl.load(length_ptr)
     cell = ((token * kv_heads + head) * longest + length) * (2 * HALF)
     if piece == 2:
@@ -178,6 +213,17 @@ def _gate_kernel(
     token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < width
+    start_gate = token * 0
+    start_up = start_gate + width
+    if ADAPTED:
+        count_gate, row_gate, weight = _acting(
+            token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
+        )
+        count_up, row_up, weight = _acting(
+            token * TOP, 1, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
+        )
+        b_gate = _b_page(b_ptr, start_gate, pages, row_gate, width, o, inside, count_gate > 0, PAGE)
+        b_up = _b_page(b_ptr, start_up, pages, row_up, width, o, inside, count_up > 0, PAGE)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -188,12 +234,12 @@ def _gate_kernel(
         gate += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
-        gate = _lora_columns(
-            gate, o, inside, token, 0, width, 0, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+        gate = _add_lora(
+            gate, b_gate, count_gate, row_gate, weight, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
             tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
-        up = _lora_columns(
-            up, o, inside, token, 1, width, width, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+        up = _add_lora(
+            up, b_up, count_up, row_up, weight, o, inside, token, 1, width, start_up, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
             tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     m = gate / (1.0 + tl.exp(-gate)) * up

@@ -1,30 +1,45 @@
 """How a decode step's products are cut on a GPU: measured by ``benchmarks/tune.py``, which writes ``tiles.json``.
 
-Each entry: tokens (up to so many), rows and columns of W, and the tile that was fastest there. A product that was not
-measured takes the tile of the nearest one that was.
+Each entry of ``linear``: tokens, rows and columns of W, and the tile that was fastest there. A product that was not
+measured takes the tile of the nearest one that was. ``attention``: sequences times heads of the cache, likewise.
 """
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from importlib import resources
+from typing import Any
 
+from molora_kernels.attention import AttentionTile
 from molora_kernels.linear import LinearTile
 
 
 @cache
-def _measured() -> list[tuple[int, int, int, LinearTile]]:
-    table = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
-    return [(e["tokens"], e["rows"], e["columns"], LinearTile(**e["tile"])) for e in table["linear"]]
+def _table() -> dict[str, Any]:
+    return json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())  # type: ignore[no-any-return]
 
 
 @cache
 def linear_tile(tokens: int, rows: int, columns: int) -> LinearTile:
     """The tile for ``tokens`` tokens and a weight of ``rows`` by ``columns``."""
 
-    def distance(entry: tuple[int, int, int, LinearTile]) -> tuple[bool, float]:
-        t, n, k, _ = entry
-        away = 2 * abs(math.log2(t / tokens)) + abs(math.log2(n / rows)) + abs(math.log2(k / columns))
-        return (t == 1) != (tokens == 1), away  # one token is multiplied another way
+    def distance(entry: dict[str, Any]) -> tuple[bool, float]:
+        away = 2 * _octaves(entry["tokens"], tokens)
+        away += _octaves(entry["rows"], rows) + _octaves(entry["columns"], columns)
+        return (entry["tokens"] == 1) != (tokens == 1), away  # one token is multiplied another way
 
-    return min(_measured(), key=distance)[3]
+    return LinearTile(**min(_table()["linear"], key=distance)["tile"])
+
+
+@cache
+def attention_tile(batch: int, kv_heads: int, longest: int) -> AttentionTile:
+    """The tile for ``batch`` sequences, so many heads of the cache, and up to ``longest`` positions."""
+    entry = min(_table()["attention"], key=lambda entry: _octaves(entry["programs"], batch * kv_heads))
+    tile = AttentionTile(**entry["tile"])
+    most = max(1, longest // tile.block)  # no more parts than blocks
+    return replace(tile, parts=min(tile.parts, 1 << (most.bit_length() - 1)))
+
+
+def _octaves(one: int, other: int) -> float:
+    return abs(math.log2(one / other))

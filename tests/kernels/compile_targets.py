@@ -17,7 +17,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
 SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True}
-PRODUCT = {"SHRINK_SPLIT": 2, "BLOCK_D": 256, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
+PRODUCT = {"AHEAD": 4, "BLOCK_D": 1024, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
 HEADS = {"HALF": 64, "BLOCK": 64, "NORM": True, "BIAS": True}
 PARTS = {"GROUP": 3, "BLOCK_G": 16, "WIDTH": 64, "BLOCK_W": 64, "BLOCK_T": 64, "PARTS": 4}
 KERNELS = {
@@ -32,17 +32,11 @@ KERNELS = {
     step._gate_kernel: {"BLOCK": 128},
     attention._part_kernel: {**PARTS, "UPCAST": False},
     attention._join_kernel: {"WIDTH": 64, "BLOCK_W": 64, "PARTS": 4},
-    route._route_step_kernel: {
-        "DECAYS": 2,
-        "LAYERS": 3,
-        "MOST": 4,
-        "SOFTMAX": True,
-        "BLOCK_W": 128,
-        "BLOCK_H": 32,
-        "BLOCK_R": 16,
-        "BLOCK_C": 64,
-    },
+    route._remember_kernel: {"DECAYS": 2, "BLOCK_W": 128},
+    route._affine_kernel: {"SILU": True, "BLOCK_O": 16, "BLOCK_D": 512, "TOKENS": 8},
+    route._choose_kernel: {"LAYERS": 3, "MOST": 4, "SOFTMAX": True, "BLOCK_C": 64},
 }
+ROUTE = (route._remember_kernel, route._affine_kernel, route._choose_kernel)  # float32 alone
 POINTERS = {
     **dict.fromkeys(["slots_ptr", "order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
     **dict.fromkeys(["first_ptr", "count_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),
@@ -57,7 +51,7 @@ POINTERS = {
 def main() -> None:
     for target_name, target in TARGETS.items():
         for kernel, own in KERNELS.items():
-            for dtype in ("fp32",) if kernel is route._route_step_kernel else ("bf16", "fp16", "fp32"):
+            for dtype in ("fp32",) if kernel in ROUTE else ("bf16", "fp16", "fp32"):
                 pdl = target.backend == "cuda" and target.arch >= 90  # programmatic dependent launch
                 given = {**SHAPE, **own, "PDL": pdl}
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}

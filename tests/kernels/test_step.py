@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from molora_kernels import Factors
-from molora_kernels.attention import Attention
-from molora_kernels.linear import LinearTile, linear
+from molora_kernels.attention import Attention, AttentionTile
+from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import RankPages
 from molora_kernels.step import Added, add_norm, gate, heads
 from tests.conftest import DEVICE
@@ -19,7 +19,7 @@ EPS = 1e-6
 class Group:
     """A group of modules over T tokens with adapters of ranks 3, 16 and 20; the last does not adapt the last slice."""
 
-    def __init__(self, T: int, D: int, outputs: tuple[int, ...], top: int = 2, cuts: int = 2, seed: int = 0) -> None:
+    def __init__(self, T: int, D: int, outputs: tuple[int, ...], top: int = 2, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.outputs = outputs
         self.x, self.weight = self.randn(T, D), self.randn(sum(outputs), D) / D**0.5
@@ -34,7 +34,7 @@ class Group:
         self.slots = torch.randint(-1, 4, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
         self.weights = self.randn(T, top)
         self.h = torch.full(
-            (cuts, T, top, len(outputs) * self.pages.max_pages * 16), torch.nan, dtype=torch.float32, device=DEVICE
+            (-(-D // shrink_block(D)), T, top, len(outputs) * self.pages.max_pages * 16), torch.nan, dtype=torch.float32, device=DEVICE
         )
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -77,9 +77,9 @@ TILES = {"one part": LinearTile(16, 32), "split": LinearTile(32, 16, split=3), "
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("T", [1, 5, 70])
-def test_product_and_shrink_in_one_launch(T: int, tile: str, adapted: bool) -> None:
-    group = Group(T, 96, (40,))
+@pytest.mark.parametrize(("T", "D"), [(1, 96), (5, 96), (70, 96), (1, 2100), (3, 2100)])
+def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, adapted: bool) -> None:
+    group = Group(T, D, (40,))
     y = group.product(TILES[tile], adapted)
     close(y.sum(0), group.exact(adapted=False))
     if adapted:
@@ -146,9 +146,10 @@ MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", [(1, 4, 2, 16, 150), (3, 3, 3, 24, 300), (2, 8, 1, 64, 100)], ids=str)
-def test_attention(shape: tuple[int, ...], mask: str) -> None:
+def test_attention(shape: tuple[int, ...], mask: str, parts: int) -> None:
     N, H, G, width, longest = shape
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(N, H, width, generator=generator).to(DEVICE)
@@ -157,7 +158,7 @@ def test_attention(shape: tuple[int, ...], mask: str) -> None:
     length = 83
     keys[:, :, length + 1 :], values[:, :, length + 1 :] = torch.nan, torch.nan  # what was never written is not read
     out = torch.full_like(q, torch.nan)
-    Attention(N, H, G, width, longest, q.dtype, DEVICE)(
+    Attention(N, H, width, AttentionTile(32, parts), DEVICE)(
         out, q, keys, values, seen, torch.tensor([length], device=DEVICE), width**-0.5
     )
     here = slice(0, length + 1)
