@@ -55,7 +55,7 @@ def fill(base: Any, count: int, rank: int) -> dict[str, AdapterGroup]:
             continue
         names = siblings(name)
         outputs = [base.get_submodule(other).out_features for other in names]
-        group = AdapterGroup(module.in_features, outputs, torch.bfloat16, torch.device("cuda"))
+        group = AdapterGroup(names, module.in_features, outputs, torch.bfloat16, torch.device("cuda"))
         pages = RankPages(module.in_features, outputs, count, count * pages_each, rank)
         pages.A.normal_(0, module.in_features**-0.5)
         pages.B.normal_(0, 0.1 * rank**-0.5)
@@ -216,8 +216,7 @@ def compiled(base: Any, batch: int, context: int, clock: Timer) -> float:
     torch._dynamo.reset()
     cache = StaticCache(config=base.config, max_cache_len=1024)
     prompt = torch.randint(0, 150000, (batch, context), device="cuda")
-    for first in range(1):
-        base(prompt, past_key_values=cache, logits_to_keep=1)
+    base(prompt, past_key_values=cache, logits_to_keep=1)
     forward = torch.compile(peer.forward, mode="reduce-overhead", fullgraph=True)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
     position = torch.full((batch, 1), context, device="cuda")

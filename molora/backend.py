@@ -10,7 +10,7 @@ _broken: list[str] = []  # why the kernels are not used any more
 
 
 def backend_for(device: torch.device) -> str:
-    """"triton" for a CUDA GPU of compute capability 8.0 or more (or AMD's ROCm) with Triton installed, else "torch"."""
+    """Triton for a CUDA GPU of compute capability 8.0 or more (or AMD's ROCm) where it is installed, else torch."""
     if device.type != "cuda" or find_spec("triton") is None or _broken:
         return "torch"
     old = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)

@@ -77,12 +77,11 @@ def known(base: PreTrainedModel) -> bool:
         and not getattr(config, "mlp_bias", False)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not (config.model_type == "mistral" and config.sliding_window)
-        and (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        not in ("dynamic", "longrope")
+        and (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("dynamic", "longrope")
         and len({p.device for p in base.parameters()}) == 1
         and len({p.dtype for p in base.parameters()}) == 1
         and all(type(m) is nn.Linear and m.weight.is_floating_point() for m in linear)
-        and all(layer.self_attn.o_proj.bias is None for layer in base.base_model.layers)  # type: ignore[union-attr]
+        and all(layer.self_attn.o_proj.bias is None for layer in base.base_model.layers)
     )
 
 
@@ -118,7 +117,8 @@ def blueprint(base: PreTrainedModel) -> Blueprint:
 
 
 def plain(module: Any) -> nn.Linear:
-    return module.base_layer if isinstance(module, MoLoRALinear) else module
+    inner: Any = module.base_layer if isinstance(module, MoLoRALinear) else module
+    return inner
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ selection or a new sequence is a write into them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -61,8 +60,8 @@ class DecodeStep:
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.mask = torch.ones(batch, longest, dtype=torch.bool, device=device)
         self.rotary = plan.rotary(longest)
-        tile = attention_tile(batch, plan.kv_heads, longest)
-        self.attention = Attention(batch, plan.heads, plan.head_width, tile, device)
+        past = attention_tile(batch, plan.kv_heads, longest)
+        self.attention = Attention(batch, plan.heads, plan.head_width, past, device)
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -152,7 +151,7 @@ class DecodeStep:
             self.run()  # compiles
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
         self.graph = graph
 
@@ -176,10 +175,3 @@ class DecodeStep:
             self.run()
         self.cache.advance()
         return self.logits
-
-
-def step_output(logits: torch.Tensor, cache: Any) -> Any:
-    """What ``generate`` reads of a forward."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=cache)

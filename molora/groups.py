@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from molora.backend import broken
 from molora_kernels import Factors
@@ -30,15 +32,29 @@ class AdapterGroup:
     """Rank pages that grow when more or larger adapters come.
 
     Args:
+        names: of the modules.
         inputs: D, which the modules share.
         outputs: O of each.
         dtype, device: of the factors.
     """
 
-    def __init__(self, inputs: int, outputs: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, names: Sequence[str], inputs: int, outputs: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.names = tuple(names)
         self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
         self._shrunk: tuple[torch.Tensor, PagedPlan, torch.Tensor] | None = None
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, names: Sequence[str]) -> "AdapterGroup":
+        """For modules of ``base``, in their dtype (of quantised ones: the base's) and on their device."""
+        modules: list[Any] = [base.get_submodule(name) for name in names]
+        weight = modules[0].weight
+        sizes = [(module.weight.shape[0], module.nf) if isinstance(module, Conv1D)
+                 else (module.in_features, module.out_features) for module in modules]  # fmt: skip
+        dtype = weight.dtype if weight.is_floating_point() else base.dtype
+        return cls(names, sizes[0][0], [out for _, out in sizes], dtype, weight.device)
 
     def put(self, slot: int, piece: int, factors: Factors | None) -> None:
         """Writes an adapter's factors for one of the modules into a slot; None empties it there.
@@ -83,6 +99,8 @@ class AdapterGroup:
         """
         from molora_kernels.paged import TOKEN_FORM, add_lora_paged, expand_paged, shrink_paged
 
+        if not self.pages.adapted(piece):
+            return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
             order = plan.order if len(flat) > TOKEN_FORM else None
@@ -90,7 +108,7 @@ class AdapterGroup:
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             self._shrunk = (x, plan, shrink_paged(flat, self.pages, plan))
         h = self._shrunk[2]
-        if piece == len(self.pages.outputs) - 1:
+        if not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs)))):
             self._shrunk = None  # nothing is kept beyond the last of the siblings
         return expand_paged(y, h, self.pages, plan, piece)
 

@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from molora import saved
 from molora.adapter import Adapter
+from molora.backend import BACKENDS, backend_for
+from molora.captured import CapturedSteps
 from molora.chat import render
 from molora.checks import check_fits, check_router
-from molora.errors import BaseModelError, SelectionError, StackError
-from molora.layer import MoLoRALinear
+from molora.errors import BaseModelError, ConfigError, SelectionError, StackError
+from molora.groups import AdapterGroup, siblings
+from molora.layer import MoLoRALinear, linear_size
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
 from molora.router import Router, RouterConfig, VocabularyRouter
 from molora.routing import RoutingState, decoder_layers
@@ -30,8 +33,18 @@ class MoLoRAModel(nn.Module):
     only part with trainable parameters.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer: Any = None, base_name: str | None = None) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: Any = None,
+        base_name: str | None = None,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
+        if backend not in (None, *BACKENDS):
+            raise ConfigError(
+                f"There is no backend {backend!r}: choose {' or '.join(BACKENDS)}, or leave it to the device."
+            )
         self.base = base.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.base_name = base_name or base.config.name_or_path
@@ -40,6 +53,9 @@ class MoLoRAModel(nn.Module):
         self.slots = SlotTable()
         self.adapters: dict[str, Adapter] = {}
         self.routing = RoutingState(base)
+        self.backend = backend
+        self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
+        self.steps = CapturedSteps(base, self.routing, self.groups)
 
     @classmethod
     def from_base(
@@ -51,6 +67,7 @@ class MoLoRAModel(nn.Module):
         tokenizer: Any = None,
         dtype: torch.dtype | None = None,
         device_map: Any = None,
+        backend: str | None = None,
     ) -> "MoLoRAModel":
         """Wraps ``base``.
 
@@ -60,6 +77,7 @@ class MoLoRAModel(nn.Module):
             router: a router for this stack, the settings of a new untrained one, or None (names only, no "auto").
             tokenizer: of a loaded base; otherwise it comes with the base.
             dtype, device_map: as in ``transformers``, for a base that is loaded here (bfloat16 by default).
+            backend: "triton" (kernels) or "torch"; by the device if left out.
 
         Raises:
             AdapterError: an adapter cannot be used. RouterError: the router is for another stack or base.
@@ -84,7 +102,7 @@ class MoLoRAModel(nn.Module):
             router = Router(router, router_rows(stack), base.config.get_text_config().hidden_size)
         if router is not None:
             check_router(router, stack, base)
-        model = cls(base, tokenizer, name)  # from here on nothing is refused
+        model = cls(base, tokenizer, name, backend)  # from here on nothing is refused
         model.stack = stack
         for label, adapter in adapters.items():
             model._put(label, adapter)
@@ -180,8 +198,8 @@ class MoLoRAModel(nn.Module):
         self, *args: Any, selection: Selection | Sequence[Selection] | None = None, **kwargs: Any
     ) -> torch.Tensor | Any:
         """``transformers``' own generate, under ``selection``; every option of it works as on the base."""
-        with self.routing.active(lambda: self._resolve(selection)):
-            return self.base.generate(*args, **kwargs)
+        with self.routing.active(lambda: self._resolve(selection)), self.steps.serve(args, kwargs) as options:
+            return self.base.generate(*args, **options)
 
     def stream(
         self,
@@ -208,8 +226,8 @@ class MoLoRAModel(nn.Module):
             inputs["max_new_tokens"] = 256
 
         def generate(**inputs: Any) -> None:
-            with self.routing.active(lambda: self._resolve(selection)):
-                self.base.generate(**inputs)
+            with self.routing.active(lambda: self._resolve(selection)), self.steps.serve((), inputs) as options:
+                self.base.generate(**options)
 
         return stream(generate, self._route_at, self.tokenizer, inputs)
 
@@ -322,14 +340,47 @@ class MoLoRAModel(nn.Module):
                 if inside
                 else self.config.get_text_config().num_hidden_layers
             )
-            module = MoLoRALinear.from_base(module, self.routing, index).eval()
+            group = self._group(name)
+            piece = group.names.index(name) if group is not None else 0
+            module = MoLoRALinear.from_base(module, self.routing, index, group, piece).eval()
             parent, _, child = name.rpartition(".")
             setattr(self.base.get_submodule(parent), child, module)
         return module
 
+    def _group(self, name: str) -> AdapterGroup | None:
+        """The pages of a module and of those that share its input; None where torch does the work."""
+        module: Any = self.base.get_submodule(name)
+        if (self.backend or backend_for(module.weight.device)) == "torch":
+            return None
+        if name not in self.groups:
+            self.groups |= dict.fromkeys(names := self._siblings(name), AdapterGroup.of(self.base, names))
+        return self.groups[name]
+
+    def _siblings(self, name: str) -> tuple[str, ...]:
+        modules = dict(self.base.named_modules())
+        sizes = {other: linear_size(modules[other]) for other in siblings(name) if other in modules}
+        plain = {other for other, size in sizes.items() if size is not None and size[0] == sizes[name][0]}  # type: ignore[index]
+        return siblings(name) if plain == set(siblings(name)) else (name,)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRAModel":
+        """``.to()`` and the like; on another kind of device other code may serve the adapters."""
+        super()._apply(fn, recurse)
+        wrapped = {name: module for name, module in self.base.named_modules() if isinstance(module, MoLoRALinear)}
+        if any((module.group is None) != (self._group(name) is None) for name, module in wrapped.items()):
+            for name, module in wrapped.items():
+                module.group = self._group(name)
+                module.piece = module.group.names.index(name) if module.group is not None else 0
+                module.factors.clear()
+            for label, adapter in self.adapters.items():
+                self._fill(self.slots[label], adapter)
+        return self
+
     def _put(self, label: str, adapter: Adapter) -> None:
         slot = self.slots.take(label)
         self.adapters[label] = adapter
+        self._fill(slot, adapter)
+
+    def _fill(self, slot: int, adapter: Adapter) -> None:
         for name, weights in adapter.modules.items():
             module = self._wrapped(name)
             dtype = module.weight.dtype if module.weight.is_floating_point() else self.base.dtype

@@ -10,7 +10,7 @@ from molora.errors import CacheError
 
 
 class StepLayer(CacheLayerMixin):
-    """One layer's keys and values [batch, heads, longest, width]; forwards see the filled part, as of a dynamic cache."""
+    """One layer's keys and values [batch, heads, longest, width]; forwards see the filled part alone."""
 
     is_compileable = True  # generate asks for the captured step of such caches alone
     is_sliding = False

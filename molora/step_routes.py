@@ -44,7 +44,7 @@ class StepRoutes:
                         part.fold(embedding, device)
                     table = part.table
                 weights = RouterWeights(
-                    table, part.decays.detach(), part.input.weight, part.input.bias, part.output.weight,
+                    table, part.decays.detach().clone(), part.input.weight, part.input.bias, part.output.weight,
                     part.output.bias,
                 )  # fmt: skip
                 self.parts.append(part)
@@ -61,6 +61,13 @@ class StepRoutes:
             (self.choice.routed, selection.routed),
         ):
             mine.copy_(given)
+        for part, weights in zip(self.parts, self.weights, strict=True):
+            weights.decays.copy_(part.decays)  # a router may have been trained on since
+            if part.reads == 0 and part.table is not weights.table:
+                if part.table is None:
+                    part.fold(self.routing.base.get_input_embeddings(), weights.table.device)
+                weights.table.copy_(part.table)
+                part.table = weights.table
         for state, memory in zip(self.states, memories or (), strict=False):
             state.memory.copy_(memory.state)
 

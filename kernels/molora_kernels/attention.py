@@ -78,9 +78,7 @@ def _join_kernel(
     best = tl.load(best_ptr + row * PARTS + p)
     share = tl.exp(best - tl.max(best, 0))
     total = tl.sum(tl.load(total_ptr + row * PARTS + p) * share, 0)
-    parts = tl.load(
-        parts_ptr + (row * PARTS + p)[:, None] * WIDTH + w[None, :], mask=(w < WIDTH)[None, :], other=0.0
-    )
+    parts = tl.load(parts_ptr + (row * PARTS + p)[:, None] * WIDTH + w[None, :], mask=(w < WIDTH)[None, :], other=0.0)
     out = tl.sum(parts * share[:, None], 0) / total
     tl.store(out_ptr + row * WIDTH + w, out.to(out_ptr.dtype.element_ty), mask=w < WIDTH)
 

@@ -115,7 +115,9 @@ class RankPages(PageView):
             B=torch.zeros(pages * PAGE * sum(outputs), dtype=dtype, device=device),
             first=torch.zeros(slices, slots, dtype=torch.int32, device=device),
             count=torch.zeros(slices, slots, dtype=torch.int32, device=device),
-            columns=torch.tensor([sum(outputs[:index]) for index in range(slices + 1)], dtype=torch.int32, device=device),
+            columns=torch.tensor(
+                [sum(outputs[:index]) for index in range(slices + 1)], dtype=torch.int32, device=device
+            ),
         )
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
 
@@ -150,6 +152,10 @@ class RankPages(PageView):
     def clear(self, slot: int) -> None:
         """Empties a slot."""
         self.put(slot, [None] * len(self.outputs))
+
+    def adapted(self, index: int) -> bool:
+        """Whether an adapter adapts this slice."""
+        return bool(self._runs[index])
 
     def factors(self, index: int) -> dict[int, Factors]:
         """slot -> factors of one slice, with the zero rows that fill the last page; views."""

@@ -72,9 +72,7 @@ def _add_lora(
         begin = 1
         if k > 0:
             begin = 0
-            count, row, weight = _acting(
-                pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
-            )
+            count, row, weight = _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
         for page in range(begin, count):
             h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
             b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
@@ -96,9 +94,7 @@ def _add_norm_kernel(
     g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
     start = token * 0  # the only slice
     if ADAPTED:
-        count, row, weight = _acting(
-            token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
-        )
+        count, row, weight = _acting(token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
         b = _b_page(b_ptr, start, pages, row, width, o, inside, count > 0, PAGE)
     if PDL:
         gdc_wait()
@@ -108,8 +104,8 @@ def _add_norm_kernel(
         acc += tl.load(y_ptr + (split * tokens + token) * width + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         acc = _add_lora(
-            acc, b, count, row, weight, o, inside, token, 0, width, start, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-            tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            acc, b, count, row, weight, o, inside, token, 0, width, start,
+            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     if SPLIT > 0:
@@ -155,9 +151,7 @@ def _heads_kernel(
     o_low = head * (2 * HALF) + i
     o_high = o_low + HALF
     if ADAPTED:
-        count, row, weight = _acting(
-            token * TOP, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
-        )
+        count, row, weight = _acting(token * TOP, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
         b_low = _b_page(b_ptr, column, pages, row, width, o_low, inside, count > 0, PAGE)
         b_high = _b_page(b_ptr, column, pages, row, width, o_high, inside, count > 0, PAGE)
     if PDL:
@@ -219,9 +213,7 @@ def _gate_kernel(
         count_gate, row_gate, weight = _acting(
             token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
         )
-        count_up, row_up, weight = _acting(
-            token * TOP, 1, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
-        )
+        count_up, row_up, weight = _acting(token * TOP, 1, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
         b_gate = _b_page(b_ptr, start_gate, pages, row_gate, width, o, inside, count_gate > 0, PAGE)
         b_up = _b_page(b_ptr, start_up, pages, row_up, width, o, inside, count_up > 0, PAGE)
     if PDL:
@@ -235,11 +227,13 @@ def _gate_kernel(
         up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         gate = _add_lora(
-            gate, b_gate, count_gate, row_gate, weight, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+            gate, b_gate, count_gate, row_gate, weight, o, inside, token, 0, width, start_gate,
+            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
             tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         up = _add_lora(
-            up, b_up, count_up, row_up, weight, o, inside, token, 1, width, start_up, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+            up, b_up, count_up, row_up, weight, o, inside, token, 1, width, start_up,
+            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
             tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     m = gate / (1.0 + tl.exp(-gate)) * up

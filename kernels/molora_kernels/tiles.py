@@ -17,7 +17,7 @@ from molora_kernels.linear import LinearTile
 
 @cache
 def _table() -> dict[str, Any]:
-    return json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())  # type: ignore[no-any-return]
+    return json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
 
 
 @cache

@@ -33,9 +33,8 @@ class Group:
             self.pages.put(slot, pairs)
         self.slots = torch.randint(-1, 4, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
         self.weights = self.randn(T, top)
-        self.h = torch.full(
-            (-(-D // shrink_block(D)), T, top, len(outputs) * self.pages.max_pages * 16), torch.nan, dtype=torch.float32, device=DEVICE
-        )
+        columns = len(outputs) * self.pages.max_pages * 16
+        self.h = torch.full((-(-D // shrink_block(D)), T, top, columns), torch.nan, device=DEVICE)
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(DEVICE)
