@@ -51,6 +51,7 @@ def fill(base: Any, count: int, rank: int) -> dict[str, AdapterGroup]:
     groups: dict[str, AdapterGroup] = {}
     pages_each = -(-rank // PAGE)
     for name, module in base.named_modules():
+        name = name.removesuffix(".base_layer")
         if not isinstance(module, torch.nn.Linear) or name == "lm_head" or name in groups:
             continue
         names = siblings(name)

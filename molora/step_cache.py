@@ -74,4 +74,4 @@ class StepCache(Cache):
     def advance(self) -> None:
         """A captured step wrote one more token."""
         for layer in self.layers:
-            layer.length += 1  # type: ignore[union-attr]
+            layer.length += 1

@@ -46,15 +46,23 @@ def _linear_kernel(
     x_ptr, w_ptr, y_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width_in, width_out, tiles, blocks, pages, adapters, stride_x,
     ADAPTED: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
-    CUTS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    CUTS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, SHRINK_FIRST: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     EVEN: tl.constexpr, DOT: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     PARTS: tl.constexpr = SLICES * MAX_PAGES
+    products = tiles * blocks * SPLIT
     shrinks = 0
     if ADAPTED:
         shrinks = tokens * TOP * PARTS * CUTS
+    # A few shrinks begin at once beside the product; many would keep it waiting, and go last.
+    if SHRINK_FIRST:
+        place = program - shrinks
+    else:
+        place = program
+        program = program - products
+        program = tl.where(program < 0, shrinks, program)
     if program < shrinks:
         # The plan was written before the kernel before this one, and factors are constants: both are read early.
         part = program % PARTS
@@ -80,7 +88,6 @@ def _linear_kernel(
             own = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
             tl.store(h_ptr + (cut * tokens * TOP + pair).to(tl.int64) * (PARTS * PAGE) + part * PAGE + ranks, own)
     else:
-        place = program - shrinks
         tile = place % tiles
         split = (place // tiles) % SPLIT
         block = place // (tiles * SPLIT)
@@ -130,13 +137,15 @@ def _linear_kernel(
             tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=rows < width_out)
 
 
-AHEAD = 0  # lines of each row of W
+AHEAD = 16  # lines of each row of W that are asked for before x is there
+FIRST_SHRINKS = 132  # programs of the shrink that may go before the product: one for each multiprocessor of an H100
+SHRINK_BLOCK = 1024
 
 
 def shrink_block(columns: int) -> int:
     """Elements of the input in one program of the shrink: all are asked for at once. There are
     cdiv(columns, shrink_block(columns)) parts of the sum."""
-    return max(16, min(1024 if columns <= 8192 else 2048, triton.next_power_of_2(columns)))
+    return max(16, min(SHRINK_BLOCK * (1 if columns <= 8192 else 2), triton.next_power_of_2(columns)))
 
 
 def linear(
@@ -168,17 +177,19 @@ def linear(
     tiles, blocks = triton.cdiv(N, tile.n), triton.cdiv(T, block_t)
     adapted = h is not None and pages is not None and slots is not None
     programs, cuts, top, slices, most = tiles * blocks * tile.split, 1, 1, 1, 1
-    block_d = shrink_block(D)
+    block_d, shrinks = shrink_block(D), 0
     if adapted:
         assert h is not None and pages is not None and slots is not None
         cuts, top, slices, most = h.shape[0], slots.shape[1], len(pages.outputs), pages.max_pages
-        programs += T * top * slices * most * cuts
+        shrinks = T * top * slices * most * cuts
+        programs += shrinks
     found = (pages.A, h, slots, pages.first, pages.count) if adapted and pages is not None else (x, x, x, x, x)
     extra = {"launch_pdl": True} if pdl else {}
     _linear_kernel[(programs,)](
         x, weight, y, *found, T, D, N, tiles, blocks,
         pages.pages if pages is not None else 0, pages.slots if pages is not None else 0, x.stride(0),
         ADAPTED=adapted, TOP=top, SLICES=slices, MAX_PAGES=most, PAGE=PAGE, CUTS=cuts, BLOCK_D=block_d, AHEAD=AHEAD,
+        SHRINK_FIRST=shrinks <= FIRST_SHRINKS,
         SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_T=block_t,
         EVEN=N % tile.n == 0 and D % (tile.k * tile.split) == 0, DOT=dot, UPCAST=x.device.type == "cpu", PDL=pdl,
         num_warps=tile.warps, num_stages=tile.stages, **extra,

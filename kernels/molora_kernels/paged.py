@@ -103,7 +103,7 @@ class _AddLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weights, slots, order, x, h = ctx.saved_tensors
         pages: PageView = ctx.pages
         _, for_x, for_weights, for_A, for_B = ctx.needs_input_grad[:5]

@@ -105,7 +105,8 @@ def _add_norm_kernel(
     if ADAPTED:
         acc = _add_lora(
             acc, b, count, row, weight, o, inside, token, 0, width, start,
-            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+            tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     if SPLIT > 0:

@@ -17,7 +17,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
 SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True}
-PRODUCT = {"AHEAD": 4, "BLOCK_D": 1024, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
+PRODUCT = {
+    "AHEAD": 4,
+    "SHRINK_FIRST": True,
+    "BLOCK_D": 1024,
+    "BLOCK_N": 64,
+    "BLOCK_K": 128,
+    "BLOCK_T": 16,
+    "EVEN": True,
+}
 HEADS = {"HALF": 64, "BLOCK": 64, "NORM": True, "BIAS": True}
 PARTS = {"GROUP": 3, "BLOCK_G": 16, "WIDTH": 64, "BLOCK_W": 64, "BLOCK_T": 64, "PARTS": 4}
 KERNELS = {

@@ -1,0 +1,114 @@
+"""Time of a whole prefill on a GPU, with and without adapters on every linear module, in one graph each.
+
+python -m benchmarks.prefill --tokens 2048 --adapters 8 64
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import CONFIGS, Timer, fill, make_base
+from molora.layer import MoLoRALinear
+from molora.plan import RoutingPlan
+
+POPULARITY = ("uniform", "zipf", "identical")
+
+
+class FixedPlan:
+    """A plan that was made before: what it costs is timed apart."""
+
+    def __init__(self) -> None:
+        self.now: RoutingPlan | None = None
+        self.kept: Any = slice(None)
+
+    def plan(self, _: int) -> RoutingPlan | None:
+        return self.now
+
+
+def wrap(base: Any, groups: dict[str, Any], source: FixedPlan) -> None:
+    for name, group in groups.items():
+        parent, _, child = name.rpartition(".")
+        owner = base.get_submodule(parent)
+        module = getattr(owner, child)
+        module = module.base_layer if isinstance(module, MoLoRALinear) else module
+        setattr(owner, child, MoLoRALinear(module, source, 0, group, group.names.index(name)))
+
+
+def make_plan(tokens: int, count: int, top: int, popularity: str) -> RoutingPlan:
+    share = {
+        "uniform": torch.ones(count, device="cuda"),
+        "zipf": 1 / torch.arange(1, count + 1, device="cuda"),
+        "identical": torch.full((count,), 1e-9, device="cuda").index_fill_(0, torch.arange(top, device="cuda"), 1.0),
+    }[popularity]
+    slots = torch.multinomial(share.expand(tokens, -1), top, generator=torch.Generator("cuda").manual_seed(0))
+    return RoutingPlan(slots.unsqueeze(0), torch.rand(1, tokens, top, device="cuda") + 0.5)
+
+
+def captured(call: Any) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(CONFIGS), default="1.7B")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--top", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--popularity", nargs="+", default=["uniform"], choices=POPULARITY)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu/prefill.json"))
+    settings = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("No GPU is here: prefills are only timed on one.")
+    from benchmarks.step import profile
+
+    clock, base, source = Timer(20), make_base(settings.shape), FixedPlan()
+    rows: list[dict[str, Any]] = []
+    for tokens in settings.tokens:
+        ids = torch.randint(0, 150000, (1, tokens), device="cuda")
+
+        def forward(ids: torch.Tensor = ids) -> None:
+            base(ids, use_cache=False, logits_to_keep=1)
+
+        source.now = None
+        graph = captured(forward)
+        base_ms = clock(graph.replay)
+        print(json.dumps({"tokens": tokens, "base_ms": base_ms}), flush=True)
+        for count in settings.adapters:
+            groups = fill(base, count, settings.rank)
+            wrap(base, groups, source)
+            for top in settings.top:
+                for popularity in settings.popularity:
+                    source.now = make_plan(tokens, count, top, popularity)
+                    source.now.paged.order  # noqa: B018 - made once a forward, timed apart
+                    graph = captured(forward)
+                    ms = clock(graph.replay)
+                    row = {"shape": settings.shape, "tokens": tokens, "adapters": count, "rank": settings.rank,
+                           "top": top, "popularity": popularity, "base_ms": base_ms, "ms": ms,
+                           "over": ms / base_ms - 1}  # fmt: skip
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    if settings.profile:
+                        profile(f"{count} adapters, {tokens} tokens, top {top}", graph)
+            source.now = None
+            del groups, graph
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
