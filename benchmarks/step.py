@@ -55,13 +55,15 @@ def fill(base: Any, count: int, rank: int) -> dict[str, AdapterGroup]:
         if not isinstance(module, torch.nn.Linear) or name == "lm_head" or name in groups:
             continue
         names = siblings(name)
-        outputs = [base.get_submodule(other).out_features for other in names]
+        plain = [getattr(base.get_submodule(other), "base_layer", base.get_submodule(other)) for other in names]
+        outputs = [linear.out_features for linear in plain]
         group = AdapterGroup(names, module.in_features, outputs, torch.bfloat16, torch.device("cuda"))
         pages = RankPages(module.in_features, outputs, count, count * pages_each, rank)
         pages.A.normal_(0, module.in_features**-0.5)
         pages.B.normal_(0, 0.1 * rank**-0.5)
         pages.first.copy_(torch.arange(count, dtype=torch.int32).mul(pages_each).expand_as(pages.first))
         pages.count.fill_(pages_each)
+        pages._runs = [{slot: (slot * pages_each, pages_each) for slot in range(count)} for _ in names]
         group.pages = pages
         for other in names:
             groups[other] = group

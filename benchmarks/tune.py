@@ -28,6 +28,8 @@ SHAPES = {  # rows and columns of W
 }
 TOKENS = (1, 8, 16, 32, 64)
 BYTES = 1 << 29  # of weights that a timing goes through, so that none of them is still in the L2
+PARTS = ("linear", "attention", "blocks")
+TABLES = ("linear", "attention", "shrink", "expand")
 SHARED = 200 << 10  # bytes of shared memory that a program may have
 
 
@@ -127,22 +129,90 @@ def tune_attention() -> list[dict[str, Any]]:
     return entries
 
 
+def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The forms by block on gate and up of the 1.7B shape, with inputs that are not in the L2."""
+    from benchmarks.contenders import make_problem
+    from molora_kernels.expand import ExpandTile, expand
+    from molora_kernels.order import order_by_slot
+    from molora_kernels.shrink import ShrinkTile, shrink
+
+    shrinks = [
+        ShrinkTile(t, d, split, warps, stages)
+        for t, d, split, warps, stages in itertools.product((16, 32, 64), (64, 128), (1, 2, 4, 8), (4,), (3, 4))
+    ]
+    expands = [ExpandTile(t, o, warps) for t, o, warps in itertools.product((16, 32, 64), (64, 128, 256), (4, 8))]
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for slots, tokens in itertools.product((8, 64, 1024), (256, 2048, 8192)):
+        problem = make_problem(tokens, 2048, (6144, 6144), slots, 1, 16, "uniform", torch.bfloat16, "cuda")
+        order, weights = order_by_slot(problem.slots), problem.weights
+        xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
+        ys = torch.randn(4, tokens, 6144, device="cuda", dtype=torch.bfloat16)
+        times = {}
+        for tile in shrinks:
+            times[tile] = _replays(
+                lambda i, t=tile: shrink(xs[i], problem.pages, problem.slots, order, t, False), len(xs)
+            )
+            # What the expand then reads counts too: a float32 page for each part.
+            times[tile] += tile.split * tokens * 32 * 4 * 48 / 5.0e6 / 2
+        shrink_best = min(times, key=lambda tile: times[tile])
+        h = shrink(xs[0], problem.pages, problem.slots, order, shrink_best, False)
+        spent = {}
+        for tile in expands:
+            spent[tile] = _replays(
+                lambda i, t=tile: expand(ys[i], h, problem.pages, problem.slots, weights, order, False, 0, t), len(ys)
+            )
+        expand_best = min(spent, key=lambda tile: spent[tile])
+        print(f"{slots} slots, {tokens} tokens: shrink {times[shrink_best]:.1f} us {tuple(asdict(shrink_best).values())}"
+              f", expand {spent[expand_best]:.1f} us {tuple(asdict(expand_best).values())}, its limit "
+              f"{tokens * 6144 * 4 / 3.0e6:.1f}", flush=True)  # fmt: skip
+        for entries, us, best in ((found[0], times, shrink_best), (found[1], spent, expand_best)):
+            entries.append({"tokens": tokens, "slots": slots, "us": round(us[best], 1), "tile": asdict(best)})
+    return found
+
+
+def _replays(call: Any, copies: int) -> float:
+    """Median microseconds of one call, captured, going through ``copies`` inputs."""
+    call(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(copies):
+            call(index)
+    times = []
+    for _ in range(4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / copies)
+    return statistics.median(times[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/tiles.json"))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
-    parser.add_argument("--only-attention", action="store_true", help="keep the products as they are in the table")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="the rest stays as it is")
     settings = parser.parse_args()
-    if settings.only_attention:
-        known = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
-        write(settings.out, known["linear"], tune_attention())
-        return
+    table = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
+    if "blocks" in settings.only:
+        table["shrink"], table["expand"] = tune_blocks()
+    if "attention" in settings.only:
+        table["attention"] = tune_attention()
+    if "linear" in settings.only:
+        table["linear"] = tune_linear(settings.shapes, settings.workers)
+    parts = [f'"{part}": [\n' + ",\n".join(map(json.dumps, table[part])) + "\n]" for part in TABLES]
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text("{" + ",\n".join([f'"device": "{torch.cuda.get_device_name()}"', *parts]) + "}\n")
+
+
+def tune_linear(shapes: list[str], workers: int) -> list[dict[str, Any]]:
     work = [(tokens, tile) for tokens in TOKENS for tile in candidates(tokens)]
-    with ProcessPoolExecutor(settings.workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_all, [work[i :: settings.workers] for i in range(settings.workers)]))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_all, [work[i::workers] for i in range(workers)]))
     entries = []
-    for shape in settings.shapes:
+    for shape in shapes:
         for tokens, (rows, columns) in itertools.product(TOKENS, SHAPES[shape]):
             copies = max(2, min(64, BYTES // (rows * columns * 2)))
             weights = torch.randn(copies, rows, columns, device="cuda", dtype=torch.bfloat16)
@@ -158,14 +228,7 @@ def main() -> None:
             limit = rows * columns * 2 / 3.0e6
             print(f"{tokens:3} x {rows} x {columns}: {times[best]:.2f} us, cuBLAS {library:.2f}, limit {limit:.2f}  "
                   f"{tuple(asdict(best).values())}", flush=True)  # fmt: skip
-    write(settings.out, entries, tune_attention())
-
-
-def write(out: Path, linear_entries: list[dict[str, Any]], attention_entries: list[dict[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tables = (",\n".join(json.dumps(entry) for entry in table) for table in (linear_entries, attention_entries))
-    device = json.dumps(torch.cuda.get_device_name())
-    out.write_text('{{"device": {},\n"linear": [\n{}\n],\n"attention": [\n{}\n]}}\n'.format(device, *tables))
+    return entries
 
 
 def _library(x: torch.Tensor, weights: torch.Tensor) -> float:

@@ -152,6 +152,8 @@ class _Forward:
 
     def __call__(self, **inputs: Any) -> Any:
         step, ids = self.step, inputs["input_ids"]
+        if ids.shape[1] != 1:  # a piece of a long prompt
+            return self.base(**inputs)
         length = step.cache.length
         if not self.begun:
             self._begin(length, inputs.get("attention_mask"), inputs.get("position_ids"))

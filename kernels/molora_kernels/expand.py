@@ -4,11 +4,22 @@ Each program owns its part of y, so nothing is added atomically and a repeated r
 nothing acts are neither read nor written: they stay the base's bit for bit.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from molora_kernels.pages import PAGE, PageView
+
+
+@dataclass(frozen=True)
+class ExpandTile:
+    """How the form by block is cut: tokens, columns of the output, warps."""
+
+    t: int = 64
+    o: int = 128
+    warps: int = 4
 
 
 @triton.jit
@@ -71,6 +82,8 @@ def _expand_block_kernel(
     ranks = tl.arange(0, PAGE)
     b_start = column.to(tl.int64) * PAGE * pages
     NONE: tl.constexpr = 2147483647
+    y_cells = y_ptr + token[:, None] * stride_y + column - tl.load(columns_ptr + piece_first) + o[None, :]
+    y = tl.load(y_cells, mask=(place < tokens)[:, None] & inside[None, :], other=0.0)  # early: it takes longest
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     acts = tl.zeros((BLOCK_T,), tl.int32)
     for k in tl.static_range(TOP):
@@ -100,10 +113,8 @@ def _expand_block_kernel(
             left = tl.where(mine, NONE, left)
             slot = tl.min(left, 0)
     if tl.max(acts, 0) > 0:
-        y = y_ptr + token[:, None] * stride_y + column - tl.load(columns_ptr + piece_first) + o[None, :]
-        mask = (acts > 0)[:, None] & inside[None, :]
-        total = tl.load(y, mask=mask, other=0.0).to(tl.float32) + acc
-        tl.store(y, total.to(y_ptr.dtype.element_ty), mask=mask)
+        total = y.to(tl.float32) + acc
+        tl.store(y_cells, total.to(y_ptr.dtype.element_ty), mask=(acts > 0)[:, None] & inside[None, :])
 
 
 def expand(
@@ -115,6 +126,7 @@ def expand(
     order: torch.Tensor | None,
     upcast: bool,
     piece: int | None = None,
+    tile: ExpandTile = ExpandTile(),
 ) -> torch.Tensor:
     """Adds to y [T, sum of O] in place.
 
@@ -123,6 +135,8 @@ def expand(
         h: of :func:`molora_kernels.shrink.shrink`.
         pages, slots, order, upcast: as there.
         weights: [T, S] float32, contiguous.
+        piece: the only slice.
+        tile: how the form by block is cut.
     """
     split, T, S, _ = h.shape
     slices, widest = len(pages.outputs), max(pages.outputs)
@@ -138,9 +152,8 @@ def expand(
             **shape, BLOCK_O=block, num_warps=4,
         )  # fmt: skip
     else:
-        block_t, block = 64, 128
-        _expand_block_kernel[(triton.cdiv(T, block_t), triton.cdiv(widest, block), acting)](
+        _expand_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(widest, tile.o), acting)](
             y, h, pages.B, weights, slots, order, *found, T, pages.pages, pages.slots, y.stride(0), first,
-            **shape, BLOCK_T=block_t, BLOCK_O=block, UPCAST=upcast, num_warps=4,
+            **shape, BLOCK_T=tile.t, BLOCK_O=tile.o, UPCAST=upcast, num_warps=tile.warps,
         )  # fmt: skip
     return y

@@ -8,7 +8,8 @@ from molora_kernels.expand import expand
 from molora_kernels.order import PagedPlan, order_by_slot
 from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView
-from molora_kernels.shrink import shrink
+from molora_kernels.shrink import ShrinkTile, shrink
+from molora_kernels.tiles import expand_tile, shrink_tile
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
 _TARGET_PROGRAMS = 264  # two for each of an H100's multiprocessors
@@ -59,19 +60,20 @@ def add_lora_paged(
         order = order_by_slot(slots)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B)):
         return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, order)
-    h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x))
-    return expand(y, h, pages, slots, weights, order, _upcast(x))
+    h = shrink(x, pages, slots, order, _shrink_tile(pages, slots, order), _upcast(x))
+    return expand(y, h, pages, slots, weights, order, _upcast(x), tile=expand_tile(T, pages.slots))
 
 
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
     """The shrink of all slices, for :func:`expand_paged`: [split, T, S, columns] float32. x: [T, D]."""
     order = _order(plan)
-    return shrink(x, pages, plan.slots, order, _split(pages, plan.slots, order), _upcast(x))
+    return shrink(x, pages, plan.slots, order, _shrink_tile(pages, plan.slots, order), _upcast(x))
 
 
 def expand_paged(y: torch.Tensor, h: torch.Tensor, pages: PageView, plan: PagedPlan, piece: int) -> torch.Tensor:
     """y [T, O of slice ``piece``], rows contiguous, plus that slice's expand of h, in place."""
-    return expand(y, h, pages, plan.slots, plan.weights, _order(plan), _upcast(h), piece)
+    tile = expand_tile(len(plan.slots), pages.slots)
+    return expand(y, h, pages, plan.slots, plan.weights, _order(plan), _upcast(h), piece, tile)
 
 
 def _order(plan: PagedPlan) -> torch.Tensor | None:
@@ -93,8 +95,8 @@ class _AddLoRA(torch.autograd.Function):
         slots: torch.Tensor,
         order: torch.Tensor | None,
     ) -> torch.Tensor:
-        h = shrink(x, pages, slots, order, _split(pages, slots, order), _upcast(x), zeros=True)
-        expand(y, h, pages, slots, weights, order, _upcast(x))
+        h = shrink(x, pages, slots, order, _shrink_tile(pages, slots, order), _upcast(x), zeros=True)
+        expand(y, h, pages, slots, weights, order, _upcast(x), tile=expand_tile(len(y), pages.slots))
         ctx.mark_dirty(y)
         _, _, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
         kept = (x if for_A else None, h.sum(0) if for_weights or for_B else None)
@@ -116,9 +118,9 @@ class _AddLoRA(torch.autograd.Function):
         for index, part in enumerate(dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)):
             if for_x or for_weights or for_A:
                 back = pages.transposed(index)
-                dh = shrink(part, back, slots, order, _split(back, slots, order), upcast, zeros=True)
+                dh = shrink(part, back, slots, order, _shrink_tile(back, slots, order), upcast, zeros=True)
                 if dx is not None:
-                    expand(dx, dh, back, slots, weights, order, upcast)
+                    expand(dx, dh, back, slots, weights, order, upcast, tile=expand_tile(len(dx), pages.slots))
                 dh = dh.sum(0)
                 if dweights is not None:
                     dweights += (h[..., index * ranks : (index + 1) * ranks] * dh).sum(-1)
@@ -134,14 +136,14 @@ def _upcast(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _split(pages: PageView, slots: torch.Tensor, order: torch.Tensor | None) -> int:
-    """Over how many programs a sum over the input is split: a power of two, so that few kernels are compiled."""
+def _shrink_tile(pages: PageView, slots: torch.Tensor, order: torch.Tensor | None) -> ShrinkTile:
     T, S = slots.shape
-    programs, width = (T if order is None else -(-T // 64)) * S * len(pages.outputs), pages.inputs
-    split = 1
-    while split < 16 and programs * split < _TARGET_PROGRAMS and width // (split * 2) >= _SHORTEST_SPLIT:
+    if order is not None:
+        return shrink_tile(T, pages.slots)
+    programs, split = T * S * len(pages.outputs), 1
+    while split < 16 and programs * split < _TARGET_PROGRAMS and pages.inputs // (split * 2) >= _SHORTEST_SPLIT:
         split *= 2
-    return split
+    return ShrinkTile(split=split)
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, pages: PageView, slots: torch.Tensor, weights: torch.Tensor) -> None:

@@ -5,11 +5,24 @@ program for a block of tokens that were ordered by slot; it loops over the slots
 bounded by the tokens that are there, and any order gives the same result.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from molora_kernels.pages import PAGE, PageView
+
+
+@dataclass(frozen=True)
+class ShrinkTile:
+    """How the form by block is cut: tokens, elements of the input, parts of its sum, warps, pipeline stages."""
+
+    t: int = 64
+    d: int = 64
+    split: int = 4
+    warps: int = 4
+    stages: int = 3
 
 
 @triton.jit
@@ -90,7 +103,7 @@ def shrink(
     pages: PageView,
     slots: torch.Tensor,
     order: torch.Tensor | None,
-    split: int,
+    tile: ShrinkTile,
     upcast: bool,
     zeros: bool = False,
 ) -> torch.Tensor:
@@ -103,12 +116,12 @@ def shrink(
         pages: the adapters.
         slots: [T, S] int32 or int64, contiguous, -1 for none.
         order: [T] int32 or int64, tokens in order of slot; None: the form by token.
-        split: over how many programs each sum over D is split.
+        tile: how it is cut; of the form by token only the split counts.
         upcast: multiply in float32 (Triton's interpreter gets half precision wrong).
         zeros: what no adapter reaches is 0 instead.
     """
     T, S = slots.shape
-    slices = len(pages.outputs)
+    slices, split = len(pages.outputs), tile.split
     parts = slices * pages.max_pages
     make = torch.zeros if zeros else torch.empty
     h = make(split, T, S, parts * PAGE, dtype=torch.float32, device=x.device)
@@ -120,11 +133,11 @@ def shrink(
             **shape, BLOCK_D=256, num_warps=4,
         )  # fmt: skip
     else:
-        block = 64
         columns = max(16, min(64, triton.next_power_of_2(parts * PAGE)))
-        _shrink_block_kernel[(triton.cdiv(T, block), triton.cdiv(parts * PAGE, columns), S * split)](
+        _shrink_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(parts * PAGE, columns), S * split)](
             x, pages.A, h, slots, order, pages.first, pages.count,
             T, pages.inputs, pages.pages, pages.slots, x.stride(0),
-            **shape, BLOCK_T=block, BLOCK_D=64, BLOCK_R=columns, UPCAST=upcast, num_warps=4,
+            **shape, BLOCK_T=tile.t, BLOCK_D=tile.d, BLOCK_R=columns, UPCAST=upcast,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return h

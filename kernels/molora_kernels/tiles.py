@@ -2,6 +2,7 @@
 
 Each entry of ``linear``: tokens, rows and columns of W, and the tile that was fastest there. A product that was not
 measured takes the tile of the nearest one that was. ``attention``: sequences times heads of the cache, likewise.
+``shrink`` and ``expand``: tokens and slots of the forms by block.
 """
 
 import json
@@ -12,7 +13,9 @@ from importlib import resources
 from typing import Any
 
 from molora_kernels.attention import AttentionTile
+from molora_kernels.expand import ExpandTile
 from molora_kernels.linear import LinearTile
+from molora_kernels.shrink import ShrinkTile
 
 
 @cache
@@ -39,6 +42,25 @@ def attention_tile(batch: int, kv_heads: int, longest: int) -> AttentionTile:
     tile = AttentionTile(**entry["tile"])
     most = max(1, longest // tile.block)  # no more parts than blocks
     return replace(tile, parts=min(tile.parts, 1 << (most.bit_length() - 1)))
+
+
+@cache
+def shrink_tile(tokens: int, slots: int) -> ShrinkTile:
+    """The tile of the form by block for ``tokens`` tokens over ``slots`` slots."""
+    return ShrinkTile(**_by_tokens("shrink", tokens, slots))
+
+
+@cache
+def expand_tile(tokens: int, slots: int) -> ExpandTile:
+    """As :func:`shrink_tile`."""
+    return ExpandTile(**_by_tokens("expand", tokens, slots))
+
+
+def _by_tokens(kind: str, tokens: int, slots: int) -> dict[str, int]:
+    def away(entry: dict[str, Any]) -> float:
+        return _octaves(entry["tokens"], tokens) + _octaves(entry["slots"], slots)
+
+    return min(_table()[kind], key=away)["tile"]  # type: ignore[no-any-return]
 
 
 def _octaves(one: int, other: int) -> float:

@@ -155,4 +155,3 @@ def test_a_base_that_the_step_does_not_know(tmp_path: Path, ids: torch.Tensor, m
 def test_the_bases_own_generation_is_left_alone(both: Both, ids: torch.Tensor) -> None:
     both.check(ids, selection=AUTO)
     assert "get_compiled_call" not in vars(both.model.base)
-    assert ids.device == DEVICE
