@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -147,27 +148,38 @@ def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         order, weights = order_by_slot(problem.slots), problem.weights
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
         ys = torch.randn(4, tokens, 6144, device="cuda", dtype=torch.bfloat16)
+        p = problem.pages
         times = {}
         for tile in shrinks:
-            times[tile] = _replays(
-                lambda i, t=tile: shrink(xs[i], problem.pages, problem.slots, order, t, False), len(xs)
-            )
+            call = partial(_one_shrink, shrink, xs, p, problem.slots, order, tile)
             # What the expand then reads counts too: a float32 page for each part.
-            times[tile] += tile.split * tokens * 32 * 4 * 48 / 5.0e6 / 2
-        shrink_best = min(times, key=lambda tile: times[tile])
-        h = shrink(xs[0], problem.pages, problem.slots, order, shrink_best, False)
+            times[tile] = _replays(call, len(xs)) + tile.split * tokens * 32 * 4 * 48 / 5.0e6 / 2
+        best = min(times, key=lambda tile: times[tile])
+        h = shrink(xs[0], p, problem.slots, order, best, False)
         spent = {}
-        for tile in expands:
-            spent[tile] = _replays(
-                lambda i, t=tile: expand(ys[i], h, problem.pages, problem.slots, weights, order, False, 0, t), len(ys)
-            )
-        expand_best = min(spent, key=lambda tile: spent[tile])
-        print(f"{slots} slots, {tokens} tokens: shrink {times[shrink_best]:.1f} us {tuple(asdict(shrink_best).values())}"
-              f", expand {spent[expand_best]:.1f} us {tuple(asdict(expand_best).values())}, its limit "
-              f"{tokens * 6144 * 4 / 3.0e6:.1f}", flush=True)  # fmt: skip
-        for entries, us, best in ((found[0], times, shrink_best), (found[1], spent, expand_best)):
-            entries.append({"tokens": tokens, "slots": slots, "us": round(us[best], 1), "tile": asdict(best)})
+        for shape in expands:
+            call = partial(_one_expand, expand, ys, h, p, problem.slots, weights, order, shape)
+            spent[shape] = _replays(call, len(ys))
+        fastest = min(spent, key=lambda tile: spent[tile])
+        limit = tokens * 6144 * 4 / 3.0e6
+        print(
+            f"{slots} slots, {tokens} tokens: shrink {times[best]:.1f} us {tuple(asdict(best).values())}, "
+            f"expand {spent[fastest]:.1f} us {tuple(asdict(fastest).values())}, its limit {limit:.1f}",
+            flush=True,
+        )
+        for entries, us, tile in ((found[0], times, best), (found[1], spent, fastest)):
+            entries.append({"tokens": tokens, "slots": slots, "us": round(us[tile], 1), "tile": asdict(tile)})
     return found
+
+
+def _one_shrink(shrink: Any, xs: Any, pages: Any, slots: Any, order: Any, tile: Any, index: int) -> None:
+    shrink(xs[index], pages, slots, order, tile, False)
+
+
+def _one_expand(
+    expand: Any, ys: Any, h: Any, pages: Any, slots: Any, weights: Any, order: Any, tile: Any, index: int
+) -> None:
+    expand(ys[index], h, pages, slots, weights, order, False, 0, tile)
 
 
 def _replays(call: Any, copies: int) -> float:

@@ -60,7 +60,7 @@ def _by_tokens(kind: str, tokens: int, slots: int) -> dict[str, int]:
     def away(entry: dict[str, Any]) -> float:
         return _octaves(entry["tokens"], tokens) + _octaves(entry["slots"], slots)
 
-    return min(_table()[kind], key=away)["tile"]  # type: ignore[no-any-return]
+    return min(_table()[kind], key=away)["tile"]
 
 
 def _octaves(one: int, other: int) -> float:
