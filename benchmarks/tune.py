@@ -139,13 +139,13 @@ def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     shrinks = [
         ShrinkTile(t, d, split, warps, stages)
-        for t, d, split, warps, stages in itertools.product((16, 32, 64), (64, 128), (1, 2, 4, 8), (4,), (3, 4))
+        for t, d, split, warps, stages in itertools.product((16, 32, 64), (128,), (1, 2, 4, 8), (4,), (3,))
     ]
-    expands = [ExpandTile(t, o, warps) for t, o, warps in itertools.product((16, 32, 64), (64, 128, 256), (4, 8))]
+    expands = [ExpandTile(t, o, warps) for t, o, warps in itertools.product((16, 32, 64, 128), (128, 256), (4, 8))]
     found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for slots, tokens in itertools.product((8, 64, 1024), (256, 2048, 8192)):
         problem = make_problem(tokens, 2048, (6144, 6144), slots, 1, 16, "uniform", torch.bfloat16, "cuda")
-        order, weights = order_by_slot(problem.slots), problem.weights
+        order, weights = order_by_slot(problem.slots, slots), problem.weights
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
         ys = torch.randn(4, tokens, 6144, device="cuda", dtype=torch.bfloat16)
         p = problem.pages

@@ -27,12 +27,14 @@ def _expand_token_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, columns_ptr,
     pairs, pages, adapters, stride_y, piece_first,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_O: tl.constexpr,
+    PAGE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     piece = piece_first + tl.program_id(2)
-    column = tl.load(columns_ptr + piece)
-    width = tl.load(columns_ptr + piece + 1) - column
+    # Alignment that the compiler cannot see, and without which each number is loaded alone.
+    column = tl.multiple_of(tl.load(columns_ptr + piece), ALIGN)
+    width = tl.multiple_of(tl.load(columns_ptr + piece + 1) - column, ALIGN)
+    y_column = tl.multiple_of(column - tl.load(columns_ptr + piece_first), ALIGN)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = o < width
     ranks = tl.arange(0, PAGE)
@@ -58,7 +60,7 @@ def _expand_token_kernel(
                 acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
                 acts = 1
     if acts > 0:
-        y = y_ptr + token * stride_y + column - tl.load(columns_ptr + piece_first) + o
+        y = y_ptr + token * stride_y + y_column + o
         total = tl.load(y, mask=inside, other=0.0).to(tl.float32) + acc
         tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -66,13 +68,16 @@ def _expand_token_kernel(
 @triton.jit
 def _expand_block_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
-    tokens, pages, adapters, stride_y, piece_first,
+    tokens, pages, adapters, stride_y, piece_first, k_first,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
+    COLUMNS: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     piece = piece_first + tl.program_id(2)
-    column = tl.load(columns_ptr + piece)
-    width = tl.load(columns_ptr + piece + 1) - column
+    # Alignment that the compiler cannot see, and without which each number is loaded alone.
+    column = tl.multiple_of(tl.load(columns_ptr + piece), ALIGN)
+    width = tl.multiple_of(tl.load(columns_ptr + piece + 1) - column, ALIGN)
+    y_column = tl.multiple_of(column - tl.load(columns_ptr + piece_first), ALIGN)
     if tl.program_id(1) * BLOCK_O >= width:
         return
     place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -82,12 +87,12 @@ def _expand_block_kernel(
     ranks = tl.arange(0, PAGE)
     b_start = column.to(tl.int64) * PAGE * pages
     NONE: tl.constexpr = 2147483647
-    y_cells = y_ptr + token[:, None] * stride_y + column - tl.load(columns_ptr + piece_first) + o[None, :]
+    y_cells = y_ptr + token[:, None] * stride_y + y_column + o[None, :]
     y = tl.load(y_cells, mask=(place < tokens)[:, None] & inside[None, :], other=0.0)  # early: it takes longest
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     acts = tl.zeros((BLOCK_T,), tl.int32)
-    for k in tl.static_range(TOP):
-        pair = token * TOP + k
+    for i in tl.static_range(COLUMNS):
+        pair = token * TOP + k_first + i
         left = tl.load(slots_ptr + pair, mask=place < tokens, other=-1).to(tl.int32)
         left = tl.where(left < 0, NONE, left)
         weight = tl.load(weights_ptr + pair, mask=left < NONE, other=0.0)
@@ -144,6 +149,7 @@ def expand(
     if piece is not None:
         widest = pages.outputs[piece]
     shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
+    shape["ALIGN"] = 16 if all(width % 16 == 0 for width in pages.outputs) else 1
     found = (pages.first, pages.count, pages.columns)
     if order is None:
         block = 256
@@ -152,8 +158,12 @@ def expand(
             **shape, BLOCK_O=block, num_warps=4,
         )  # fmt: skip
     else:
-        _expand_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(widest, tile.o), acting)](
-            y, h, pages.B, weights, slots, order, *found, T, pages.pages, pages.slots, y.stride(0), first,
-            **shape, BLOCK_T=tile.t, BLOCK_O=tile.o, UPCAST=upcast, num_warps=tile.warps,
-        )  # fmt: skip
+        together = order.dim() == 1
+        for k in range(1 if together else S):
+            _expand_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(widest, tile.o), acting)](
+                y, h, pages.B, weights, slots, order if together else order[k], *found,
+                T, pages.pages, pages.slots, y.stride(0), first, k,
+                **shape, COLUMNS=S if together else 1, BLOCK_T=tile.t, BLOCK_O=tile.o, UPCAST=upcast,
+                num_warps=tile.warps,
+            )  # fmt: skip
     return y

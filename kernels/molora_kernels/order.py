@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-_BITS = 15  # of a slot in a key; larger ones only order less well: a product is right in any order
+FEW_SLOTS = 16  # up to so many, one order serves several columns
 
 
 @dataclass(frozen=True)
@@ -16,23 +16,33 @@ class PagedPlan:
     weights: torch.Tensor
 
     @cached_property
-    def order(self) -> torch.Tensor:
-        """[T] int64, made once for all modules."""
-        return order_by_slot(self.slots)
+    def _orders(self) -> dict[bool, torch.Tensor]:
+        return {}
+
+    def order(self, bound: int) -> torch.Tensor:
+        """Of :func:`order_by_slot`, made once for all modules."""
+        few = bound <= FEW_SLOTS
+        if few not in self._orders:
+            self._orders[few] = order_by_slot(self.slots, bound)
+        return self._orders[few]
 
 
-def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
-    """[T] int64: tokens with the same slots next to one another; no host synchronisation.
+def order_by_slot(slots: torch.Tensor, bound: int) -> torch.Tensor:
+    """The order of tokens, in which a block of tokens meets few different slots; no host synchronisation.
 
-    Ordered by the first slot, then by the second, and so on, so that a block of tokens meets few different slots in
-    each column.
+    Of few slots: [T] int64, one order for all columns, by the first slot, then by the second, and so on, so that one
+    pass over the output serves all. Of many: [S, T] int64, an order for each column: no common one would do.
 
     Args:
         slots: [T, S] int, -1 for none.
+        bound: every slot is below it.
     """
     if slots.shape[1] == 1:
         return slots.flatten().argsort(stable=True)
+    if bound > FEW_SLOTS:
+        return slots.T.contiguous().argsort(dim=1, stable=True)
     key = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
-    for column in (slots.to(torch.int64) + 1).unbind(1)[: 62 // _BITS]:
-        key = (key << _BITS) + column
+    # More columns than fit in 63 bits only order less well: a product is right in any order.
+    for column in (slots.to(torch.int64) + 1).unbind(1)[: max(1, 62 // (bound + 1).bit_length())]:
+        key = key * (bound + 1) + column
     return key.argsort(stable=True)

@@ -16,7 +16,17 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),  # Hopper
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
-SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True}
+SHAPE = {
+    "TOP": 2,
+    "SLICES": 3,
+    "MAX_PAGES": 4,
+    "SPLIT": 2,
+    "PAGE": PAGE,
+    "CUTS": 2,
+    "ADAPTED": True,
+    "ALIGN": 16,
+    "COLUMNS": 2,
+}
 PRODUCT = {
     "AHEAD": 4,
     "SHRINK_FIRST": True,
@@ -32,7 +42,7 @@ KERNELS = {
     shrink._shrink_token_kernel: {"BLOCK_D": 256},
     shrink._shrink_block_kernel: {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_R": 64, "UPCAST": False},
     expand._expand_token_kernel: {"BLOCK_O": 256},
-    expand._expand_block_kernel: {"BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
+    expand._expand_block_kernel: {"COLUMNS": 2, "BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128, "UPCAST": False},
     linear._linear_kernel: {**PRODUCT, "DOT": True, "UPCAST": False},
     step._add_norm_kernel: {"BLOCK": 2048},

@@ -170,9 +170,23 @@ def test_a_swap_writes_where_the_old_one_was(form: str) -> None:
 
 def test_order_puts_equal_rows_together() -> None:
     slots = make_slots("zipf", 133)
-    sorted_rows = slots[order_by_slot(slots)]
+    sorted_rows = slots[order_by_slot(slots, SLOTS)]
     changes = (sorted_rows[1:] != sorted_rows[:-1]).any(1).sum() + 1
     assert changes == len(slots.unique(dim=0))
+
+
+def test_many_slots_are_ordered_column_by_column() -> None:
+    slots = make_slots("zipf", 133)
+    for column, order in zip(slots.T, order_by_slot(slots, 1000), strict=True):
+        assert torch.equal(column[order], column.sort().values)
+    case = Case("zipf", 70)
+    case.check(case.run("block", order=order_by_slot(case.slots, 1000)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_aligned_slices(form: str) -> None:
+    case = Case("zipf", 70, D=96, outputs=(96, 32, 48))
+    case.check(case.run(form))
 
 
 def test_pages_are_reused_and_run_out() -> None:
