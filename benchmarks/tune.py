@@ -139,11 +139,11 @@ def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     shrinks = [
         ShrinkTile(t, d, split, warps, stages)
-        for t, d, split, warps, stages in itertools.product((16, 32, 64), (128,), (1, 2, 4, 8), (4,), (3,))
+        for t, d, split, warps, stages in itertools.product((16, 32), (128,), (1, 2, 4), (4,), (3,))
     ]
-    expands = [ExpandTile(t, o, warps) for t, o, warps in itertools.product((16, 32, 64, 128), (128, 256), (4, 8))]
+    expands = [ExpandTile(t, o, 4, n) for t, o, n in itertools.product((16, 32, 64), (128, 256), (2, 4, 8))]
     found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for slots, tokens in itertools.product((8, 64, 1024), (256, 2048, 8192)):
+    for slots, tokens in ((8, 2048), (64, 2048), (8, 256)):
         problem = make_problem(tokens, 2048, (6144, 6144), slots, 1, 16, "uniform", torch.bfloat16, "cuda")
         order, weights = order_by_slot(problem.slots, slots), problem.weights
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
@@ -153,7 +153,7 @@ def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         for tile in shrinks:
             call = partial(_one_shrink, shrink, xs, p, problem.slots, order, tile)
             # What the expand then reads counts too: a float32 page for each part.
-            times[tile] = _replays(call, len(xs)) + tile.split * tokens * 32 * 4 * 48 / 5.0e6 / 2
+            times[tile] = _replays(call, len(xs)) + tile.split * tokens * 32 * 4 * 12 / 5.0e6 / 2
         best = min(times, key=lambda tile: times[tile])
         h = shrink(xs[0], p, problem.slots, order, best, False)
         spent = {}

@@ -12,14 +12,18 @@ import triton.language as tl
 
 from molora_kernels.pages import PAGE, PageView
 
+LARGEST_COLUMN_RANK = 64  # whose h one program keeps in registers
+
 
 @dataclass(frozen=True)
 class ExpandTile:
-    """How the form by block is cut: tokens, columns of the output, warps."""
+    """How the form by block is cut: tokens, columns of the output, warps, and how many such pieces of the output a
+    program goes through."""
 
     t: int = 64
     o: int = 128
     warps: int = 4
+    pieces: int = 4
 
 
 @triton.jit
@@ -122,6 +126,60 @@ def _expand_block_kernel(
         tl.store(y_cells, total.to(y_ptr.dtype.element_ty), mask=(acts > 0)[:, None] & inside[None, :])
 
 
+@triton.jit
+def _expand_column_kernel(
+    y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
+    tokens, pages, adapters, stride_y, piece_first, k,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    RANKS: tl.constexpr, PIECES: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One column of the plan, in which each token has one slot: so slot after slot, h stays in registers while the
+    program goes along the output, and each number of y is read and written once."""
+    piece = piece_first + tl.program_id(2)
+    column = tl.multiple_of(tl.load(columns_ptr + piece), ALIGN)
+    width = tl.multiple_of(tl.load(columns_ptr + piece + 1) - column, ALIGN)
+    y_column = tl.multiple_of(column - tl.load(columns_ptr + piece_first), ALIGN)
+    start = tl.program_id(1) * (PIECES * BLOCK_O)
+    if start >= width:
+        return
+    place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
+    pair = token * TOP + k
+    r = tl.arange(0, RANKS)
+    b_start = column.to(tl.int64) * PAGE * pages
+    y_rows = y_ptr + token[:, None] * stride_y + y_column
+    NONE: tl.constexpr = 2147483647
+    left = tl.load(slots_ptr + pair, mask=place < tokens, other=-1).to(tl.int32)
+    left = tl.where(left < 0, NONE, left)
+    weight = tl.load(weights_ptr + pair, mask=left < NONE, other=0.0)
+    slot = tl.min(left, 0)
+    while slot < NONE:
+        mine = left == slot
+        owned = r < tl.load(count_ptr + piece * adapters + slot) * PAGE
+        rows = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE + r
+        b_rows = b_ptr + b_start + rows[:, None] * width
+        h = tl.zeros((BLOCK_T, RANKS), tl.float32)
+        for split in tl.static_range(SPLIT):
+            at = (pair + split * tokens * TOP) * (SLICES * MAX_PAGES * PAGE) + piece * MAX_PAGES * PAGE
+            h += tl.load(h_ptr + at[:, None] + r[None, :], mask=mine[:, None] & owned[None, :], other=0.0)
+        h = h * weight[:, None]
+        end = tl.minimum(start + PIECES * BLOCK_O, width)
+        if tl.max(owned.to(tl.int32), 0) == 0:
+            end = start  # the slot does not adapt this slice
+        for first in range(start, end, BLOCK_O):
+            o = first + tl.arange(0, BLOCK_O)
+            here = mine[:, None] & (o < width)[None, :]
+            y = tl.load(y_rows + o[None, :], mask=here, other=0.0)
+            b = tl.load(b_rows + o[None, :], mask=owned[:, None] & (o < width)[None, :], other=0.0)
+            if UPCAST:
+                b = b.to(tl.float32)
+            total = y.to(tl.float32) + tl.dot(h.to(b.dtype), b, input_precision="ieee")
+            tl.store(y_rows + o[None, :], total.to(y_ptr.dtype.element_ty), mask=here)
+        left = tl.where(mine, NONE, left)
+        slot = tl.min(left, 0)
+
+
 def expand(
     y: torch.Tensor,
     h: torch.Tensor,
@@ -148,7 +206,13 @@ def expand(
     first, acting = (0, slices) if piece is None else (piece, 1)
     if piece is not None:
         widest = pages.outputs[piece]
-    shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
+    shape: dict[str, int | bool] = {
+        "TOP": S,
+        "SLICES": slices,
+        "MAX_PAGES": pages.max_pages,
+        "SPLIT": split,
+        "PAGE": PAGE,
+    }
     shape["ALIGN"] = 16 if all(width % 16 == 0 for width in pages.outputs) else 1
     found = (pages.first, pages.count, pages.columns)
     if order is None:
@@ -158,12 +222,21 @@ def expand(
             **shape, BLOCK_O=block, num_warps=4,
         )  # fmt: skip
     else:
+        shape |= {"BLOCK_T": tile.t, "BLOCK_O": tile.o, "UPCAST": upcast, "num_warps": tile.warps}
+        sizes = (T, pages.pages, pages.slots, y.stride(0), first)
+        blocks = triton.cdiv(T, tile.t)
+        ranks = triton.next_power_of_2(pages.max_pages * PAGE)
+        if (S == 1 or order.dim() == 2) and ranks <= LARGEST_COLUMN_RANK:
+            for k in range(S):
+                _expand_column_kernel[(blocks, triton.cdiv(widest, tile.pieces * tile.o), acting)](
+                    y, h, pages.B, weights, slots, order if order.dim() == 1 else order[k], *found, *sizes, k,
+                    **shape, RANKS=ranks, PIECES=tile.pieces,
+                )  # fmt: skip
+            return y
         together = order.dim() == 1
         for k in range(1 if together else S):
-            _expand_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(widest, tile.o), acting)](
-                y, h, pages.B, weights, slots, order if together else order[k], *found,
-                T, pages.pages, pages.slots, y.stride(0), first, k,
-                **shape, COLUMNS=S if together else 1, BLOCK_T=tile.t, BLOCK_O=tile.o, UPCAST=upcast,
-                num_warps=tile.warps,
+            _expand_block_kernel[(blocks, triton.cdiv(widest, tile.o), acting)](
+                y, h, pages.B, weights, slots, order if together else order[k], *found, *sizes, k,
+                **shape, COLUMNS=S if together else 1,
             )  # fmt: skip
     return y

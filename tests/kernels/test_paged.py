@@ -183,6 +183,12 @@ def test_many_slots_are_ordered_column_by_column() -> None:
     case.check(case.run("block", order=order_by_slot(case.slots, 1000)))
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_one_column(ranks: str) -> None:
+    case = Case("zipf", 70, ranks=RANKS[ranks], S=1)
+    case.check(case.run("block"))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_aligned_slices(form: str) -> None:
     case = Case("zipf", 70, D=96, outputs=(96, 32, 48))
