@@ -73,7 +73,7 @@ def ours_by_token(p: Problem) -> Callable[[], torch.Tensor]:
 
 def ours_by_block(p: Problem) -> Callable[[], torch.Tensor]:
     """The order is made once a forward and shared by its modules, so it is timed apart."""
-    order = order_by_slot(p.slots, p.pages.slots)
+    order = order_by_slot(p.slots)
     return lambda: add_lora_paged(p.y, p.x, p.pages, p.slots, p.weights, order, by_token=False)
 
 

@@ -82,7 +82,7 @@ def measure_layer(
                 continue
             check(name, problem, contender)
             total[name] += clock(contender(problem))
-    order = clock(lambda: order_by_slot(problem.slots, K))
+    order = clock(lambda: order_by_slot(problem.slots))
     return {"shape": shape, "adapters": K, "tokens": T, "top": S, "rank": rank, "popularity": popularity,
             "order": order, **total}  # fmt: skip
 

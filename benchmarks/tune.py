@@ -145,7 +145,7 @@ def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for slots, tokens in ((8, 2048), (64, 2048), (8, 256)):
         problem = make_problem(tokens, 2048, (6144, 6144), slots, 1, 16, "uniform", torch.bfloat16, "cuda")
-        order, weights = order_by_slot(problem.slots, slots), problem.weights
+        order, weights = order_by_slot(problem.slots), problem.weights
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
         ys = torch.randn(4, tokens, 6144, device="cuda", dtype=torch.bfloat16)
         p = problem.pages

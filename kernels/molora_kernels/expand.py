@@ -1,4 +1,4 @@
-"""Grouped expand in Triton: y(t) += sum over k of w(t, k) h(t, k) B_s, in one pass over y.
+"""Grouped expand in Triton: y(t) += sum over k of w(t, k) h(t, k) B_s.
 
 Each program owns its part of y, so nothing is added atomically and a repeated run is bitwise equal. Tokens on which
 nothing acts are neither read nor written: they stay the base's bit for bit.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from molora_kernels.pages import PAGE, PageView
 
-LARGEST_COLUMN_RANK = 64  # whose h one program keeps in registers
+LARGEST_RANKS = 64  # of h that a program keeps in registers
 
 
 @dataclass(frozen=True)
@@ -70,72 +70,29 @@ def _expand_token_kernel(
 
 
 @triton.jit
-def _expand_block_kernel(
-    y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
-    tokens, pages, adapters, stride_y, piece_first, k_first,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
+def _weighted(
+    h_ptr, pair, weight, mine, r, ranks, piece, tokens,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, RANKS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    piece = piece_first + tl.program_id(2)
-    # Alignment that the compiler cannot see, and without which each number is loaded alone.
-    column = tl.multiple_of(tl.load(columns_ptr + piece), ALIGN)
-    width = tl.multiple_of(tl.load(columns_ptr + piece + 1) - column, ALIGN)
-    y_column = tl.multiple_of(column - tl.load(columns_ptr + piece_first), ALIGN)
-    if tl.program_id(1) * BLOCK_O >= width:
-        return
-    place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    inside = o < width
-    ranks = tl.arange(0, PAGE)
-    b_start = column.to(tl.int64) * PAGE * pages
-    NONE: tl.constexpr = 2147483647
-    y_cells = y_ptr + token[:, None] * stride_y + y_column + o[None, :]
-    y = tl.load(y_cells, mask=(place < tokens)[:, None] & inside[None, :], other=0.0)  # early: it takes longest
-    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-    acts = tl.zeros((BLOCK_T,), tl.int32)
-    for i in tl.static_range(COLUMNS):
-        pair = token * TOP + k_first + i
-        left = tl.load(slots_ptr + pair, mask=place < tokens, other=-1).to(tl.int32)
-        left = tl.where(left < 0, NONE, left)
-        weight = tl.load(weights_ptr + pair, mask=left < NONE, other=0.0)
-        slot = tl.min(left, 0)
-        while slot < NONE:
-            mine = left == slot
-            count = tl.load(count_ptr + piece * adapters + slot)
-            row = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE
-            for page in range(count):
-                h = tl.zeros((BLOCK_T, PAGE), tl.float32)
-                for split in tl.static_range(SPLIT):
-                    at = (pair + split * tokens * TOP) * (SLICES * MAX_PAGES * PAGE) + (piece * MAX_PAGES + page) * PAGE
-                    h += tl.load(h_ptr + at[:, None] + ranks[None, :], mask=mine[:, None], other=0.0)
-                h = h * weight[:, None]
-                b = tl.load(
-                    b_ptr + b_start + (row + page * PAGE + ranks)[:, None] * width + o[None, :],
-                    mask=inside[None, :], other=0.0,
-                )  # fmt: skip
-                if UPCAST:
-                    b = b.to(tl.float32)
-                acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
-            acts = tl.where(mine & (count > 0), 1, acts)
-            left = tl.where(mine, NONE, left)
-            slot = tl.min(left, 0)
-    if tl.max(acts, 0) > 0:
-        total = y.to(tl.float32) + acc
-        tl.store(y_cells, total.to(y_ptr.dtype.element_ty), mask=(acts > 0)[:, None] & inside[None, :])
+    """[BLOCK_T, RANKS]: ranks ``r`` of h, its parts added up, times the tokens' weights."""
+    h = tl.zeros((BLOCK_T, RANKS), tl.float32)
+    for split in tl.static_range(SPLIT):
+        at = (pair + split * tokens * TOP) * (SLICES * MAX_PAGES * PAGE) + piece * MAX_PAGES * PAGE
+        h += tl.load(h_ptr + at[:, None] + r[None, :], mask=mine[:, None] & (r < ranks)[None, :], other=0.0)
+    return h * weight[:, None]
 
 
 @triton.jit
-def _expand_column_kernel(
+def _expand_block_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, first_ptr, count_ptr, columns_ptr,
     tokens, pages, adapters, stride_y, piece_first, k,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     RANKS: tl.constexpr, PIECES: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One column of the plan, in which each token has one slot: so slot after slot, h stays in registers while the
-    program goes along the output, and each number of y is read and written once."""
+    """One column of the plan, in which each token has one slot: so slot after slot, h (of ranks up to RANKS) stays in
+    registers while the program goes along the output, and each number of y is read and written once."""
     piece = piece_first + tl.program_id(2)
     column = tl.multiple_of(tl.load(columns_ptr + piece), ALIGN)
     width = tl.multiple_of(tl.load(columns_ptr + piece + 1) - column, ALIGN)
@@ -156,25 +113,37 @@ def _expand_column_kernel(
     slot = tl.min(left, 0)
     while slot < NONE:
         mine = left == slot
-        owned = r < tl.load(count_ptr + piece * adapters + slot) * PAGE
+        ranks = tl.load(count_ptr + piece * adapters + slot) * PAGE
         rows = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE + r
         b_rows = b_ptr + b_start + rows[:, None] * width
-        h = tl.zeros((BLOCK_T, RANKS), tl.float32)
-        for split in tl.static_range(SPLIT):
-            at = (pair + split * tokens * TOP) * (SLICES * MAX_PAGES * PAGE) + piece * MAX_PAGES * PAGE
-            h += tl.load(h_ptr + at[:, None] + r[None, :], mask=mine[:, None] & owned[None, :], other=0.0)
-        h = h * weight[:, None]
+        h = _weighted(
+            h_ptr, pair, weight, mine, r, ranks, piece, tokens, TOP, SLICES, MAX_PAGES, SPLIT, RANKS, PAGE, BLOCK_T
+        )
         end = tl.minimum(start + PIECES * BLOCK_O, width)
-        if tl.max(owned.to(tl.int32), 0) == 0:
+        if ranks == 0:
             end = start  # the slot does not adapt this slice
         for first in range(start, end, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             here = mine[:, None] & (o < width)[None, :]
             y = tl.load(y_rows + o[None, :], mask=here, other=0.0)
-            b = tl.load(b_rows + o[None, :], mask=owned[:, None] & (o < width)[None, :], other=0.0)
+            b = tl.load(b_rows + o[None, :], mask=(r < ranks)[:, None] & (o < width)[None, :], other=0.0)
             if UPCAST:
                 b = b.to(tl.float32)
-            total = y.to(tl.float32) + tl.dot(h.to(b.dtype), b, input_precision="ieee")
+            acc = tl.dot(h.to(b.dtype), b, input_precision="ieee")
+            if MAX_PAGES * PAGE > RANKS:
+                for done in range(RANKS, ranks, RANKS):
+                    more = _weighted(
+                        h_ptr, pair, weight, mine, done + r, ranks, piece, tokens,
+                        TOP, SLICES, MAX_PAGES, SPLIT, RANKS, PAGE, BLOCK_T,
+                    )  # fmt: skip
+                    b = tl.load(
+                        b_rows + done * width + o[None, :],
+                        mask=(done + r < ranks)[:, None] & (o < width)[None, :], other=0.0,
+                    )  # fmt: skip
+                    if UPCAST:
+                        b = b.to(tl.float32)
+                    acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
+            total = y.to(tl.float32) + acc
             tl.store(y_rows + o[None, :], total.to(y_ptr.dtype.element_ty), mask=here)
         left = tl.where(mine, NONE, left)
         slot = tl.min(left, 0)
@@ -225,18 +194,9 @@ def expand(
         shape |= {"BLOCK_T": tile.t, "BLOCK_O": tile.o, "UPCAST": upcast, "num_warps": tile.warps}
         sizes = (T, pages.pages, pages.slots, y.stride(0), first)
         blocks = triton.cdiv(T, tile.t)
-        ranks = triton.next_power_of_2(pages.max_pages * PAGE)
-        if (S == 1 or order.dim() == 2) and ranks <= LARGEST_COLUMN_RANK:
-            for k in range(S):
-                _expand_column_kernel[(blocks, triton.cdiv(widest, tile.pieces * tile.o), acting)](
-                    y, h, pages.B, weights, slots, order if order.dim() == 1 else order[k], *found, *sizes, k,
-                    **shape, RANKS=ranks, PIECES=tile.pieces,
-                )  # fmt: skip
-            return y
-        together = order.dim() == 1
-        for k in range(1 if together else S):
-            _expand_block_kernel[(blocks, triton.cdiv(widest, tile.o), acting)](
-                y, h, pages.B, weights, slots, order if together else order[k], *found, *sizes, k,
-                **shape, COLUMNS=S if together else 1,
+        ranks = min(LARGEST_RANKS, triton.next_power_of_2(pages.max_pages * PAGE))
+        for k in range(S):
+            _expand_block_kernel[(blocks, triton.cdiv(widest, tile.pieces * tile.o), acting)](
+                y, h, pages.B, weights, slots, order[k], *found, *sizes, k, **shape, RANKS=ranks, PIECES=tile.pieces,
             )  # fmt: skip
     return y

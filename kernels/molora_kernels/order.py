@@ -5,8 +5,6 @@ from functools import cached_property
 
 import torch
 
-FEW_SLOTS = 16  # up to so many, one order serves several columns
-
 
 @dataclass(frozen=True)
 class PagedPlan:
@@ -16,33 +14,14 @@ class PagedPlan:
     weights: torch.Tensor
 
     @cached_property
-    def _orders(self) -> dict[bool, torch.Tensor]:
-        return {}
-
-    def order(self, bound: int) -> torch.Tensor:
+    def order(self) -> torch.Tensor:
         """Of :func:`order_by_slot`, made once for all modules."""
-        few = bound <= FEW_SLOTS
-        if few not in self._orders:
-            self._orders[few] = order_by_slot(self.slots, bound)
-        return self._orders[few]
+        return order_by_slot(self.slots)
 
 
-def order_by_slot(slots: torch.Tensor, bound: int) -> torch.Tensor:
-    """The order of tokens, in which a block of tokens meets few different slots; no host synchronisation.
+def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
+    """[S, T] int64: for each column of a plan its tokens by slot, so that a block of them meets few different ones.
 
-    Of few slots: [T] int64, one order for all columns, by the first slot, then by the second, and so on, so that one
-    pass over the output serves all. Of many: [S, T] int64, an order for each column: no common one would do.
-
-    Args:
-        slots: [T, S] int, -1 for none.
-        bound: every slot is below it.
+    Nothing waits for the device. slots: [T, S] int, -1 for none.
     """
-    if slots.shape[1] == 1:
-        return slots.flatten().argsort(stable=True)
-    if bound > FEW_SLOTS:
-        return slots.T.contiguous().argsort(dim=1, stable=True)
-    key = torch.zeros(slots.shape[0], dtype=torch.int64, device=slots.device)
-    # More columns than fit in 63 bits only order less well: a product is right in any order.
-    for column in (slots.to(torch.int64) + 1).unbind(1)[: max(1, 62 // (bound + 1).bit_length())]:
-        key = key * (bound + 1) + column
-    return key.argsort(stable=True)
+    return slots.T.contiguous().argsort(dim=1, stable=True)

@@ -50,6 +50,8 @@ def add_lora_paged(
     """
     _check(y, x, pages, slots, weights)
     T, S = slots.shape
+    if order is not None and (tuple(order.shape) != (S, T) or not order.is_contiguous()):
+        raise ValueError(f"order must be {[S, T]}, contiguous, not {list(order.shape)}.")
     if T == 0 or S == 0:
         return y
     if by_token is None:
@@ -57,7 +59,7 @@ def add_lora_paged(
     if by_token:
         order = None
     elif order is None:
-        order = order_by_slot(slots, pages.slots)
+        order = order_by_slot(slots)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B)):
         return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, order)
     h = shrink(x, pages, slots, order, _shrink_tile(pages, slots, order), _upcast(x))
@@ -66,18 +68,18 @@ def add_lora_paged(
 
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
     """The shrink of all slices, for :func:`expand_paged`: [split, T, S, columns] float32. x: [T, D]."""
-    order = _order(plan, pages)
+    order = _order(plan)
     return shrink(x, pages, plan.slots, order, _shrink_tile(pages, plan.slots, order), _upcast(x))
 
 
 def expand_paged(y: torch.Tensor, h: torch.Tensor, pages: PageView, plan: PagedPlan, piece: int) -> torch.Tensor:
     """y [T, O of slice ``piece``], rows contiguous, plus that slice's expand of h, in place."""
     tile = expand_tile(len(plan.slots), pages.slots)
-    return expand(y, h, pages, plan.slots, plan.weights, _order(plan, pages), _upcast(h), piece, tile)
+    return expand(y, h, pages, plan.slots, plan.weights, _order(plan), _upcast(h), piece, tile)
 
 
-def _order(plan: PagedPlan, pages: PageView) -> torch.Tensor | None:
-    return None if plan.slots.shape[0] <= TOKEN_FORM else plan.order(pages.slots)
+def _order(plan: PagedPlan) -> torch.Tensor | None:
+    return None if plan.slots.shape[0] <= TOKEN_FORM else plan.order
 
 
 class _AddLoRA(torch.autograd.Function):

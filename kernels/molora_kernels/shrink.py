@@ -58,7 +58,7 @@ def _shrink_token_kernel(
 @triton.jit
 def _shrink_block_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, first_ptr, count_ptr,
-    tokens, width_in, pages, adapters, stride_x, stride_order,
+    tokens, width_in, pages, adapters, stride_x,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def _shrink_block_kernel(
     piece = c // (MAX_PAGES * PAGE)
     page = (c // PAGE) % MAX_PAGES
     place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = tl.load(order_ptr + k * stride_order + place, mask=place < tokens, other=0).to(tl.int64)
+    token = tl.load(order_ptr + k * tokens + place, mask=place < tokens, other=0).to(tl.int64)
     NONE: tl.constexpr = 2147483647
     left = tl.load(slots_ptr + token * TOP + k, mask=place < tokens, other=-1).to(tl.int32)
     left = tl.where(left < 0, NONE, left)
@@ -136,7 +136,7 @@ def shrink(
         columns = max(16, min(64, triton.next_power_of_2(parts * PAGE)))
         _shrink_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(parts * PAGE, columns), S * split)](
             x, pages.A, h, slots, order, pages.first, pages.count,
-            T, pages.inputs, pages.pages, pages.slots, x.stride(0), 0 if order.dim() == 1 else T,
+            T, pages.inputs, pages.pages, pages.slots, x.stride(0),
             **shape, BLOCK_T=tile.t, BLOCK_D=tile.d, BLOCK_R=columns, UPCAST=upcast,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -57,26 +57,38 @@ def _h_page(
 
 
 @triton.jit
+def _first_pages(
+    o, inside, token, piece, width, column, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters,
+    TOP: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """For each column of the plan its pages, first row, weight and first page of B: nothing that the kernel before
+    writes."""
+    found = ()
+    for k in tl.static_range(TOP):
+        pair = token * TOP + k
+        count, row, weight = _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
+        b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
+        found = found + ((count, row, weight, b),)  # noqa: RUF005 - Triton knows no stars
+    return found
+
+
+@triton.jit
 def _add_lora(
-    acc, b, count, row, weight, o, inside, token, piece, width, column,
-    h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+    acc, firsts, o, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """acc plus the adapters' part of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width``
-    wide. ``b`` is the first page of the first adapter, read early."""
+    wide. ``firsts``: of :func:`_first_pages`."""
     pairs = tokens * TOP
-    h = _h_page(h_ptr, token * TOP, pairs, piece * MAX_PAGES, count > 0, SLICES, MAX_PAGES, CUTS, PAGE)
-    acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
     for k in tl.static_range(TOP):
         pair = token * TOP + k
-        begin = 1
-        if k > 0:
-            begin = 0
-            count, row, weight = _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        for page in range(begin, count):
+        count, row, weight, b = firsts[k]
+        h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES, count > 0, SLICES, MAX_PAGES, CUTS, PAGE)
+        acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
+        for page in range(1, count):
             h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
-            b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
-            acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
+            more = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
+            acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
     return acc
 
 
@@ -94,8 +106,10 @@ def _add_norm_kernel(
     g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
     start = token * 0  # the only slice
     if ADAPTED:
-        count, row, weight = _acting(token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        b = _b_page(b_ptr, start, pages, row, width, o, inside, count > 0, PAGE)
+        firsts = _first_pages(
+            o, inside, token, 0, width, start,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+        )  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -104,9 +118,8 @@ def _add_norm_kernel(
         acc += tl.load(y_ptr + (split * tokens + token) * width + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         acc = _add_lora(
-            acc, b, count, row, weight, o, inside, token, 0, width, start,
-            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-            tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            acc, firsts, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
+            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     if SPLIT > 0:
@@ -152,9 +165,14 @@ def _heads_kernel(
     o_low = head * (2 * HALF) + i
     o_high = o_low + HALF
     if ADAPTED:
-        count, row, weight = _acting(token * TOP, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        b_low = _b_page(b_ptr, column, pages, row, width, o_low, inside, count > 0, PAGE)
-        b_high = _b_page(b_ptr, column, pages, row, width, o_high, inside, count > 0, PAGE)
+        firsts_low = _first_pages(
+            o_low, inside, token, piece, width, column,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+        )  # fmt: skip
+        firsts_high = _first_pages(
+            o_high, inside, token, piece, width, column,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+        )  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -162,13 +180,11 @@ def _heads_kernel(
     high = _partial_sum(y_ptr, bias_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT, BIAS)
     if ADAPTED:
         low = _add_lora(
-            low, b_low, count, row, weight, o_low, inside, token, piece, width, column,
-            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+            low, firsts_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
             TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         high = _add_lora(
-            high, b_high, count, row, weight, o_high, inside, token, piece, width, column,
-            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+            high, firsts_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
             TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     length = tl.load(length_ptr)
@@ -211,12 +227,14 @@ def _gate_kernel(
     start_gate = token * 0
     start_up = start_gate + width
     if ADAPTED:
-        count_gate, row_gate, weight = _acting(
-            token * TOP, 0, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE
-        )
-        count_up, row_up, weight = _acting(token * TOP, 1, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        b_gate = _b_page(b_ptr, start_gate, pages, row_gate, width, o, inside, count_gate > 0, PAGE)
-        b_up = _b_page(b_ptr, start_up, pages, row_up, width, o, inside, count_up > 0, PAGE)
+        firsts_gate = _first_pages(
+            o, inside, token, 0, width, start_gate,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+        )  # fmt: skip
+        firsts_up = _first_pages(
+            o, inside, token, 1, width, start_up,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+        )  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -228,14 +246,12 @@ def _gate_kernel(
         up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         gate = _add_lora(
-            gate, b_gate, count_gate, row_gate, weight, o, inside, token, 0, width, start_gate,
-            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-            tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            gate, firsts_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
+            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         up = _add_lora(
-            up, b_up, count_up, row_up, weight, o, inside, token, 1, width, start_up,
-            h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-            tokens, pages, adapters, TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            up, firsts_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
+            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     m = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(m_ptr + token * width + o, m.to(m_ptr.dtype.element_ty), mask=inside)

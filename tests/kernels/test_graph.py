@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 def call(case: Case, form: str) -> torch.Tensor:
-    order = None if FORMS[form] else order_by_slot(case.slots, case.pages.slots)
+    order = None if FORMS[form] else order_by_slot(case.slots)
     return add_lora_paged(case.y, case.x, case.pages, case.slots, case.weights, order, by_token=FORMS[form])
 
 

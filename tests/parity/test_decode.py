@@ -129,6 +129,13 @@ def test_an_adapted_head_without_a_router(tmp_path: Path, ids: torch.Tensor, mon
     both.check(ids, selection={"any": "a"})
 
 
+def test_a_prompt_in_pieces(both: Both, ids: torch.Tensor) -> None:
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
+    found = both.model.generate(ids, selection=AUTO, prefill_chunk_size=3, **options)
+    assert both.steps >= TOKENS - 1  # a last piece of one token is a step too
+    assert torch.equal(found, both.plain.generate(ids, selection=AUTO, disable_compile=True, **options))
+
+
 def test_streamed_routes(both: Both, ids: torch.Tensor) -> None:
     options = {"max_new_tokens": TOKENS, "eos_token_id": None}
     found = list(both.model.stream(ids[:1], selection=AUTO, **options))
