@@ -138,9 +138,10 @@ def test_a_repeated_run_is_bitwise_equal(form: str) -> None:
 
 def test_any_order_is_right() -> None:
     case = Case("zipf", 70)
-    case.check(
-        case.run("block", order=torch.randperm(70, generator=torch.Generator().manual_seed(1)).to(DEVICE).expand(2, -1))
-    )
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    case.check(case.run("block", order=order.repeat(2, 1)))
+    with pytest.raises(ValueError, match="order must be"):
+        case.run("block", order=order)
 
 
 @pytest.mark.parametrize("form", FORMS)
