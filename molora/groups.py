@@ -49,7 +49,8 @@ class AdapterGroup:
     @classmethod
     def of(cls, base: PreTrainedModel, names: Sequence[str]) -> "AdapterGroup":
         """For modules of ``base``, in their dtype (of quantised ones: the base's) and on their device."""
-        modules: list[Any] = [base.get_submodule(name) for name in names]
+        found: list[Any] = [base.get_submodule(name) for name in names]
+        modules: list[Any] = [getattr(module, "base_layer", module) for module in found]
         weight = modules[0].weight
         sizes = [(module.weight.shape[0], module.nf) if isinstance(module, Conv1D)
                  else (module.in_features, module.out_features) for module in modules]  # fmt: skip

@@ -358,7 +358,8 @@ class MoLoRAModel(nn.Module):
 
     def _siblings(self, name: str) -> tuple[str, ...]:
         modules = dict(self.base.named_modules())
-        sizes = {other: linear_size(modules[other]) for other in siblings(name) if other in modules}
+        found = {other: modules[other] for other in siblings(name) if other in modules}
+        sizes = {other: linear_size(getattr(module, "base_layer", module)) for other, module in found.items()}
         plain = {other for other, size in sizes.items() if size is not None and size[0] == sizes[name][0]}  # type: ignore[index]
         return siblings(name) if plain == set(siblings(name)) else (name,)
 
@@ -367,6 +368,7 @@ class MoLoRAModel(nn.Module):
         super()._apply(fn, recurse)
         wrapped = {name: module for name, module in self.base.named_modules() if isinstance(module, MoLoRALinear)}
         if any((module.group is None) != (self._group(name) is None) for name, module in wrapped.items()):
+            self.groups.clear()
             for name, module in wrapped.items():
                 module.group = self._group(name)
                 module.piece = module.group.names.index(name) if module.group is not None else 0
