@@ -9,10 +9,7 @@ export PYTHONPATH=".:kernels:training:demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNB
 python3 -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'No GPU is here.')"
 MOLORA_TEST_DEVICE=cuda python3 -m pytest -p no:cacheprovider tests/kernels tests/parity \
     tests/unit/test_generation.py tests/unit/test_live_stack.py tests/unit/test_streaming.py
+python3 -m benchmarks.step --adapters 8 64 1024 --top 1 2 --peer --out "$out/step.json"
+python3 -m benchmarks.prefill --adapters 2 8 64 1024 --top 1 2 --popularity uniform --out "$out/prefill.json"
 python3 -m benchmarks.kernels --out "$out/kernels.csv"
-python3 -m molora bench decode --json >"$out/decode.json"
-python3 - "$out/decode.json" <<'PY'
-import json, sys
-result = json.load(open(sys.argv[1]))
-print(json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=1))
-PY
+python3 -m benchmarks.results "$out" --out "$out/kernels.json"

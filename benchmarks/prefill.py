@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import CONFIGS, Timer, fill, make_base
+from benchmarks.step import CONFIGS, READ_BYTES_A_MS, Timer, captured, fill, make_base, profile, save
 from molora.layer import MoLoRALinear
 from molora.plan import RoutingPlan
 
@@ -48,16 +48,14 @@ def make_plan(tokens: int, count: int, top: int, popularity: str) -> RoutingPlan
     return RoutingPlan(slots.unsqueeze(0), torch.rand(1, tokens, top, device="cuda") + 0.5)
 
 
-def captured(call: Any) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
+def limit_ms(groups: dict[str, Any], plan: RoutingPlan, rank: int) -> float:
+    """The bytes that adapters have to move, over the memory's pace: those that act, x, and y twice."""
+    acting, tokens = len(plan.slots.unique()), plan.slots.shape[1]
+    numbers = 0
+    for group in {id(group): group for group in groups.values()}.values():
+        inputs, outputs = group.pages.inputs, sum(group.pages.outputs)
+        numbers += acting * rank * (len(group.pages.outputs) * inputs + outputs) + tokens * (inputs + 2 * outputs)
+    return numbers * 2 / READ_BYTES_A_MS
 
 
 @torch.no_grad()
@@ -65,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(CONFIGS), default="1.7B")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 8, 64])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--top", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--popularity", nargs="+", default=["uniform"], choices=POPULARITY)
@@ -74,8 +72,6 @@ def main() -> None:
     settings = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("No GPU is here: prefills are only timed on one.")
-    from benchmarks.step import profile
-
     clock, base, source = Timer(20), make_base(settings.shape), FixedPlan()
     rows: list[dict[str, Any]] = []
     for tokens in settings.tokens:
@@ -99,15 +95,14 @@ def main() -> None:
                     ms = clock(graph.replay)
                     row = {"shape": settings.shape, "tokens": tokens, "adapters": count, "rank": settings.rank,
                            "top": top, "popularity": popularity, "base_ms": base_ms, "ms": ms,
+                           "added_ms": ms - base_ms, "limit_ms": limit_ms(groups, source.now, settings.rank),
                            "over": ms / base_ms - 1}  # fmt: skip
                     rows.append(row)
-                    print(json.dumps(row), flush=True)
+                    save(settings.out, rows)
                     if settings.profile:
                         profile(f"{count} adapters, {tokens} tokens, top {top}", graph)
             source.now = None
             del groups, graph
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def main() -> None:
         if settings.peer:
             row["compiled_base_ms"] = compiled(base, batch, settings.context, clock)
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        save(settings.out, rows)
     for count in settings.adapters:
         groups = fill(base, count, settings.rank)
         for batch in settings.batch:
@@ -202,15 +202,35 @@ def main() -> None:
                 slots = len(routes.plan(99)[0].unique())
                 before = next(row for row in rows if row["batch"] == batch and "adapters" not in row)
                 row = {"shape": settings.shape, "batch": batch, "adapters": count, "top": top, "rank": settings.rank,
-                       "acting": slots, "routed_ms": routed, "added_ms": routed - before["base_ms"]}  # fmt: skip
+                       "acting": slots, "routed_ms": routed, "added_ms": routed - before["base_ms"],
+                       "route_us": clock(captured(lambda r=routes, s=step: r.read_tokens(s.ids, s.pdl)).replay) * 1e3,
+                       }  # fmt: skip
                 rows.append(row)
-                print(json.dumps(row), flush=True)
+                save(settings.out, rows)
                 if settings.profile:
                     profile(f"{count} adapters, batch {batch}", graph)
                 del step, graph, routes
         del groups
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+
+
+def save(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes what is measured so far, and prints the last row."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "seed": 0, "rows": rows}, indent=1))
+    print(json.dumps(rows[-1]), flush=True)
+
+
+def captured(call: Any) -> torch.cuda.CUDAGraph:
+    """A graph of ``call``, which has run before."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def compiled(base: Any, batch: int, context: int, clock: Timer) -> float:

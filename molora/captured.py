@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from molora.backend import backend_for
+from molora.backend import backend_for, failed
 from molora.blueprint import Blueprint, blueprint, known
 from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
@@ -20,6 +20,7 @@ from molora.routing import RoutingState
 LARGEST_BATCH = 256
 _SHORTEST = 256  # tokens that a cache has room for, at least; lengths are rounded up to powers of two
 _KEPT = 4  # steps (each with its cache) that are kept for the next generation of their size
+_SHARE = 1 / 8  # of the GPU's memory that their caches may hold together
 _OTHER_WAYS = ("assistant_model", "cache_implementation", "custom_generate", "dola_layers", "inputs_embeds",
                "past_key_values", "penalty_alpha", "prompt_lookup_num_tokens", "output_attentions",
                "output_hidden_states", "return_dict_in_generate")  # fmt: skip
@@ -73,16 +74,30 @@ class CapturedSteps:
             self._steps.move_to_end(size)
         else:
             self._steps.pop(size, None)
-            while len(self._steps) >= _KEPT:
-                self._steps.popitem(last=False)
             try:
                 found = self._steps[size] = self._make(plan, *size)
             except torch.OutOfMemoryError:
                 self._steps.clear()  # generation as in transformers needs less
                 return None
+            except Exception as error:  # Triton's own errors have no common class
+                if not failed(error):
+                    raise
+                return None
+            self._forget_old()
         step = found[1]
         step.cache.reset()
         return step
+
+    def _forget_old(self) -> None:
+        """Keeps few steps, and of large ones no more than the newest."""
+        room = None
+        if self.base.device.type == "cuda":
+            room = torch.cuda.get_device_properties(self.base.device).total_memory * _SHARE
+        while len(self._steps) > 1:
+            held = sum(step.cache.memory.nbytes for _, step in self._steps.values())
+            if len(self._steps) <= _KEPT and (room is None or held <= room):
+                break
+            self._steps.popitem(last=False)
 
     def _make(self, plan: Blueprint, batch: int, longest: int) -> tuple[object, Any]:
         from molora.decode import DecodeStep  # needs Triton
@@ -152,9 +167,9 @@ class _Forward:
 
     def __call__(self, **inputs: Any) -> Any:
         step, ids = self.step, inputs["input_ids"]
-        if ids.shape[1] != 1:  # a piece of a long prompt
-            return self.base(**inputs)
         length = step.cache.length
+        if ids.shape[1] != 1 or length >= step.longest:  # a piece of a long prompt; more than the cache was made for
+            return self.base(**inputs)
         if not self.begun:
             self._begin(length, inputs.get("attention_mask"), inputs.get("position_ids"))
             self.begun = True

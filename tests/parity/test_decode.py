@@ -162,3 +162,20 @@ def test_a_base_that_the_step_does_not_know(tmp_path: Path, ids: torch.Tensor, m
 def test_the_bases_own_generation_is_left_alone(both: Both, ids: torch.Tensor) -> None:
     both.check(ids, selection=AUTO)
     assert "get_compiled_call" not in vars(both.model.base)
+
+
+def test_steps_are_kept_and_forgotten(both: Both, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molora.captured._KEPT", 2)
+    for batch in (1, 2, 1, 3):
+        both.model.generate(ids[:batch, :2], selection=AUTO, max_new_tokens=2, eos_token_id=None)
+    assert [size[0] for size in both.model.steps._steps] == [1, 3]
+    copy.deepcopy(both.model)  # graphs and caches are not copied
+    assert both.steps == 4
+
+
+def test_the_fused_base_saves_as_before(both: Both, ids: torch.Tensor, tmp_path: Path) -> None:
+    both.model.generate(ids[:1, :2], selection=AUTO, max_new_tokens=2, eos_token_id=None)
+    both.model.base.save_pretrained(tmp_path)
+    again = type(both.model.base).from_pretrained(tmp_path).to(DEVICE)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, both.plain.base(ids).logits)
