@@ -59,15 +59,17 @@ def _h_page(
 @triton.jit
 def _first_pages(
     o, inside, token, piece, width, column, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters,
-    TOP: tl.constexpr, PAGE: tl.constexpr,
+    TOP: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """For each column of the plan its pages, first row, weight and first page of B: nothing that the kernel before
-    writes."""
+    """For each column of the plan its pages, first row, weight, and of the first EARLY columns (as many as fit in
+    registers) the first page of B: nothing that the kernel before writes."""
     found = ()
     for k in tl.static_range(TOP):
         pair = token * TOP + k
         count, row, weight = _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
+        b = count
+        if k < EARLY:
+            b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
         found = found + ((count, row, weight, b),)  # noqa: RUF005 - Triton knows no stars
     return found
 
@@ -75,7 +77,8 @@ def _first_pages(
 @triton.jit
 def _add_lora(
     acc, firsts, o, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
+    TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """acc plus the adapters' part of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width``
     wide. ``firsts``: of :func:`_first_pages`."""
@@ -83,6 +86,8 @@ def _add_lora(
     for k in tl.static_range(TOP):
         pair = token * TOP + k
         count, row, weight, b = firsts[k]
+        if k >= EARLY:
+            b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
         h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES, count > 0, SLICES, MAX_PAGES, CUTS, PAGE)
         acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
         for page in range(1, count):
@@ -97,7 +102,8 @@ def _add_norm_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, pages, adapters, eps,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    ADAPTED: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr,
+    ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr,
+    MAX_PAGES: tl.constexpr, CUTS: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -108,7 +114,7 @@ def _add_norm_kernel(
     if ADAPTED:
         firsts = _first_pages(
             o, inside, token, 0, width, start,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -119,7 +125,7 @@ def _add_norm_kernel(
     if ADAPTED:
         acc = _add_lora(
             acc, firsts, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
-            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     if SPLIT > 0:
@@ -148,7 +154,8 @@ def _heads_kernel(
     h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
     heads, kv_heads, longest, eps,
     HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -167,11 +174,11 @@ def _heads_kernel(
     if ADAPTED:
         firsts_low = _first_pages(
             o_low, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
         )  # fmt: skip
         firsts_high = _first_pages(
             o_high, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -181,11 +188,11 @@ def _heads_kernel(
     if ADAPTED:
         low = _add_lora(
             low, firsts_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         high = _add_lora(
             high, firsts_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     length = tl.load(length_ptr)
     cell = ((token * kv_heads + head) * longest + length) * (2 * HALF)
@@ -219,7 +226,8 @@ def _gate_kernel(
     y_ptr, m_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, pages, adapters,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
+    TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -229,11 +237,11 @@ def _gate_kernel(
     if ADAPTED:
         firsts_gate = _first_pages(
             o, inside, token, 0, width, start_gate,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
         )  # fmt: skip
         firsts_up = _first_pages(
             o, inside, token, 1, width, start_up,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -247,11 +255,11 @@ def _gate_kernel(
     if ADAPTED:
         gate = _add_lora(
             gate, firsts_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
-            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         up = _add_lora(
             up, firsts_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
-            TOP, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     m = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(m_ptr + token * width + o, m.to(m_ptr.dtype.element_ty), mask=inside)
@@ -269,6 +277,11 @@ def _adapters(added: Added | None, stand_in: torch.Tensor) -> tuple[tuple[torch.
     }  # fmt: skip
     pointers = (added.h, pages.B, added.weights, added.slots, pages.first, pages.count)
     return pointers, shape, pages.pages, pages.slots
+
+
+def _early(numbers: int, warps: int) -> int:
+    """Columns whose first page (``numbers`` of them) each thread can hold beside its work."""
+    return max(1, 256 * warps * 32 // numbers)
 
 
 def _launch(pdl: bool) -> dict[str, bool]:
@@ -296,10 +309,11 @@ def add_norm(
     T, D = residual.shape
     pointers, shape, pages, slots = _adapters(added, residual)
     block = triton.next_power_of_2(D)
+    warps = max(1, min(16, block // 128))
     _add_norm_kernel[(T,)](
         residual, residual if y is None else y, gain, x, *pointers, T, D, pages, slots, eps,
-        SPLIT=0 if y is None else y.shape[0], BLOCK=block, **shape, **_launch(pdl),
-        num_warps=max(1, min(16, block // 128)),
+        SPLIT=0 if y is None else y.shape[0], BLOCK=block, EARLY=_early(PAGE * block, warps),
+        **shape, **_launch(pdl), num_warps=warps,
     )  # fmt: skip
 
 
@@ -335,7 +349,7 @@ def heads(
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
         *pointers, T, pages, slots, H, G, longest, eps,
         HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
-        SPLIT=y.shape[0], **shape, **_launch(pdl), num_warps=1,
+        SPLIT=y.shape[0], EARLY=_early(PAGE * d, 1), **shape, **_launch(pdl), num_warps=1,
     )  # fmt: skip
 
 
@@ -345,5 +359,6 @@ def gate(y: torch.Tensor, m: torch.Tensor, added: Added | None = None, pdl: bool
     pointers, shape, pages, slots = _adapters(added, m)
     block = 128
     _gate_kernel[(T, triton.cdiv(width, block))](
-        y, m, *pointers, T, width, pages, slots, SPLIT=y.shape[0], BLOCK=block, **shape, **_launch(pdl), num_warps=2,
+        y, m, *pointers, T, width, pages, slots, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, 2),
+        **shape, **_launch(pdl), num_warps=2,
     )  # fmt: skip

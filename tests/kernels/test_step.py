@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from molora_kernels import Factors
+from molora_kernels import Factors, step
 from molora_kernels.attention import Attention, AttentionTile
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import RankPages
@@ -87,6 +87,15 @@ def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, adapted: bo
         add_norm(residual, y, gain, x, EPS, group.added)
         close(residual, expected)
         close(x, norm(expected, gain))
+
+
+def test_more_columns_than_are_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_early", lambda *_: 1)
+    group = Group(5, 64, (150, 150), top=3)
+    m = torch.full((5, 150), torch.nan, device=DEVICE)
+    gate(group.product(TILES["split"]), m, group.added)
+    g, u = group.exact().split(150, 1)
+    close(m, F.silu(g) * u)
 
 
 def test_add_norm_of_nothing_added() -> None:
