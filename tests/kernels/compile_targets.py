@@ -25,7 +25,7 @@ SHAPE = {
     "CUTS": 2,
     "ADAPTED": True,
     "ALIGN": 16,
-    "COLUMNS": 2,
+    "EARLY": 1,
 }
 PRODUCT = {
     "AHEAD": 4,
@@ -42,6 +42,7 @@ KERNELS = {
     shrink._shrink_token_kernel: {"BLOCK_D": 256},
     shrink._shrink_block_kernel: {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_R": 64, "UPCAST": False},
     expand._expand_token_kernel: {"BLOCK_O": 256},
+    expand._expand_block_kernel: {"RANKS": 32, "PIECES": 4, "BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128, "UPCAST": False},
     linear._linear_kernel: {**PRODUCT, "DOT": True, "UPCAST": False},
     step._add_norm_kernel: {"BLOCK": 2048},
