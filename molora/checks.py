@@ -4,11 +4,14 @@ import torch
 from transformers import PreTrainedModel
 
 from molora.adapter import Adapter
+from molora.backend import backend_for
+from molora.errors import UnsupportedAdapterError
 from molora.layer import linear_size
 from molora.router import Router, VocabularyRouter
 from molora.routing import decoder_layers
 from molora.selection import router_rows
 from molora.stack import Stack
+from molora_kernels.pages import MAX_RANK
 
 
 def linear_sizes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -21,8 +24,9 @@ def linear_sizes(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def check_fits(adapter: Adapter, base: PreTrainedModel, name: str) -> None:
-    """Raises AdapterError where ``adapter`` is for another base than the one called ``name``."""
+def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str | None = None) -> None:
+    """Raises AdapterError where ``adapter`` is for another base than the one called ``name``, or has a rank that the
+    kernels do not take (``backend``: as for ``MoLoRAModel.from_base``)."""
 
     def weight(module: str) -> torch.Tensor | None:
         try:
@@ -31,6 +35,12 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str) -> None:
             return None
 
     adapter.check_fits(linear_sizes(base), weight, name)
+    rank, module = max((weights.rank, module) for module, weights in adapter.modules.items())
+    if rank > MAX_RANK and (backend or backend_for(base.device)) == "triton":
+        raise UnsupportedAdapterError(
+            f"{adapter.path} has rank {rank} at {module}; the kernels take ranks up to {MAX_RANK}. "
+            f"Use from_base(..., backend='torch')."
+        )
 
 
 def check_router(router: Router | VocabularyRouter, stack: Stack, base: PreTrainedModel) -> None:

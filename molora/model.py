@@ -97,7 +97,7 @@ class MoLoRAModel(nn.Module):
             base, tokenizer = load_base(name, dtype=dtype or torch.bfloat16, device_map=device_map)
         name = name or str(base.config.name_or_path or "this base")
         for adapter in adapters.values():
-            check_fits(adapter, base, name)
+            check_fits(adapter, base, name, backend)
         if isinstance(router, RouterConfig):
             router = Router(router, router_rows(stack), base.config.get_text_config().hidden_size)
         if router is not None:
@@ -327,7 +327,7 @@ class MoLoRAModel(nn.Module):
 
     def _load(self, path: str | Path) -> Adapter:
         adapter = Adapter.load(path)
-        check_fits(adapter, self.base, str(self.base_name))
+        check_fits(adapter, self.base, str(self.base_name), self.backend)
         return adapter
 
     def _wrapped(self, name: str) -> MoLoRALinear:
