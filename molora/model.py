@@ -10,17 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from molora import saved
+from molora.adapted import AdaptedModules
 from molora.adapter import Adapter
-from molora.backend import BACKENDS, backend_for
 from molora.captured import CapturedSteps
 from molora.chat import render
 from molora.checks import check_fits, check_router
-from molora.errors import BaseModelError, ConfigError, SelectionError, StackError
-from molora.groups import AdapterGroup, siblings
-from molora.layer import MoLoRALinear, linear_size
+from molora.errors import BaseModelError, SelectionError, StackError
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
 from molora.router import Router, RouterConfig, VocabularyRouter
-from molora.routing import RoutingState, decoder_layers
+from molora.routing import RoutingState
 from molora.selection import Selection, candidates, resolve, router_rows
 from molora.stack import SlotTable, Stack, check_name
 from molora.streaming import stream
@@ -41,10 +39,6 @@ class MoLoRAModel(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if backend not in (None, *BACKENDS):
-            raise ConfigError(
-                f"There is no backend {backend!r}: choose {' or '.join(BACKENDS)}, or leave it to the device."
-            )
         self.base = base.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.base_name = base_name or base.config.name_or_path
@@ -53,9 +47,8 @@ class MoLoRAModel(nn.Module):
         self.slots = SlotTable()
         self.adapters: dict[str, Adapter] = {}
         self.routing = RoutingState(base)
-        self.backend = backend
-        self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
-        self.steps = CapturedSteps(base, self.routing, self.groups)
+        self.adapted = AdaptedModules(base, self.routing, backend)
+        self.steps = CapturedSteps(base, self.routing, self.adapted.groups)
 
     @classmethod
     def from_base(
@@ -327,71 +320,21 @@ class MoLoRAModel(nn.Module):
 
     def _load(self, path: str | Path) -> Adapter:
         adapter = Adapter.load(path)
-        check_fits(adapter, self.base, str(self.base_name), self.backend)
+        check_fits(adapter, self.base, str(self.base_name), self.adapted.backend)
         return adapter
 
-    def _wrapped(self, name: str) -> MoLoRALinear:
-        module = self.base.get_submodule(name)
-        if not isinstance(module, MoLoRALinear):
-            layers, _ = decoder_layers(self.base)
-            inside = name.startswith(f"{layers}.")
-            index = (
-                int(name[len(layers) + 1 :].split(".")[0])
-                if inside
-                else self.config.get_text_config().num_hidden_layers
-            )
-            group = self._group(name)
-            piece = group.names.index(name) if group is not None else 0
-            module = MoLoRALinear.from_base(module, self.routing, index, group, piece).eval()
-            parent, _, child = name.rpartition(".")
-            setattr(self.base.get_submodule(parent), child, module)
-        return module
-
-    def _group(self, name: str) -> AdapterGroup | None:
-        """The pages of a module and of those that share its input; None where torch does the work."""
-        module: Any = self.base.get_submodule(name)
-        if (self.backend or backend_for(module.weight.device)) == "torch":
-            return None
-        if name not in self.groups:
-            self.groups |= dict.fromkeys(names := self._siblings(name), AdapterGroup.of(self.base, names))
-        return self.groups[name]
-
-    def _siblings(self, name: str) -> tuple[str, ...]:
-        modules = dict(self.base.named_modules())
-        found = {other: modules[other] for other in siblings(name) if other in modules}
-        sizes = {other: linear_size(getattr(module, "base_layer", module)) for other, module in found.items()}
-        plain = {other for other, size in sizes.items() if size is not None and size[0] == sizes[name][0]}  # type: ignore[index]
-        return siblings(name) if plain == set(siblings(name)) else (name,)
-
     def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRAModel":
-        """``.to()`` and the like; on another kind of device other code may serve the adapters."""
+        """``.to()`` and the like."""
         super()._apply(fn, recurse)
-        wrapped = {name: module for name, module in self.base.named_modules() if isinstance(module, MoLoRALinear)}
-        if any((module.group is None) != (self._group(name) is None) for name, module in wrapped.items()):
-            self.groups.clear()
-            for name, module in wrapped.items():
-                module.group = self._group(name)
-                module.piece = module.group.names.index(name) if module.group is not None else 0
-                module.factors.clear()
-            for label, adapter in self.adapters.items():
-                self._fill(self.slots[label], adapter)
+        self.adapted.moved({self.slots[label]: adapter for label, adapter in self.adapters.items()})
         return self
 
     def _put(self, label: str, adapter: Adapter) -> None:
-        slot = self.slots.take(label)
         self.adapters[label] = adapter
-        self._fill(slot, adapter)
-
-    def _fill(self, slot: int, adapter: Adapter) -> None:
-        for name, weights in adapter.modules.items():
-            module = self._wrapped(name)
-            dtype = module.weight.dtype if module.weight.is_floating_point() else self.base.dtype
-            module.set_factors(slot, weights, dtype)
+        self.adapted.put(self.slots.take(label), adapter)
 
     def _drop(self, label: str) -> None:
-        slot = self.slots.free(label)
-        for name in self.adapters.pop(label).modules:
-            self._wrapped(name).set_factors(slot, None, self.dtype)
+        self.adapted.drop(self.slots.free(label), self.adapters.pop(label))
 
     def _routes(self) -> Routes:
         state = self.routing

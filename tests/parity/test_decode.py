@@ -42,7 +42,7 @@ class Both:
     @classmethod
     def routed(cls, base: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, **config: Any) -> "Both":
         with monkeypatch.context() as here:
-            here.setattr("molora.model.backend_for", lambda _: "triton")
+            here.setattr("molora.adapted.backend_for", lambda _: "triton")
             model = make_routed(base, adapters, **config)
         return cls(model, make_routed(base, adapters, **config), monkeypatch)
 

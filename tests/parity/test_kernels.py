@@ -31,7 +31,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from molora_kernels import paged
 
     calls = []
-    monkeypatch.setattr("molora.model.backend_for", lambda _: "triton")
+    monkeypatch.setattr("molora.adapted.backend_for", lambda _: "triton")
     for name in ("expand_paged", "add_lora_paged"):
         whole = getattr(paged, name)
         monkeypatch.setattr(paged, name, lambda *a, whole=whole: calls.append(1) or whole(*a))

@@ -97,7 +97,7 @@ def test_another_device_another_backend(
 ) -> None:
     model = MoLoRAModel.from_base(make_base(), Stack([StackLayer("any", {"math": adapters["math"]})]))
     for name in ("triton", "torch", "triton"):
-        monkeypatch.setattr("molora.model.backend_for", lambda _, name=name: name)
+        monkeypatch.setattr("molora.adapted.backend_for", lambda _, name=name: name)
         model.to(torch.float32)
         wrapped = [module for module in model.base.modules() if type(module).__name__ == "MoLoRALinear"]
         assert all((module.group is not None) == (name == "triton") for module in wrapped)

@@ -1,0 +1,90 @@
+"""Which modules of a base are adapted, and by which code: its wrapped modules, and the groups of their adapters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from molora.adapter import Adapter
+from molora.backend import BACKENDS, backend_for
+from molora.errors import ConfigError
+from molora.groups import AdapterGroup, siblings
+from molora.layer import MoLoRALinear, linear_size
+from molora.routing import RoutingState, decoder_layers
+
+
+class AdaptedModules:
+    """Wraps modules of ``base`` as adapters come.
+
+    Args:
+        base: the model.
+        routing: where the modules find the plan.
+        backend: "torch", "triton", or None: by the device of each module.
+    """
+
+    def __init__(self, base: PreTrainedModel, routing: RoutingState, backend: str | None) -> None:
+        if backend not in (None, *BACKENDS):
+            known = " or ".join(BACKENDS)
+            raise ConfigError(f"There is no backend {backend!r}: choose {known}, or leave it to the device.")
+        self.base, self.routing, self.backend = base, routing, backend
+        self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
+
+    def put(self, slot: int, adapter: Adapter) -> None:
+        """Puts an adapter into a slot of all modules that it adapts."""
+        for name, weights in adapter.modules.items():
+            module = self._wrapped(name)
+            dtype = module.weight.dtype if module.weight.is_floating_point() else self.base.dtype
+            module.set_factors(slot, weights, dtype)
+
+    def drop(self, slot: int, adapter: Adapter) -> None:
+        """Empties the slot of those modules."""
+        for name in adapter.modules:
+            self._wrapped(name).set_factors(slot, None, self.base.dtype)
+
+    def moved(self, adapters: Mapping[int, Adapter]) -> None:
+        """The base may be on another kind of device, where other code serves: then adapters (by slot) go there."""
+        wrapped = {name: module for name, module in self.base.named_modules() if isinstance(module, MoLoRALinear)}
+        if all((module.group is None) == (self._group(name) is None) for name, module in wrapped.items()):
+            return
+        self.groups.clear()
+        for name, module in wrapped.items():
+            module.group = self._group(name)
+            module.piece = module.group.names.index(name) if module.group is not None else 0
+            module.factors.clear()
+        for slot, adapter in adapters.items():
+            self.put(slot, adapter)
+
+    def _wrapped(self, name: str) -> MoLoRALinear:
+        module = self.base.get_submodule(name)
+        if not isinstance(module, MoLoRALinear):
+            group = self._group(name)
+            piece = group.names.index(name) if group is not None else 0
+            module = MoLoRALinear.from_base(module, self.routing, self._layer(name), group, piece).eval()
+            parent, _, child = name.rpartition(".")
+            setattr(self.base.get_submodule(parent), child, module)
+        return module
+
+    def _layer(self, name: str) -> int:
+        """The decoder layer that a module stands in; after the last for the head."""
+        layers, _ = decoder_layers(self.base)
+        if name.startswith(f"{layers}."):
+            return int(name[len(layers) + 1 :].split(".")[0])
+        return int(self.base.config.get_text_config().num_hidden_layers)
+
+    def _group(self, name: str) -> AdapterGroup | None:
+        """The pages of a module and of those that share its input; None where torch does the work."""
+        module: Any = self.base.get_submodule(name)
+        if (self.backend or backend_for(module.weight.device)) == "torch":
+            return None
+        if name not in self.groups:
+            names = self._siblings(name)
+            self.groups.update(dict.fromkeys(names, AdapterGroup.of(self.base, names)))
+        return self.groups[name]
+
+    def _siblings(self, name: str) -> tuple[str, ...]:
+        modules: dict[str, Any] = dict(self.base.named_modules())
+        names = siblings(name)
+        found = [modules.get(other) for other in names]
+        sizes = [linear_size(getattr(module, "base_layer", module)) if module is not None else None for module in found]
+        same = all(size is not None for size in sizes) and len({size[0] for size in sizes if size is not None}) == 1
+        return names if same else (name,)
