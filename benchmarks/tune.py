@@ -59,19 +59,7 @@ def run(tokens: int, rows: int, columns: int, tile: LinearTile, copies: int) -> 
     error = float((y.double().sum(0) - expected).norm() / expected.norm())
     if not error < 1e-2:
         sys.exit(f"{tile} is wrong at {tokens} x {rows} x {columns}: relative error {error:.1e}.")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            linear(y, x, weight, tile)
-    times = []
-    for _ in range(4):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / copies)
-    return statistics.median(times[1:])
+    return _replays(lambda index: linear(y, x, weights[index], tile), copies)
 
 
 def compile_all(part: list[tuple[int, LinearTile]]) -> None:
@@ -97,23 +85,11 @@ def run_attention(batch: int, kv_heads: int, context: int, tile: AttentionTile, 
     length = torch.full((1,), context - 1, device="cuda")
     attention = Attention(batch, heads, width, tile, q.device)
 
-    def through() -> None:
-        for keys, values in memory:
-            attention(out, q, keys, values, mask, length, width**-0.5, True)
+    def call(index: int) -> None:
+        keys, values = memory[index]
+        attention(out, q, keys, values, mask, length, width**-0.5, True)
 
-    through()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        through()
-    times = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(memory))
-    return statistics.median(times[1:])
+    return _replays(call, len(memory))
 
 
 def tune_attention() -> list[dict[str, Any]]:
@@ -182,6 +158,10 @@ def _one_expand(
     expand(ys[index], h, pages, slots, weights, order, False, 0, tile)
 
 
+def _product(x: torch.Tensor, weights: torch.Tensor, index: int) -> None:
+    x @ weights[index].T
+
+
 def _replays(call: Any, copies: int) -> float:
     """Median microseconds of one call, captured, going through ``copies`` inputs."""
     call(0)
@@ -229,7 +209,7 @@ def tune_linear(shapes: list[str], workers: int) -> list[dict[str, Any]]:
             copies = max(2, min(64, BYTES // (rows * columns * 2)))
             weights = torch.randn(copies, rows, columns, device="cuda", dtype=torch.bfloat16)
             x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-            library = _library(x, weights)
+            library = _replays(partial(_product, x, weights), copies)
             del weights
             tiles = [t for t in candidates(tokens) if rows <= 65536 or t.split == 1]
             times = {tile: run(tokens, rows, columns, tile, copies) for tile in tiles}
@@ -241,24 +221,6 @@ def tune_linear(shapes: list[str], workers: int) -> list[dict[str, Any]]:
             print(f"{tokens:3} x {rows} x {columns}: {times[best]:.2f} us, cuBLAS {library:.2f}, limit {limit:.2f}  "
                   f"{tuple(asdict(best).values())}", flush=True)  # fmt: skip
     return entries
-
-
-def _library(x: torch.Tensor, weights: torch.Tensor) -> float:
-    for weight in weights[:2]:
-        x @ weight.T
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            x @ weight.T
-    times = []
-    for _ in range(4):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(weights))
-    return statistics.median(times[1:])
 
 
 if __name__ == "__main__":
