@@ -57,8 +57,8 @@ def fill(base: Any, count: int, rank: int) -> dict[str, AdapterGroup]:
         names = siblings(name)
         plain = [getattr(base.get_submodule(other), "base_layer", base.get_submodule(other)) for other in names]
         outputs = [linear.out_features for linear in plain]
-        group = AdapterGroup(names, module.in_features, outputs, torch.bfloat16, torch.device("cuda"))
-        pages = RankPages(module.in_features, outputs, count, count * pages_each, rank)
+        group = AdapterGroup(names, module.in_features, outputs, base.dtype, base.device)
+        pages = RankPages(module.in_features, outputs, count, count * pages_each, rank, base.dtype, base.device)
         pages.A.normal_(0, module.in_features**-0.5)
         pages.B.normal_(0, 0.1 * rank**-0.5)
         pages.first.copy_(torch.arange(count, dtype=torch.int32).mul(pages_each).expand_as(pages.first))
@@ -75,7 +75,8 @@ def routing_of(base: Any, count: int, top: int) -> tuple[RoutingState, Any]:
     table = SlotTable()
     for label in stack.names:
         table.take(label)
-    router = Router(RouterConfig(), router_rows(stack), base.config.hidden_size).to("cuda").eval().requires_grad_(False)
+    router = Router(RouterConfig(), router_rows(stack), base.config.hidden_size)
+    router = router.to(base.device).eval().requires_grad_(False)
     for part in router._parts:  # tokens spread over the adapters, none to the null
         part.input.weight.normal_(0, 1.0)
         part.output.weight.normal_(0, 1.0)
