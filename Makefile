@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	@echo "==> pytest"
-	@$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-all
 	@echo "==> ruff"

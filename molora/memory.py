@@ -2,6 +2,8 @@
 
 import torch
 
+from molora.backend import backend_for, failed
+
 CHUNK = 128
 
 
@@ -23,6 +25,15 @@ def moving_averages(
         new = torch.lerp(z.unsqueeze(1)[:, :, 0], start, decays.view(1, -1, 1))
         new = torch.where(real.view(-1, 1, 1), new, start)
         return new.unsqueeze(1), new
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, decays, start))
+    if z.shape[1] > 1 and not learning and backend_for(z.device) == "triton":
+        try:
+            from molora_kernels import averages  # needs Triton
+
+            return averages.moving_averages(z, real, decays, start)
+        except Exception as error:  # Triton's own errors have no common class
+            if not failed(error):
+                raise
     outputs = []
     for first in range(0, z.shape[1], CHUNK):
         here = slice(first, first + CHUNK)

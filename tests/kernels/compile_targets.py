@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molora_kernels import attention, expand, linear, outer, route, shrink, step
+from molora_kernels import attention, averages, expand, linear, outer, route, shrink, step
 from molora_kernels.pages import PAGE
 
 TARGETS = {
@@ -50,11 +50,19 @@ KERNELS = {
     step._gate_kernel: {"BLOCK": 128},
     attention._part_kernel: {**PARTS, "UPCAST": False},
     attention._join_kernel: {"WIDTH": 64, "BLOCK_W": 64, "PARTS": 4},
+    averages._ends_kernel: {"DECAYS": 2, "CHUNK": 64, "BLOCK_W": 64},
+    averages._averages_kernel: {"DECAYS": 2, "CHUNK": 64, "BLOCK_W": 64},
     route._remember_kernel: {"DECAYS": 2, "BLOCK_W": 128},
     route._affine_kernel: {"SILU": True, "BLOCK_O": 16, "BLOCK_D": 512, "TOKENS": 8},
     route._choose_kernel: {"LAYERS": 3, "MOST": 4, "SOFTMAX": True, "BLOCK_C": 64},
 }
-ROUTE = (route._remember_kernel, route._affine_kernel, route._choose_kernel)  # float32 alone
+ROUTE = {  # float32 alone
+    averages._ends_kernel,
+    averages._averages_kernel,
+    route._remember_kernel,
+    route._affine_kernel,
+    route._choose_kernel,
+}
 POINTERS = {
     **dict.fromkeys(["slots_ptr", "order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
     **dict.fromkeys(["first_ptr", "count_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),

@@ -32,6 +32,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     calls = []
     monkeypatch.setattr("molora.adapted.backend_for", lambda _: "triton")
+    monkeypatch.setattr("molora.memory.backend_for", lambda _: "triton")
     for name in ("expand_paged", "add_lora_paged"):
         whole = getattr(paged, name)
         monkeypatch.setattr(paged, name, lambda *a, whole=whole: calls.append(1) or whole(*a))
