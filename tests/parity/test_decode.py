@@ -68,14 +68,21 @@ def both(base: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     return Both.routed(base, adapters, monkeypatch, reads=(0, 2))
 
 
-@pytest.mark.parametrize("kind", ROUTED)
+def on_gpu(value: Any) -> Any:
+    """A case that only a GPU runs: the interpreter takes seconds a step."""
+    return pytest.param(value, marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(
+    "kind", ["two-routers", "softmax-top2", *(on_gpu(kind) for kind in ("embedding", "no-memory", "layer-1"))]
+)
 def test_greedy_tokens(
     kind: str, base: Any, adapters: dict[str, Path], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Both.routed(base, adapters, monkeypatch, **ROUTED[kind]).check(ids, selection=AUTO)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen3", on_gpu("mistral")])
 def test_other_families(family: str, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(family)
     adapters = write_adapters(base, tmp_path)
@@ -146,7 +153,12 @@ def test_streamed_routes(both: Both, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "dynamic"}, {"disable_compile": True}],
+    [
+        {"num_beams": 2},
+        on_gpu({"use_cache": False}),
+        on_gpu({"cache_implementation": "dynamic"}),
+        {"disable_compile": True},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_what_the_step_leaves_to_transformers(options: dict[str, Any], both: Both, ids: torch.Tensor) -> None:
