@@ -104,8 +104,8 @@ class AdapterGroup:
             return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
-            order = plan.order if len(flat) > TOKEN_FORM else None
-            return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, order)
+            blocks = plan.blocks if len(flat) > TOKEN_FORM else None
+            return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             self._shrunk = (x, plan, shrink_paged(flat, self.pages, plan))
         h = self._shrunk[2]

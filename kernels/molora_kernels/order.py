@@ -2,8 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from molora_kernels.blocks import Blocks
+
+_SORTED_COLUMNS = 3  # of a plan that the order looks at: as many as fit into a key of 64 bits
+_BITS = 20  # of a slot in a key
 
 
 @dataclass(frozen=True)
@@ -14,14 +21,19 @@ class PagedPlan:
     weights: torch.Tensor
 
     @cached_property
-    def order(self) -> torch.Tensor:
-        """Of :func:`order_by_slot`, made once for all modules."""
-        return order_by_slot(self.slots)
+    def blocks(self) -> "Blocks":
+        """Of :func:`molora_kernels.blocks.make_blocks`, made once for all modules."""
+        from molora_kernels.blocks import make_blocks  # needs Triton
+
+        return make_blocks(self.slots, order_by_slot(self.slots))
 
 
 def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
-    """[S, T] int64: for each column of a plan its tokens by slot, so that a block of them meets few different ones.
+    """[T] int64: the tokens by their slots, column after column, so that a block of them meets few different ones.
 
     Nothing waits for the device. slots: [T, S] int, -1 for none.
     """
-    return slots.T.contiguous().argsort(dim=1, stable=True)
+    key = slots[:, 0]
+    for column in slots.T[1:_SORTED_COLUMNS]:
+        key = (key.long() << _BITS) + column
+    return key.argsort(stable=True)

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
-from molora_kernels.expand import expand
+from molora_kernels.blocks import Blocks, make_blocks
+from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.order import PagedPlan, order_by_slot
 from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView
-from molora_kernels.shrink import ShrinkTile, shrink
-from molora_kernels.tiles import expand_tile, shrink_tile
+from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
+from molora_kernels.tiles import expand_tile, hot, shrink_tile
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
 _TARGET_PROGRAMS = 264  # two for each of an H100's multiprocessors
@@ -22,9 +23,10 @@ def add_lora_paged(
     pages: PageView,
     slots: torch.Tensor,
     weights: torch.Tensor,
-    order: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
     *,
     by_token: bool | None = None,
+    hot_set: bool | None = None,
 ) -> torch.Tensor:
     """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place.
 
@@ -38,9 +40,11 @@ def add_lora_paged(
         slots: [T, S] int32 or int64, contiguous, -1 for none, all below ``pages.slots``: they are not looked at on the
             host, so that nothing waits for the device.
         weights: [T, S] float32, contiguous.
-        order: of :func:`molora_kernels.order.order_by_slot`, shared by the modules of a forward; made here
-            where it is needed and missing.
+        blocks: of :class:`molora_kernels.order.PagedPlan`, shared by the modules of a forward; made here where they are
+            needed and missing.
         by_token: which form; None: by the number of tokens.
+        hot_set: whether the form by block multiplies the ranks of all adapters for every token, which few of them are
+            worth; None: by the table. Gradients go another way.
 
     Returns:
         y.
@@ -50,36 +54,58 @@ def add_lora_paged(
     """
     _check(y, x, pages, slots, weights)
     T, S = slots.shape
-    if order is not None and (tuple(order.shape) != (S, T) or not order.is_contiguous()):
-        raise ValueError(f"order must be {[S, T]}, contiguous, not {list(order.shape)}.")
     if T == 0 or S == 0:
         return y
+    if blocks is not None and (blocks.order is None or len(blocks.order) != T):
+        of = "tokens as they come" if blocks.order is None else f"{len(blocks.order)} tokens"
+        raise ValueError(f"blocks are of {of}, where {T} in the plan's order are wanted.")
     if by_token is None:
         by_token = T <= TOKEN_FORM
     if by_token:
-        order = None
-    elif order is None:
-        order = order_by_slot(slots)
+        blocks = None
+    elif blocks is None:
+        blocks = make_blocks(slots, order_by_slot(slots))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B)):
-        return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, order)
-    h = shrink(x, pages, slots, order, _shrink_tile(pages, slots, order), _upcast(x))
-    return expand(y, h, pages, slots, weights, order, _upcast(x), tile=expand_tile(T, pages.slots))
+        return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, blocks)
+    return expand(
+        y,
+        _shrink(x, pages, slots, blocks, hot_set),
+        pages,
+        slots,
+        weights,
+        blocks,
+        _upcast(x),
+        tile=_expand_tile(pages, slots),
+    )
 
 
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
-    """The shrink of all slices, for :func:`expand_paged`: [split, T, S, columns] float32. x: [T, D]."""
-    order = _order(plan)
-    return shrink(x, pages, plan.slots, order, _shrink_tile(pages, plan.slots, order), _upcast(x))
+    """The shrink of all slices, for :func:`expand_paged`. x: [T, D]."""
+    return _shrink(x, pages, plan.slots, _blocks(plan))
 
 
 def expand_paged(y: torch.Tensor, h: torch.Tensor, pages: PageView, plan: PagedPlan, piece: int) -> torch.Tensor:
     """y [T, O of slice ``piece``], rows contiguous, plus that slice's expand of h, in place."""
-    tile = expand_tile(len(plan.slots), pages.slots)
-    return expand(y, h, pages, plan.slots, plan.weights, _order(plan), _upcast(h), piece, tile)
+    tile = _expand_tile(pages, plan.slots)
+    return expand(y, h, pages, plan.slots, plan.weights, _blocks(plan), _upcast(y), piece, tile)
 
 
-def _order(plan: PagedPlan) -> torch.Tensor | None:
-    return None if plan.slots.shape[0] <= TOKEN_FORM else plan.order
+def _blocks(plan: PagedPlan) -> Blocks | None:
+    return None if plan.slots.shape[0] <= TOKEN_FORM else plan.blocks
+
+
+def _shrink(
+    x: torch.Tensor, pages: PageView, slots: torch.Tensor, blocks: Blocks | None, hot_set: bool | None = None
+) -> torch.Tensor:
+    if hot_set is None:
+        hot_set = hot(len(slots), len(pages.outputs) * pages.pages * PAGE)
+    if blocks is not None and hot_set:
+        return shrink_hot(x, pages)
+    return shrink(x, pages, slots, blocks, _shrink_tile(pages, slots, blocks), _upcast(x))
+
+
+def _expand_tile(pages: PageView, slots: torch.Tensor) -> ExpandTile:
+    return expand_tile(len(slots), pages.slots)
 
 
 class _AddLoRA(torch.autograd.Function):
@@ -95,21 +121,22 @@ class _AddLoRA(torch.autograd.Function):
         B: torch.Tensor,
         pages: PageView,
         slots: torch.Tensor,
-        order: torch.Tensor | None,
+        blocks: Blocks | None,
     ) -> torch.Tensor:
-        h = shrink(x, pages, slots, order, _shrink_tile(pages, slots, order), _upcast(x), zeros=True)
-        expand(y, h, pages, slots, weights, order, _upcast(x), tile=expand_tile(len(y), pages.slots))
+        h = shrink(x, pages, slots, blocks, _shrink_tile(pages, slots, blocks), _upcast(x), zeros=True)
+        expand(y, h, pages, slots, weights, blocks, _upcast(x), tile=_expand_tile(pages, slots))
         ctx.mark_dirty(y)
         _, _, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
         kept = (x if for_A else None, h.sum(0) if for_weights or for_B else None)
-        ctx.save_for_backward(weights, slots, order, *kept)
-        ctx.pages, ctx.x_dtype = pages, x.dtype
+        ctx.save_for_backward(weights, slots, *kept)
+        ctx.pages, ctx.blocks, ctx.x_dtype = pages, blocks, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weights, slots, order, x, h = ctx.saved_tensors
+        weights, slots, x, h = ctx.saved_tensors
         pages: PageView = ctx.pages
+        blocks: Blocks | None = ctx.blocks
         _, for_x, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
         dx = torch.zeros(len(dy), pages.inputs, dtype=torch.float32, device=dy.device) if for_x else None
         dweights = torch.zeros_like(weights) if for_weights else None
@@ -120,9 +147,9 @@ class _AddLoRA(torch.autograd.Function):
         for index, part in enumerate(dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)):
             if for_x or for_weights or for_A:
                 back = pages.transposed(index)
-                dh = shrink(part, back, slots, order, _shrink_tile(back, slots, order), upcast, zeros=True)
+                dh = shrink(part, back, slots, blocks, _shrink_tile(back, slots, blocks), upcast, zeros=True)
                 if dx is not None:
-                    expand(dx, dh, back, slots, weights, order, upcast, tile=expand_tile(len(dx), pages.slots))
+                    expand(dx, dh, back, slots, weights, blocks, upcast, tile=_expand_tile(pages, slots))
                 dh = dh.sum(0)
                 if dweights is not None:
                     dweights += (h[..., index * ranks : (index + 1) * ranks] * dh).sum(-1)
@@ -138,9 +165,9 @@ def _upcast(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _shrink_tile(pages: PageView, slots: torch.Tensor, order: torch.Tensor | None) -> ShrinkTile:
+def _shrink_tile(pages: PageView, slots: torch.Tensor, blocks: Blocks | None) -> ShrinkTile:
     T, S = slots.shape
-    if order is not None:
+    if blocks is not None:
         return shrink_tile(T, pages.slots)
     programs, split = T * S * len(pages.outputs), 1
     while split < 16 and programs * split < _TARGET_PROGRAMS and pages.inputs // (split * 2) >= _SHORTEST_SPLIT:

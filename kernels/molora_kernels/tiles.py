@@ -2,7 +2,8 @@
 
 Each entry of ``linear``: tokens, rows and columns of W, and the tile that was fastest there. A product that was not
 measured takes the tile of the nearest one that was. ``attention``: sequences times heads of the cache, likewise.
-``shrink`` and ``expand``: tokens and slots of the forms by block.
+``shrink`` and ``expand``: tokens and slots of the forms by block. ``hot``: tokens and ranks of all adapters of a group,
+and whether to multiply all of them.
 """
 
 import json
@@ -16,6 +17,8 @@ from molora_kernels.attention import AttentionTile
 from molora_kernels.expand import ExpandTile
 from molora_kernels.linear import LinearTile
 from molora_kernels.shrink import ShrinkTile
+
+LARGEST_HOT = 4096  # ranks of all slices and pages that are ever multiplied for every token
 
 
 @cache
@@ -54,6 +57,15 @@ def shrink_tile(tokens: int, slots: int) -> ShrinkTile:
 def expand_tile(tokens: int, slots: int) -> ExpandTile:
     """As :func:`shrink_tile`."""
     return ExpandTile(**_by_tokens("expand", tokens, slots))
+
+
+@cache
+def hot(tokens: int, rows: int) -> bool:
+    """Whether a prompt's shrink is the product with all ``rows`` ranks of the adapters, rather than by block."""
+    if rows > LARGEST_HOT:
+        return False
+    entries = _table()["hot"]
+    return min(entries, key=lambda e: _octaves(e["tokens"], tokens) + _octaves(e["rows"], rows))["hot"]
 
 
 def _by_tokens(kind: str, tokens: int, slots: int) -> dict[str, int]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from molora_kernels import Factors
-from molora_kernels.order import order_by_slot
 from molora_kernels.paged import add_lora_paged
 from tests.conftest import DEVICE
 from tests.kernels.test_paged import FORMS, RANKS, Case
@@ -15,8 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def call(case: Case, form: str) -> torch.Tensor:
-    order = None if FORMS[form] else order_by_slot(case.slots)
-    return add_lora_paged(case.y, case.x, case.pages, case.slots, case.weights, order, by_token=FORMS[form])
+    return add_lora_paged(case.y, case.x, case.pages, case.slots, case.weights, **FORMS[form])
 
 
 @pytest.mark.parametrize("form", FORMS)

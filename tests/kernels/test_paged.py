@@ -1,9 +1,12 @@
 """The Triton kernels over rank pages against a float64 loop over pairs, in the interpreter or on a GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from molora_kernels import Factors
+from molora_kernels.blocks import BLOCK, Blocks, make_blocks
 from molora_kernels.order import order_by_slot
 from molora_kernels.paged import add_lora_paged
 from molora_kernels.pages import PAGE, RankPages
@@ -12,7 +15,11 @@ from tests.kernels.plans import KINDS, SLOTS, make_slots
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative, of the norm
 RANKS = {"1": [1] * SLOTS, "8": [8] * SLOTS, "16": [16] * SLOTS, "64": [64] * SLOTS, "mixed": [1, 8, 16, 64, 3, 37]}
-FORMS = {"token": True, "block": False}
+FORMS: dict[str, dict[str, bool]] = {
+    "token": {"by_token": True},
+    "block": {"by_token": False, "hot_set": False},
+    "hot": {"by_token": False, "hot_set": True},
+}
 
 
 class Case:
@@ -46,10 +53,8 @@ class Case:
         for slot, pairs in enumerate(self.factors):
             self.pages.put(slot, pairs)
 
-    def run(self, form: str, **options: torch.Tensor) -> torch.Tensor:
-        return add_lora_paged(
-            self.y.clone(), self.x, self.pages, self.slots, self.weights, by_token=FORMS[form], **options
-        )
+    def run(self, form: str, blocks: Blocks | None = None) -> torch.Tensor:
+        return add_lora_paged(self.y.clone(), self.x, self.pages, self.slots, self.weights, blocks, **FORMS[form])
 
     def expected(self) -> torch.Tensor:
         rows = []
@@ -72,9 +77,14 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out unwritten holds NaN."""
+    """Memory that is handed out unwritten holds NaN, or the largest number."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(torch.nan))
+
+    def poisoned(*size: int, **how: Any) -> torch.Tensor:
+        made = empty(*size, **how)
+        return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,9 +149,9 @@ def test_a_repeated_run_is_bitwise_equal(form: str) -> None:
 def test_any_order_is_right() -> None:
     case = Case("zipf", 70)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    case.check(case.run("block", order=order.repeat(2, 1)))
-    with pytest.raises(ValueError, match="order must be"):
-        case.run("block", order=order)
+    case.check(case.run("block", make_blocks(case.slots, order)))
+    with pytest.raises(ValueError, match="blocks are of"):
+        case.run("block", make_blocks(case.slots[:5], order[:5]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -171,10 +181,22 @@ def test_a_swap_writes_where_the_old_one_was(form: str) -> None:
     assert addresses == [t.data_ptr() for t in (case.pages.A, case.pages.B, case.pages.first, case.pages.count)]
 
 
-def test_each_column_is_ordered_by_slot() -> None:
-    slots = make_slots("zipf", 133)
-    for column, order in zip(slots.T, order_by_slot(slots), strict=True):
-        assert torch.equal(column[order], column.sort().values)
+def test_tokens_are_ordered_by_their_slots() -> None:
+    slots = make_slots("zipf", 133, 3)
+    rows = slots[order_by_slot(slots)].tolist()
+    assert rows == sorted(slots.tolist())
+
+
+@pytest.mark.parametrize("S", [1, 2, 3])
+@pytest.mark.parametrize("T", [1, 63, 133])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_list_each_slot_once(kind: str, T: int, S: int) -> None:
+    slots = make_slots(kind, T, S)
+    blocks = make_blocks(slots, order_by_slot(slots))
+    assert blocks.order is not None and len(blocks.counts) == -(-T // BLOCK)
+    for order, found, count in zip(blocks.order.split(BLOCK), blocks.lists, blocks.counts.tolist(), strict=True):
+        expected = set(slots[order].flatten().tolist()) - {-1}
+        assert count == len(expected) and set(found[:count].tolist()) == expected
 
 
 @pytest.mark.parametrize("ranks", RANKS)
