@@ -1,11 +1,16 @@
 """Puts what the GPU benchmarks wrote together as docs/results/kernels.json, with the bars that had to be reached.
 
 python -m benchmarks.results runs/gpu
+
+The folder holds what the benchmarks left there: step.json, prefill.json, train.json, peers.json, smollm.json and
+kernels.csv (a layer's kernels). What is not there is left out, rows and bars; what is there must be of one GPU.
 """
 
 import argparse
+import csv
 import datetime
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +20,173 @@ ADDED = {8: {1: 0.40, 8: 0.50, 64: 0.65}, 64: {1: 0.75, 8: 0.9, 64: 1.3}, 1024: 
 WHOLE = {1: 3.0, 8: 4.0, 64: 11.0}
 OVER = {8: 0.11, 64: 0.17}
 ROUTE = {1: 12.0, 64: 20.0}
+ROUTE_PROMPT = 45.0
+TOP_2 = 1.25
+OWN_LIMIT = 1.6
+BY_COUNT = 1.4
+SKEW = 1.25
+TRAIN = 1.35
+XLORA = 100.0
+
+FILES = {
+    "decode": "step.json",
+    "prefill": "prefill.json",
+    "train": "train.json",
+    "peers": "peers.json",
+    "smollm": "smollm.json",
+    "layer": "kernels.csv",
+}
+WORDS = ("shape", "popularity", "device")  # columns of the CSV that hold no number
+
+Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where step.json and prefill.json are")
+    parser.add_argument("folder", type=Path, help="where the benchmarks wrote")
     parser.add_argument("--out", type=Path, default=Path("docs/results/kernels.json"))
     settings = parser.parse_args()
-    step, prefill = (json.loads((settings.folder / f"{name}.json").read_text()) for name in ("step", "prefill"))
-    if step["device"] != prefill["device"]:
-        parser.error(f"{step['device']} and {prefill['device']}: measure both in one run.")
-    report = {
-        "command": "benchmarks/gpu.sh",
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": step["device"],
-        "seed": step["seed"],
-        "data": "random weights, adapters and tokens; Qwen3 shapes; bf16; 512 tokens of context in a decode step",
-        "rows": [{"what": "decode", **row} for row in step["rows"]]
-        + [{"what": "prefill", **row} for row in prefill["rows"]],
-        "must": decode_bars(step["rows"]) + prefill_bars(prefill["rows"]),
-    }
-    settings.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        report = gather(settings.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for line in report["must"]:
         print(f"{line['name']}: {line['value']:.3f} (bar {line['bar']}) {'' if line['holds'] else 'MISSED'}")
 
 
-def decode_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gather(folder: Path) -> dict[str, Any]:
+    """The report of what ``folder`` holds.
+
+    Raises:
+        ValueError: it holds nothing, or figures of different machines.
+    """
+    found = {what: read(folder / name) for what, name in FILES.items() if (folder / name).is_file()}
+    if not found:
+        raise ValueError(f"{folder} holds none of {', '.join(FILES.values())}: run benchmarks/gpu.sh.")
+    devices = {part["device"] for part in found.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{' and '.join(sorted(devices))}: measure all of them on one machine.")
+    rows = {what: part["rows"] for what, part in found.items()}
+    return {
+        "command": "benchmarks/gpu.sh",
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": devices.pop(),
+        "seed": 0,
+        "data": "random weights, adapters and tokens in Qwen3's shapes, bf16, 512 tokens of context in a decode step; "
+        "smollm: the real SmolLM2-135M-Instruct with the starter stack, greedy",
+        "rows": [{"what": what, **row} for what, part in rows.items() for row in part],
+        "must": [
+            *decode_bars(rows.get("decode", [])),
+            *prefill_bars(rows.get("prefill", [])),
+            *train_bars(rows.get("train", [])),
+            *peer_bars(rows.get("peers", [])),
+        ],
+    }
+
+
+def read(file: Path) -> dict[str, Any]:
+    """device and rows of one benchmark."""
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows: list[Row] = [
+            {name: value if name in WORDS else _number(value) for name, value in row.items()}
+            for row in csv.DictReader(lines)
+        ]
+    devices = {row.pop("device") for row in rows}
+    return {"device": " and ".join(sorted(devices)), "rows": rows}
+
+
+def _number(text: str) -> int | float | None:
+    """None for what was not run."""
+    if text.isdigit():
+        return int(text)
+    return None if text == "" or math.isnan(float(text)) else float(text)
+
+
+def decode_bars(rows: list[Row]) -> list[Row]:
+    """Of the 1.7B shape at rank 16."""
     found = []
-    routed = {(r["adapters"], r["batch"], r["top"]): r for r in rows if "adapters" in r and r["rank"] == 16}
+    rows = [row for row in rows if "adapters" in row and (row["shape"], row["rank"]) == ("1.7B", 16)]
+    routed = {(row["adapters"], row["batch"], row["top"]): row for row in rows}
     for (count, batch, top), row in routed.items():
-        if top == 1 and count in ADDED:
-            found.append(bar(f"decode step, added by {count} adapters, batch {batch}, ms", row["added_ms"],
-                             ADDED[count][batch]))  # fmt: skip
-        if top == 1 and count == 8:
+        if top == 1 and batch in ADDED.get(count, ()):
+            found.append(
+                bar(f"decode step, added by {count} adapters, batch {batch}, ms", row["added_ms"], ADDED[count][batch])
+            )
+        if top == 1 and count == 8 and batch in WHOLE:
             found.append(bar(f"whole routed step, batch {batch}, ms", row["routed_ms"], WHOLE[batch]))
-        if top == 1 and count == 8 and batch in ROUTE:
+        if top == 1 and count == 8 and batch in ROUTE and "route_us" in row:
             found.append(bar(f"router, memory and plan, batch {batch}, us", row["route_us"], ROUTE[batch]))
         one = routed.get((count, batch, 1))
         if top == 2 and one is not None:
-            found.append(bar(f"top-2 against top-1, decode, {count} adapters, batch {batch}",
-                             row["added_ms"] / one["added_ms"], 1.25))  # fmt: skip
+            ratio = row["added_ms"] / one["added_ms"]
+            found.append(bar(f"top-2 against top-1, decode, {count} adapters, batch {batch}", ratio, TOP_2))
     return found
 
 
-def prefill_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def prefill_bars(rows: list[Row]) -> list[Row]:
+    """Of 2,048 tokens, the 1.7B shape at rank 16."""
     found = []
-    rows = [row for row in rows if row["tokens"] == 2048 and row["rank"] == 16]
+    rows = [row for row in rows if (row["shape"], row["tokens"], row["rank"]) == ("1.7B", 2048, 16)]
     known = {(row["adapters"], row["top"], row["popularity"]): row for row in rows}
     for (count, top, popularity), row in known.items():
         one = known.get((count, 1, popularity))
         if (top, popularity) == (1, "uniform") and count in OVER:
             found.append(bar(f"prefill of 2,048, over base, {count} adapters", row["over"], OVER[count]))
         if (count, top, popularity) == (1024, 1, "uniform"):
-            found.append(bar("prefill of 2,048 over 1,024 adapters, of its own limit",
-                             row["added_ms"] / row["limit_ms"], 1.6))  # fmt: skip
+            ratio = row["added_ms"] / row["limit_ms"]
+            found.append(bar("prefill of 2,048 over 1,024 adapters, of its own limit", ratio, OWN_LIMIT))
         if top == 2 and popularity == "uniform" and one is not None:
-            found.append(bar(f"top-2 against top-1, prefill, {count} adapters",
-                             row["added_ms"] / one["added_ms"], 1.25))  # fmt: skip
-    by_count = [row["added_ms"] for (count, top, kind), row in known.items()
-                if top == 1 and kind == "uniform" and 2 <= count <= 64]  # fmt: skip
+            ratio = row["added_ms"] / one["added_ms"]
+            found.append(bar(f"top-2 against top-1, prefill, {count} adapters", ratio, TOP_2))
+    by_count = {
+        count: row["added_ms"]
+        for (count, top, kind), row in known.items()
+        if top == 1 and kind == "uniform" and 2 <= count <= 64
+    }
     if len(by_count) > 1:
-        found.append(bar("added time against K from 2 to 64, 2,048 tokens", max(by_count) / min(by_count), 1.4))
-    skew = [row["added_ms"] for (count, top, _), row in known.items() if (count, top) == (8, 1)]
+        what = f"added time against K from {min(by_count)} to {max(by_count)}, 2,048 tokens"
+        found.append(bar(what, max(by_count.values()) / min(by_count.values()), BY_COUNT))
+    skew = {kind: row["added_ms"] for (count, top, kind), row in known.items() if (count, top) == (8, 1)}
     if len(skew) > 1:
-        found.append(bar("skew: identical, Zipf, uniform; 8 adapters", max(skew) / min(skew), 1.25))
+        what = f"skew, prefill: {', '.join(sorted(skew))}; 8 adapters"
+        found.append(bar(what, max(skew.values()) / min(skew.values()), SKEW))
+    routes = [row["route_us"] for row in known.values() if row["adapters"] == 8 and "route_us" in row]
+    if routes:
+        found.append(bar("router, memory and plan, prompt of 2,048, us", max(routes), ROUTE_PROMPT))
     return found
 
 
-def bar(name: str, value: float, limit: float) -> dict[str, Any]:
-    return {"name": name, "value": value, "bar": limit, "better": "lower", "holds": value <= limit, "note": ""}
+def train_bars(rows: list[Row]) -> list[Row]:
+    """Of 8 adapters of rank 16, 8 x 512 tokens, the 1.7B shape."""
+    wanted = ("1.7B", 8, 16, 8, 512)
+    names = ("shape", "adapters", "rank", "sequences", "tokens")
+    return [
+        bar("training step of the router over the base's forward and backward", row["ratio"], TRAIN)
+        for row in rows
+        if tuple(row[name] for name in names) == wanted
+    ]
+
+
+def peer_bars(rows: list[Row]) -> list[Row]:
+    """Of 4 adapters of rank 16 after 512 tokens, the 1.7B shape."""
+    found = []
+    for row in rows:
+        if (row["shape"], row["adapters"], row["rank"], row["context"]) == ("1.7B", 4, 16, 512):
+            note = f"X-LoRA takes {row['xlora_ms']:.0f} ms; over a token of our generate: "
+            note += f"{row['xlora_over_ours_generate']:.0f}"
+            what = "X-LoRA's token over our step, 4 adapters, batch 1"
+            found.append(bar(what, row["xlora_over_ours"], XLORA, "higher", note))
+    return found
+
+
+def bar(name: str, value: float, limit: float, better: str = "lower", note: str = "") -> Row:
+    holds = value <= limit if better == "lower" else value >= limit
+    return {"name": name, "value": value, "bar": limit, "better": better, "holds": holds, "note": note}
 
 
 if __name__ == "__main__":

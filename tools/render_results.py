@@ -7,23 +7,35 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
+from tools import render_kernels
+from tools.pictures import PALETTE, pyplot, save
+
 DOCS = Path(__file__).parent.parent / "docs"
 MARKS = ("<!-- results -->", "<!-- /results -->")
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
 
 
-def main() -> None:
-    """Renders every page and picture."""
-    report = json.loads((DOCS / "results" / "main.json").read_text(encoding="utf-8"))
-    speed = json.loads((DOCS / "results" / "decode.json").read_text(encoding="utf-8"))
-    (DOCS / "results.md").write_text(page(report, speed), encoding="utf-8")
-    readme = DOCS.parent / "README.md"
+def main(docs: Path = DOCS) -> None:
+    """Renders every page and picture of ``docs``, and the table in the README beside it."""
+    report = json.loads((docs / "results" / "main.json").read_text(encoding="utf-8"))
+    speed = json.loads((docs / "results" / "decode.json").read_text(encoding="utf-8"))
+    kernels = read_kernels(docs)
+    (docs / "results.md").write_text(page(report, speed, kernels), encoding="utf-8")
+    readme = docs.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     table = readme_table(report, speed)
     readme.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
-    draw_routes(report["example"], DOCS / "images" / "routes.svg")
-    draw_gap(report, DOCS / "images" / "gap.svg")
+    draw_routes(report["example"], docs / "images" / "routes.svg")
+    draw_gap(report, docs / "images" / "gap.svg")
+    if kernels:
+        plots.draw(kernels["rows"], docs / "images")
+
+
+def read_kernels(docs: Path = DOCS) -> dict[str, Any] | None:
+    """What was measured on a GPU, if it was."""
+    file = docs / "results" / "kernels.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def readme_table(report: dict[str, Any], speed: dict[str, Any]) -> str:
@@ -49,7 +61,7 @@ def readme_table(report: dict[str, Any], speed: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def page(report: dict[str, Any], speed: dict[str, Any]) -> str:
+def page(report: dict[str, Any], speed: dict[str, Any], kernels: dict[str, Any] | None) -> str:
     """The Markdown of docs/results.md."""
     domains = list(report["rows"][0]["single"])
     paces = speed["tokens_per_second"]
@@ -78,12 +90,7 @@ def page(report: dict[str, Any], speed: dict[str, Any]) -> str:
         "The shipped default is in bold. Single-domain columns: loss on held-out text of that domain alone.",
         "",
     ]
-    parts += ["### What had to be reached", "", "| line | value | bar | |", "|---|---|---|---|"]
-    for line in [*report["must"], *speed["must"]]:
-        sign = "≥" if line["better"] == "higher" else "≤"
-        verdict = "reached" if line["holds"] else "**missed**"
-        note = f" ({line['note']})" if line["note"] else ""
-        parts.append(f"| {line['name']}{note} | {line['value']:.3f} | {sign} {line['bar']} | {verdict} |")
+    parts += ["### What had to be reached", "", *render_kernels.bars([*report["must"], *speed["must"]])]
     parts += ["", "### Tokens that go to their own domain, by position", "", *positions(report), ""]
     parts += ["### Prompt forms that training never saw", "", *unseen(report), ""]
     parts += [
@@ -102,6 +109,8 @@ def page(report: dict[str, Any], speed: dict[str, Any]) -> str:
         *[f"| {name} | {pace:.1f} | {pace / paces['base']:.2f} |" for name, pace in paces.items()],
         "",
     ]
+    if kernels:
+        parts += render_kernels.section(kernels)
     notes = DOCS / "results" / "notes.md"
     parts.append(notes.read_text(encoding="utf-8"))
     return "\n".join(parts).rstrip() + "\n"
@@ -139,7 +148,7 @@ def unseen(report: dict[str, Any]) -> list[str]:
 
 def draw_routes(example: dict[str, Any], file: Path) -> None:
     """Router probabilities over one conversation, with the true domains as a band."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (top, band) = plt.subplots(2, 1, figsize=(10, 3.6), height_ratios=[8, 1], sharex=True)
     names = [*example["domains"], "none"]
     columns = list(zip(*example["probabilities"], strict=True))
@@ -152,12 +161,12 @@ def draw_routes(example: dict[str, Any], file: Path) -> None:
         if answer:
             band.axvspan(at - 0.5, at + 0.5, 0, 0.25, color="black", linewidth=0)
     band.set(yticks=[], xlabel="token (band: true domain; black: answer)", xlim=(0, len(colors)))
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_gap(report: dict[str, Any], file: Path) -> None:
     """Bars of the share of the gap closed."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [row for row in report["rows"] if row["contender"] not in ("base", "label oracle")]
     rows = sorted(rows, key=lambda row: row["gap_closed"])
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(rows) + 0.8))
@@ -170,23 +179,7 @@ def draw_gap(report: dict[str, Any], file: Path) -> None:
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set(xlabel="% of the gap from base to label oracle, mixed text", xlim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, file)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "molora"  # the same figures give the same file
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 if __name__ == "__main__":
