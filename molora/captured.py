@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -58,10 +59,50 @@ class CapturedSteps:
             return
         base: Any = self.base
         base.get_compiled_call = lambda _: _Forward(self.base, self.routing, step)
+        read_prompts = "forward" not in vars(base)  # else somebody's own forward stands there
+        if read_prompts:
+            base.forward = self._prompt_forward(base.forward, step)
         try:
             yield {**kwargs, "past_key_values": step.cache}
         finally:
             del base.get_compiled_call
+            if read_prompts:
+                del base.forward
+
+    def _prompt_forward(self, forward: Any, step: Any) -> Any:
+        """The base's ``forward``, which reads prompts by our own kernels."""
+        from molora.prompt import PromptPass  # needs Triton
+
+        read = PromptPass(step.plan, self.groups, step.rotary)
+
+        @wraps(forward)  # transformers looks at the signature
+        def prompt(*args: Any, **kwargs: Any) -> Any:
+            ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+            if (
+                ids is None
+                or args
+                or cache is None
+                or cache is not step.cache
+                or kwargs.get("inputs_embeds") is not None
+                or kwargs.get("labels") is not None
+                or kwargs.get("logits_to_keep") != 1
+                or cache.length + ids.shape[1] > step.longest
+            ):
+                return forward(*args, **kwargs)
+            routing, past = self.routing, cache.length
+            mask = prompt_mask(kwargs.get("attention_mask"), routing.real, past)
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(past, past + ids.shape[1], device=ids.device).unsqueeze(0)
+            try:
+                logits = read(ids, positions, mask, cache, routing.plan, routing.boundary, routing.read_hidden)
+            except Exception as error:  # Triton's own errors have no common class
+                if not failed(error):
+                    raise
+                return forward(*args, **kwargs)
+            return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=cache)
+
+        return prompt
 
     @torch.no_grad()
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -156,6 +197,27 @@ class CapturedSteps:
             router.rows if router is not None else None,
             [(layer.slots, layer.top_k) for layer in self.routing.layers],
         )
+
+
+def prompt_mask(mask: Any, real: torch.Tensor | None, past: int) -> torch.Tensor | None:
+    """What the tokens of a prompt may attend to, as ``scaled_dot_product_attention`` takes it; None: all before them.
+
+    Args:
+        mask: that of a forward: [N, past + T], or [N, 1, T, past + T], or by kind of layer.
+        real: [N, T] bool, False at padding.
+        past: tokens in the cache.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if mask is None or (past == 0 and real is not None and bool(real.all())):
+        return None  # without padding there is a faster kernel, worth asking the device once a prompt
+    if mask.dim() == 4:
+        return mask
+    T = mask.shape[1] - past
+    causal = torch.ones(T, mask.shape[1], dtype=torch.bool, device=mask.device).tril(past)
+    # A padding token sees itself, so that it has something to attend to.
+    own = torch.eye(T, mask.shape[1], dtype=torch.bool, device=mask.device).roll(past, 1)
+    return (causal & mask[:, None, None, :].bool()) | own
 
 
 class _Forward:

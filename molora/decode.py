@@ -35,7 +35,7 @@ class Product:
         if added is None:
             linear(self.y, x, self.weight, self.tile, pdl=pdl)
         else:
-            linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl)
+            linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl, added.blocks)
         return self.y
 
 
@@ -87,7 +87,7 @@ class DecodeStep:
             width = len(group.pages.outputs) * group.pages.max_pages * PAGE
             cuts = (-(-weight.shape[1] // shrink_block(weight.shape[1])), batch, slots.shape[1], width)
             h = shrunk.setdefault(cuts, buffer(*cuts, kind=torch.float32))
-            return Product(weight, tile, y, Added(h, group.pages, slots, weights))
+            return Product(weight, tile, y, Added(h, group.pages, slots, weights, routes.blocks(layer)))
 
         self.products = []
         for index, layer in enumerate(plan.layers):
@@ -121,7 +121,8 @@ class DecodeStep:
                 self.routes.read_hidden(self.residual, pdl)
             keys, values = self.cache.memory[index]
             heads(
-                qkv(self.x, pdl and index != self.routes.boundary), layer.bias, self.q, keys, values, layer.head_norms,
+                qkv(self.x, pdl and index != self.routes.boundary), layer.bias, self.q.unsqueeze(2), keys, values,
+                layer.head_norms,
                 self.rotary, self.positions, self.length, qkv.added, pdl,
             )  # fmt: skip
             self.attention(self.attended, self.q, keys, values, self.mask, self.length, scale, pdl)

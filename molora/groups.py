@@ -83,6 +83,11 @@ class AdapterGroup:
         self._move(slots, count, most)
         self.pages.put_slice(slot, piece, factors)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether any adapter adapts any of the modules."""
+        return any(map(self.pages.adapted, range(len(self.names))))
+
     def serves(self, x: torch.Tensor) -> bool:
         """Whether the kernels can run on x."""
         on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

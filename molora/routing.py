@@ -73,6 +73,11 @@ class RoutingState:
             return None
         return self.plans[0 if self.boundary is None or layer < self.boundary else 1]
 
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[batch, tokens] bool, which tokens of the forward are no padding."""
+        return self._real
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"}
 
@@ -132,7 +137,11 @@ class RoutingState:
     def _before_layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.selection is None or self.router is None:
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
+        self.read_hidden(args[0] if args else kwargs["hidden_states"])
+
+    def read_hidden(self, hidden: torch.Tensor) -> None:
+        """Routes by the hidden states [batch, tokens, D] that enter layer ``boundary``."""
+        assert self.router is not None
         index = len(self.router.parts) - 1
         part: Any = self.router.parts[index]
         assert self._current is not None

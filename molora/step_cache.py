@@ -71,7 +71,7 @@ class StepCache(Cache):
     def length(self) -> int:
         return int(self.get_seq_length())
 
-    def advance(self) -> None:
-        """A captured step wrote one more token."""
+    def advance(self, tokens: int = 1) -> None:
+        """So many more were written."""
         for layer in self.layers:
-            layer.length += 1
+            layer.length += tokens

@@ -10,7 +10,10 @@ from molora.memory import Memory
 from molora.router import Router
 from molora.routing import RoutingState
 from molora.selection import LayerCandidates, ResolvedSelection
+from molora_kernels.blocks import Blocks, list_slots, make_blocks
 from molora_kernels.route import Candidates, Choice, RouterWeights, StepState, route_step
+
+BY_SLOT = 4  # sequences from which on an adapter is read once for all that it acts on
 
 
 class StepRoutes:
@@ -51,6 +54,11 @@ class StepRoutes:
                 self.weights.append(weights)
                 self.states.append(StepState.new(batch, weights, columns))
         self.ones = torch.ones(batch, columns, device=device)
+        different = len({slot for layer in self.layers for slot in layer.slots} - {-1})
+        self._blocks: dict[int, Blocks] = {}  # by the address of the slots that they list
+        if batch >= BY_SLOT and columns:
+            for slots in (self.choice.forced, *(state.slots for state in self.states)):
+                self._blocks[slots.data_ptr()] = make_blocks(slots, None, different)
 
     @torch.no_grad()
     def start(self, selection: ResolvedSelection, memories: Sequence[Memory] | None) -> None:
@@ -61,6 +69,7 @@ class StepRoutes:
             (self.choice.routed, selection.routed),
         ):
             mine.copy_(given)
+        self._list(self.choice.forced)
         for part, weights in zip(self.parts, self.weights, strict=True):
             weights.decays.copy_(part.decays)  # a router may have been trained on since
             if part.reads == 0 and part.table is not weights.table:
@@ -89,12 +98,22 @@ class StepRoutes:
             return self.states[0].slots, self.states[0].weights
         return self.choice.forced, self.ones
 
+    def blocks(self, layer: int) -> Blocks | None:
+        """The lists of what :meth:`plan` gives; None for few sequences, whose adapters are taken token by token."""
+        return self._blocks.get(self.plan(layer)[0].data_ptr())
+
+    def _list(self, slots: torch.Tensor) -> None:
+        blocks = self._blocks.get(slots.data_ptr())
+        if blocks is not None:
+            list_slots(slots, blocks)
+
     def _step(self, index: int, ids: torch.Tensor, pdl: bool) -> None:
         assert self.routing.router is not None
         softmax = self.routing.router.weights == "softmax"
         route_step(
             ids, self.real, self.weights[index], self.candidates, self.choice, self.states[index], softmax, pdl
         )  # fmt: skip
+        self._list(self.states[index].slots)
 
 
 def _candidates(

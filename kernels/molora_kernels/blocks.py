@@ -123,18 +123,20 @@ def add_block(
     return acc
 
 
-def make_blocks(slots: torch.Tensor, order: torch.Tensor | None) -> Blocks:
+def make_blocks(slots: torch.Tensor, order: torch.Tensor | None, most: int | None = None) -> Blocks:
     """The blocks of a plan; nothing waits for the device.
 
     Args:
         slots: [T, S] int32 or int64, contiguous, -1 for none.
         order: of :func:`molora_kernels.order.order_by_slot`; None: as they are.
+        most: how many different slots there are at all, if that is known.
     """
     T, S = slots.shape
     count = max(1, triton.cdiv(T, BLOCK))
+    room = min(BLOCK, max(T, 1)) * S
     blocks = Blocks(
         order,
-        torch.empty(count, min(BLOCK, max(T, 1)) * S, dtype=torch.int32, device=slots.device),
+        torch.empty(count, room if most is None else max(1, min(room, most)), dtype=torch.int32, device=slots.device),
         torch.empty(count, dtype=torch.int32, device=slots.device),
     )
     list_slots(slots, blocks)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.blocks import BLOCK, Blocks
 from molora_kernels.pages import PAGE, PageView
 
 
@@ -42,10 +43,56 @@ def _prefetch(
 
 
 @triton.jit
+def _shrink_slot(
+    x_ptr, a_ptr, h_ptr, slots_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+    entry, part, piece, page, cut, tokens, width_in, most, pages, adapters, stride_x,
+    TOP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, CUTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One page of the ``entry``-th slot that acts, for all tokens of its block: A is read once for all of them."""
+    block = entry // most
+    at = entry % most
+    slot = tl.load(lists_ptr + block.to(tl.int64) * most + at, mask=at < tl.load(counts_ptr + block), other=-1).to(
+        tl.int64
+    )
+    acts = slot >= 0
+    acts = acts & (page < tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0))
+    first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0)
+    ranks = tl.arange(0, PAGE)
+    row = (piece * pages + first + page).to(tl.int64) * PAGE
+    rows = a_ptr + (row + ranks)[:, None] * width_in
+    if PDL:
+        lines = cut * BLOCK_D + tl.arange(0, (BLOCK_D + 63) // 64) * 64
+        early = rows + tl.where((lines < width_in)[None, :] & acts, lines[None, :], 0)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [early.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+        gdc_wait()
+        gdc_launch_dependents()
+    if acts:
+        token = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        here = token < tokens
+        acc = tl.zeros((BLOCK_T, PAGE), tl.float32)
+        for start in range(cut * BLOCK_D, tl.minimum((cut + 1) * BLOCK_D, width_in), BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = k < width_in
+            x = tl.load(x_ptr + token[:, None] * stride_x + k[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+            a = tl.load(rows + k[None, :], mask=inside[None, :], other=0.0)
+            if UPCAST:
+                x, a = x.to(tl.float32), a.to(tl.float32)
+            acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
+        for column in tl.static_range(TOP):
+            mine = tl.load(slots_ptr + token * TOP + column, mask=here, other=-1).to(tl.int64) == slot
+            cells = ((cut * tokens + token) * TOP + column)[:, None] * (PARTS * PAGE) + (part * PAGE + ranks)[None, :]
+            tl.store(h_ptr + cells, acc, mask=mine[:, None])
+
+
+@triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, y_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
-    tokens, width_in, width_out, tiles, blocks, pages, adapters, stride_x,
-    ADAPTED: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, a_ptr, h_ptr, slots_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+    tokens, width_in, width_out, tiles, blocks, most, shrinks, pages, adapters, stride_x,
+    ADAPTED: tl.constexpr, BY_SLOT: tl.constexpr, SHRINK_K: tl.constexpr, LIST_T: tl.constexpr,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
     CUTS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, SHRINK_FIRST: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     EVEN: tl.constexpr, DOT: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
@@ -53,9 +100,8 @@ def _linear_kernel(
     program = tl.program_id(0)
     PARTS: tl.constexpr = SLICES * MAX_PAGES
     products = tiles * blocks * SPLIT
-    shrinks = 0
-    if ADAPTED:
-        shrinks = tokens * TOP * PARTS * CUTS
+    if not ADAPTED:
+        shrinks = 0
     # A few shrinks begin at once beside the product; many would keep it waiting, and go last.
     if SHRINK_FIRST:
         place = program - shrinks
@@ -69,24 +115,31 @@ def _linear_kernel(
         piece = part // MAX_PAGES
         page = part % MAX_PAGES
         cut = (program // PARTS) % CUTS
-        pair = program // (PARTS * CUTS)
-        slot = tl.load(slots_ptr + pair).to(tl.int64)
-        acts = slot >= 0
-        acts = acts & (page < tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0))
-        first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0)
-        row = (piece * pages + first + page).to(tl.int64) * PAGE
-        ranks = tl.arange(0, PAGE)
-        d = cut * BLOCK_D + tl.arange(0, BLOCK_D)
-        a = tl.load(
-            a_ptr + (row + ranks)[:, None] * width_in + d[None, :], mask=(d < width_in)[None, :] & acts, other=0.0
-        )
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        if acts:
-            x = tl.load(x_ptr + (pair // TOP).to(tl.int64) * stride_x + d, mask=d < width_in, other=0.0)
-            own = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-            tl.store(h_ptr + (cut * tokens * TOP + pair).to(tl.int64) * (PARTS * PAGE) + part * PAGE + ranks, own)
+        if BY_SLOT:
+            _shrink_slot(
+                x_ptr, a_ptr, h_ptr, slots_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+                program // (PARTS * CUTS), part, piece, page, cut, tokens, width_in, most, pages, adapters, stride_x,
+                TOP, PARTS, PAGE, CUTS, BLOCK_D, SHRINK_K, LIST_T, UPCAST, PDL,
+            )  # fmt: skip
+        else:
+            pair = program // (PARTS * CUTS)
+            slot = tl.load(slots_ptr + pair).to(tl.int64)
+            acts = slot >= 0
+            acts = acts & (page < tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0))
+            first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0)
+            ranks = tl.arange(0, PAGE)
+            row = (piece * pages + first + page).to(tl.int64) * PAGE
+            d = cut * BLOCK_D + tl.arange(0, BLOCK_D)
+            a = tl.load(
+                a_ptr + (row + ranks)[:, None] * width_in + d[None, :], mask=(d < width_in)[None, :] & acts, other=0.0
+            )
+            if PDL:
+                gdc_wait()
+                gdc_launch_dependents()
+            if acts:
+                x = tl.load(x_ptr + (pair // TOP).to(tl.int64) * stride_x + d, mask=d < width_in, other=0.0)
+                own = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+                tl.store(h_ptr + (cut * tokens * TOP + pair).to(tl.int64) * (PARTS * PAGE) + part * PAGE + ranks, own)
     else:
         tile = place % tiles
         split = (place // tiles) % SPLIT
@@ -157,6 +210,7 @@ def linear(
     pages: PageView | None = None,
     slots: torch.Tensor | None = None,
     pdl: bool = False,
+    blocks: Blocks | None = None,
 ) -> None:
     """y[s] += over the parts s: y = x W^T; and h, the adapters' shrink of x, as :func:`molora_kernels.shrink.shrink`.
 
@@ -169,26 +223,35 @@ def linear(
         pages: the adapters.
         slots: [T, S] int32, contiguous, -1 for none.
         pdl: launch as a programmatic dependent of the kernel before (Hopper).
+        blocks: of the tokens as they come, their lists written before the kernel before: the shrink then goes by slot,
+            for all tokens of a block; None: by token.
     """
     T, D = x.shape
     N = weight.shape[0]
     dot = T > 1
     block_t = max(16, min(64, triton.next_power_of_2(T))) if dot else 1
-    tiles, blocks = triton.cdiv(N, tile.n), triton.cdiv(T, block_t)
+    tiles, token_blocks = triton.cdiv(N, tile.n), triton.cdiv(T, block_t)
     adapted = h is not None and pages is not None and slots is not None
-    programs, cuts, top, slices, most = tiles * blocks * tile.split, 1, 1, 1, 1
-    block_d, shrinks = shrink_block(D), 0
+    programs, cuts, top, slices, most_pages = tiles * token_blocks * tile.split, 1, 1, 1, 1
+    block_d, shrinks, most = shrink_block(D), 0, 1
+    found = (x,) * 7
     if adapted:
         assert h is not None and pages is not None and slots is not None
-        cuts, top, slices, most = h.shape[0], slots.shape[1], len(pages.outputs), pages.max_pages
-        shrinks = T * top * slices * most * cuts
+        cuts, top, slices, most_pages = h.shape[0], slots.shape[1], len(pages.outputs), pages.max_pages
+        entries, lists = T * top, (slots, slots)
+        if blocks is not None:
+            most, lists = blocks.lists.shape[1], (blocks.lists, blocks.counts)
+            entries = most * len(blocks.counts)
+        shrinks = entries * slices * most_pages * cuts
         programs += shrinks
-    found = (pages.A, h, slots, pages.first, pages.count) if adapted and pages is not None else (x, x, x, x, x)
+        found = (pages.A, h, slots, *lists, pages.first, pages.count)
     extra = {"launch_pdl": True} if pdl else {}
     _linear_kernel[(programs,)](
-        x, weight, y, *found, T, D, N, tiles, blocks,
+        x, weight, y, *found, T, D, N, tiles, token_blocks, most, shrinks,
         pages.pages if pages is not None else 0, pages.slots if pages is not None else 0, x.stride(0),
-        ADAPTED=adapted, TOP=top, SLICES=slices, MAX_PAGES=most, PAGE=PAGE, CUTS=cuts, BLOCK_D=block_d, AHEAD=AHEAD,
+        ADAPTED=adapted, BY_SLOT=blocks is not None, SHRINK_K=min(128, block_d),
+        LIST_T=min(BLOCK, max(16, triton.next_power_of_2(T))),
+        TOP=top, SLICES=slices, MAX_PAGES=most_pages, PAGE=PAGE, CUTS=cuts, BLOCK_D=block_d, AHEAD=AHEAD,
         SHRINK_FIRST=shrinks <= FIRST_SHRINKS,
         SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_T=block_t,
         EVEN=N % tile.n == 0 and D % (tile.k * tile.split) == 0, DOT=dot, UPCAST=x.device.type == "cpu", PDL=pdl,

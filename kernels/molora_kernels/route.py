@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+FEW = 16  # tokens below which each goes through the MLP by itself
+
 
 @dataclass
 class RouterWeights:
@@ -101,34 +103,59 @@ def _remember_kernel(
 @triton.jit
 def _affine_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, tokens, width_in, width_out,
-    SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + b, a few rows of W for a few tokens."""
+    """y = W x + b in float32: a few rows of W, read before x is there, for one token or for a block of them."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     d = tl.arange(0, BLOCK_D)
-    mask = (o < width_out)[:, None] & (d < width_in)[None, :]
-    w = tl.load(w_ptr + o[:, None] * width_in + d[None, :], mask=mask, other=0.0)
     b = tl.load(b_ptr + o, mask=o < width_out, other=0.0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    for i in range(TOKENS):
-        t = tl.program_id(1) * TOKENS + i
-        if t < tokens:
-            x = tl.load(x_ptr + t * width_in + d, mask=d < width_in, other=0.0)
-            y = tl.sum(w * x[None, :], 1) + b
-            if SILU:
-                y = y / (1.0 + tl.exp(-y))
-            tl.store(y_ptr + t * width_out + o, y, mask=o < width_out)
+    if BLOCK_T == 1:
+        w = tl.load(
+            w_ptr + o[:, None] * width_in + d[None, :],
+            mask=(o < width_out)[:, None] & (d < width_in)[None, :], other=0.0,
+        )  # fmt: skip
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        t = tl.program_id(1)
+        x = tl.load(x_ptr + t * width_in + d, mask=d < width_in, other=0.0)
+        y = tl.sum(w * x[None, :], 1) + b
+        if SILU:
+            y = y / (1.0 + tl.exp(-y))
+        tl.store(y_ptr + t * width_out + o, y, mask=o < width_out)
+    else:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+        acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+        for start in range(0, width_in, BLOCK_D):
+            at = start + d
+            x = tl.load(
+                x_ptr + t[:, None] * width_in + at[None, :],
+                mask=(t < tokens)[:, None] & (at < width_in)[None, :], other=0.0,
+            )  # fmt: skip
+            w = tl.load(
+                w_ptr + o[None, :] * width_in + at[:, None],
+                mask=(o < width_out)[None, :] & (at < width_in)[:, None], other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        many = acc + b[None, :]
+        if SILU:
+            many = many / (1.0 + tl.exp(-many))
+        tl.store(
+            y_ptr + t[:, None] * width_out + o[None, :], many, mask=(t < tokens)[:, None] & (o < width_out)[None, :]
+        )
 
 
 @triton.jit
 def _choose_kernel(
     logits_ptr, rows_ptr, slots_of_ptr, firsts_ptr, columns_ptr, allowed_ptr, forced_ptr, routed_ptr,
-    slots_ptr, weights_ptr, rows, candidates, columns,
+    slots_ptr, weights_ptr, rows, candidates, columns, each,
     LAYERS: tl.constexpr, MOST: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
+    sequence = n // each
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -136,10 +163,10 @@ def _choose_kernel(
     for layer in tl.static_range(LAYERS):
         column = tl.load(columns_ptr + layer)
         top = tl.load(columns_ptr + layer + 1) - column
-        if tl.load(routed_ptr + n * LAYERS + layer) == 0:
+        if tl.load(routed_ptr + sequence * LAYERS + layer) == 0:
             for k in range(top):
                 at = n * columns + column + k
-                tl.store(slots_ptr + at, tl.load(forced_ptr + at))
+                tl.store(slots_ptr + at, tl.load(forced_ptr + sequence * columns + column + k))
                 tl.store(weights_ptr + at, 1.0)
         else:
             first = tl.load(firsts_ptr + layer)
@@ -154,7 +181,7 @@ def _choose_kernel(
                     c = start + tl.arange(0, BLOCK_C)
                     row = tl.load(rows_ptr + c, mask=c < end, other=0)
                     v = tl.load(logits_ptr + n * rows + row, mask=c < end, other=LOWEST)
-                    may = tl.load(allowed_ptr + n * candidates + c, mask=c < end, other=0) != 0
+                    may = tl.load(allowed_ptr + sequence * candidates + c, mask=c < end, other=0) != 0
                     may = may & (c < end) & ((v < value) | ((v == value) & (c > position)))
                     v = tl.where(may, v, LOWEST)
                     highest = tl.max(v, 0)
@@ -204,7 +231,7 @@ def route_step(
     Raises:
         ValueError: ``ids``, ``real``, ``choice`` and ``state`` are not of the same number of sequences.
     """
-    N, L, S = len(ids), len(candidates.firsts) - 1, choice.forced.shape[1]
+    N = len(ids)
     if {len(real), len(choice.allowed), len(choice.forced), len(choice.routed), len(state.memory)} != {N}:
         raise ValueError(f"{N} token ids, and masks, selections or a state for another number of sequences.")
     launch = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
@@ -215,21 +242,52 @@ def route_step(
     )  # fmt: skip
     _affine(state.u, router.w1, router.b1, state.q, True, launch)
     _affine(state.q, router.w2, router.b2, state.logits, False, launch)
-    _choose_kernel[(N,)](
-        state.logits, candidates.rows, candidates.slots, candidates.firsts, candidates.columns,
-        choice.allowed, choice.forced, choice.routed, state.slots, state.weights,
-        router.w2.shape[0], len(candidates.rows), S,
-        LAYERS=L, MOST=triton.next_power_of_2(S), SOFTMAX=softmax, BLOCK_C=64, num_warps=1, **launch,
-    )  # fmt: skip
+    _choose(state.logits, candidates, choice, state.slots, state.weights, softmax, 1, launch)
     return state
+
+
+def choose(
+    logits: torch.Tensor, candidates: Candidates, choice: Choice, softmax: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routes a whole prompt by its logits: slots [N, T, S] int32 and weights [N, T, S] float32.
+
+    Args:
+        logits: [N, T, rows] float32, contiguous.
+        candidates, choice, softmax: as for :func:`route_step`.
+    """
+    N, T, _ = logits.shape
+    slots = torch.empty(N, T, choice.forced.shape[1], dtype=torch.int32, device=logits.device)
+    weights = torch.empty(slots.shape, device=logits.device)
+    _choose(logits, candidates, choice, slots, weights, softmax, T, {"PDL": False})
+    return slots, weights
+
+
+def _choose(
+    logits: torch.Tensor,
+    candidates: Candidates,
+    choice: Choice,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    softmax: bool,
+    each: int,
+    launch: dict[str, bool],
+) -> None:
+    columns = slots.shape[-1]
+    _choose_kernel[(slots.numel() // columns,)](
+        logits, candidates.rows, candidates.slots, candidates.firsts, candidates.columns,
+        choice.allowed, choice.forced, choice.routed, slots, weights,
+        logits.shape[-1], len(candidates.rows), columns, each,
+        LAYERS=len(candidates.firsts) - 1, MOST=triton.next_power_of_2(columns), SOFTMAX=softmax, BLOCK_C=64,
+        num_warps=1, **launch,
+    )  # fmt: skip
 
 
 def _affine(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, silu: bool, launch: dict[str, bool]
 ) -> None:
-    tokens = min(8, triton.next_power_of_2(len(x)))
-    grid = (triton.cdiv(len(w), 16), triton.cdiv(len(x), tokens))
-    _affine_kernel[grid](
+    one = len(x) < FEW
+    block_t, block_d = (1, triton.next_power_of_2(w.shape[1])) if one else (16, 64)
+    _affine_kernel[(triton.cdiv(len(w), 16), triton.cdiv(len(x), block_t))](
         x, w, b, y, len(x), w.shape[1], w.shape[0],
-        SILU=silu, BLOCK_O=16, BLOCK_D=triton.next_power_of_2(w.shape[1]), TOKENS=tokens, num_warps=4, **launch,
+        SILU=silu, BLOCK_O=16, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=4, **launch,
     )  # fmt: skip

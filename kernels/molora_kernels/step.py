@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.blocks import Blocks
 from molora_kernels.pages import PAGE, PageView
 
 
@@ -18,13 +19,14 @@ from molora_kernels.pages import PAGE, PageView
 class Added:
     """What adapters add to a group's product: their shrink and the plan.
 
-    h: [cuts, T, S, slices x pages x PAGE] float32. slots: [T, S] int32. weights: [T, S] float32.
+    h: [cuts, T, S, slices x pages x PAGE] float32. slots: [T, S] int32. weights: [T, S] float32. blocks: of the plan.
     """
 
     h: torch.Tensor
     pages: PageView
     slots: torch.Tensor
     weights: torch.Tensor
+    blocks: Blocks | None = None
 
 
 @triton.jit
@@ -83,17 +85,23 @@ def _add_lora(
     """acc plus the adapters' part of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width``
     wide. ``firsts``: of :func:`_first_pages`."""
     pairs = tokens * TOP
+    shrunk = ()  # of all columns, asked for at once
     for k in tl.static_range(TOP):
-        pair = token * TOP + k
+        h = _h_page(h_ptr, token * TOP + k, pairs, piece * MAX_PAGES, firsts[k][0] > 0, SLICES, MAX_PAGES, CUTS, PAGE)
+        shrunk = shrunk + (h,)  # noqa: RUF005 - Triton knows no stars
+    for k in tl.static_range(TOP):
         count, row, weight, b = firsts[k]
         if k >= EARLY:
             b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
-        h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES, count > 0, SLICES, MAX_PAGES, CUTS, PAGE)
-        acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
-        for page in range(1, count):
-            h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
-            more = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
-            acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
+        acc += tl.sum(b.to(tl.float32) * (shrunk[k] * weight)[:, None], 0)
+    if MAX_PAGES > 1:
+        for k in tl.static_range(TOP):
+            pair = token * TOP + k
+            count, row, weight, b = firsts[k]
+            for page in range(1, count):
+                h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
+                more = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
+                acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
     return acc
 
 
@@ -152,7 +160,7 @@ def _partial_sum(
 def _heads_kernel(
     y_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, length_ptr,
     h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
-    heads, kv_heads, longest, eps,
+    heads, kv_heads, longest, each, eps,
     HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr,
     SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
@@ -194,8 +202,8 @@ def _heads_kernel(
             high, firsts_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
             TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
-    length = tl.load(length_ptr)
-    cell = ((token * kv_heads + head) * longest + length) * (2 * HALF)
+    length = tl.load(length_ptr) + token % each
+    cell = (((token // each) * kv_heads + head) * longest + length) * (2 * HALF)
     if piece == 2:
         tl.store(values_ptr + cell + i, low.to(values_ptr.dtype.element_ty), mask=inside)
         tl.store(values_ptr + cell + HALF + i, high.to(values_ptr.dtype.element_ty), mask=inside)
@@ -213,7 +221,7 @@ def _heads_kernel(
         sin = tl.load(sin_ptr + at + i, mask=inside, other=0.0).to(tl.float32)
         turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
         if piece == 0:
-            q = q_ptr + (token * heads + head) * (2 * HALF)
+            q = q_ptr + (((token // each) * heads + head) * each + token % each) * (2 * HALF)
             tl.store(q + i, turned_low.to(q_ptr.dtype.element_ty), mask=inside)
             tl.store(q + HALF + i, turned_high.to(q_ptr.dtype.element_ty), mask=inside)
         else:
@@ -333,21 +341,22 @@ def heads(
     """From the product of q, k and v: q to ``q``, k and v to their place in the cache.
 
     Args:
-        y: [split, T, (H + 2 G) d] partial sums. bias: [(H + 2 G) d].
-        q: [T, H, d], written.
-        keys, values: [T, G, longest, d] contiguous; position ``length`` of each is written.
+        y: [split, N T, (H + 2 G) d] partial sums. bias: [(H + 2 G) d].
+        q: [N, H, T, d], written; in a decode step T is 1.
+        keys, values: [N, G, longest, d] contiguous; T positions from ``length`` on are written.
         norms: gains [d] of the norms of q and k, and their eps; None: there are none.
         rotary: cos and sin [positions, d / 2].
-        positions: [T] int64, the rotary position of each token. length: [1] int64.
+        positions: [N T] int64, the rotary position of each token. length: [1] int64.
         added: what adapters add to y.
     """
-    T, H, d = q.shape
+    N, H, each, d = q.shape
+    T = N * each
     G, longest = keys.shape[1], keys.shape[2]
     pointers, shape, pages, slots = _adapters(added, q)
     q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)
     _heads_kernel[(T, H + 2 * G)](
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
-        *pointers, T, pages, slots, H, G, longest, eps,
+        *pointers, T, pages, slots, H, G, longest, each, eps,
         HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
         SPLIT=y.shape[0], EARLY=_early(PAGE * d, 1), **shape, **_launch(pdl), num_warps=1,
     )  # fmt: skip

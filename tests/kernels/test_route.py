@@ -11,7 +11,7 @@ from molora.plan import layer_tables, route
 from molora.router import RouterPart
 from molora.selection import candidates, resolve, router_rows
 from molora.stack import SlotTable
-from molora_kernels.route import Candidates, Choice, RouterWeights, StepState, route_step
+from molora_kernels.route import Candidates, Choice, RouterWeights, StepState, choose, route_step
 from tests.conftest import DEVICE
 
 VOCABULARY, HIDDEN = 40, 24
@@ -70,10 +70,12 @@ class Case:
 
 @pytest.mark.parametrize(("top_k", "weights"), [(1, "unit"), (2, "unit"), (2, "softmax"), (3, "softmax")])
 @pytest.mark.parametrize("decays", [(0.8, 0.95), (), (0.5,)])
+@pytest.mark.parametrize("copies", [1, 5])
 @torch.no_grad()
-def test_every_step_is_the_routers(decays: tuple[float, ...], top_k: int, weights: str) -> None:
+def test_every_step_is_the_routers(copies: int, decays: tuple[float, ...], top_k: int, weights: str) -> None:
+    """With five copies of each sequence there are enough for the MLP to take them in blocks."""
     case = Case(decays, top_k, weights)
-    steps = 12
+    steps = 12 if copies == 1 else 3
     ids = torch.randint(VOCABULARY, (4, steps), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     real = torch.ones(4, steps, dtype=torch.bool, device=DEVICE)
     real[1, :5] = real[3, :2] = False  # left padding
@@ -83,13 +85,28 @@ def test_every_step_is_the_routers(decays: tuple[float, ...], top_k: int, weight
     plan = route(logits, tables, case.selection, weights, False)
     assert len(plan.slots.unique()) >= 4
     router, flat, choice = case.kernel()
-    state = StepState.new(4, router, plan.slots.shape[-1])
+    choice = Choice(*(mask.repeat(copies, 1) for mask in (choice.allowed, choice.forced, choice.routed)))
+    state = StepState.new(4 * copies, router, plan.slots.shape[-1])
     for t in range(steps):
-        route_step(ids[:, t].contiguous(), real[:, t].contiguous(), router, flat, choice, state, weights == "softmax")
-        assert (state.logits - logits[:, t]).abs().max() <= 1e-5 * logits.abs().max()
-        assert torch.equal(state.slots, plan.slots[:, t].int())
-        acting = plan.slots[:, t] >= 0
-        assert torch.allclose(state.weights[acting], plan.weights[:, t][acting], atol=1e-5)
+        column = [each[:, t].repeat(copies) for each in (ids, real)]
+        route_step(*column, router, flat, choice, state, weights == "softmax")
+        assert (state.logits - logits[:, t].repeat(copies, 1)).abs().max() <= 1e-5 * logits.abs().max()
+        slots, wanted = (of[:, t].repeat(copies, 1) for of in (plan.slots, plan.weights))
+        assert torch.equal(state.slots, slots.int())
+        assert torch.allclose(state.weights[slots >= 0], wanted[slots >= 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "weights"), [(1, "unit"), (3, "softmax")])
+@torch.no_grad()
+def test_a_prompt_is_chosen_for_in_one_launch(top_k: int, weights: str) -> None:
+    case = Case((0.8, 0.95), top_k, weights)
+    logits = torch.randn(4, 9, len(case.rows), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    plan = route(logits, layer_tables(case.rows, case.layers, DEVICE), case.selection, weights, False)
+    _, flat, choice = case.kernel()
+    slots, found = choose(logits, flat, choice, weights == "softmax")
+    assert torch.equal(slots, plan.slots.int())
+    acting = plan.slots >= 0
+    assert torch.allclose(found[acting], plan.weights[acting], atol=1e-5)
 
 
 def test_another_number_of_sequences_is_refused() -> None:

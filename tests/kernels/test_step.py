@@ -1,6 +1,7 @@
 """A decode step's kernels against plain torch in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from molora_kernels import Factors, step
 from molora_kernels.attention import Attention, AttentionTile
+from molora_kernels.blocks import make_blocks
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import RankPages
 from molora_kernels.step import Added, add_norm, gate, heads
@@ -39,10 +41,11 @@ class Group:
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(DEVICE)
 
-    def product(self, tile: LinearTile, adapted: bool = True) -> torch.Tensor:
+    def product(self, tile: LinearTile, adapted: bool = True, by_slot: bool = False) -> torch.Tensor:
         """Partial sums of the base's product, h beside them; what is not written stays NaN."""
         y = torch.full((tile.split, len(self.x), sum(self.outputs)), torch.nan, device=DEVICE)
-        more = (self.h, self.pages, self.slots) if adapted else ()
+        blocks = make_blocks(self.slots, None, most=4) if by_slot else None
+        more: tuple[Any, ...] = (self.h, self.pages, self.slots, False, blocks) if adapted else ()
         linear(y, self.x, self.weight, tile, *more)
         return y
 
@@ -74,14 +77,14 @@ def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 TILES = {"one part": LinearTile(16, 32), "split": LinearTile(32, 16, split=3), "ragged": LinearTile(64, 64, split=2)}
 
 
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
+@pytest.mark.parametrize("shrink", ["by token", "by slot", "none"])
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("T", "D"), [(1, 96), (5, 96), (70, 96), (1, 2100), (3, 2100)])
-def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, adapted: bool) -> None:
+def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, shrink: str) -> None:
     group = Group(T, D, (40,))
-    y = group.product(TILES[tile], adapted)
+    y = group.product(TILES[tile], shrink != "none", shrink == "by slot")
     close(y.sum(0), group.exact(adapted=False))
-    if adapted:
+    if shrink != "none":
         gain, x, residual = group.randn(40), torch.empty(T, 40, device=DEVICE), group.randn(T, 40)
         expected = residual.double() + group.exact()
         add_norm(residual, y, gain, x, EPS, group.added)
@@ -128,7 +131,7 @@ def test_heads(kind: str, width: int) -> None:
     q = torch.full((T, H, width), torch.nan, device=DEVICE)
     keys, values = torch.zeros(2, T, G, longest, width, device=DEVICE).unbind(0)
     heads(
-        group.product(TILES["split"]), bias, q, keys, values, (*gains, EPS) if kind == "normed" else None,
+        group.product(TILES["split"]), bias, q.unsqueeze(2), keys, values, (*gains, EPS) if kind == "normed" else None,
         (angle.cos(), angle.sin()), positions, length, group.added,
     )  # fmt: skip
     y = group.exact() + (bias.double() if bias is not None else 0)

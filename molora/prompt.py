@@ -1,0 +1,111 @@
+"""A whole prompt of a routed model in few launches: the products by the library, all between them by our kernels."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional as F
+
+from molora.blueprint import GATE_UP, QKV, Blueprint
+from molora.groups import AdapterGroup
+from molora.plan import RoutingPlan
+from molora.step_cache import StepCache
+from molora_kernels import prompt, step
+from molora_kernels.paged import shrink_paged
+from molora_kernels.prompt import Shrunk
+
+
+class PromptPass:
+    """Runs prompts into a cache of fixed memory.
+
+    Args:
+        plan: the base.
+        groups: by module name, the adapters of the modules that are adapted.
+        rotary: cos and sin [positions, d / 2].
+    """
+
+    def __init__(
+        self, plan: Blueprint, groups: Mapping[str, AdapterGroup], rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self.plan, self.groups, self.rotary = plan, groups, rotary
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: StepCache,
+        plan_of: Callable[[int], RoutingPlan | None],
+        boundary: int | None = None,
+        read_hidden: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Logits [N, vocabulary] after the last token of each sequence. The cache holds the tokens afterwards.
+
+        Args:
+            ids: [N, T] int64.
+            positions: [N, T] int64, rotary.
+            mask: [N or 1, 1, T, past + T] bool or additive, what each token may attend to; None: all before it.
+            cache: with the past; there is room for T more.
+            plan_of: the plan of a decoder layer, or of the head after the last.
+            boundary, read_hidden: gets the hidden states [N, T, D] that enter layer ``boundary``, before its plan is
+                asked for.
+        """
+        base, (N, T) = self.plan, ids.shape
+        past = cache.length
+        length = torch.full((1,), past, device=ids.device)
+        rows = positions.expand(N, T).reshape(-1)
+        residual = F.embedding(ids, base.embedding).view(N * T, -1)
+        x = torch.empty_like(residual)
+        q = residual.new_empty(N, base.heads, T, base.head_width)
+        m = residual.new_empty(N * T, base.layers[0].down.shape[1])
+        step.add_norm(residual, None, base.layers[0].norms[0], x, base.eps)
+        for index, layer in enumerate(base.layers):
+            if index == boundary and read_hidden is not None:
+                read_hidden(residual.view(N, T, -1))
+            plan = plan_of(index)
+            at = f"{base.prefix}.{index}"
+            keys, values = cache.memory[index]
+            prompt.heads(
+                x @ layer.qkv.T, layer.bias, q, keys, values, layer.head_norms, self.rotary, rows, length,
+                self._shrunk(f"{at}.self_attn.{QKV[0]}", x, plan),
+            )  # fmt: skip
+            attended = attend(q, keys[:, :, : past + T], values[:, :, : past + T], mask, past)
+            attended = attended.transpose(1, 2).reshape(N * T, -1)
+            o = self._shrunk(f"{at}.self_attn.o_proj", attended, plan)
+            prompt.add_norm(residual, attended @ layer.o.T, layer.norms[1], x, base.eps, o)
+            prompt.gate(x @ layer.gate_up.T, m, self._shrunk(f"{at}.mlp.{GATE_UP[0]}", x, plan))
+            last = index + 1 == len(base.layers)
+            gain = base.norm if last else base.layers[index + 1].norms[0]
+            down = self._shrunk(f"{at}.mlp.down_proj", m, plan)
+            prompt.add_norm(residual, m @ layer.down.T, gain, x, base.eps, down)
+        cache.advance(T)
+        return self._head(x.view(N, T, -1)[:, -1], plan_of(len(base.layers)))
+
+    def _shrunk(self, name: str, x: torch.Tensor, plan: RoutingPlan | None) -> Shrunk | None:
+        group = self.groups.get(name)
+        if group is None or plan is None or not plan.slots.shape[-1] or not group.adapts:
+            return None
+        return Shrunk(shrink_paged(x, group.pages, plan.paged), group.pages, plan.paged)
+
+    def _head(self, x: torch.Tensor, plan: RoutingPlan | None) -> torch.Tensor:
+        logits = x @ self.plan.head.T
+        group = self.groups.get("lm_head")
+        if group is None or plan is None or not plan.slots.shape[-1]:
+            return logits
+        return group.add(logits, x, x, plan.at(slice(-1, None)).paged, 0)
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, past: int
+) -> torch.Tensor:
+    """Attention [N, H, T, d] of q [N, H, T, d] over keys and values [N, G, past + T, d]."""
+    T = q.shape[2]
+    if mask is None and past == 0:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    if mask is None:
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+    # With a mask, only keys and values of as many heads as q has go through a kernel that keeps no scores.
+    shape = (q.shape[0], q.shape[1], past + T, q.shape[3])
+    keys, values = (of.unsqueeze(2).expand(-1, -1, shape[1] // of.shape[1], -1, -1).reshape(shape)
+                    for of in (keys, values))  # fmt: skip
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
