@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from benchmarks.prefill import wrap
 from benchmarks.step import CONFIGS
 from molora import MoLoRAModel, Router, RouterConfig, Stack, StackLayer
+from molora.decode import DecodeStep
 from molora.selection import router_rows
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -85,6 +86,26 @@ def routed_model(base: Any, groups: dict[str, Any], top: int = 1) -> MoLoRAModel
             part.output.bias[-1] = -1e4  # none to the null
     model.set_router(router)
     return model.eval()
+
+
+def begin(step: DecodeStep, model: MoLoRAModel, ids: torch.Tensor, selection: Any = None) -> None:
+    """Fills the step's cache with prompts [sequences, tokens] through the model, and takes over their routes."""
+    with model.routing.active(lambda: model._resolve(selection)):
+        step.cache.reset()
+        model.base(ids, past_key_values=step.cache, logits_to_keep=1)
+        resolved = model.routing.selection
+        assert resolved is not None
+        step.routes.start(resolved.expand(len(ids)).to(ids.device), getattr(step.cache, "routing_memories", None))
+    restart(step, ids.shape[1])
+
+
+def restart(step: DecodeStep, length: int) -> None:
+    """Back to the end of the prompts."""
+    for layer in step.cache.layers:
+        layer.length = length
+    device = step.ids.device
+    seen = torch.ones(step.batch, length, dtype=torch.bool, device=device)
+    step.start(seen, torch.full((step.batch,), length, device=device))
 
 
 def took_steps(model: MoLoRAModel) -> bool:

@@ -58,25 +58,6 @@ def tokens_of(base: Any, count: int) -> torch.Tensor:
     return torch.randint(3, base.config.vocab_size, (1, count), generator=generator).to(base.device)
 
 
-def begin(step: DecodeStep, model: MoLoRAModel, ids: torch.Tensor, selection: Any) -> None:
-    """Fills the step's cache with a prompt [1, tokens] through the model, and takes over its routes."""
-    with model.routing.active(lambda: model._resolve(selection)):
-        step.cache.reset()
-        model.base(ids, past_key_values=step.cache, logits_to_keep=1)
-        resolved = model.routing.selection
-        assert resolved is not None
-        step.routes.start(resolved.expand(1).to(ids.device), getattr(step.cache, "routing_memories", None))
-    restart(step, ids.shape[1])
-
-
-def restart(step: DecodeStep, length: int) -> None:
-    """Back to the end of the prompt."""
-    for layer in step.cache.layers:
-        layer.length = length
-    device = step.ids.device
-    step.start(torch.ones(1, length, dtype=torch.bool, device=device), torch.full((1,), length, device=device))
-
-
 @torch.no_grad()
 def check(shape: str, rank: int, context: int, device: torch.device, folder: Path) -> float:
     """Stops unless a forced adapter's logits are PEFT's, through two layers in float32; the larger relative error."""
@@ -89,7 +70,7 @@ def check(shape: str, rank: int, context: int, device: torch.device, folder: Pat
     plan = blueprint(base)
     step = DecodeStep(plan, model.adapted.groups, StepRoutes(model.routing, 1, plan.device), 1, 2 * context)
     step.capture()
-    begin(step, model, ids[:, :-1], forced)
+    common.begin(step, model, ids[:, :-1], forced)
     decoded = step(ids[:, -1])
     theirs = PeftModel.from_pretrained(common.random_base(shape, device, torch.float32, layers=2), str(adapter))
     expected = theirs.eval()(ids, use_cache=False).logits
@@ -131,9 +112,9 @@ def ours(base: Any, count: int, rank: int, ids: torch.Tensor, tokens: int, clock
     for name, groups in (("ours_step_ms", model.adapted.groups), ("ours_step_without_adapters_ms", {})):
         step = DecodeStep(plan, groups, StepRoutes(model.routing, 1, plan.device), 1, context + 512)
         step.capture()
-        begin(step, model, ids, None)
+        common.begin(step, model, ids, None)
         step.ids.copy_(ids[:, -1])
-        restart(step, context)
+        common.restart(step, context)
         found[name] = clock(step.graph.replay if step.graph is not None else step.run)
     found["ours_generate_ms"] = generated_ms(model.generate, ids, tokens)
     if ids.is_cuda and not common.took_steps(model):
