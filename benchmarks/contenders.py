@@ -1,6 +1,7 @@
 """Ways to add many adapters' products to a base GEMM's output, behind one interface: y [T, O] in place.
 
-Ours, and what people use instead; each is prepared outside the timing and called without a host synchronisation.
+Ours, and what people use instead; each is prepared outside the timing. Those in EAGER wait for the device on the host,
+so that no graph can hold them. PEFT's own LoRA serves one adapter at a time: it stands in benchmarks/peers.py.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from molora_kernels import Factors
-from molora_kernels.order import order_by_slot
+from molora_kernels.order import PagedPlan
 from molora_kernels.paged import add_lora_paged
 from molora_kernels.pages import RankPages
 
@@ -72,9 +73,9 @@ def ours_by_token(p: Problem) -> Callable[[], torch.Tensor]:
 
 
 def ours_by_block(p: Problem) -> Callable[[], torch.Tensor]:
-    """The order is made once a forward and shared by its modules, so it is timed apart."""
-    order = order_by_slot(p.slots)
-    return lambda: add_lora_paged(p.y, p.x, p.pages, p.slots, p.weights, order, by_token=False)
+    """The blocks are made once a forward and shared by its modules, so they are timed apart."""
+    blocks = PagedPlan(p.slots.int(), p.weights).blocks
+    return lambda: add_lora_paged(p.y, p.x, p.pages, p.slots, p.weights, blocks, by_token=False)
 
 
 def dense(p: Problem) -> Callable[[], torch.Tensor]:
@@ -107,9 +108,25 @@ def grouped_mm(p: Problem) -> Callable[[], torch.Tensor]:
     return run
 
 
+def torch_loop(p: Problem) -> Callable[[], torch.Tensor]:
+    """As MixLoRA runs its experts: adapter after adapter, the tokens that chose it, two products, index_add. (X-LoRA
+    loops too, over all tokens.) One loop for a group of modules, where they have one each."""
+
+    def run() -> torch.Tensor:
+        for slot, (A, B) in enumerate(p.factors):
+            token, column = torch.where(p.slots == slot)  # the host waits for their number
+            h = (p.x[token] @ A.T) * p.weights[token, column].unsqueeze(1).to(p.x.dtype)
+            p.y.index_add_(0, token, h @ B)
+        return p.y
+
+    return run
+
+
 CONTENDERS = {
     "ours, by token": ours_by_token,
     "ours, by block": ours_by_block,
     "dense": dense,
     "grouped_mm": grouped_mm,
+    "torch loop": torch_loop,
 }
+EAGER = ("torch loop",)
