@@ -3,14 +3,63 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from molora.adapter import Adapter
-from molora.backend import BACKENDS, backend_for
-from molora.errors import ConfigError
+from molora.backend import backend_for, check_backend
 from molora.groups import AdapterGroup, siblings
 from molora.layer import MoLoRALinear, linear_size
 from molora.routing import RoutingState, decoder_layers
+from molora_kernels import Factors
+from molora_kernels.megablocks import FactorStack, PairOrder, add_lora_megablocks, pair_order, stack_factors
+from molora_kernels.order import PagedPlan
+
+
+class PairOrders:
+    """The order of the last plan: made once for a forward, for every module that has as many slots."""
+
+    def __init__(self) -> None:
+        self._last: tuple[PagedPlan, int, PairOrder] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies order for themselves: the weights of a plan in training are no tensor that can be copied."""
+        return {"_last": None}
+
+    def of(self, plan: PagedPlan, slots: int) -> PairOrder:
+        """The order of ``plan`` for slots below ``slots``."""
+        if self._last is None or self._last[0] is not plan or self._last[1] != slots:
+            self._last = (plan, slots, pair_order(plan.slots, slots))
+        return self._last[2]
+
+
+class MegaBlocksGroup(AdapterGroup):
+    """A group whose adapters MegaBlocks multiplies, from a copy of its pages that is made when it is needed.
+
+    The pages stay, and what else reads them, such as a captured decode step, finds the same adapters.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.orders = PairOrders()  # one for all groups of a model, once it has them
+        self._stacks: dict[int, FactorStack] = {}  # by piece
+
+    def put(self, slot: int, piece: int, factors: Factors | None) -> None:
+        super().put(slot, piece, factors)
+        self._stacks.pop(piece, None)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor:
+        if not self.pages.adapted(piece):
+            return y
+        if piece not in self._stacks:
+            with torch.inference_mode(False), torch.no_grad():  # a later forward may want gradients through it
+                self._stacks[piece] = stack_factors(self.pages.factors(piece))
+        stack = self._stacks[piece]
+        return add_lora_megablocks(y, flat, plan.weights, stack, self.orders.of(plan, len(stack.A) - 1))
+
+    def apply(self, change: Any) -> None:
+        super().apply(change)
+        self._stacks.clear()
 
 
 class AdaptedModules:
@@ -19,15 +68,17 @@ class AdaptedModules:
     Args:
         base: the model.
         routing: where the modules find the plan.
-        backend: "torch", "triton", or None: by the device of each module.
+        backend: "torch", "triton", "megablocks", or None: by the device of each module.
+
+    Raises:
+        ConfigError: there is no such backend. BackendError: it is not installed.
     """
 
     def __init__(self, base: PreTrainedModel, routing: RoutingState, backend: str | None) -> None:
-        if backend not in (None, *BACKENDS):
-            known = " or ".join(BACKENDS)
-            raise ConfigError(f"There is no backend {backend!r}: choose {known}, or leave it to the device.")
+        check_backend(backend)
         self.base, self.routing, self.backend = base, routing, backend
         self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
+        self.orders = PairOrders()  # of MegaBlocks
 
     def put(self, slot: int, adapter: Adapter) -> None:
         """Puts an adapter into a slot of all modules that it adapts."""
@@ -78,7 +129,10 @@ class AdaptedModules:
             return None
         if name not in self.groups:
             names = self._siblings(name)
-            self.groups.update(dict.fromkeys(names, AdapterGroup.of(self.base, names)))
+            group = (MegaBlocksGroup if self.backend == "megablocks" else AdapterGroup).of(self.base, names)
+            if isinstance(group, MegaBlocksGroup):
+                group.orders = self.orders
+            self.groups.update(dict.fromkeys(names, group))
         return self.groups[name]
 
     def _siblings(self, name: str) -> tuple[str, ...]:

@@ -1,12 +1,32 @@
-"""Which code multiplies adapters: the kernels on a GPU that Triton serves, torch everywhere else."""
+"""Which code multiplies adapters: the kernels on a GPU that Triton serves, torch everywhere else.
+
+MegaBlocks, where it is installed, only if it is asked for.
+"""
 
 import warnings
 from importlib.util import find_spec
 
 import torch
 
-BACKENDS = ("torch", "triton")
+from molora.errors import BackendError, ConfigError
+
+BACKENDS = ("torch", "triton", "megablocks")
 _broken: list[str] = []  # why the kernels are not used any more
+
+
+def check_backend(name: str | None) -> None:
+    """Raises ConfigError where there is no backend ``name`` (None: by the device), BackendError where it is not
+    installed."""
+    if name not in (None, *BACKENDS):
+        known = " or ".join(BACKENDS)
+        raise ConfigError(f"There is no backend {name!r}: choose {known}, or leave it to the device.")
+    if name == "megablocks":
+        from molora_kernels.megablocks import load
+
+        try:
+            load()
+        except ImportError as error:
+            raise BackendError(str(error)) from error
 
 
 def backend_for(device: torch.device) -> str:

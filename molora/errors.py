@@ -9,6 +9,10 @@ class ConfigError(MoLoRAError, ValueError):
     """A setting is unknown, missing or out of range."""
 
 
+class BackendError(MoLoRAError, RuntimeError):
+    """The code that was asked for to multiply adapters is not installed; the message says how to install it."""
+
+
 class BaseModelError(MoLoRAError, RuntimeError):
     """The base model cannot be brought, or is not one that MoLoRA can wrap."""
 
