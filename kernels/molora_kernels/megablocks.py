@@ -169,7 +169,7 @@ def add_lora_megablocks(
         rows = x.to(stack.A.dtype)
         rows = rows if rows.shape[1] == stack.A.shape[1] else pad(rows, (0, stack.A.shape[1] - rows.shape[1]))
         h = _product(ops.gather(rows.contiguous(), *at, order.ends, order.columns), stack.A, order, gmm)  # [P, R]
-        # Here they stay in float32, and so does their gradient; MegaBlocks' scatter returns one in the dtype of its rows.
+        # Here they and their gradient stay float32; MegaBlocks' scatter gives them one in the dtype of its rows.
         own = ops.gather(weights.reshape(-1, 1).contiguous(), *at, order.ends, 1)  # [P, 1]
         out = _product((h * own).to(h.dtype), stack.B, order, gmm)
         delta = ops.scatter(out, *at, None, order.ends, order.columns)[:, : stack.outputs].to(y.dtype)
