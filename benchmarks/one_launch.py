@@ -82,11 +82,22 @@ def decode(settings: argparse.Namespace, device: torch.device) -> Callable[[], A
 
 @torch.no_grad()
 def prompt(settings: argparse.Namespace, device: torch.device) -> Callable[[], Any]:
-    """A prompt through a model of one layer, routed over random adapters, and the logits of its last token."""
+    """A prompt through a model of one layer, routed over random adapters, as ``generate`` reads it."""
     base = common.random_base(settings.shape, device, common.compute_dtype(device), layers=1)
     model = common.routed_model(base, fill(base, settings.adapters, settings.rank), settings.top)
     ids = tokens(1, settings.tokens, base)
-    return lambda: model(ids, use_cache=False, logits_to_keep=1)
+
+    def by_modules() -> None:
+        model(ids, use_cache=False, logits_to_keep=1)
+
+    def by_kernels() -> None:
+        active = model.routing.active(lambda: model._resolve(None))
+        with active, model.steps.serve((ids,), {"max_new_tokens": 1}) as options:
+            if "past_key_values" not in options:
+                sys.exit("Our own kernels do not read this prompt: try --modules.")
+            model.base(input_ids=ids, past_key_values=options["past_key_values"], use_cache=True, logits_to_keep=1)
+
+    return by_modules if settings.modules else by_kernels
 
 
 def tokens(sequences: int, count: int, base: Any) -> torch.Tensor:
@@ -162,6 +173,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="of decode")
     parser.add_argument("--context", type=int, default=512, help="of decode")
     parser.add_argument("--tokens", type=int, default=2048, help="of prompt")
+    parser.add_argument("--modules", action="store_true", help="of prompt: by transformers' modules, as unknown bases")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--top", type=int, default=1)

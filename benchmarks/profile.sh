@@ -23,4 +23,5 @@ measure() {
 measure decode-1 decode --batch 1
 measure decode-64 decode --batch 64
 measure prompt-2048 prompt --tokens 2048
+measure prompt-2048-modules prompt --tokens 2048 --modules
 python3 -m benchmarks.one_launch table "${files[@]}" | tee "$out/ncu.md"

@@ -77,13 +77,23 @@ def decode(rows: Sequence[Row]) -> list[str]:
 
 
 def prefill(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        [*(row[name] for name in ("shape", "tokens", "adapters", "rank", "top", "popularity")),
-         *_numbers(row, "base_ms", "ms", "added_ms", "limit_ms"), f"{row['over']:.1%}"]
+    bare = [
+        [row["shape"], row["tokens"], *_numbers(row, "base_ms", "our_base_ms"), *_numbers(row, "route_us", digits=1)]
         for row in rows
+        if "adapters" not in row
+    ]
+    routed = [
+        [*(row[name] for name in ("shape", "tokens", "adapters", "rank", "top", "popularity")),
+         *_numbers(row, "ms", "added_ms", "modules_ms", "modules_added_ms", "limit_ms"), f"{row['over']:.1%}"]
+        for row in rows if "adapters" in row
     ]  # fmt: skip
-    head = ["shape", "tokens", "adapters", "rank", "top", "popularity", "base", "routed", "added", "limit", "over base"]
-    return ["### A prompt, ms", "", *table(head, lines)]
+    lines = ["### A prompt, ms", ""]
+    if bare:
+        head = ["shape", "tokens", "base", "base, our kernels", "router, memory and plan, µs"]
+        lines += [*table(head, bare), ""]
+    head = ["shape", "tokens", "adapters", "rank", "top", "popularity", "routed", "added", "routed, by modules",
+            "added, by modules", "limit of added", "over base"]  # fmt: skip
+    return [*lines, *table(head, routed)]
 
 
 def layer(rows: Sequence[Row]) -> list[str]:
