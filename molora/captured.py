@@ -34,10 +34,17 @@ class CapturedSteps:
         base: the model that generates.
         routing: which adapters act.
         groups: the adapters, by module name.
+        backend: which code multiplies adapters; steps are captured with "triton", or where the device chooses.
     """
 
-    def __init__(self, base: PreTrainedModel, routing: RoutingState, groups: Mapping[str, AdapterGroup]) -> None:
-        self.base, self.routing, self.groups = base, routing, groups
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        routing: RoutingState,
+        groups: Mapping[str, AdapterGroup],
+        backend: str | None = None,
+    ) -> None:
+        self.base, self.routing, self.groups, self.backend = base, routing, groups, backend
         self._plan: tuple[object, Blueprint | None] | None = None
         self._steps: OrderedDict[tuple[int, int], tuple[object, Any]] = OrderedDict()
 
@@ -106,7 +113,7 @@ class CapturedSteps:
 
     @torch.no_grad()
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        size = self._size(args, kwargs)
+        size = self._size(args, kwargs) if self.backend in (None, "triton") else None
         plan = self._blueprint() if size is not None else None
         if size is None or plan is None:
             return None

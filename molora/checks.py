@@ -36,7 +36,7 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
 
     adapter.check_fits(linear_sizes(base), weight, name)
     rank, module = max((weights.rank, module) for module, weights in adapter.modules.items())
-    if rank > MAX_RANK and (backend or backend_for(base.device)) == "triton":
+    if rank > MAX_RANK and (backend or backend_for(base.device)) != "torch":
         raise UnsupportedAdapterError(
             f"{adapter.path} has rank {rank} at {module}; the kernels take ranks up to {MAX_RANK}. "
             f"Use from_base(..., backend='torch')."

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from molora.selection import LayerCandidates, ResolvedSelection
 from molora_kernels import Dispatch, dispatch
 from molora_kernels.order import PagedPlan
+
+if TYPE_CHECKING:
+    from molora_kernels.route import Candidates
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,38 @@ def route(
         )
     unit = mode == "unit" and not weights.requires_grad
     return RoutingPlan(slots, weights, uniform=False, unit=unit)
+
+
+def route_by_kernel(logits: torch.Tensor, found: "Candidates", selection: ResolvedSelection, mode: str) -> RoutingPlan:
+    """:func:`route` in one launch on a GPU, without gradients. ``found``: of :func:`kernel_candidates`."""
+    from molora_kernels.route import Choice, choose  # needs Triton
+
+    choice = Choice(selection.allowed, selection.forced.int(), selection.routed)
+    slots, weights = choose(logits, found, choice, mode == "softmax")
+    plan = RoutingPlan(slots.long(), weights, unit=mode == "unit")
+    S = slots.shape[-1]
+    plan.__dict__["paged"] = PagedPlan(slots.view(-1, S), weights.view(-1, S))  # what it would be made to again
+    return plan
+
+
+def kernel_candidates(
+    rows: Sequence[str], layers: Sequence[LayerCandidates], columns: int, device: torch.device
+) -> "Candidates":
+    """The candidates of ``layers`` as the routing kernels read them, for a router with ``rows``."""
+    from molora_kernels.route import Candidates  # needs Triton
+
+    flat_rows = [rows.index(row) for layer in layers for row in layer.rows]
+    flat_slots = [slot for layer in layers for slot in layer.slots]
+
+    def ints(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return Candidates(
+        ints(flat_rows),
+        ints(flat_slots),
+        ints([*(layer.first for layer in layers), len(flat_rows)]),
+        ints([*(layer.column for layer in layers), columns]),
+    )
 
 
 def _choose(

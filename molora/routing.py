@@ -9,10 +9,19 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from molora.backend import backend_for
 from molora.cache import attach, memories_of
 from molora.errors import BaseModelError
 from molora.memory import Memory
-from molora.plan import LayerTable, RoutingPlan, forced_plan, layer_tables, route
+from molora.plan import (
+    LayerTable,
+    RoutingPlan,
+    forced_plan,
+    kernel_candidates,
+    layer_tables,
+    route,
+    route_by_kernel,
+)
 from molora.router import Router, VocabularyRouter
 from molora.selection import LayerCandidates, ResolvedSelection
 
@@ -54,6 +63,7 @@ class RoutingState:
         self._current: ResolvedSelection | None = None
         self._placed: tuple[ResolvedSelection, int, torch.device] | None = None  # what _current was made from
         self._tables: tuple[object, list[LayerTable]] | None = None
+        self._flat: tuple[object, Any] | None = None  # the candidates for kernels, and what they were made from
         self._hooks: list[Any] = [base.register_forward_pre_hook(self._before_base, with_kwargs=True)]
 
     def set_router(self, router: Router | VocabularyRouter | None) -> None:
@@ -159,10 +169,23 @@ class RoutingState:
         logits = part(q)
         self.features[index], self.logits[index] = q, logits
         through = self.router.training and torch.is_grad_enabled()
+        if not through and (candidates := self._kernel_candidates(logits.device)) is not None:
+            return route_by_kernel(logits.contiguous(), candidates, self._current, self.router.weights)
         plan = route(logits, self._layer_tables(logits.device), self._current, self.router.weights, through)
         if through:
             plan.dispatch  # noqa: B018 - made here, so that a layer that is run again for its gradient finds it made
         return plan
+
+    def _kernel_candidates(self, device: torch.device) -> Any:
+        """The candidates as the routing kernels read them; None where kernels do not route."""
+        assert self.router is not None and self._current is not None
+        columns = self._current.forced.shape[1]
+        if torch.is_grad_enabled() or not columns or backend_for(device) != "triton":
+            return None
+        key = (list(self.router.rows), list(self.layers), device)
+        if self._flat is None or self._flat[0] != key:
+            self._flat = (key, kernel_candidates(self.router.rows, self.layers, columns, device))
+        return self._flat[1]
 
     def _layer_tables(self, device: torch.device) -> list[LayerTable]:
         assert self.router is not None

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from molora.memory import Memory
+from molora.plan import kernel_candidates
 from molora.router import Router
 from molora.routing import RoutingState
 from molora.selection import LayerCandidates, ResolvedSelection
 from molora_kernels.blocks import Blocks, list_slots, make_blocks
-from molora_kernels.route import Candidates, Choice, RouterWeights, StepState, route_step
+from molora_kernels.route import Choice, RouterWeights, StepState, route_step
 
 BY_SLOT = 4  # sequences from which on an adapter is read once for all that it acts on
 
@@ -38,7 +39,7 @@ class StepRoutes:
         self.weights: list[RouterWeights] = []
         self.states: list[StepState] = []
         if isinstance(router, Router):
-            self.candidates = _candidates(self.layers, router.rows, columns, device)
+            self.candidates = kernel_candidates(router.rows, self.layers, columns, device)
             embedding = routing.base.get_input_embeddings()
             for part in router._parts:
                 table = torch.zeros(batch, part.width, device=device)
@@ -114,20 +115,3 @@ class StepRoutes:
             ids, self.real, self.weights[index], self.candidates, self.choice, self.states[index], softmax, pdl
         )  # fmt: skip
         self._list(self.states[index].slots)
-
-
-def _candidates(
-    layers: Sequence[LayerCandidates], rows: Sequence[str], columns: int, device: torch.device
-) -> Candidates:
-    flat_rows = [rows.index(row) for layer in layers for row in layer.rows]
-    flat_slots = [slot for layer in layers for slot in layer.slots]
-
-    def ints(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    return Candidates(
-        ints(flat_rows),
-        ints(flat_slots),
-        ints([*(layer.first for layer in layers), len(flat_rows)]),
-        ints([*(layer.column for layer in layers), columns]),
-    )

@@ -106,7 +106,7 @@ def test_a_new_row_leaves_the_others_alone_and_is_never_chosen() -> None:
     router.add_row("domain/law")
     after = part(q)
     assert router.rows == [*ROWS, "domain/law"] and part.output.out_features == 4
-    assert torch.equal(after[..., :3], before)
+    assert (after[..., :3] - before).abs().max() <= 1e-6 * before.abs().max()  # a product of another width sums anew
     assert (after[..., 3] == NEVER).all() and (after.argmax(-1) != 3).all()
     assert all(parameter.requires_grad for parameter in part.output.parameters())
 
