@@ -20,7 +20,12 @@ from typing import Any
 import torch
 
 from molora_kernels.attention import Attention, AttentionTile
+from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.linear import LinearTile, linear
+from molora_kernels.order import PagedPlan
+from molora_kernels.pages import PAGE, RankPages
+from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
+from molora_kernels.tiles import LARGEST_HOT
 
 SHAPES = {  # rows and columns of W
     "1.7B": [(4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)],
@@ -30,7 +35,8 @@ SHAPES = {  # rows and columns of W
 TOKENS = (1, 8, 16, 32, 64)
 BYTES = 1 << 29  # of weights that a timing goes through, so that none of them is still in the L2
 PARTS = ("linear", "attention", "blocks")
-TABLES = ("linear", "attention", "shrink", "expand")
+TABLES = ("linear", "attention", "shrink", "expand", "hot")
+BLOCK_PROBLEMS = ((2048, 8), (2048, 64), (2048, 1024), (256, 8), (256, 64))  # tokens and slots
 SHARED = 200 << 10  # bytes of shared memory that a program may have
 
 
@@ -106,56 +112,89 @@ def tune_attention() -> list[dict[str, Any]]:
     return entries
 
 
-def tune_blocks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The forms by block on gate and up of the 1.7B shape, with inputs that are not in the L2."""
-    from benchmarks.contenders import make_problem
-    from molora_kernels.expand import ExpandTile, expand
-    from molora_kernels.order import order_by_slot
-    from molora_kernels.shrink import ShrinkTile, shrink
-
+def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile]]:
+    """Of the forms by block."""
     shrinks = [
-        ShrinkTile(t, d, split, warps, stages)
-        for t, d, split, warps, stages in itertools.product((16, 32), (128,), (1, 2, 4), (4,), (3,))
+        ShrinkTile(d, split, at_once, warps, 3)
+        for d, split, at_once, warps in itertools.product((64, 128), (2, 4, 8), (1, 2, 4), (4, 8))
     ]
-    expands = [ExpandTile(t, o, 4, n) for t, o, n in itertools.product((16, 32, 64), (128, 256), (2, 4, 8))]
-    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for slots, tokens in ((8, 2048), (64, 2048), (8, 256)):
-        problem = make_problem(tokens, 2048, (6144, 6144), slots, 1, 16, "uniform", torch.bfloat16, "cuda")
-        order, weights = order_by_slot(problem.slots), problem.weights
+    expands = [ExpandTile(o, n, warps) for o, n, warps in itertools.product((64, 128, 256), (1, 2, 4), (4, 8))]
+    return shrinks, expands
+
+
+def block_problem(slots: int, tokens: int) -> tuple[RankPages, PagedPlan]:
+    """Gate and up of the 1.7B shape, rank 16, tokens spread evenly; the pages are filled as they are."""
+    pages = RankPages(2048, (6144, 6144), slots, slots, PAGE, torch.bfloat16, torch.device("cuda"))
+    pages.A.normal_(0, 0.02)
+    pages.B.normal_(0, 0.02)
+    pages.first.copy_(torch.arange(slots, dtype=torch.int32).expand_as(pages.first))
+    pages.count.fill_(1)
+    chosen = torch.randint(0, slots, (tokens, 1), device="cuda", dtype=torch.int32)
+    return pages, PagedPlan(chosen, torch.rand(tokens, 1, device="cuda") + 0.5)
+
+
+def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
+    """The forms by block, with inputs that are not in the L2, and whether few adapters shrink hot."""
+    shrinks, expands = block_candidates()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_blocks, range(workers), itertools.repeat(workers)))
+    found: dict[str, list[dict[str, Any]]] = {"shrink": [], "expand": [], "hot": []}
+    for tokens, slots in BLOCK_PROBLEMS:
+        pages, plan = block_problem(slots, tokens)
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
-        ys = torch.randn(4, tokens, 6144, device="cuda", dtype=torch.bfloat16)
-        p = problem.pages
-        times = {}
-        for tile in shrinks:
-            call = partial(_one_shrink, shrink, xs, p, problem.slots, order, tile)
-            # What the expand then reads counts too: a float32 page for each part.
-            times[tile] = _replays(call, len(xs)) + tile.split * tokens * 32 * 4 * 12 / 5.0e6 / 2
-        best = min(times, key=lambda tile: times[tile])
-        h = shrink(xs[0], p, problem.slots, order, best, False)
-        spent = {}
-        for shape in expands:
-            call = partial(_one_expand, expand, ys, h, p, problem.slots, weights, order, shape)
-            spent[shape] = _replays(call, len(ys))
-        fastest = min(spent, key=lambda tile: spent[tile])
-        limit = tokens * 6144 * 4 / 3.0e6
-        print(
-            f"{slots} slots, {tokens} tokens: shrink {times[best]:.1f} us {tuple(asdict(best).values())}, "
-            f"expand {spent[fastest]:.1f} us {tuple(asdict(fastest).values())}, its limit {limit:.1f}",
-            flush=True,
-        )
-        for entries, us, tile in ((found[0], times, best), (found[1], spent, fastest)):
-            entries.append({"tokens": tokens, "slots": slots, "us": round(us[tile], 1), "tile": asdict(tile)})
+        ys = torch.randn(4, tokens, sum(pages.outputs), device="cuda", dtype=torch.bfloat16)
+        one = {tile: _replays(partial(_one_shrink, xs, pages, plan, tile), len(xs)) for tile in shrinks}
+        # What the expand then reads counts too: the parts of the sum, again for each tile of 128 columns, from the L2.
+        cost = {
+            tile: us + tile.split * tokens * PAGE * 4 * sum(pages.outputs) / 128 / 5.0e6 for tile, us in one.items()
+        }
+        best = min(cost, key=lambda tile: cost[tile])
+        h = shrink(xs[0], pages, plan.slots, plan.blocks, best, False)
+        two = {tile: _replays(partial(_one_expand, ys, h, pages, plan, tile), len(ys)) for tile in expands}
+        fastest = min(two, key=lambda tile: two[tile])
+        for kind, us, tile in (("shrink", one, best), ("expand", two, fastest)):
+            entry = {"tokens": tokens, "slots": slots, "us": round(us[tile], 1), "tile": asdict(tile)}
+            print(f"{kind} {entry}", flush=True)
+            found[kind].append(entry)
+        rows = len(pages.outputs) * slots * PAGE
+        if rows <= LARGEST_HOT:
+            hot = _replays(partial(_one_hot, xs, pages), len(xs))
+            hot += _replays(partial(_one_expand, ys, shrink_hot(xs[0], pages), pages, plan, fastest), len(ys))
+            cold = one[best] + two[fastest]
+            entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(hot, 1), "hot": hot < cold}
+            print(f"hot {entry}", flush=True)
+            found["hot"].append(entry)
     return found
 
 
-def _one_shrink(shrink: Any, xs: Any, pages: Any, slots: Any, order: Any, tile: Any, index: int) -> None:
-    shrink(xs[index], pages, slots, order, tile, False)
+def compile_blocks(part: int, parts: int) -> None:
+    shrinks, expands = block_candidates()
+    for slots in (8, 64):  # numbers that 16 divides are compiled apart
+        pages, plan = block_problem(slots, 2048)
+        x = torch.zeros(2048, 2048, device="cuda", dtype=torch.bfloat16)
+        y = torch.zeros(2048, sum(pages.outputs), device="cuda", dtype=torch.bfloat16)
+        for tile in shrinks[part::parts]:
+            shrink(x, pages, plan.slots, plan.blocks, tile, False)
+        for split in (2, 4, 8):
+            h = torch.zeros(split, 2048, 1, 2 * PAGE, device="cuda")
+            for shape in expands[part::parts]:
+                _one_expand(y.unsqueeze(0), h, pages, plan, shape, 0)
+        for shape in expands[part::parts]:
+            _one_expand(y.unsqueeze(0), shrink_hot(x, pages), pages, plan, shape, 0)
+
+
+def _one_shrink(xs: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: ShrinkTile, index: int) -> None:
+    shrink(xs[index], pages, plan.slots, plan.blocks, tile, False)
+
+
+def _one_hot(xs: torch.Tensor, pages: RankPages, index: int) -> None:
+    shrink_hot(xs[index], pages)
 
 
 def _one_expand(
-    expand: Any, ys: Any, h: Any, pages: Any, slots: Any, weights: Any, order: Any, tile: Any, index: int
+    ys: torch.Tensor, h: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: ExpandTile, index: int
 ) -> None:
-    expand(ys[index], h, pages, slots, weights, order, False, 0, tile)
+    expand(ys[index], h, pages, plan.slots, plan.weights, plan.blocks, False, tile=tile)
 
 
 def _product(x: torch.Tensor, weights: torch.Tensor, index: int) -> None:
@@ -189,7 +228,7 @@ def main() -> None:
     settings = parser.parse_args()
     table = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
     if "blocks" in settings.only:
-        table["shrink"], table["expand"] = tune_blocks()
+        table |= tune_blocks(settings.workers)
     if "attention" in settings.only:
         table["attention"] = tune_attention()
     if "linear" in settings.only:

@@ -70,7 +70,7 @@ class MoLoRAModel(nn.Module):
             router: a router for this stack, the settings of a new untrained one, or None (names only, no "auto").
             tokenizer: of a loaded base; otherwise it comes with the base.
             dtype, device_map: as in ``transformers``, for a base that is loaded here (bfloat16 by default).
-            backend: "triton" (kernels), "torch", or "megablocks" (optional, docs/kernels.md); by the device if left out.
+            backend: "triton" (kernels), "torch", or "megablocks" (optional, docs/kernels.md); by device if left out.
 
         Raises:
             AdapterError: an adapter cannot be used. RouterError: the router is for another stack or base.
