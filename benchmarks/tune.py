@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 
+from molora_kernels import epilogue_block
 from molora_kernels.attention import Attention, AttentionTile
+from molora_kernels.blocks import make_blocks
+from molora_kernels.epilogue import Added
 from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.linear import LinearTile, linear
 from molora_kernels.order import PagedPlan
 from molora_kernels.pages import PAGE, RankPages
 from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
-from molora_kernels.tiles import LARGEST_HOT
+from molora_kernels.tiles import LARGEST_HOT, EpilogueTile
 
 SHAPES = {  # rows and columns of W
     "1.7B": [(4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)],
@@ -35,8 +38,10 @@ SHAPES = {  # rows and columns of W
 TOKENS = (1, 8, 16, 32, 64)
 BYTES = 1 << 29  # of weights that a timing goes through, so that none of them is still in the L2
 PARTS = ("linear", "attention", "blocks")
-TABLES = ("linear", "attention", "shrink", "expand", "hot")
-BLOCK_PROBLEMS = ((2048, 8), (2048, 64), (2048, 1024), (256, 8), (256, 64))  # tokens and slots
+TABLES = ("linear", "attention", "shrink", "expand", "epilogue", "hot")
+BLOCK_PROBLEMS = (  # tokens, slots, columns of the plan
+    (2048, 8, 1), (2048, 8, 2), (2048, 64, 1), (2048, 64, 2), (2048, 1024, 1), (2048, 1024, 2), (256, 8, 1), (256, 64, 1),
+)  # fmt: skip
 SHARED = 200 << 10  # bytes of shared memory that a program may have
 
 
@@ -112,75 +117,95 @@ def tune_attention() -> list[dict[str, Any]]:
     return entries
 
 
-def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile]]:
+def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[EpilogueTile]]:
     """Of the forms by block."""
     shrinks = [
-        ShrinkTile(d, split, at_once, warps, 3)
-        for d, split, at_once, warps in itertools.product((64, 128), (2, 4, 8), (1, 2, 4), (4, 8))
+        ShrinkTile(t, d, at_once, warps, stages)
+        for t, d, at_once, warps, stages in itertools.product((16, 32), (128, 256), (1, 2, 4), (4, 8), (2, 3))
+        if (t + 32 * at_once) * d * 2 * stages <= SHARED
     ]
     expands = [ExpandTile(o, n, warps) for o, n, warps in itertools.product((64, 128, 256), (1, 2, 4), (4, 8))]
-    return shrinks, expands
+    epilogues = [EpilogueTile(t, n, warps) for t, n, warps in itertools.product((16, 32, 64), (1, 2, 4), (4, 8))]
+    return shrinks, expands, epilogues
 
 
-def block_problem(slots: int, tokens: int) -> tuple[RankPages, PagedPlan]:
+def block_problem(tokens: int, slots: int, top: int) -> tuple[RankPages, PagedPlan]:
     """Gate and up of the 1.7B shape, rank 16, tokens spread evenly; the pages are filled as they are."""
     pages = RankPages(2048, (6144, 6144), slots, slots, PAGE, torch.bfloat16, torch.device("cuda"))
     pages.A.normal_(0, 0.02)
     pages.B.normal_(0, 0.02)
     pages.first.copy_(torch.arange(slots, dtype=torch.int32).expand_as(pages.first))
     pages.count.fill_(1)
-    chosen = torch.randint(0, slots, (tokens, 1), device="cuda", dtype=torch.int32)
-    return pages, PagedPlan(chosen, torch.rand(tokens, 1, device="cuda") + 0.5)
+    chosen = torch.ones(slots, device="cuda").expand(tokens, -1).multinomial(top).int()
+    return pages, PagedPlan(chosen, torch.rand(tokens, top, device="cuda") + 0.5)
 
 
 def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
     """The forms by block, with inputs that are not in the L2, and whether few adapters shrink hot."""
-    shrinks, expands = block_candidates()
+    shrinks, expands, epilogues = block_candidates()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_blocks, range(workers), itertools.repeat(workers)))
-    found: dict[str, list[dict[str, Any]]] = {"shrink": [], "expand": [], "hot": []}
-    for tokens, slots in BLOCK_PROBLEMS:
-        pages, plan = block_problem(slots, tokens)
+    found: dict[str, list[dict[str, Any]]] = {"shrink": [], "expand": [], "epilogue": [], "hot": []}
+    for tokens, slots, top in BLOCK_PROBLEMS:
+        pages, plan = block_problem(tokens, slots, top)
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
         ys = torch.randn(4, tokens, sum(pages.outputs), device="cuda", dtype=torch.bfloat16)
         one = {tile: _replays(partial(_one_shrink, xs, pages, plan, tile), len(xs)) for tile in shrinks}
-        # What the expand then reads counts too: the parts of the sum, again for each tile of 128 columns, from the L2.
-        cost = {
-            tile: us + tile.split * tokens * PAGE * 4 * sum(pages.outputs) / 128 / 5.0e6 for tile, us in one.items()
-        }
-        best = min(cost, key=lambda tile: cost[tile])
+        best = min(one, key=lambda tile: one[tile])
         h = shrink(xs[0], pages, plan.slots, plan.blocks, best, False)
-        two = {tile: _replays(partial(_one_expand, ys, h, pages, plan, tile), len(ys)) for tile in expands}
-        fastest = min(two, key=lambda tile: two[tile])
-        for kind, us, tile in (("shrink", one, best), ("expand", two, fastest)):
-            entry = {"tokens": tokens, "slots": slots, "us": round(us[tile], 1), "tile": asdict(tile)}
-            print(f"{kind} {entry}", flush=True)
-            found[kind].append(entry)
+        two = {tile: _replays(partial(_one_gate, ys, h, pages, plan, tile), len(ys)) for tile in epilogues}
+        last = min(two, key=lambda tile: two[tile])
+        what = {"tokens": tokens, "slots": slots}
+        found["epilogue"].append({**what, "top": top, "us": round(two[last], 1), "tile": asdict(last)})
+        print("epilogue", found["epilogue"][-1], f"base {_replays(partial(_base_gate, ys), len(ys)):.1f}", flush=True)
+        if top > 1:
+            continue
+        three = {tile: _replays(partial(_one_expand, ys, h, pages, plan, tile), len(ys)) for tile in expands}
+        fastest = min(three, key=lambda tile: three[tile])
+        for kind, us, tile in (("shrink", one, best), ("expand", three, fastest)):
+            found[kind].append({**what, "us": round(us[tile], 1), "tile": asdict(tile)})
+            print(kind, found[kind][-1], flush=True)
         rows = len(pages.outputs) * slots * PAGE
         if rows <= LARGEST_HOT:
             hot = _replays(partial(_one_hot, xs, pages), len(xs))
-            hot += _replays(partial(_one_expand, ys, shrink_hot(xs[0], pages), pages, plan, fastest), len(ys))
-            cold = one[best] + two[fastest]
+            hot += _replays(partial(_one_gate, ys, shrink_hot(xs[0], pages), pages, plan, last), len(ys))
+            cold = one[best] + two[last]
             entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(hot, 1), "hot": hot < cold}
-            print(f"hot {entry}", flush=True)
+            print("hot", entry, flush=True)
             found["hot"].append(entry)
+    found["epilogue"] += tune_few(epilogues)
     return found
 
 
+def tune_few(tiles: list[EpilogueTile]) -> list[dict[str, Any]]:
+    """The epilogue of a decode step: float32 parts of sums."""
+    entries = []
+    for tokens, top in itertools.product((8, 64), (1, 2)):
+        pages, plan = block_problem(tokens, 8, top)
+        plan.__dict__["blocks"] = make_blocks(plan.slots, None, 8)
+        ys = torch.randn(16, tokens, sum(pages.outputs), device="cuda")
+        h = torch.randn(2, tokens, top, 2 * PAGE, device="cuda")
+        us = {tile: _replays(partial(_one_gate, ys, h, pages, plan, tile), len(ys)) for tile in tiles}
+        best = min(us, key=lambda tile: us[tile])
+        entries.append({"tokens": tokens, "slots": 8, "top": top, "us": round(us[best], 1), "tile": asdict(best)})
+        print("epilogue", entries[-1], flush=True)
+    return entries
+
+
 def compile_blocks(part: int, parts: int) -> None:
-    shrinks, expands = block_candidates()
-    for slots in (8, 64):  # numbers that 16 divides are compiled apart
-        pages, plan = block_problem(slots, 2048)
-        x = torch.zeros(2048, 2048, device="cuda", dtype=torch.bfloat16)
-        y = torch.zeros(2048, sum(pages.outputs), device="cuda", dtype=torch.bfloat16)
+    shrinks, expands, epilogues = block_candidates()
+    y = torch.zeros(1, 2048, 12288, device="cuda", dtype=torch.bfloat16)
+    x = torch.zeros(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    for slots, top in ((8, 1), (8, 2), (64, 1)):  # numbers that 16 divides are compiled apart
+        pages, plan = block_problem(2048, slots, top)
         for tile in shrinks[part::parts]:
             shrink(x, pages, plan.slots, plan.blocks, tile, False)
-        for split in (2, 4, 8):
-            h = torch.zeros(split, 2048, 1, 2 * PAGE, device="cuda")
-            for shape in expands[part::parts]:
-                _one_expand(y.unsqueeze(0), h, pages, plan, shape, 0)
-        for shape in expands[part::parts]:
-            _one_expand(y.unsqueeze(0), shrink_hot(x, pages), pages, plan, shape, 0)
+        h = torch.zeros(1, 2048, top, 2 * PAGE, device="cuda", dtype=torch.bfloat16)
+        for h in (h, shrink_hot(x, pages)):
+            for shape in expands[part::parts] if top == 1 else ():
+                _one_expand(y, h, pages, plan, shape, 0)
+            for cut in epilogues[part::parts]:
+                _one_gate(y, h, pages, plan, cut, 0)
 
 
 def _one_shrink(xs: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: ShrinkTile, index: int) -> None:
@@ -195,6 +220,20 @@ def _one_expand(
     ys: torch.Tensor, h: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: ExpandTile, index: int
 ) -> None:
     expand(ys[index], h, pages, plan.slots, plan.weights, plan.blocks, False, tile=tile)
+
+
+def _one_gate(
+    ys: torch.Tensor, h: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: EpilogueTile, index: int
+) -> None:
+    epilogue_block.epilogue_tile = lambda *_: tile  # type: ignore[assignment]
+    m = torch.empty(ys.shape[1], ys.shape[2] // 2, device="cuda", dtype=torch.bfloat16)
+    epilogue_block.gate(ys[index : index + 1], m, Added(h, pages, plan.slots, plan.weights, plan.blocks), False, None)
+
+
+def _base_gate(ys: torch.Tensor, index: int) -> None:
+    epilogue_block.epilogue_tile = lambda *_: EpilogueTile()  # type: ignore[assignment]
+    m = torch.empty(ys.shape[1], ys.shape[2] // 2, device="cuda", dtype=torch.bfloat16)
+    epilogue_block.gate(ys[index : index + 1], m, None, False, None)
 
 
 def _product(x: torch.Tensor, weights: torch.Tensor, index: int) -> None:

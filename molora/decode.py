@@ -14,10 +14,10 @@ from molora.groups import AdapterGroup
 from molora.step_cache import StepCache
 from molora.step_routes import StepRoutes
 from molora_kernels.attention import Attention
+from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.expand import expand
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import PAGE
-from molora_kernels.step import Added, add_norm, gate, heads
 from molora_kernels.tiles import attention_tile, linear_tile
 
 
@@ -67,6 +67,7 @@ class DecodeStep:
         def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=kind, device=device)
 
+        self.scale = Scale.of(batch, plan.hidden, plan.eps, dtype, device)
         self.residual, self.x = buffer(batch, plan.hidden), buffer(batch, plan.hidden)
         self.q = buffer(batch, plan.heads, plan.head_width)
         self.attended = buffer(batch, plan.heads, plan.head_width)
@@ -114,24 +115,25 @@ class DecodeStep:
         self.mask.index_fill_(1, self.length, True)
         torch.index_select(plan.embedding, 0, self.ids, out=self.residual)
         add_norm(self.residual, None, plan.layers[0].norms[0], self.x, plan.eps)
-        scale = plan.head_width**-0.5
         last = len(plan.layers) - 1
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(plan.layers, self.products, strict=True)):
             if index == self.routes.boundary:
                 self.routes.read_hidden(self.residual, pdl)
             keys, values = self.cache.memory[index]
+            scale = self.scale if index else None
             heads(
                 qkv(self.x, pdl and index != self.routes.boundary), layer.bias, self.q.unsqueeze(2), keys, values,
-                layer.head_norms,
-                self.rotary, self.positions, self.length, qkv.added, pdl,
+                layer.head_norms, self.rotary, self.positions, self.length, qkv.added, pdl, scale,
             )  # fmt: skip
-            self.attention(self.attended, self.q, keys, values, self.mask, self.length, scale, pdl)
-            add_norm(
-                self.residual, o(self.attended.flatten(1), pdl), layer.norms[1], self.x, plan.eps, o.added, pdl
+            self.attention(
+                self.attended, self.q, keys, values, self.mask, self.length, plan.head_width**-0.5, pdl
             )  # fmt: skip
-            gate(gate_up(self.x, pdl), self.m, gate_up.added, pdl)
+            attended = o(self.attended.flatten(1), pdl)
+            add_norm(self.residual, attended, layer.norms[1], self.x, plan.eps, o.added, pdl, self.scale)
+            gate(gate_up(self.x, pdl), self.m, gate_up.added, pdl, self.scale)
             gain = plan.norm if index == last else plan.layers[index + 1].norms[0]
-            add_norm(self.residual, down(self.m, pdl), gain, self.x, plan.eps, down.added, pdl)
+            scale = None if index == last else self.scale  # the head's product is the logits
+            add_norm(self.residual, down(self.m, pdl), gain, self.x, plan.eps, down.added, pdl, scale)
         self.head(self.x, pdl)
         if (added := self.head.added) is not None:
             expand(

@@ -9,9 +9,8 @@ from molora.blueprint import GATE_UP, QKV, Blueprint
 from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
 from molora.step_cache import StepCache
-from molora_kernels import prompt, step
-from molora_kernels.paged import shrink_paged
-from molora_kernels.prompt import Shrunk
+from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
+from molora_kernels.paged import TOKEN_FORM, shrink_paged
 
 
 class PromptPass:
@@ -58,34 +57,41 @@ class PromptPass:
         x = torch.empty_like(residual)
         q = residual.new_empty(N, base.heads, T, base.head_width)
         m = residual.new_empty(N * T, base.layers[0].down.shape[1])
-        step.add_norm(residual, None, base.layers[0].norms[0], x, base.eps)
+        scale = Scale.of(N * T, base.hidden, base.eps, base.dtype, base.device)
+        add_norm(residual, None, base.layers[0].norms[0], x, base.eps)
         for index, layer in enumerate(base.layers):
             if index == boundary and read_hidden is not None:
                 read_hidden(residual.view(N, T, -1))
             plan = plan_of(index)
-            at = f"{base.prefix}.{index}"
+            at, last = f"{base.prefix}.{index}", index + 1 == len(base.layers)
             keys, values = cache.memory[index]
-            prompt.heads(
-                x @ layer.qkv.T, layer.bias, q, keys, values, layer.head_norms, self.rotary, rows, length,
-                self._shrunk(f"{at}.self_attn.{QKV[0]}", x, plan),
+            heads(
+                (x @ layer.qkv.T).unsqueeze(0), layer.bias, q, keys, values, layer.head_norms, self.rotary, rows,
+                length, self._added(f"{at}.self_attn.{QKV[0]}", x, plan), scale=scale if index else None,
             )  # fmt: skip
             attended = attend(q, keys[:, :, : past + T], values[:, :, : past + T], mask, past)
             attended = attended.transpose(1, 2).reshape(N * T, -1)
-            o = self._shrunk(f"{at}.self_attn.o_proj", attended, plan)
-            prompt.add_norm(residual, attended @ layer.o.T, layer.norms[1], x, base.eps, o)
-            prompt.gate(x @ layer.gate_up.T, m, self._shrunk(f"{at}.mlp.{GATE_UP[0]}", x, plan))
-            last = index + 1 == len(base.layers)
+            o = self._added(f"{at}.self_attn.o_proj", attended, plan)
+            add_norm(
+                residual, (attended @ layer.o.T).unsqueeze(0), layer.norms[1], x, base.eps, o, scale=scale
+            )  # fmt: skip
+            gate_up = self._added(f"{at}.mlp.{GATE_UP[0]}", x, plan)
+            gate((x @ layer.gate_up.T).unsqueeze(0), m, gate_up, scale=scale)
             gain = base.norm if last else base.layers[index + 1].norms[0]
-            down = self._shrunk(f"{at}.mlp.down_proj", m, plan)
-            prompt.add_norm(residual, m @ layer.down.T, gain, x, base.eps, down)
+            down = self._added(f"{at}.mlp.down_proj", m, plan)
+            add_norm(
+                residual, (m @ layer.down.T).unsqueeze(0), gain, x, base.eps, down, scale=None if last else scale
+            )  # fmt: skip
         cache.advance(T)
         return self._head(x.view(N, T, -1)[:, -1], plan_of(len(base.layers)))
 
-    def _shrunk(self, name: str, x: torch.Tensor, plan: RoutingPlan | None) -> Shrunk | None:
+    def _added(self, name: str, x: torch.Tensor, plan: RoutingPlan | None) -> Added | None:
         group = self.groups.get(name)
         if group is None or plan is None or not plan.slots.shape[-1] or not group.adapts:
             return None
-        return Shrunk(shrink_paged(x, group.pages, plan.paged), group.pages, plan.paged)
+        paged = plan.paged
+        blocks = paged.blocks if len(x) > TOKEN_FORM else None
+        return Added(shrink_paged(x, group.pages, paged), group.pages, paged.slots, paged.weights, blocks)
 
     def _head(self, x: torch.Tensor, plan: RoutingPlan | None) -> torch.Tensor:
         logits = x @ self.plan.head.T

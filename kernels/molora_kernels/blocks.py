@@ -70,57 +70,140 @@ def plan_rows(token, here, slots_ptr, weights_ptr, TOP: tl.constexpr):
     found = ()
     for k in tl.static_range(TOP):
         slot = tl.load(slots_ptr + token * TOP + k, mask=here, other=-1).to(tl.int32)
-        found = found + ((slot, tl.load(weights_ptr + token * TOP + k, mask=slot >= 0, other=0.0)),)  # noqa: RUF005
+        found = found + ((slot, tl.load(weights_ptr + token * TOP + k, mask=here, other=0.0)),)  # noqa: RUF005
     return found
 
 
 @triton.jit
-def add_block(
-    acc, rows, token, block, piece, column, width, o, inside,
-    h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
-    AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+def early_tiles(
+    block, piece, column, width, o, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, most, pages, adapters,
+    AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """acc [tokens of the block, columns ``o`` of slice ``piece``] plus what the adapters add.
-
-    AT_ONCE slots, PAGES pages of each, are one product. HOT: h has the ranks of all slots, [T, slices x pages x PAGE];
-    else those of each pair, [SPLIT, T, TOP, slices x MAX_PAGES x PAGE] float32 parts of the sum. ``rows``: of
-    :func:`plan_rows`. The slice begins at ``column`` and is ``width`` wide.
-    """
-    r = tl.arange(0, AT_ONCE * PAGES * PAGE)
-    chunk = r // PAGE
+    """Columns ``o`` of slice ``piece`` (which begins at ``column`` and is ``width`` wide) of the first pages of the
+    first AT_ONCE slots of a block, for :func:`add_adapters`. Nothing of this is written by the kernel before, so it is
+    asked for before that one is done; few blocks have more slots."""
     many = tl.load(counts_ptr + block)
-    for i in range(0, many, AT_ONCE):
-        place = i + chunk // PAGES
-        slot = tl.load(lists_ptr + block.to(tl.int64) * most + place, mask=place < many, other=-1)
-        owned = tl.load(count_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
-        first = tl.load(first_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
-        for start in tl.static_range(0, MAX_PAGES, PAGES):
-            page = start + chunk % PAGES
-            there = page < owned
-            row = (first + page).to(tl.int64) * PAGE + r % PAGE
-            b = tl.load(
-                b_ptr + column.to(tl.int64) * PAGE * pages + row[:, None] * width + o[None, :],
-                mask=there[:, None] & inside[None, :], other=0.0,
+    found = ()
+    for j in tl.static_range(AT_ONCE):
+        slot = _slot_at(block, j, many, lists_ptr, most)
+        tile = _b_tile(
+            slot, 0, piece, column, width, o, inside, b_ptr, first_ptr, count_ptr, pages, adapters, PAGES, PAGE
+        )
+        found = found + ((slot, tile[0], tile[1], tile[2]),)  # noqa: RUF005 - Triton knows no stars
+    return found
+
+
+@triton.jit
+def _slot_at(block, i, many, lists_ptr, most):
+    return tl.load(lists_ptr + block.to(tl.int64) * most + i, mask=i < many, other=-1)
+
+
+@triton.jit
+def _b_tile(
+    slot, start, piece, column, width, o, inside, b_ptr, first_ptr, count_ptr, pages, adapters,
+    PAGES: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """PAGES pages of a slot from the ``start``-th on: the first of their rows among all, how many rows there are, and
+    their columns ``o``."""
+    owned = tl.load(count_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
+    first = tl.load(first_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
+    row, rows = (first + start).to(tl.int64) * PAGE, (owned - start) * PAGE
+    r = tl.arange(0, PAGES * PAGE)
+    at = b_ptr + column.to(tl.int64) * PAGE * pages + (row + r)[:, None] * width + o[None, :]
+    return row, rows, tl.load(at, mask=(r < rows)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _add_tile(
+    acc, slot, start, row, rows, b, piece, plan, token, h_ptr, tokens, pages,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc plus the product of what ``token`` shrank for a slot, by its weights, with ``b`` (of :func:`_b_tile`)."""
+    r = tl.arange(0, PAGES * PAGE)
+    h = tl.zeros((token.shape[0], PAGES * PAGE), tl.float32)
+    for k in tl.static_range(TOP):
+        mask = ((plan[k][0] == slot) & (slot >= 0))[:, None] & (r < rows)[None, :]
+        if HOT:
+            at = token[:, None] * (SLICES * pages * PAGE) + piece * pages * PAGE + row + r[None, :]
+            h += tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32) * plan[k][1][:, None]
+        else:
+            for split in tl.static_range(SPLIT):
+                at = ((split * tokens + token) * TOP + k)[:, None] * (SLICES * MAX_PAGES * PAGE)
+                at += (piece * MAX_PAGES + start) * PAGE + r[None, :]
+                h += tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32) * plan[k][1][:, None]
+    if UPCAST:
+        b = b.to(tl.float32)
+    return tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
+
+
+@triton.jit
+def add_adapters(
+    acc_a, acc_b, early_a, early_b, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside,
+    plan, token, block, h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
+    TWO: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    HOT: tl.constexpr, AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc_a [tokens, o_a] and, if TWO, acc_b [tokens, o_b] plus what the adapters that act in ``block`` add there.
+
+    ``early_a``, ``early_b``: of :func:`early_tiles`. ``plan``: of :func:`plan_rows`. HOT: h has the ranks of all pages,
+    [T, slices x pages x PAGE]; else those of each pair, [SPLIT, T, TOP, slices x MAX_PAGES x PAGE] parts of the sum.
+    """
+    for j in tl.static_range(AT_ONCE):
+        slot = early_a[j][0]
+        acc_a = _add_tile(
+            acc_a, slot, 0, early_a[j][1], early_a[j][2], early_a[j][3], piece_a, plan, token, h_ptr, tokens, pages,
+            TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+        if TWO:
+            acc_b = _add_tile(
+                acc_b, slot, 0, early_b[j][1], early_b[j][2], early_b[j][3], piece_b, plan, token, h_ptr, tokens, pages,
+                TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
             )  # fmt: skip
-            if HOT:
-                gate = tl.zeros((token.shape[0], AT_ONCE * PAGES * PAGE), tl.float32)
-                for k in tl.static_range(TOP):
-                    gate += tl.where(rows[k][0][:, None] == slot[None, :], rows[k][1][:, None], 0.0)
-                at = token[:, None] * (SLICES * pages * PAGE) + (piece * pages * PAGE + row)[None, :]
-                h = tl.load(h_ptr + at, mask=(gate != 0.0) & there[None, :], other=0.0).to(tl.float32) * gate
-            else:
-                h = tl.zeros((token.shape[0], AT_ONCE * PAGES * PAGE), tl.float32)
-                for k in tl.static_range(TOP):
-                    mine = (rows[k][0][:, None] == slot[None, :]) & there[None, :]
-                    for split in tl.static_range(SPLIT):
-                        at = ((split * tokens + token) * TOP + k)[:, None] * (SLICES * MAX_PAGES * PAGE)
-                        at += ((piece * MAX_PAGES + page) * PAGE + r % PAGE)[None, :]
-                        h += tl.load(h_ptr + at, mask=mine, other=0.0).to(tl.float32) * rows[k][1][:, None]
-            if UPCAST:
-                b = b.to(tl.float32)
-            acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
-    return acc
+        acc_a, acc_b = _add_pages(
+            acc_a, acc_b, slot, PAGES, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+            h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+            TWO, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+    many = tl.load(counts_ptr + block)
+    for i in range(AT_ONCE, many, AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
+            acc_a, acc_b = _add_pages(
+                acc_a, acc_b, _slot_at(block, i + j, many, lists_ptr, most), 0,
+                piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+                h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+                TWO, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+            )  # fmt: skip
+    return acc_a, acc_b
+
+
+@triton.jit
+def _add_pages(
+    acc_a, acc_b, slot, FROM: tl.constexpr, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+    h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+    TWO: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    HOT: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """All pages of a slot from page FROM on."""
+    for start in tl.static_range(FROM, MAX_PAGES, PAGES):
+        a = _b_tile(
+            slot, start, piece_a, column_a, width, o_a, inside, b_ptr, first_ptr, count_ptr, pages, adapters,
+            PAGES, PAGE,
+        )  # fmt: skip
+        acc_a = _add_tile(
+            acc_a, slot, start, a[0], a[1], a[2], piece_a, plan, token, h_ptr, tokens, pages,
+            TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+        if TWO:
+            b = _b_tile(
+                slot, start, piece_b, column_b, width, o_b, inside, b_ptr, first_ptr, count_ptr, pages, adapters,
+                PAGES, PAGE,
+            )  # fmt: skip
+            acc_b = _add_tile(
+                acc_b, slot, start, b[0], b[1], b[2], piece_b, plan, token, h_ptr, tokens, pages,
+                TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+            )  # fmt: skip
+    return acc_a, acc_b
 
 
 def make_blocks(slots: torch.Tensor, order: torch.Tensor | None, most: int | None = None) -> Blocks:

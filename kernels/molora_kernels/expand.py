@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from molora_kernels.blocks import BLOCK, Blocks, add_block, plan_rows
+from molora_kernels.blocks import BLOCK, Blocks, add_adapters, early_tiles, plan_rows
 from molora_kernels.pages import PAGE, PageView
 
 LARGEST_PAGES = 4  # that are multiplied at once
@@ -85,25 +85,31 @@ def _expand_block_kernel(
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     if tl.program_id(1) * BLOCK_O >= width:
         return
+    inside = o < width
+    early = early_tiles(
+        block, piece, column, width, o, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, most, pages,
+        adapters, AT_ONCE, PAGES, PAGE,
+    )  # fmt: skip
     place = block * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
-    rows = plan_rows(token, place < tokens, slots_ptr, weights_ptr, TOP)
-    acts = rows[0][0] >= 0
+    plan = plan_rows(token, place < tokens, slots_ptr, weights_ptr, TOP)
+    acts = plan[0][0] >= 0
     for k in tl.static_range(1, TOP):
-        acts = acts | (rows[k][0] >= 0)
+        acts = acts | (plan[k][0] >= 0)
     y = y_ptr + token[:, None] * stride_y + (y_column + o)[None, :]
-    here = acts[:, None] & (o < width)[None, :]
-    acc = tl.load(y, mask=here, other=0.0).to(tl.float32)
-    acc = add_block(
-        acc, rows, token, block, piece, column, width, o, o < width,
-        h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
-        TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
+    here = acts[:, None] & inside[None, :]
+    before = tl.load(y, mask=here, other=0.0)
+    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    acc, _ = add_adapters(
+        acc, 0.0, early, early, piece, column, o, piece, column, o, width, inside,
+        plan, token, block, h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
+        False, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
     )  # fmt: skip
-    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=here)
+    tl.store(y, (acc + before.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=here)
 
 
 def block_shape(h: torch.Tensor, pages: PageView, slots: torch.Tensor, at_once: int) -> dict[str, int | bool]:
-    """What :func:`molora_kernels.blocks.add_block` has to know of h, of the adapters and of the plan."""
+    """What :func:`molora_kernels.blocks.add_adapters` has to know of h, of the adapters and of the plan."""
     hot = h.dim() == 2
     together = min(LARGEST_PAGES, triton.next_power_of_2(pages.max_pages))
     return {

@@ -9,12 +9,10 @@ from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.order import PagedPlan, order_by_slot
 from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView
-from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
+from molora_kernels.shrink import shrink, shrink_hot
 from molora_kernels.tiles import expand_tile, hot, shrink_tile
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
-_TARGET_PROGRAMS = 264  # two for each of an H100's multiprocessors
-_SHORTEST_SPLIT = 256  # elements of D that a program should have at least
 
 
 def add_lora_paged(
@@ -101,7 +99,7 @@ def _shrink(
         hot_set = hot(len(slots), len(pages.outputs) * pages.pages * PAGE)
     if blocks is not None and hot_set:
         return shrink_hot(x, pages)
-    return shrink(x, pages, slots, blocks, _shrink_tile(pages, slots, blocks), _upcast(x))
+    return shrink(x, pages, slots, blocks, shrink_tile(len(slots), pages.slots), _upcast(x))
 
 
 def _expand_tile(pages: PageView, slots: torch.Tensor) -> ExpandTile:
@@ -123,7 +121,7 @@ class _AddLoRA(torch.autograd.Function):
         slots: torch.Tensor,
         blocks: Blocks | None,
     ) -> torch.Tensor:
-        h = shrink(x, pages, slots, blocks, _shrink_tile(pages, slots, blocks), _upcast(x), zeros=True)
+        h = shrink(x, pages, slots, blocks, shrink_tile(len(slots), pages.slots), _upcast(x), zeros=True)
         expand(y, h, pages, slots, weights, blocks, _upcast(x), tile=_expand_tile(pages, slots))
         ctx.mark_dirty(y)
         _, _, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
@@ -147,10 +145,10 @@ class _AddLoRA(torch.autograd.Function):
         for index, part in enumerate(dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)):
             if for_x or for_weights or for_A:
                 back = pages.transposed(index)
-                dh = shrink(part, back, slots, blocks, _shrink_tile(back, slots, blocks), upcast, zeros=True)
+                dh = shrink(part, back, slots, blocks, shrink_tile(len(slots), pages.slots), upcast, zeros=True)
                 if dx is not None:
                     expand(dx, dh, back, slots, weights, blocks, upcast, tile=_expand_tile(pages, slots))
-                dh = dh.sum(0)
+                dh = dh.sum(0).float()
                 if dweights is not None:
                     dweights += (h[..., index * ranks : (index + 1) * ranks] * dh).sum(-1)
                 if dA is not None and by_slot is not None:
@@ -163,16 +161,6 @@ class _AddLoRA(torch.autograd.Function):
 
 def _upcast(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
-
-
-def _shrink_tile(pages: PageView, slots: torch.Tensor, blocks: Blocks | None) -> ShrinkTile:
-    T, S = slots.shape
-    if blocks is not None:
-        return shrink_tile(T, pages.slots)
-    programs, split = T * S * len(pages.outputs), 1
-    while split < 16 and programs * split < _TARGET_PROGRAMS and pages.inputs // (split * 2) >= _SHORTEST_SPLIT:
-        split *= 2
-    return ShrinkTile(split=split)
 
 
 def _check(y: torch.Tensor, x: torch.Tensor, pages: PageView, slots: torch.Tensor, weights: torch.Tensor) -> None:

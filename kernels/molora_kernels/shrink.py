@@ -14,13 +14,16 @@ import triton.language as tl
 from molora_kernels.blocks import BLOCK, Blocks, slot_rows
 from molora_kernels.pages import PAGE, PageView
 
+_TARGET_PROGRAMS = 264  # by token: two for each of an H100's multiprocessors
+_SHORTEST_PART = 256  # elements of D that a program should have at least
+
 
 @dataclass(frozen=True)
 class ShrinkTile:
-    """How the form by block is cut: elements of the input, parts of its sum, slots at once, warps, pipeline stages."""
+    """How the form by block is cut: tokens, elements of the input, slots at once, warps, pipeline stages."""
 
-    d: int = 64
-    split: int = 4
+    t: int = 16
+    d: int = 128
     at_once: int = 1
     warps: int = 4
     stages: int = 3
@@ -60,17 +63,17 @@ def _shrink_token_kernel(
 def _shrink_block_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
     tokens, most, width_in, pages, adapters, stride_x,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr, LIST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, AT_ONCE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    split = tl.program_id(2)
+    """A program has a part of a block's tokens: enough programs that none needs a part of the sum."""
     # Columns of the product: the ranks of all slices of AT_ONCE slots, so that x is read once for all of them.
     COLUMNS: tl.constexpr = SLICES * MAX_PAGES * PAGE
+    block = tl.program_id(0) * BLOCK_T // LIST
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     piece = (c % COLUMNS) // (MAX_PAGES * PAGE)
     page = (c // PAGE) % MAX_PAGES
-    place = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = place < tokens
     token = tl.load(order_ptr + place, mask=here, other=0).to(tl.int64)
     slots = slot_rows(token, here, slots_ptr, TOP)
@@ -80,11 +83,14 @@ def _shrink_block_kernel(
         wanted = (at < many) & (c < AT_ONCE * COLUMNS)
         slot = tl.load(lists_ptr + block.to(tl.int64) * most + at, mask=wanted, other=-1)
         owned = page < tl.load(count_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
-        if tl.max(owned.to(tl.int32), 0) > 0:
-            first = tl.load(first_ptr + piece * adapters + slot, mask=owned, other=0)
+        first = tl.load(first_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
+        mine = (slots[0][:, None] == slot[None, :]) & owned[None, :]
+        for k in tl.static_range(1, TOP):
+            mine = mine | ((slots[k][:, None] == slot[None, :]) & owned[None, :])
+        if tl.max(tl.max(mine.to(tl.int32), 1), 0) > 0:
             a_rows = a_ptr + ((piece * pages + first + page).to(tl.int64) * PAGE + c % PAGE) * width_in
             acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-            for start in range(split * BLOCK_D, width_in, SPLIT * BLOCK_D):
+            for start in range(0, width_in, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 inside = d < width_in
                 x = tl.load(
@@ -95,9 +101,11 @@ def _shrink_block_kernel(
                     x, a = x.to(tl.float32), a.to(tl.float32)
                 acc = tl.dot(x, a, acc, input_precision="ieee")
             for k in tl.static_range(TOP):
-                mine = (slots[k][:, None] == slot[None, :]) & owned[None, :]
-                cells = ((split * tokens + token) * TOP + k)[:, None] * COLUMNS + (c % COLUMNS)[None, :]
-                tl.store(h_ptr + cells, acc, mask=mine)
+                cells = (token * TOP + k)[:, None] * COLUMNS + (c % COLUMNS)[None, :]
+                tl.store(
+                    h_ptr + cells, acc.to(h_ptr.dtype.element_ty),
+                    mask=(slots[k][:, None] == slot[None, :]) & owned[None, :],
+                )  # fmt: skip
 
 
 def shrink_hot(x: torch.Tensor, pages: PageView) -> torch.Tensor:
@@ -114,7 +122,8 @@ def shrink(
     upcast: bool,
     zeros: bool = False,
 ) -> torch.Tensor:
-    """[split, T, S, slices x max_pages x PAGE] float32: partial sums of h, to be added up over ``split``.
+    """h as [parts, T, S, slices x max_pages x PAGE], to be added up over the parts: by token float32, by block one part
+    in the dtype of x, which is what the expand multiplies.
 
     What no adapter reaches is not written: the expand does not read it.
 
@@ -123,29 +132,38 @@ def shrink(
         pages: the adapters.
         slots: [T, S] int32 or int64, contiguous, -1 for none.
         blocks: of :func:`molora_kernels.blocks.make_blocks`; None: the form by token.
-        tile: how it is cut; of the form by token only the split counts.
+        tile: how the form by block is cut.
         upcast: multiply in float32 (Triton's interpreter gets half precision wrong).
         zeros: what no adapter reaches is 0 instead.
     """
     T, S = slots.shape
-    slices, split = len(pages.outputs), tile.split
-    parts = slices * pages.max_pages
-    make = torch.zeros if zeros else torch.empty
-    h = make(split, T, S, parts * PAGE, dtype=torch.float32, device=x.device)
-    shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "SPLIT": split, "PAGE": PAGE}
+    slices, make = len(pages.outputs), torch.zeros if zeros else torch.empty
+    columns = slices * pages.max_pages * PAGE
+    shape = {"TOP": S, "SLICES": slices, "MAX_PAGES": pages.max_pages, "PAGE": PAGE}
     if blocks is None:
-        _shrink_token_kernel[(T * S, parts, split)](
+        parts = _parts(T * S * slices, pages.inputs)
+        h = make(parts, T, S, columns, dtype=torch.float32, device=x.device)
+        _shrink_token_kernel[(T * S, slices * pages.max_pages, parts)](
             x, pages.A, h, slots, pages.first, pages.count,
             T * S, pages.inputs, pages.pages, pages.slots, x.stride(0),
-            **shape, BLOCK_D=256, num_warps=4,
+            **shape, SPLIT=parts, BLOCK_D=256, num_warps=4,
         )  # fmt: skip
-    else:
-        wide = tile.at_once * parts * PAGE
-        columns = max(16, min(128, triton.next_power_of_2(wide)))
-        _shrink_block_kernel[(len(blocks.counts), triton.cdiv(wide, columns), split)](
-            x, pages.A, h, slots, blocks.order, blocks.lists, blocks.counts, pages.first, pages.count,
-            T, blocks.lists.shape[1], pages.inputs, pages.pages, pages.slots, x.stride(0),
-            **shape, BLOCK_T=BLOCK, BLOCK_D=tile.d, BLOCK_R=columns, AT_ONCE=tile.at_once, UPCAST=upcast,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        return h
+    h = make(1, T, S, columns, dtype=x.dtype, device=x.device)
+    wide = tile.at_once * columns
+    block_r = max(16, min(128, triton.next_power_of_2(wide)))
+    _shrink_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(wide, block_r))](
+        x, pages.A, h, slots, blocks.order, blocks.lists, blocks.counts, pages.first, pages.count,
+        T, blocks.lists.shape[1], pages.inputs, pages.pages, pages.slots, x.stride(0),
+        **shape, LIST=BLOCK, BLOCK_T=tile.t, BLOCK_D=tile.d, BLOCK_R=block_r, AT_ONCE=tile.at_once, UPCAST=upcast,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return h
+
+
+def _parts(programs: int, inputs: int) -> int:
+    """Of the sum over D, for few programs."""
+    parts = 1
+    while parts < 16 and programs * parts < _TARGET_PROGRAMS and inputs // (parts * 2) >= _SHORTEST_PART:
+        parts *= 2
+    return parts

@@ -2,13 +2,14 @@
 
 Each entry of ``linear``: tokens, rows and columns of W, and the tile that was fastest there. A product that was not
 measured takes the tile of the nearest one that was. ``attention``: sequences times heads of the cache, likewise.
-``shrink`` and ``expand``: tokens and slots of the forms by block. ``hot``: tokens and ranks of all adapters of a group,
+``shrink`` and ``expand``: tokens and slots of the forms by block. ``epilogue``: the same, and columns of the plan, of
+what stands between products. ``hot``: tokens and ranks of all adapters of a group,
 and whether to multiply all of them.
 """
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -17,6 +18,16 @@ from molora_kernels.attention import AttentionTile
 from molora_kernels.expand import ExpandTile
 from molora_kernels.linear import LinearTile
 from molora_kernels.shrink import ShrinkTile
+
+
+@dataclass(frozen=True)
+class EpilogueTile:
+    """How the kernels between products are cut that take many tokens: tokens, slots at once, warps."""
+
+    t: int = 32
+    at_once: int = 2
+    warps: int = 8
+
 
 LARGEST_HOT = 4096  # ranks of all slices and pages that are ever multiplied for every token
 
@@ -57,6 +68,14 @@ def shrink_tile(tokens: int, slots: int) -> ShrinkTile:
 def expand_tile(tokens: int, slots: int) -> ExpandTile:
     """As :func:`shrink_tile`."""
     return ExpandTile(**_by_tokens("expand", tokens, slots))
+
+
+@cache
+def epilogue_tile(tokens: int, slots: int, top: int) -> EpilogueTile:
+    """The tile of the kernels between products for ``tokens`` tokens over ``slots`` slots (0: none), top-``top``."""
+    entries = [entry for entry in _table()["epilogue"] if entry["top"] == min(top, 2)]
+    best = min(entries, key=lambda entry: _octaves(entry["tokens"], tokens) + _octaves(entry["slots"], max(1, slots)))
+    return EpilogueTile(**best["tile"])
 
 
 @cache

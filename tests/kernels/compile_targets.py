@@ -7,7 +7,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molora_kernels import attention, averages, expand, linear, outer, route, shrink, step
+from molora_kernels import (
+    attention,
+    averages,
+    blocks,
+    epilogue_block,
+    epilogue_token,
+    expand,
+    linear,
+    outer,
+    route,
+    shrink,
+)
 from molora_kernels.pages import PAGE
 
 TARGETS = {
@@ -16,47 +27,47 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),  # Hopper
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
-SHAPE = {
-    "TOP": 2,
-    "SLICES": 3,
-    "MAX_PAGES": 4,
-    "SPLIT": 2,
-    "PAGE": PAGE,
-    "CUTS": 2,
-    "ADAPTED": True,
-    "ALIGN": 16,
-    "EARLY": 1,
+SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True, "ALIGN": 16}
+SHAPE |= {"EARLY": 1, "PARTS": 16, "UPCAST": False}
+BLOCKS = {
+    "HOT": False,
+    "AT_ONCE": 1,
+    "PAGES": 4,
+    "LIST": 64,
+    "BLOCK_T": 64,
+    "BLOCK_O": 64,
+    "ORDERED": True,
+    "SPLIT_Y": 1,
 }
-PRODUCT = {
-    "AHEAD": 4,
-    "SHRINK_FIRST": True,
-    "BLOCK_D": 1024,
-    "BLOCK_N": 64,
-    "BLOCK_K": 128,
-    "BLOCK_T": 16,
-    "EVEN": True,
-}
+PRODUCT = {"AHEAD": 4, "SHRINK_FIRST": True, "BY_SLOT": True, "SHRINK_K": 128, "LIST_T": 64, "BLOCK_D": 1024}
+PRODUCT |= {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
 HEADS = {"HALF": 64, "BLOCK": 64, "NORM": True, "BIAS": True}
 PARTS = {"GROUP": 3, "BLOCK_G": 16, "WIDTH": 64, "BLOCK_W": 64, "BLOCK_T": 64, "PARTS": 4}
 KERNELS = {
+    blocks._blocks_kernel: {"TOPS": 2, "BLOCK": 64, "ORDERED": True},
     shrink._shrink_token_kernel: {"BLOCK_D": 256},
-    shrink._shrink_block_kernel: {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_R": 64, "UPCAST": False},
+    shrink._shrink_block_kernel: {"LIST": 64, "BLOCK_T": 16, "BLOCK_D": 64, "BLOCK_R": 64, "AT_ONCE": 2},
     expand._expand_token_kernel: {"BLOCK_O": 256},
-    expand._expand_block_kernel: {"RANKS": 32, "PIECES": 4, "BLOCK_T": 64, "BLOCK_O": 128, "UPCAST": False},
-    outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128, "UPCAST": False},
-    linear._linear_kernel: {**PRODUCT, "DOT": True, "UPCAST": False},
-    step._add_norm_kernel: {"BLOCK": 2048},
-    step._heads_kernel: HEADS,
-    step._gate_kernel: {"BLOCK": 128},
-    attention._part_kernel: {**PARTS, "UPCAST": False},
+    expand._expand_block_kernel: {**BLOCKS, "BLOCK_O": 128},
+    outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128},
+    linear._linear_kernel: {**PRODUCT, "DOT": True},
+    epilogue_token._norm_kernel: {"BLOCK": 2048},
+    epilogue_token._add_kernel: {"BLOCK": 128, "NORM": True},
+    epilogue_token._heads_kernel: HEADS,
+    epilogue_token._gate_kernel: {"BLOCK": 128},
+    epilogue_block._add_kernel: {**BLOCKS, "BLOCK_O": 128, "NORM": True},
+    epilogue_block._heads_kernel: {**BLOCKS, **HEADS},
+    epilogue_block._gate_kernel: BLOCKS,
+    attention._part_kernel: PARTS,
     attention._join_kernel: {"WIDTH": 64, "BLOCK_W": 64, "PARTS": 4},
     averages._ends_kernel: {"DECAYS": 2, "CHUNK": 64, "BLOCK_W": 64},
     averages._averages_kernel: {"DECAYS": 2, "CHUNK": 64, "BLOCK_W": 64},
     route._remember_kernel: {"DECAYS": 2, "BLOCK_W": 128},
-    route._affine_kernel: {"SILU": True, "BLOCK_O": 16, "BLOCK_D": 512, "TOKENS": 8},
+    route._affine_kernel: {"SILU": True, "BLOCK_O": 16, "BLOCK_D": 64, "BLOCK_T": 16, "PRECISION": "ieee"},
     route._choose_kernel: {"LAYERS": 3, "MOST": 4, "SOFTMAX": True, "BLOCK_C": 64},
 }
-ROUTE = {  # float32 alone
+ROUTE = {  # of integers and float32 alone
+    blocks._blocks_kernel,
     averages._ends_kernel,
     averages._averages_kernel,
     route._remember_kernel,
@@ -64,11 +75,13 @@ ROUTE = {  # float32 alone
     route._choose_kernel,
 }
 POINTERS = {
-    **dict.fromkeys(["slots_ptr", "order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
+    **dict.fromkeys(["order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
+    **dict.fromkeys(["slots_ptr", "lists_ptr", "counts_ptr"], "i32"),
     **dict.fromkeys(["first_ptr", "count_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),
     **dict.fromkeys(["forced_ptr"], "i32"),
     **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
     **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr", "parts_ptr", "best_ptr", "total_ptr"], "fp32"),
+    "squares_ptr": "fp32",
     **dict.fromkeys(["positions_ptr", "length_ptr"], "i64"),
     "mask_ptr": "i1",
 }
@@ -91,7 +104,7 @@ def main() -> None:
 def _kind(name: str, constants: dict[str, object], dtype: str) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("eps", "scale"):
+    if name in ("eps", "scale", "scale_eps"):
         return "fp32"
     return f"*{POINTERS.get(name, dtype)}" if name.endswith("_ptr") else "i32"
 

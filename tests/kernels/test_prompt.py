@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from molora_kernels import prompt
+from molora_kernels.epilogue import Added, add_norm, gate, heads
 from molora_kernels.order import PagedPlan
-from molora_kernels.prompt import Shrunk
 from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
 from tests.conftest import DEVICE
 from tests.kernels.test_step import EPS, Group, close, norm
@@ -20,19 +19,19 @@ class Prompt(Group):
     def __init__(self, form: str, outputs: tuple[int, ...], top: int = 2) -> None:
         super().__init__(9 if form == "few" else 70, 48, outputs, top)
         self.form = form
-        self.y = self.x @ self.weight.T
+        self.y = (self.x @ self.weight.T).unsqueeze(0)
 
     @property
-    def shrunk(self) -> Shrunk | None:
+    def shrunk(self) -> Added | None:
         if self.form == "base":
             return None
-        plan = PagedPlan(self.slots, self.weights)
+        blocks = None if self.form == "few" else PagedPlan(self.slots, self.weights).blocks
         if self.form == "hot":
-            return Shrunk(shrink_hot(self.x, self.pages), self.pages, plan)
-        blocks = None if self.form == "few" else plan.blocks
-        tile = ShrinkTile(16, 2, at_once=2 if "two" in self.form else 1)
-        h = shrink(self.x, self.pages, self.slots, blocks, tile, DEVICE.type == "cpu")
-        return Shrunk(h, self.pages, plan)
+            h = shrink_hot(self.x, self.pages)
+        else:
+            tile = ShrinkTile(16, 32, at_once=2 if "two" in self.form else 1)
+            h = shrink(self.x, self.pages, self.slots, blocks, tile, DEVICE.type == "cpu")
+        return Added(h, self.pages, self.slots, self.weights, blocks)
 
     @property
     def expected(self) -> torch.Tensor:
@@ -46,7 +45,7 @@ def test_add_norm(top: int, form: str) -> None:
     T = len(group.x)
     gain, x, residual = group.randn(150), torch.full((T, 150), torch.nan, device=DEVICE), group.randn(T, 150)
     expected = residual.double() + group.expected
-    prompt.add_norm(residual, group.y, gain, x, EPS, group.shrunk)
+    add_norm(residual, group.y, gain, x, EPS, group.shrunk)
     close(residual, expected)
     close(x, norm(expected, gain))
 
@@ -55,7 +54,7 @@ def test_add_norm(top: int, form: str) -> None:
 def test_gate(form: str) -> None:
     group = Prompt(form, (150, 150))
     m = torch.full((len(group.x), 150), torch.nan, device=DEVICE)
-    prompt.gate(group.y, m, group.shrunk)
+    gate(group.y, m, group.shrunk)
     g, u = group.expected.split(150, 1)
     close(m, F.silu(g) * u)
 
@@ -72,7 +71,7 @@ def test_heads(kind: str, form: str) -> None:
     positions = torch.randint(90, (N * T,), generator=group.generator).to(DEVICE)
     q = torch.full((N, H, T, width), torch.nan, device=DEVICE)
     keys, values = torch.zeros(2, N, G, past + T + 3, width, device=DEVICE).unbind(0)
-    prompt.heads(
+    heads(
         group.y, bias, q, keys, values, (*gains, EPS) if kind == "normed" else None, (angle.cos(), angle.sin()),
         positions, torch.tensor([past], device=DEVICE), group.shrunk,
     )  # fmt: skip

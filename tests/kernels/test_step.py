@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from molora_kernels import Factors, step
+from molora_kernels import Factors, epilogue_token
 from molora_kernels.attention import Attention, AttentionTile
-from molora_kernels.blocks import make_blocks
+from molora_kernels.blocks import Blocks, make_blocks
+from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import RankPages
-from molora_kernels.step import Added, add_norm, gate, heads
 from tests.conftest import DEVICE
 
 EPS = 1e-6
@@ -36,6 +36,7 @@ class Group:
         self.slots = torch.randint(-1, 4, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
         self.weights = self.randn(T, top)
         columns = len(outputs) * self.pages.max_pages * 16
+        self.blocks: Blocks | None = None
         self.h = torch.full((-(-D // shrink_block(D)), T, top, columns), torch.nan, device=DEVICE)
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -44,14 +45,14 @@ class Group:
     def product(self, tile: LinearTile, adapted: bool = True, by_slot: bool = False) -> torch.Tensor:
         """Partial sums of the base's product, h beside them; what is not written stays NaN."""
         y = torch.full((tile.split, len(self.x), sum(self.outputs)), torch.nan, device=DEVICE)
-        blocks = make_blocks(self.slots, None, most=4) if by_slot else None
-        more: tuple[Any, ...] = (self.h, self.pages, self.slots, False, blocks) if adapted else ()
+        self.blocks = make_blocks(self.slots, None, most=4) if by_slot else None
+        more: tuple[Any, ...] = (self.h, self.pages, self.slots, False, self.blocks) if adapted else ()
         linear(y, self.x, self.weight, tile, *more)
         return y
 
     @property
     def added(self) -> Added:
-        return Added(self.h, self.pages, self.slots, self.weights)
+        return Added(self.h, self.pages, self.slots, self.weights, self.blocks)
 
     def exact(self, adapted: bool = True) -> torch.Tensor:
         y, x = self.x.double() @ self.weight.double().T, self.x.double()
@@ -63,6 +64,13 @@ class Group:
                     y[:, column : column + wide] += weight * (x @ pair.A.double().T @ pair.B.double())
                 column += wide
         return y
+
+
+def random_scale(group: Group) -> tuple[Scale, torch.Tensor]:
+    """A norm's scale as a kernel before left it, and what it is: [T, 1]."""
+    T = len(group.x)
+    squares = torch.rand(T, 5, generator=group.generator).to(DEVICE)
+    return Scale(squares, 40, EPS), (squares.double().sum(1, keepdim=True) / 40 + EPS).rsqrt()
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -93,7 +101,7 @@ def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, shrink: str
 
 
 def test_more_columns_than_are_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_early", lambda *_: 1)
+    monkeypatch.setattr(epilogue_token, "_early", lambda *_: 1)
     group = Group(5, 64, (150, 150), top=3)
     m = torch.full((5, 150), torch.nan, device=DEVICE)
     gate(group.product(TILES["split"]), m, group.added)
@@ -110,18 +118,44 @@ def test_add_norm_of_nothing_added() -> None:
     close(x, norm(before.double(), gain))
 
 
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
-def test_gate(adapted: bool) -> None:
+FORMS = ["by token", "by slot", "base"]
+
+
+@pytest.mark.parametrize("T", [4, 70])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_scale_of_a_norm_comes_later(form: str, T: int) -> None:
+    group = Group(T, 64, (300,))
+    y = group.product(TILES["split"], form != "base", form == "by slot")
+    gain, x, residual = group.randn(300), torch.full((T, 300), torch.nan, device=DEVICE), group.randn(T, 300)
+    expected = residual.double() + group.exact(form != "base")
+    scale = Scale.of(T, 300, EPS, torch.float32, DEVICE)
+    assert scale is not None
+    scale.squares.fill_(torch.nan)
+    add_norm(residual, y, gain, x, EPS, group.added if form != "base" else None, scale=scale)
+    close(residual, expected)
+    close(x * (scale.squares.sum(1, keepdim=True) / 300 + EPS).rsqrt(), norm(expected, gain))
+
+
+def test_float16_has_its_norms_at_once() -> None:
+    assert Scale.of(1, 8, EPS, torch.float16, DEVICE) is None
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "plain"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gate(form: str, scaled: bool) -> None:
     group = Group(4, 64, (150, 150))
     m = torch.full((4, 150), torch.nan, device=DEVICE)
-    gate(group.product(TILES["split"], adapted), m, group.added if adapted else None)
-    g, u = group.exact(adapted).split(150, 1)
+    y = group.product(TILES["split"], form != "base", form == "by slot")
+    scale, factor = random_scale(group) if scaled else (None, 1.0)
+    gate(y, m, group.added if form != "base" else None, scale=scale)
+    g, u = (group.exact(form != "base") * factor).split(150, 1)
     close(m, F.silu(g) * u)
 
 
+@pytest.mark.parametrize("form", ["by token", "by slot"])
 @pytest.mark.parametrize("kind", ["plain", "normed", "bias"])
 @pytest.mark.parametrize("width", [16, 24], ids=["width 16", "width 24"])
-def test_heads(kind: str, width: int) -> None:
+def test_heads(kind: str, width: int, form: str) -> None:
     T, H, G, longest = 3, 4, 2, 9
     group = Group(T, 64, (H * width, G * width, G * width))
     bias = group.randn((H + 2 * G) * width) if kind == "bias" else None
@@ -130,11 +164,13 @@ def test_heads(kind: str, width: int) -> None:
     positions, length = torch.tensor([7, 3, 19], device=DEVICE), torch.tensor([7], device=DEVICE)
     q = torch.full((T, H, width), torch.nan, device=DEVICE)
     keys, values = torch.zeros(2, T, G, longest, width, device=DEVICE).unbind(0)
+    y = group.product(TILES["split"], by_slot=form == "by slot")
+    scale, factor = random_scale(group) if kind != "plain" else (None, 1.0)
     heads(
-        group.product(TILES["split"]), bias, q.unsqueeze(2), keys, values, (*gains, EPS) if kind == "normed" else None,
-        (angle.cos(), angle.sin()), positions, length, group.added,
+        y, bias, q.unsqueeze(2), keys, values, (*gains, EPS) if kind == "normed" else None,
+        (angle.cos(), angle.sin()), positions, length, group.added, scale=scale,
     )  # fmt: skip
-    y = group.exact() + (bias.double() if bias is not None else 0)
+    y = group.exact() * factor + (bias.double() if bias is not None else 0)
     expected = [part.view(T, -1, width) for part in y.split(group.outputs, 1)]
     for index, gain in enumerate(gains):
         part = expected[index]

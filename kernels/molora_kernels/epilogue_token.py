@@ -1,32 +1,19 @@
-"""What stands between a decode step's products, in Triton: each kernel takes the partial sums of the product before
-it, adds the adapters' expand, and does the base's own work on the result in the same pass.
+"""The kernels of :mod:`molora_kernels.epilogue` for few tokens: a program has columns of one token, and reads what
+adapters it needs before the product is there."""
 
-add_norm: residual and RMSNorm. heads: norm of q and k, rotary position, write to the cache. gate: SiLU(gate) * up.
-"""
-
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from molora_kernels.blocks import Blocks
-from molora_kernels.pages import PAGE, PageView
+from molora_kernels.pages import PAGE
 
+PART = 128  # columns of a part of the sum of squares
 
-@dataclass
-class Added:
-    """What adapters add to a group's product: their shrink and the plan.
-
-    h: [cuts, T, S, slices x pages x PAGE] float32. slots: [T, S] int32. weights: [T, S] float32. blocks: of the plan.
-    """
-
-    h: torch.Tensor
-    pages: PageView
-    slots: torch.Tensor
-    weights: torch.Tensor
-    blocks: Blocks | None = None
+if TYPE_CHECKING:
+    from molora_kernels.epilogue import Added, Scale
 
 
 @triton.jit
@@ -106,19 +93,40 @@ def _add_lora(
 
 
 @triton.jit
-def _add_norm_kernel(
-    r_ptr, y_ptr, g_ptr, x_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-    tokens, width, pages, adapters, eps,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr,
-    MAX_PAGES: tl.constexpr, CUTS: tl.constexpr,
-    PAGE: tl.constexpr,
-):  # fmt: skip
+def norm_scale(squares_ptr, token, parts, width, eps, PARTS: tl.constexpr):
+    """The scale of a norm of ``token``, from the parts of its sum of squares."""
+    i = tl.arange(0, PARTS)
+    return tl.rsqrt(tl.sum(tl.load(squares_ptr + token * parts + i, mask=i < parts, other=0.0), 0) / width + eps)
+
+
+@triton.jit
+def _norm_kernel(r_ptr, g_ptr, x_ptr, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     inside = o < width
     g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    r = tl.load(r_ptr + token * width + o, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(r * r, 0) / width + eps)
+    tl.store(x_ptr + token * width + o, (r * scale * g).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_kernel(
+    r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+    tokens, width, parts, pages, adapters,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, NORM: tl.constexpr,
+    ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    CUTS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = o < width
     start = token * 0  # the only slice
+    if NORM:
+        g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         firsts = _first_pages(
             o, inside, token, 0, width, start,
@@ -136,21 +144,18 @@ def _add_norm_kernel(
             TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
-    if SPLIT > 0:
-        tl.store(r_ptr + token * width + o, rounded, mask=inside)
-    acc = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(acc * acc, 0) / width + eps)
-    tl.store(x_ptr + token * width + o, (acc * scale * g).to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(r_ptr + token * width + o, rounded, mask=inside)
+    if NORM:
+        r = rounded.to(tl.float32)
+        tl.store(squares_ptr + token * parts + tl.program_id(1), tl.sum(r * r, 0))
+        tl.store(x_ptr + token * width + o, (r * g).to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _partial_sum(
-    y_ptr, bias_ptr, token, column, o, inside, tokens, width_out,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    y_ptr, token, column, o, inside, tokens, width_out, BLOCK: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
     acc = tl.zeros((BLOCK,), tl.float32)
-    if BIAS:
-        acc = tl.load(bias_ptr + column + o, mask=inside, other=0.0).to(tl.float32)
     for split in tl.static_range(SPLIT):
         acc += tl.load(y_ptr + (split * tokens + token) * width_out + column + o, mask=inside, other=0.0).to(tl.float32)
     return acc
@@ -159,10 +164,10 @@ def _partial_sum(
 @triton.jit
 def _heads_kernel(
     y_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, length_ptr,
-    h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
-    heads, kv_heads, longest, each, eps,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr,
+    squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+    heads, kv_heads, longest, each, eps, parts, hidden, scale_eps,
+    PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr,
     SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -191,8 +196,8 @@ def _heads_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    low = _partial_sum(y_ptr, bias_ptr, token, column, o_low, inside, tokens, width_out, BLOCK, SPLIT, BIAS)
-    high = _partial_sum(y_ptr, bias_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT, BIAS)
+    low = _partial_sum(y_ptr, token, column, o_low, inside, tokens, width_out, BLOCK, SPLIT)
+    high = _partial_sum(y_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT)
     if ADAPTED:
         low = _add_lora(
             low, firsts_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
@@ -202,6 +207,13 @@ def _heads_kernel(
             high, firsts_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
             TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
+    if PARTS > 0:
+        of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
+        low *= of_norm
+        high *= of_norm
+    if BIAS:
+        low += tl.load(bias_ptr + column + o_low, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(bias_ptr + column + o_high, mask=inside, other=0.0).to(tl.float32)
     length = tl.load(length_ptr) + token % each
     cell = (((token // each) * kv_heads + head) * longest + length) * (2 * HALF)
     if piece == 2:
@@ -231,9 +243,9 @@ def _heads_kernel(
 
 @triton.jit
 def _gate_kernel(
-    y_ptr, m_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-    tokens, width, pages, adapters,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr,
+    y_ptr, m_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+    tokens, width, pages, adapters, parts, hidden, scale_eps,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -269,11 +281,17 @@ def _gate_kernel(
             up, firsts_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
             TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
+    if PARTS > 0:
+        of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
+        gate *= of_norm
+        up *= of_norm
     m = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(m_ptr + token * width + o, m.to(m_ptr.dtype.element_ty), mask=inside)
 
 
-def _adapters(added: Added | None, stand_in: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], dict[str, int], int, int]:
+def _adapters(
+    added: "Added | None", stand_in: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], dict[str, int], int, int]:
     """Pointers, shape constants, and the two sizes of the tables, of what adapters add."""
     if added is None:
         shape = {"ADAPTED": False, "TOP": 1, "SLICES": 1, "MAX_PAGES": 1, "CUTS": 1, "PAGE": PAGE}
@@ -287,41 +305,42 @@ def _adapters(added: Added | None, stand_in: torch.Tensor) -> tuple[tuple[torch.
     return pointers, shape, pages.pages, pages.slots
 
 
+def scale_of(scale: "Scale | None", stand_in: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, float], int]:
+    """Pointer, sizes, and the constant PARTS (0: none), of a norm's scale."""
+    if scale is None:
+        return stand_in, (0, 1, 0.0), 0
+    parts = scale.squares.shape[1]
+    return scale.squares, (parts, scale.width, scale.eps), triton.next_power_of_2(parts)
+
+
 def _early(numbers: int, warps: int) -> int:
-    """Columns whose first page (``numbers`` of them) each thread can hold beside its work."""
-    return max(1, 256 * warps * 32 // numbers)
+    """Columns of the plan whose first page (``numbers`` of them) each thread can hold beside its work."""
+    return max(1, 128 * warps * 32 // numbers)
 
 
-def _launch(pdl: bool) -> dict[str, bool]:
+def launch(pdl: bool) -> dict[str, bool]:
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-def add_norm(
-    residual: torch.Tensor,
-    y: torch.Tensor | None,
-    gain: torch.Tensor,
-    x: torch.Tensor,
-    eps: float,
-    added: Added | None = None,
-    pdl: bool = False,
-) -> None:
-    """residual += sum of y + adapters; x = RMSNorm(residual) * gain.
+def norm(residual: torch.Tensor, gain: torch.Tensor, x: torch.Tensor, eps: float, pdl: bool) -> None:
+    """x [T, D] = RMSNorm(residual) * gain."""
+    T, D = residual.shape
+    block = triton.next_power_of_2(D)
+    _norm_kernel[(T,)](
+        residual, gain, x, D, eps, BLOCK=block, num_warps=max(1, min(16, block // 128)), **launch(pdl)
+    )  # fmt: skip
 
-    Args:
-        residual: [T, D], read and written.
-        y: [split, T, D] partial sums; None: only the norm.
-        gain: [D]. x: [T, D], written. eps: of the norm.
-        added: what adapters add to y.
-        pdl: as for :func:`molora_kernels.linear.linear`.
-    """
+
+def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any, pdl: bool) -> None:
+    """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
     pointers, shape, pages, slots = _adapters(added, residual)
-    block = triton.next_power_of_2(D)
-    warps = max(1, min(16, block // 128))
-    _add_norm_kernel[(T,)](
-        residual, residual if y is None else y, gain, x, *pointers, T, D, pages, slots, eps,
-        SPLIT=0 if y is None else y.shape[0], BLOCK=block, EARLY=_early(PAGE * block, warps),
-        **shape, **_launch(pdl), num_warps=warps,
+    gain, x, scale = norm if norm is not None else (residual, residual, None)
+    squares, (parts, _, _), _ = scale_of(scale, residual)
+    _add_kernel[(T, triton.cdiv(D, PART))](
+        residual, y, gain, x, squares, *pointers, T, D, parts, pages, slots,
+        SPLIT=y.shape[0], BLOCK=PART, NORM=norm is not None, EARLY=_early(PAGE * PART, 2),
+        **shape, **launch(pdl), num_warps=2,
     )  # fmt: skip
 
 
@@ -335,39 +354,33 @@ def heads(
     rotary: tuple[torch.Tensor, torch.Tensor],
     positions: torch.Tensor,
     length: torch.Tensor,
-    added: Added | None = None,
-    pdl: bool = False,
+    added: "Added | None",
+    pdl: bool,
+    scale: "Scale | None",
 ) -> None:
-    """From the product of q, k and v: q to ``q``, k and v to their place in the cache.
-
-    Args:
-        y: [split, N T, (H + 2 G) d] partial sums. bias: [(H + 2 G) d].
-        q: [N, H, T, d], written; in a decode step T is 1.
-        keys, values: [N, G, longest, d] contiguous; T positions from ``length`` on are written.
-        norms: gains [d] of the norms of q and k, and their eps; None: there are none.
-        rotary: cos and sin [positions, d / 2].
-        positions: [N T] int64, the rotary position of each token. length: [1] int64.
-        added: what adapters add to y.
-    """
+    """Of :func:`molora_kernels.epilogue.heads`."""
     N, H, each, d = q.shape
     T = N * each
     G, longest = keys.shape[1], keys.shape[2]
     pointers, shape, pages, slots = _adapters(added, q)
+    squares, sizes, parts = scale_of(scale, q)
     q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)
     _heads_kernel[(T, H + 2 * G)](
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
-        *pointers, T, pages, slots, H, G, longest, each, eps,
-        HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
-        SPLIT=y.shape[0], EARLY=_early(PAGE * d, 1), **shape, **_launch(pdl), num_warps=1,
+        squares, *pointers, T, pages, slots, H, G, longest, each, eps, *sizes,
+        PARTS=parts, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
+        SPLIT=y.shape[0], EARLY=_early(PAGE * d, 1), **shape, **launch(pdl), num_warps=1,
     )  # fmt: skip
 
 
-def gate(y: torch.Tensor, m: torch.Tensor, added: Added | None = None, pdl: bool = False) -> None:
-    """m = SiLU(gate) * up, of y [split, T, 2 I] partial sums of the product of gate and up; m: [T, I], written."""
+def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, scale: "Scale | None") -> None:
+    """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
     pointers, shape, pages, slots = _adapters(added, m)
+    squares, sizes, parts = scale_of(scale, m)
     block = 128
     _gate_kernel[(T, triton.cdiv(width, block))](
-        y, m, *pointers, T, width, pages, slots, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, 2),
-        **shape, **_launch(pdl), num_warps=2,
+        y, m, squares, *pointers, T, width, pages, slots, *sizes,
+        PARTS=parts, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, 2),
+        **shape, **launch(pdl), num_warps=2,
     )  # fmt: skip

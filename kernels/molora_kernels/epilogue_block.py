@@ -1,0 +1,309 @@
+"""The kernels of :mod:`molora_kernels.epilogue` for many tokens: a program has columns of some tokens that are next to
+one another in the plan's order, and reads each adapter once for all of them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from molora_kernels.blocks import BLOCK, add_adapters, early_tiles, plan_rows
+from molora_kernels.epilogue_token import PART, launch, scale_of
+from molora_kernels.expand import block_shape
+from molora_kernels.tiles import EpilogueTile, epilogue_tile
+
+if TYPE_CHECKING:
+    from molora_kernels.epilogue import Added, Scale
+
+
+@triton.jit
+def _tokens(order_ptr, tokens, BLOCK_T: tl.constexpr, LIST: tl.constexpr, ORDERED: tl.constexpr):
+    """The tokens of this program, which of them there are, and the block whose slots are listed together."""
+    place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = place.to(tl.int64)
+    if ORDERED:
+        token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
+    return token, place < tokens, tl.program_id(0) * BLOCK_T // LIST
+
+
+@triton.jit
+def _asked(y_ptr, token, tokens, stride, o, mask, SPLIT: tl.constexpr):
+    """The parts of a sum, as they are: they need not be there before what follows has been asked for too."""
+    found = ()
+    for split in tl.static_range(SPLIT):
+        at = (split * tokens + token)[:, None] * stride + o[None, :]
+        found = found + (tl.load(y_ptr + at, mask=mask, other=0.0),)  # noqa: RUF005 - Triton knows no stars
+    return found
+
+
+@triton.jit
+def _sum(acc, asked, SPLIT: tl.constexpr):
+    for split in tl.static_range(SPLIT):
+        acc += asked[split].to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _norm_scales(squares_ptr, token, here, parts, width, eps, PARTS: tl.constexpr):
+    """[tokens, 1] the scale of a norm of each token, from the parts of its sum of squares."""
+    i = tl.arange(0, PARTS)
+    at = token[:, None] * parts + i[None, :]
+    squares = tl.load(squares_ptr + at, mask=here[:, None] & (i < parts)[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+
+
+@triton.jit
+def _add_kernel(
+    r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr,
+    h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+    tokens, width, parts, most, pages, adapters,
+    NORM: tl.constexpr, SPLIT_Y: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, ORDERED: tl.constexpr,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
+    AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ORDERED)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = o < width
+    start = block * 0  # the only slice
+    if ADAPTED:
+        early = early_tiles(
+            block, 0, start, width, o, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+            most, pages, adapters, AT_ONCE, PAGES, PAGE,
+        )  # fmt: skip
+        plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    mask = here[:, None] & inside[None, :]
+    at = token[:, None] * width + o[None, :]
+    before = tl.load(r_ptr + at, mask=mask, other=0.0)
+    asked = _asked(y_ptr, token, tokens, width, o, mask, SPLIT_Y)
+    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    if ADAPTED:
+        acc, _ = add_adapters(
+            acc, 0.0, early, early, 0, start, o, 0, start, o, width, inside, plan, token, block,
+            h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
+            False, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+    rounded = _sum(acc + before.to(tl.float32), asked, SPLIT_Y).to(r_ptr.dtype.element_ty)
+    tl.store(r_ptr + at, rounded, mask=mask)
+    if NORM:
+        g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
+        r = rounded.to(tl.float32)
+        tl.store(squares_ptr + token * parts + tl.program_id(1), tl.sum(r * r, 1), mask=here)
+        tl.store(x_ptr + at, (r * g[None, :]).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_kernel(
+    y_ptr, m_ptr, squares_ptr,
+    h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+    tokens, width, parts, hidden, scale_eps, most, pages, adapters,
+    PARTS: tl.constexpr, SPLIT_Y: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, ORDERED: tl.constexpr,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
+    AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ORDERED)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = o < width
+    start_gate = block * 0
+    start_up = start_gate + width
+    if ADAPTED:
+        early_gate = early_tiles(
+            block, 0, start_gate, width, o, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+            most, pages, adapters, AT_ONCE, PAGES, PAGE,
+        )  # fmt: skip
+        early_up = early_tiles(
+            block, 1, start_up, width, o, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+            most, pages, adapters, AT_ONCE, PAGES, PAGE,
+        )  # fmt: skip
+        plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    mask = here[:, None] & inside[None, :]
+    asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
+    asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
+    gate = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    up = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    if ADAPTED:
+        gate, up = add_adapters(
+            gate, up, early_gate, early_up, 0, start_gate, o, 1, start_up, o, width, inside, plan, token, block,
+            h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
+            True, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+    gate = _sum(gate, asked_gate, SPLIT_Y)
+    up = _sum(up, asked_up, SPLIT_Y)
+    if PARTS > 0:
+        of_norm = _norm_scales(squares_ptr, token, here, parts, hidden, scale_eps, PARTS)
+        gate *= of_norm
+        up *= of_norm
+    m = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(m_ptr + token[:, None] * width + o[None, :], m.to(m_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _heads_kernel(
+    y_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, length_ptr,
+    squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+    tokens, heads, kv_heads, longest, each, eps, parts, hidden, scale_eps, most, pages, adapters,
+    PARTS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    SPLIT_Y: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, ORDERED: tl.constexpr,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
+    AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ORDERED)
+    head = tl.program_id(1)
+    # Which of q, k and v this head belongs to.
+    piece = tl.where(head < heads, 0, tl.where(head < heads + kv_heads, 1, 2))
+    before = tl.where(piece == 0, 0, tl.where(piece == 1, heads, heads + kv_heads))
+    head = head - before
+    column = before * (2 * HALF)
+    width = tl.where(piece == 0, heads, kv_heads) * (2 * HALF)
+    width_out = (heads + 2 * kv_heads) * (2 * HALF)
+    i = tl.arange(0, BLOCK_O)
+    inside = i < HALF
+    o_low = head * (2 * HALF) + i
+    o_high = o_low + HALF
+    if ADAPTED:
+        early_low = early_tiles(
+            block, piece, column, width, o_low, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+            most, pages, adapters, AT_ONCE, PAGES, PAGE,
+        )  # fmt: skip
+        early_high = early_tiles(
+            block, piece, column, width, o_high, inside, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
+            most, pages, adapters, AT_ONCE, PAGES, PAGE,
+        )  # fmt: skip
+        plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    mask = here[:, None] & inside[None, :]
+    asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
+    asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
+    low = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    high = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    if ADAPTED:
+        low, high = add_adapters(
+            low, high, early_low, early_high, piece, column, o_low, piece, column, o_high, width, inside,
+            plan, token, block,
+            h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
+            True, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+    low = _sum(low, asked_low, SPLIT_Y)
+    high = _sum(high, asked_high, SPLIT_Y)
+    if PARTS > 0:
+        of_norm = _norm_scales(squares_ptr, token, here, parts, hidden, scale_eps, PARTS)
+        low *= of_norm
+        high *= of_norm
+    if BIAS:
+        low += tl.load(bias_ptr + column + o_low, mask=inside, other=0.0).to(tl.float32)[None, :]
+        high += tl.load(bias_ptr + column + o_high, mask=inside, other=0.0).to(tl.float32)[None, :]
+    place = tl.load(length_ptr) + token % each
+    cells = (((token // each) * kv_heads + head) * longest + place)[:, None] * (2 * HALF) + i[None, :]
+    if piece == 2:
+        tl.store(values_ptr + cells, low.to(values_ptr.dtype.element_ty), mask=mask)
+        tl.store(values_ptr + cells + HALF, high.to(values_ptr.dtype.element_ty), mask=mask)
+    else:
+        if NORM:
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
+            gains = q_norm_ptr
+            if piece == 1:
+                gains = k_norm_ptr
+            low = low * scale * tl.load(gains + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+            high = high * scale * tl.load(gains + HALF + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+        at = tl.load(positions_ptr + token, mask=here, other=0)[:, None] * HALF + i[None, :]
+        cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
+        if piece == 0:
+            q = q_ptr + (((token // each) * heads + head) * each + token % each)[:, None] * (2 * HALF) + i[None, :]
+            tl.store(q, turned_low.to(q_ptr.dtype.element_ty), mask=mask)
+            tl.store(q + HALF, turned_high.to(q_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(keys_ptr + cells, turned_low.to(keys_ptr.dtype.element_ty), mask=mask)
+            tl.store(keys_ptr + cells + HALF, turned_high.to(keys_ptr.dtype.element_ty), mask=mask)
+
+
+def _adapters(
+    added: "Added | None", tile: EpilogueTile, stand_in: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, int], dict[str, Any]]:
+    """Pointers, sizes, and shape constants of what adapters add."""
+    shape: dict[str, Any]
+    cut = {"LIST": BLOCK, "BLOCK_T": tile.t, "UPCAST": stand_in.device.type == "cpu"}
+    cut |= {"num_warps": tile.warps, "num_stages": 1}  # one: most blocks go around no loop
+    if added is None:
+        shape = dict.fromkeys(("TOP", "SLICES", "MAX_PAGES", "SPLIT", "AT_ONCE", "PAGES", "PAGE"), 1)
+        return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "ORDERED": False, "HOT": False}
+    pages, blocks = added.pages, added.blocks
+    assert blocks is not None
+    order = added.slots if blocks.order is None else blocks.order
+    pointers = (added.h, pages.B, added.weights, added.slots, order, blocks.lists, blocks.counts, pages.first,
+                pages.count)  # fmt: skip
+    shape = block_shape(added.h, pages, added.slots, tile.at_once)
+    shape |= {**cut, "ADAPTED": True, "ORDERED": blocks.order is not None}
+    return pointers, (blocks.lists.shape[1], pages.pages, pages.slots), shape
+
+
+def _tile(tokens: int, added: "Added | None") -> EpilogueTile:
+    if added is None:
+        return epilogue_tile(tokens, 0, 1)
+    return epilogue_tile(tokens, added.pages.slots, added.slots.shape[1])
+
+
+def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any, pdl: bool) -> None:
+    """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
+    T, D = residual.shape
+    tile = _tile(T, added)
+    pointers, sizes, shape = _adapters(added, tile, residual)
+    gain, x, scale = norm if norm is not None else (residual, residual, None)
+    squares, (parts, _, _), _ = scale_of(scale, residual)
+    _add_kernel[(triton.cdiv(T, tile.t), triton.cdiv(D, PART))](
+        residual, y, gain, x, squares, *pointers, T, D, parts, *sizes,
+        NORM=norm is not None, SPLIT_Y=y.shape[0], **shape, BLOCK_O=PART, **launch(pdl),
+    )  # fmt: skip
+
+
+def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, scale: "Scale | None") -> None:
+    """Of :func:`molora_kernels.epilogue.gate`."""
+    T, width = m.shape
+    tile, block = _tile(T, added), 64
+    pointers, sizes, shape = _adapters(added, tile, m)
+    squares, of_scale, parts = scale_of(scale, m)
+    _gate_kernel[(triton.cdiv(T, tile.t), triton.cdiv(width, block))](
+        y, m, squares, *pointers, T, width, *of_scale, *sizes,
+        PARTS=parts, SPLIT_Y=y.shape[0], **shape, BLOCK_O=block, **launch(pdl),
+    )  # fmt: skip
+
+
+def heads(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    positions: torch.Tensor,
+    length: torch.Tensor,
+    added: "Added | None",
+    pdl: bool,
+    scale: "Scale | None",
+) -> None:
+    """Of :func:`molora_kernels.epilogue.heads`."""
+    N, H, each, d = q.shape
+    G, longest = keys.shape[1], keys.shape[2]
+    tile = _tile(N * each, added)
+    pointers, sizes, shape = _adapters(added, tile, q)
+    squares, of_scale, parts = scale_of(scale, q)
+    q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)
+    _heads_kernel[(triton.cdiv(N * each, tile.t), H + 2 * G)](
+        y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
+        squares, *pointers, N * each, H, G, longest, each, eps, *of_scale, *sizes,
+        PARTS=parts, HALF=d // 2, NORM=norms is not None, BIAS=bias is not None, SPLIT_Y=y.shape[0], **shape,
+        BLOCK_O=max(16, triton.next_power_of_2(d // 2)), **launch(pdl),
+    )  # fmt: skip
