@@ -40,7 +40,8 @@ BYTES = 1 << 29  # of weights that a timing goes through, so that none of them i
 PARTS = ("linear", "attention", "blocks")
 TABLES = ("linear", "attention", "shrink", "expand", "epilogue", "hot")
 BLOCK_PROBLEMS = (  # tokens, slots, columns of the plan
-    (2048, 8, 1), (2048, 8, 2), (2048, 64, 1), (2048, 64, 2), (2048, 1024, 1), (2048, 1024, 2), (256, 8, 1), (256, 64, 1),
+    (2048, 8, 1), (2048, 8, 2), (2048, 64, 1), (2048, 64, 2), (2048, 1024, 1), (2048, 1024, 2),
+    (256, 8, 1), (256, 64, 1),
 )  # fmt: skip
 SHARED = 200 << 10  # bytes of shared memory that a program may have
 
@@ -119,13 +120,9 @@ def tune_attention() -> list[dict[str, Any]]:
 
 def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[EpilogueTile]]:
     """Of the forms by block."""
-    shrinks = [
-        ShrinkTile(t, d, at_once, warps, stages)
-        for t, d, at_once, warps, stages in itertools.product((16, 32), (128, 256), (1, 2, 4), (4, 8), (2, 3))
-        if (t + 32 * at_once) * d * 2 * stages <= SHARED
-    ]
-    expands = [ExpandTile(o, n, warps) for o, n, warps in itertools.product((64, 128, 256), (1, 2, 4), (4, 8))]
-    epilogues = [EpilogueTile(t, n, warps) for t, n, warps in itertools.product((16, 32, 64), (1, 2, 4), (4, 8))]
+    shrinks = [ShrinkTile(16, d, n, warps, 3) for d, n, warps in itertools.product((128, 256), (1, 2), (4, 8))]
+    expands = [ExpandTile(128, n, 4) for n in (1, 2, 4)]
+    epilogues = [EpilogueTile(t, n, 4) for t, n in itertools.product((32, 64), (1, 2, 4))]
     return shrinks, expands, epilogues
 
 
@@ -173,12 +170,13 @@ def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
             entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(hot, 1), "hot": hot < cold}
             print("hot", entry, flush=True)
             found["hot"].append(entry)
-    found["epilogue"] += tune_few(epilogues)
+    found["epilogue"] += tune_few()
     return found
 
 
-def tune_few(tiles: list[EpilogueTile]) -> list[dict[str, Any]]:
+def tune_few() -> list[dict[str, Any]]:
     """The epilogue of a decode step: float32 parts of sums."""
+    tiles = [EpilogueTile(t, n, warps) for t, n, warps in itertools.product((16, 32), (1, 2, 4), (2, 4))]
     entries = []
     for tokens, top in itertools.product((8, 64), (1, 2)):
         pages, plan = block_problem(tokens, 8, top)
@@ -200,8 +198,8 @@ def compile_blocks(part: int, parts: int) -> None:
         pages, plan = block_problem(2048, slots, top)
         for tile in shrinks[part::parts]:
             shrink(x, pages, plan.slots, plan.blocks, tile, False)
-        h = torch.zeros(1, 2048, top, 2 * PAGE, device="cuda", dtype=torch.bfloat16)
-        for h in (h, shrink_hot(x, pages)):
+        by_block = torch.zeros(1, 2048, top, 2 * PAGE, device="cuda", dtype=torch.bfloat16)
+        for h in (by_block, shrink_hot(x, pages)):
             for shape in expands[part::parts] if top == 1 else ():
                 _one_expand(y, h, pages, plan, shape, 0)
             for cut in epilogues[part::parts]:

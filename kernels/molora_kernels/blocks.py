@@ -149,23 +149,24 @@ def add_adapters(
     ``early_a``, ``early_b``: of :func:`early_tiles`. ``plan``: of :func:`plan_rows`. HOT: h has the ranks of all pages,
     [T, slices x pages x PAGE]; else those of each pair, [SPLIT, T, TOP, slices x MAX_PAGES x PAGE] parts of the sum.
     """
+    many = tl.load(counts_ptr + block)
     for j in tl.static_range(AT_ONCE):
         slot = early_a[j][0]
-        acc_a = _add_tile(
-            acc_a, slot, 0, early_a[j][1], early_a[j][2], early_a[j][3], piece_a, plan, token, h_ptr, tokens, pages,
-            TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
-        )  # fmt: skip
-        if TWO:
-            acc_b = _add_tile(
-                acc_b, slot, 0, early_b[j][1], early_b[j][2], early_b[j][3], piece_b, plan, token, h_ptr, tokens, pages,
+        if j < many:
+            acc_a = _add_tile(
+                acc_a, slot, 0, early_a[j][1], early_a[j][2], early_a[j][3], piece_a, plan, token, h_ptr, tokens, pages,
                 TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
             )  # fmt: skip
-        acc_a, acc_b = _add_pages(
-            acc_a, acc_b, slot, PAGES, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
-            h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
-            TWO, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
-        )  # fmt: skip
-    many = tl.load(counts_ptr + block)
+            if TWO:
+                acc_b = _add_tile(
+                    acc_b, slot, 0, early_b[j][1], early_b[j][2], early_b[j][3], piece_b, plan, token, h_ptr, tokens,
+                    pages, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+                )  # fmt: skip
+            acc_a, acc_b = _add_pages(
+                acc_a, acc_b, slot, PAGES, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+                h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+                TWO, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+            )  # fmt: skip
     for i in range(AT_ONCE, many, AT_ONCE):
         for j in tl.static_range(AT_ONCE):
             acc_a, acc_b = _add_pages(

@@ -1,6 +1,7 @@
 """The kernels of :mod:`molora_kernels.epilogue` for many tokens: a program has columns of some tokens that are next to
 one another in the plan's order, and reads each adapter once for all of them."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,7 @@ def _add_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
         acc, _ = add_adapters(
-            acc, 0.0, early, early, 0, start, o, 0, start, o, width, inside, plan, token, block,
+            acc, tl.zeros((1,), tl.float32), early, early, 0, start, o, 0, start, o, width, inside, plan, token, block,
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             False, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
@@ -259,6 +260,7 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
     """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
     tile = _tile(T, added)
+    tile = replace(tile, t=min(tile.t, 32))  # of columns it has twice as many as the others
     pointers, sizes, shape = _adapters(added, tile, residual)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
     squares, (parts, _, _), _ = scale_of(scale, residual)

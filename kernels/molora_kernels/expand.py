@@ -101,7 +101,7 @@ def _expand_block_kernel(
     before = tl.load(y, mask=here, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     acc, _ = add_adapters(
-        acc, 0.0, early, early, piece, column, o, piece, column, o, width, inside,
+        acc, tl.zeros((1,), tl.float32), early, early, piece, column, o, piece, column, o, width, inside,
         plan, token, block, h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
         False, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
     )  # fmt: skip

@@ -192,7 +192,7 @@ def _linear_kernel(
 
 AHEAD = 16  # lines of each row of W that are asked for before x is there
 FIRST_SHRINKS = 132  # programs of the shrink that may go before the product: one for each multiprocessor of an H100
-SHRINK_BLOCK = 1024
+SHRINK_BLOCK = 512  # more of them in registers, and fewer programs of the product fit beside
 
 
 def shrink_block(columns: int) -> int:
