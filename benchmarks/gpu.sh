@@ -14,7 +14,25 @@ if command -v compute-sanitizer >/dev/null; then
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m benchmarks.sanitize
     done
 fi
-python3 -m benchmarks.step --adapters 8 64 1024 --top 1 2 --peer --out "$out/step.json"
-python3 -m benchmarks.prefill --adapters 2 8 64 1024 --top 1 2 --popularity uniform --out "$out/prefill.json"
-python3 -m benchmarks.kernels --out "$out/kernels.csv"
-python3 -m benchmarks.results "$out" --out "$out/kernels.json"
+# The rest of a table is worth having when one of them fails, and the script then fails at its end.
+failed=()
+measure() { python3 -m "benchmarks.$@" || failed+=("$1"); }
+measure step --adapters 8 64 1024 --top 1 2 --peer --out "$out/step.json"
+measure step --shape 8B --adapters 8 --out "$out/step-8b.json"
+measure prefill --adapters 2 4 8 16 32 64 1024 --top 1 --out "$out/prefill.json"
+measure prefill --adapters 8 --top 1 --popularity zipf identical --out "$out/prefill-skew.json"
+measure prefill --adapters 8 64 --top 2 --out "$out/prefill-top2.json"
+measure prefill --shape 8B --adapters 8 64 --top 1 --out "$out/prefill-8b.json"
+for rank in 8 64; do
+    measure step --adapters 8 --rank "$rank" --out "$out/step-rank$rank.json"
+    measure prefill --adapters 8 64 --top 1 --rank "$rank" --out "$out/prefill-rank$rank.json"
+done
+measure train --out "$out/train.json"
+measure peers --out "$out/peers.json"
+measure kernels --out "$out/kernels.csv"
+if [ -n "${MOLORA_SMOLLM:-}" ]; then # a folder of the base; the tokens to compare with are those of this machine's CPU
+    CUDA_VISIBLE_DEVICES= measure smollm --base "$MOLORA_SMOLLM" --reference "$out/smollm-cpu.json"
+    measure smollm --base "$MOLORA_SMOLLM" --compare "$out/smollm-cpu.json" --out "$out/smollm.json"
+fi
+python3 -m benchmarks.results "$out" --out "$out/results.json"
+[ ${#failed[@]} -eq 0 ] || { echo "did not run: ${failed[*]}" >&2; exit 1; }
