@@ -233,6 +233,7 @@ class _Forward:
     def __init__(self, base: PreTrainedModel, routing: RoutingState, step: Any) -> None:
         self.base, self.routing, self.step = base, routing, step
         self.begun = False
+        self._routes: list[tuple[torch.Tensor, torch.Tensor]] = []  # by region, where each step writes its plan
 
     def __call__(self, **inputs: Any) -> Any:
         step, ids = self.step, inputs["input_ids"]
@@ -244,6 +245,7 @@ class _Forward:
             self.begun = True
         logits = step(ids[:, -1])
         self.routing.first = length
+        self.routing.plans = [RoutingPlan(*route) for route in self._routes]  # what a plan keeps is of one step
         return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=step.cache)
 
     def _begin(self, length: int, mask: Any, positions: Any) -> None:
@@ -264,6 +266,4 @@ class _Forward:
             positions = torch.full((1, 1), length, device=device)
         step.start(seen, positions[:, -1].expand(step.batch))
         regions = (0,) if step.routes.boundary is None else (0, step.routes.boundary)
-        self.routing.plans = [
-            RoutingPlan(slots.unsqueeze(1), weights.unsqueeze(1)) for slots, weights in map(step.routes.plan, regions)
-        ]
+        self._routes = [(slots.unsqueeze(1), weights.unsqueeze(1)) for slots, weights in map(step.routes.plan, regions)]

@@ -123,14 +123,15 @@ class MoLoRALinear(nn.Module):
 
     def _here(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> RoutingPlan:
         """The plan of the rows of x: of all tokens, or of those that are kept for the head."""
-        if rows == plan.slots.shape[0] * plan.slots.shape[1]:
+        batch, tokens, _ = plan.shape
+        if rows == batch * tokens:
             return plan
-        if x.dim() == 3 and x.shape[0] == plan.slots.shape[0] and x.shape[1] < plan.slots.shape[1]:
+        if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < tokens:
             kept = plan.at(self.source.kept)  # the head under logits_to_keep
-            if kept.slots.shape[1] == x.shape[1]:
+            if kept.shape[1] == x.shape[1]:
                 return kept
         raise BaseModelError(
-            f"A module got {rows} rows in a forward of {plan.slots.shape[0]} x {plan.slots.shape[1]} tokens: "
+            f"A module got {rows} rows in a forward of {batch} x {tokens} tokens: "
             f"it does not see one row a token, so it cannot be adapted."
         )
 

@@ -1,5 +1,7 @@
 """The router's causal memory: exponential moving averages of its input, for each sequence, beside the KV cache."""
 
+from collections.abc import Callable
+
 import torch
 
 from molora.backend import backend_for, failed
@@ -63,10 +65,17 @@ class Memory:
 
     def __init__(self, batch: int, width: int, decays: torch.Tensor, owner: object = None) -> None:
         self.owner = owner  # what filled it: another router's memory means nothing
-        self.z = torch.zeros(batch, 0, width, device=decays.device)  # [B, T, width]
-        self.real = torch.zeros(batch, 0, dtype=torch.bool, device=decays.device)  # [B, T]
+        self.z = torch.empty(batch, 0, width, device=decays.device)  # [B, T, width]
+        self.real = torch.empty(batch, 0, dtype=torch.bool, device=decays.device)  # [B, T]
         self.decays = decays
-        self.state = torch.zeros(batch, len(decays), width, device=decays.device)  # [B, decays, width]
+        self._state: torch.Tensor | None = None  # None: nothing is remembered
+
+    @property
+    def state(self) -> torch.Tensor:
+        """[B, decays, width] float32, m after the last token."""
+        if self._state is None:
+            self._state = self.z.new_zeros(self.batch, len(self.decays), self.z.shape[2])
+        return self._state
 
     def __len__(self) -> int:
         return self.z.shape[1]
@@ -77,25 +86,32 @@ class Memory:
 
     def append(self, z: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Reads new tokens z [batch, tokens, width]; returns the averages at them [batch, tokens, decays, width]."""
-        averages, self.state = moving_averages(z, real, self.decays, self.state)
-        self.z = torch.cat([self.z, z], 1)
-        self.real = torch.cat([self.real, real], 1)
+        averages, state = moving_averages(z, real, self.decays, self.state)
+        self.keep(z, real, state)
         return averages
+
+    def keep(self, z: torch.Tensor, real: torch.Tensor, state: torch.Tensor) -> None:
+        """Takes in new tokens, and the state after them, which was computed from this memory's."""
+        self.z, self.real = (torch.cat([self.z, z], 1), torch.cat([self.real, real], 1)) if len(self) else (z, real)
+        self._state = state
 
     def crop(self, length: int) -> None:
         """Forgets the tokens from position ``length`` on."""
         if length >= len(self):
             return
         self.z, self.real = self.z[:, :length], self.real[:, :length]
-        self.state = torch.zeros_like(self.state)
+        self._state = None
         if length:
-            self.state = moving_averages(self.z, self.real, self.decays, self.state)[1]
+            self._state = moving_averages(self.z, self.real, self.decays, self.state)[1]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps (and reorders) the sequences at ``indices``."""
         indices = indices.to(self.z.device)
-        self.z, self.real, self.state = self.z[indices], self.real[indices], self.state[indices]
+        self._map(lambda tensor: tensor[indices])
 
     def repeat(self, repeats: int) -> None:
         """Repeats each sequence in place."""
-        self.z, self.real, self.state = (t.repeat_interleave(repeats, 0) for t in (self.z, self.real, self.state))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.z, self.real, self._state = (change(tensor) for tensor in (self.z, self.real, self.state))

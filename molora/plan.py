@@ -19,33 +19,43 @@ if TYPE_CHECKING:
 class RoutingPlan:
     """Which slots act on each token.
 
-    slots: [batch, tokens, S] int64, -1 for none. S is the sum of top_k over the stack's layers.
+    chosen: [batch, tokens, S] int32 or int64, the slots, -1 for none. S is the sum of top_k over the stack's layers.
     weights: [batch, tokens, S] float32.
     uniform: every token of every sequence has the same slots. unit: every weight is 1, without a gradient.
     """
 
-    slots: torch.Tensor
+    chosen: torch.Tensor
     weights: torch.Tensor
     uniform: bool = False
     unit: bool = False
 
+    @property
+    def shape(self) -> torch.Size:
+        """batch, tokens, S."""
+        return self.chosen.shape
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[batch, tokens, S] int64, -1 for none."""
+        return self.chosen.long()
+
     @cached_property
     def dispatch(self) -> Dispatch:
         """The plan sorted by slot: made once, shared by all modules."""
-        S = self.slots.shape[-1]
+        S = self.shape[-1]
         return dispatch(self.slots.reshape(-1, S), self.weights.reshape(-1, S), uniform=self.uniform, unit=self.unit)
 
     @cached_property
     def paged(self) -> PagedPlan:
         """The plan as the kernels read it: made once, shared by all modules; nothing waits for the device."""
-        S = self.slots.shape[-1]
+        S = self.shape[-1]
         return PagedPlan(
-            self.slots.reshape(-1, S).to(torch.int32).contiguous(), self.weights.reshape(-1, S).contiguous()
+            self.chosen.reshape(-1, S).to(torch.int32).contiguous(), self.weights.reshape(-1, S).contiguous()
         )
 
     def at(self, positions: slice | torch.Tensor) -> "RoutingPlan":
         """The plan of some positions of each sequence."""
-        return RoutingPlan(self.slots[:, positions], self.weights[:, positions], self.uniform, self.unit)
+        return RoutingPlan(self.chosen[:, positions], self.weights[:, positions], self.uniform, self.unit)
 
 
 def forced_plan(selection: ResolvedSelection, tokens: int) -> RoutingPlan:
@@ -118,14 +128,9 @@ def route(
 
 def route_by_kernel(logits: torch.Tensor, found: "Candidates", selection: ResolvedSelection, mode: str) -> RoutingPlan:
     """:func:`route` in one launch on a GPU, without gradients. ``found``: of :func:`kernel_candidates`."""
-    from molora_kernels.route import Choice, choose  # needs Triton
+    from molora_kernels.route import choose  # needs Triton
 
-    choice = Choice(selection.allowed, selection.forced.int(), selection.routed)
-    slots, weights = choose(logits, found, choice, mode == "softmax")
-    plan = RoutingPlan(slots.long(), weights, unit=mode == "unit")
-    S = slots.shape[-1]
-    plan.__dict__["paged"] = PagedPlan(slots.view(-1, S), weights.view(-1, S))  # what it would be made to again
-    return plan
+    return RoutingPlan(*choose(logits, found, selection.for_kernels, mode == "softmax"), unit=mode == "unit")
 
 
 def kernel_candidates(

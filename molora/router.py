@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from molora.errors import ConfigError, RouterError
 from molora.memory import Memory, moving_averages
+
+if TYPE_CHECKING:
+    from molora_kernels.route import RouterWeights
 
 NEVER = -1e4
 """Bias of a row that was neither trained nor computed: "auto" does not choose it, forcing still works."""
@@ -100,7 +103,8 @@ class RouterPart(_Float32):
         self.input = _Linear32((1 + len(config.decays)) * config.width, config.hidden)
         self.output = _Linear32(config.hidden, rows)
         self.table: torch.Tensor | None = None  # [vocabulary, width], folded projection of every embedding
-        self.register_load_state_dict_post_hook(lambda part, _: setattr(part, "table", None))
+        self._kept_decays: torch.Tensor | None = None  # [decays], as they are outside training
+        self.register_load_state_dict_post_hook(lambda part, _: part._forget())
 
     @property
     def decays(self) -> torch.Tensor:
@@ -114,10 +118,14 @@ class RouterPart(_Float32):
         """z of token ids [batch, tokens], by the folded table outside training."""
         if self.training:
             return self.read(embedding(input_ids).detach())
-        if self.table is None or self.table.device != input_ids.device:
-            self.fold(embedding, input_ids.device)
+        return nn.functional.embedding(input_ids, self.folded(embedding, input_ids.device))
+
+    def folded(self, embedding: nn.Module, device: torch.device) -> torch.Tensor:
+        """The table, made where it is missing; not in training."""
+        if self.table is None or self.table.device != device:
+            self.fold(embedding, device)
         assert self.table is not None
-        return nn.functional.embedding(input_ids, self.table)
+        return self.table
 
     @torch.no_grad()
     def fold(self, embedding: nn.Module, device: torch.device) -> None:
@@ -126,15 +134,35 @@ class RouterPart(_Float32):
         self.table = torch.cat([self.read(embedding(ids)) for ids in torch.arange(count, device=device).split(8192)])
 
     def train(self, mode: bool = True) -> "RouterPart":
-        self.table = None  # what it folds may change
+        self._forget()
         return super().train(mode)
+
+    def _forget(self) -> None:
+        """What was computed from the weights is of no use: they may change."""
+        self.table = self._kept_decays = None
 
     def signature(self) -> object:
         """What a memory must have been filled by to be gone on with."""
         return self.reads, self.width, tuple(self.decays.tolist())
 
+    @torch.no_grad()
+    def fixed_decays(self) -> torch.Tensor:
+        """[decays] without a gradient; outside training computed once."""
+        if self.training:
+            return self.decays
+        if self._kept_decays is None or self._kept_decays.device != self.decay_logits.device:
+            self._kept_decays = self.decays
+        return self._kept_decays
+
+    def for_kernels(self, table: torch.Tensor) -> "RouterWeights":
+        """The part as the routing kernels read it, with z of token ids, or of tokens, in ``table``."""
+        from molora_kernels.route import RouterWeights  # needs Triton
+
+        mlp = (self.input.weight, self.input.bias, self.output.weight, self.output.bias)
+        return RouterWeights(table, self.fixed_decays(), *mlp)
+
     def new_memory(self, batch: int, owner: object) -> Memory:
-        return Memory(batch, self.width, self.decays.detach(), owner)
+        return Memory(batch, self.width, self.fixed_decays(), owner)
 
     def features(self, z: torch.Tensor, real: torch.Tensor, memory: Memory | None) -> torch.Tensor:
         """q [batch, tokens, hidden] of z [batch, tokens, width] and of ``memory`` (None: empty), which is advanced."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from molora.backend import backend_for
+from molora.backend import backend_for, failed
 from molora.cache import attach, memories_of
 from molora.errors import BaseModelError
 from molora.memory import Memory
@@ -61,7 +61,8 @@ class RoutingState:
         self._real: torch.Tensor | None = None
         self._memories: list[Memory] | None = None
         self._current: ResolvedSelection | None = None
-        self._placed: tuple[ResolvedSelection, int, torch.device] | None = None  # what _current was made from
+        self._true: torch.Tensor | None = None  # [1, 1] bool
+        self._placed: tuple[ResolvedSelection, int, torch.device] | None = None  # what these two were made from
         self._tables: tuple[object, list[LayerTable]] | None = None
         self._flat: tuple[object, Any] | None = None  # the candidates for kernels, and what they were made from
         self._hooks: list[Any] = [base.register_forward_pre_hook(self._before_base, with_kwargs=True)]
@@ -128,20 +129,18 @@ class RoutingState:
         self.first = cache.get_seq_length() if cache is not None else 0
         keep = kwargs.get("logits_to_keep", 0)
         self.kept = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
-        self._real = real_tokens(kwargs.get("attention_mask"), batch, tokens, cache, source.device)
         placed = (self.selection, batch, source.device)
         if self._placed != placed:
             self._placed, self._current = placed, self.selection.expand(batch).to(source.device)
-        assert self._current is not None
+            self._true = torch.ones(1, 1, dtype=torch.bool, device=source.device)
+        assert self._current is not None and self._true is not None
+        self._real = real_tokens(kwargs.get("attention_mask"), batch, tokens, cache, self._true)
         parts: Any = self.router.parts if self.router is not None else ()
         self.logits, self.features = [None] * len(parts), [None] * len(parts)
         self._memories = self._find_memories(cache, batch)
-        forced = forced_plan(self._current, tokens)
-        self.plans = [forced] if self.boundary is None else [forced, None]
-        if self.router is not None and self.router.points[0] == 0:
-            part: Any = parts[0]
-            z = part.read_ids(ids, self.base.get_input_embeddings()) if ids is not None else part.read(embeds)
-            self.plans[0] = self._route(0, z, forced)
+        by_token = self.router is not None and self.router.points[0] == 0
+        first = self._route(0, ids, embeds) if by_token else forced_plan(self._current, tokens)
+        self.plans = [first] if self.boundary is None else [first, None]
         return args, kwargs
 
     def _before_layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -152,29 +151,63 @@ class RoutingState:
     def read_hidden(self, hidden: torch.Tensor) -> None:
         """Routes by the hidden states [batch, tokens, D] that enter layer ``boundary``."""
         assert self.router is not None
-        index = len(self.router.parts) - 1
-        part: Any = self.router.parts[index]
-        assert self._current is not None
-        self.plans[1] = self._route(index, part.read(hidden), forced_plan(self._current, hidden.shape[1]))
+        self.plans[1] = self._route(len(self.router.parts) - 1, None, hidden)
 
-    def _route(self, index: int, z: torch.Tensor, forced: RoutingPlan) -> RoutingPlan:
+    def _route(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> RoutingPlan:
+        """Routes by a part of the router, which reads ids [batch, tokens], or hidden states [batch, tokens, D]."""
         assert self.router is not None and self._current is not None and self._real is not None
-        part: Any = self.router.parts[index]
         memory = self._memories[index] if self._memories is not None else None
         if not self._current.any_routed and not self.router.training:
             if memory is not None:  # a later turn may ask the router
-                memory.append(z, self._real)
-            return forced
-        q = part.features(z, self._real, memory)
+                memory.append(self._read(index, ids, hidden), self._real)
+            return forced_plan(self._current, self._real.shape[1])
+        candidates = self._kernel_candidates(self._real.device)
+        if candidates is not None and isinstance(self.router, Router):
+            try:
+                return self._route_by_kernels(index, ids, hidden, memory, candidates)
+            except Exception as error:  # Triton's own errors have no common class
+                if not failed(error):
+                    raise
+                candidates = None
+        part: Any = self.router.parts[index]
+        q = part.features(self._read(index, ids, hidden), self._real, memory)
         logits = part(q)
         self.features[index], self.logits[index] = q, logits
-        through = self.router.training and torch.is_grad_enabled()
-        if not through and (candidates := self._kernel_candidates(logits.device)) is not None:
+        if candidates is not None:
             return route_by_kernel(logits.contiguous(), candidates, self._current, self.router.weights)
+        through = self.router.training and torch.is_grad_enabled()
         plan = route(logits, self._layer_tables(logits.device), self._current, self.router.weights, through)
         if through:
             plan.dispatch  # noqa: B018 - made here, so that a layer that is run again for its gradient finds it made
         return plan
+
+    def _read(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:
+        """z [batch, tokens, width] float32."""
+        assert self.router is not None
+        part: Any = self.router.parts[index]
+        return part.read(hidden) if ids is None else part.read_ids(ids, self.base.get_input_embeddings())
+
+    def _route_by_kernels(
+        self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None, memory: Memory | None, candidates: Any
+    ) -> RoutingPlan:
+        """From tokens to their plan in five launches."""
+        from molora_kernels.route import route_prompt  # needs Triton
+
+        assert self.router is not None and self._current is not None and self._real is not None
+        part: Any = self.router.parts[index]
+        if ids is None or part.training:
+            ids, table = None, self._read(index, ids, hidden).flatten(0, 1)
+        else:
+            table = part.folded(self.base.get_input_embeddings(), ids.device)
+        past = memory.state if memory is not None and len(memory) else None
+        softmax = self.router.weights == "softmax"
+        found = route_prompt(
+            ids, self._real, part.for_kernels(table), candidates, self._current.for_kernels, past, softmax
+        )  # fmt: skip
+        if memory is not None:
+            memory.keep(found.z, self._real, found.memory)
+        self.features[index], self.logits[index] = found.q, found.logits
+        return RoutingPlan(found.slots, found.weights, unit=not softmax)
 
     def _kernel_candidates(self, device: torch.device) -> Any:
         """The candidates as the routing kernels read them; None where kernels do not route."""
@@ -218,16 +251,15 @@ class RoutingState:
         return memories
 
 
-def real_tokens(
-    mask: Any, batch: int, tokens: int, cache: Cache | None, device: torch.device
-) -> torch.Tensor:  # [batch, tokens] bool
-    """Which of the current tokens are no padding, from the 2-D mask, or the 4-D one that static caches get."""
+def real_tokens(mask: Any, batch: int, tokens: int, cache: Cache | None, true: torch.Tensor) -> torch.Tensor:
+    """[batch, tokens] bool: which of the current tokens are no padding, from the 2-D mask, or the 4-D one that static
+    caches get. ``true``: [1, 1] bool, which without a mask stands for all of them. The mask itself is not kept."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, torch.Tensor):
-        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        return true.expand(batch, tokens)
     if mask.dim() == 2:
-        return mask[:, -tokens:].to(device=device, dtype=torch.bool)
+        return mask[:, -tokens:].to(device=true.device, dtype=torch.bool, copy=True)
     first = int(cache.get_seq_length()) if cache is not None else 0
     seen = mask[:, 0, -1, first : first + tokens]  # what the last token may see of them
-    return (seen if seen.dtype == torch.bool else seen >= 0).expand(batch, tokens).to(device)
+    return (seen if seen.dtype == torch.bool else seen >= 0).expand(batch, tokens).to(true.device, copy=True)

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from molora.errors import SelectionError
 from molora.stack import AUTO, NONE, SlotTable, Stack, StackLayer
+
+if TYPE_CHECKING:
+    from molora_kernels import route
 
 Choice: TypeAlias = str | Sequence[str] | None
 Selection: TypeAlias = Mapping[str, Choice]
@@ -77,6 +81,13 @@ class ResolvedSelection:
     @property
     def any_routed(self) -> bool:
         return bool(self.routed_layers)
+
+    @cached_property
+    def for_kernels(self) -> "route.Choice":
+        """As the routing kernels read it: made once for all forwards under this selection."""
+        from molora_kernels import route  # needs Triton
+
+        return route.Choice(self.allowed, self.forced.int(), self.routed)
 
     def expand(self, batch: int) -> "ResolvedSelection":
         """For ``batch`` sequences: one for all, or each repeated in place as beam search and

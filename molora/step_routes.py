@@ -2,6 +2,7 @@
 never moves. A change of selection or a new sequence writes into it; the captured step stays what it is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,13 +45,8 @@ class StepRoutes:
             for part in router._parts:
                 table = torch.zeros(batch, part.width, device=device)
                 if part.reads == 0:
-                    if part.table is None or part.table.device != device:
-                        part.fold(embedding, device)
-                    table = part.table
-                weights = RouterWeights(
-                    table, part.decays.detach().clone(), part.input.weight, part.input.bias, part.output.weight,
-                    part.output.bias,
-                )  # fmt: skip
+                    table = part.folded(embedding, device)
+                weights = replace(part.for_kernels(table), decays=part.decays.detach().clone())
                 self.parts.append(part)
                 self.weights.append(weights)
                 self.states.append(StepState.new(batch, weights, columns))

@@ -1,5 +1,6 @@
 """The order in which the kernels take tokens: those with the same slots next to one another."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 _SORTED_COLUMNS = 3  # of a plan that the order looks at: as many as fit into a key of 64 bits
 _BITS = 20  # of a slot in a key
+_COUNTED = 8192  # tokens up to which each counts those before it, in one launch; above, a radix sort does less
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
 
     Nothing waits for the device. slots: [T, S] int, -1 for none.
     """
+    if len(slots) <= _COUNTED and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        from molora_kernels.sort import order_by_counting  # needs Triton
+
+        return order_by_counting(slots, _SORTED_COLUMNS, _BITS)
     key = slots[:, 0]
     for column in slots.T[1:_SORTED_COLUMNS]:
         key = (key.long() << _BITS) + column

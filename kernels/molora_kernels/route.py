@@ -1,8 +1,8 @@
-"""One decode step of a router in Triton: memory, MLP, and the choice of slots, for each sequence.
+"""A router in Triton: memory, MLP, and the choice of slots, for a decode step or a whole prompt of each sequence.
 
 u = [z, m_1, ..., m_D] with m_d = decay_d m_d + (1 - decay_d) z;  q = SiLU(W1 u + b1);  logits = W2 q + b2; then, in
 each layer of the stack that the router decides, the top-k of the candidates that the sequence allows. Nothing is asked
-of the device by the host, and every tensor is written where it is: the step can be captured, and the next one goes on
+of the device by the host, so both can be captured. A step writes every tensor where it is, and the next one goes on
 from it.
 """
 
@@ -13,12 +13,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.averages import precision, remember
+
 FEW = 16  # tokens below which each goes through the MLP by itself
+PROGRAMS = 128  # that a product is cut into at least, where it can be: about as many as a GPU runs side by side
 
 
 @dataclass
 class RouterWeights:
-    """One part of a router, float32. table: [V, W], z of each token id. w1: [H, (1 + D) W]. w2: [rows, H]."""
+    """One part of a router; float32, contiguous.
+
+    table: [V, W], z of each token id. w1: [H, (1 + D) W]. w2: [rows, H].
+    """
 
     table: torch.Tensor
     decays: torch.Tensor  # [D]
@@ -77,6 +83,19 @@ class StepState:
         )
 
 
+@dataclass
+class PromptRoutes:
+    """What routing N sequences of T tokens gives. z: [N, T, W], memory: [N, D, W] after the last token, q: [N, T, H],
+    logits: [N, T, rows] float32. slots: [N, T, S] int32. weights: [N, T, S] float32."""
+
+    z: torch.Tensor
+    memory: torch.Tensor
+    q: torch.Tensor
+    logits: torch.Tensor
+    slots: torch.Tensor
+    weights: torch.Tensor
+
+
 @triton.jit
 def _remember_kernel(
     ids_ptr, real_ptr, table_ptr, decays_ptr, memory_ptr, u_ptr, width,
@@ -103,7 +122,8 @@ def _remember_kernel(
 @triton.jit
 def _affine_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, tokens, width_in, width_out,
-    SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = W x + b in float32: a few rows of W, read before x is there, for one token or for a block of them."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -127,7 +147,7 @@ def _affine_kernel(
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+        t = (tl.program_id(1) * BLOCK_T).to(tl.int64) + tl.arange(0, BLOCK_T)
         acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
         for start in range(0, width_in, BLOCK_D):
             at = start + d
@@ -139,7 +159,7 @@ def _affine_kernel(
                 w_ptr + o[None, :] * width_in + at[:, None],
                 mask=(o < width_out)[None, :] & (at < width_in)[:, None], other=0.0,
             )  # fmt: skip
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
         many = acc + b[None, :]
         if SILU:
             many = many / (1.0 + tl.exp(-many))
@@ -246,6 +266,38 @@ def route_step(
     return state
 
 
+def route_prompt(
+    ids: torch.Tensor | None,
+    real: torch.Tensor,
+    router: RouterWeights,
+    candidates: Candidates,
+    choice: Choice,
+    memory: torch.Tensor | None,
+    softmax: bool,
+) -> PromptRoutes:
+    """Routes all tokens of N sequences in five launches.
+
+    Args:
+        ids: [N, T] int, token ids, all below V: they are not looked at on the host. None: ``router.table`` is
+            [N * T, W], z of each token.
+        real: [N, T] bool, False at padding, which the memory does not take in; of any strides.
+        router, candidates, choice, softmax: as for :func:`route_step`.
+        memory: [N, D, W] float32, what is remembered of tokens before; None: nothing.
+
+    Raises:
+        ValueError: ``choice`` is of another number of sequences.
+    """
+    N, T = real.shape
+    if len(choice.allowed) != N:
+        raise ValueError(f"{N} sequences, and selections for {len(choice.allowed)}.")
+    z, u, memory = remember(router.table, ids, real, router.decays, memory)
+    q, logits = u.new_empty(N, T, len(router.w1)), u.new_empty(N, T, len(router.w2))
+    launch = {"PDL": False}
+    _affine(u.flatten(0, 1), router.w1, router.b1, q, True, launch)
+    _affine(q.flatten(0, 1), router.w2, router.b2, logits, False, launch)
+    return PromptRoutes(z, memory, q, logits, *choose(logits, candidates, choice, softmax))
+
+
 def choose(
     logits: torch.Tensor, candidates: Candidates, choice: Choice, softmax: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,9 +337,22 @@ def _choose(
 def _affine(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, silu: bool, launch: dict[str, bool]
 ) -> None:
-    one = len(x) < FEW
-    block_t, block_d = (1, triton.next_power_of_2(w.shape[1])) if one else (16, 64)
-    _affine_kernel[(triton.cdiv(len(w), 16), triton.cdiv(len(x), block_t))](
+    """y = W x + b, with SiLU if ``silu``. x: [T, D], y: [..., O] for as many tokens; float32."""
+    block_t, block_o, block_d = _affine_blocks(len(x), *w.shape)
+    _affine_kernel[(triton.cdiv(len(w), block_o), triton.cdiv(len(x), block_t))](
         x, w, b, y, len(x), w.shape[1], w.shape[0],
-        SILU=silu, BLOCK_O=16, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=4, **launch,
+        SILU=silu, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_T=block_t, PRECISION=precision(x.device), num_warps=4,
+        **launch,
     )  # fmt: skip
+
+
+def _affine_blocks(tokens: int, width_out: int, width_in: int) -> tuple[int, int, int]:
+    """How many tokens, outputs and inputs a program takes at once: so few that there are programs enough."""
+    if tokens < FEW:
+        return 1, 16, triton.next_power_of_2(width_in)
+    block_t, block_o = 64, max(16, min(64, triton.next_power_of_2(width_out)))
+    while block_t > 16 and triton.cdiv(tokens, block_t) * triton.cdiv(width_out, block_o) < PROGRAMS:
+        block_t //= 2
+    while block_o > 16 and triton.cdiv(tokens, block_t) * triton.cdiv(width_out, block_o) < PROGRAMS:
+        block_o //= 2
+    return block_t, block_o, 32 if block_t * block_o >= 1024 else 64  # registers are few

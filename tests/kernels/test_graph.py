@@ -8,7 +8,7 @@ from molora_kernels.paged import add_lora_paged
 from tests.conftest import DEVICE
 from tests.kernels.test_paged import FORMS, RANKS, Case
 from tests.kernels.test_route import Case as RouteCase
-from tests.kernels.test_route import StepState, route_step
+from tests.kernels.test_route import StepState, route_prompt, route_step
 
 pytestmark = pytest.mark.gpu
 
@@ -24,11 +24,13 @@ def test_no_step_waits_for_the_device(form: str) -> None:
     router, flat, choice = routing.kernel()
     state = StepState.new(4, router, choice.forced.shape[1])
     ids, real = torch.arange(4, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    prompts = ids.view(4, 1).expand(4, 70), real.view(4, 1).expand(4, 70)
     for strict in (False, True):  # the first time compiles
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:
             call(case, form)
             route_step(ids, real, router, flat, choice, state, True)
+            route_prompt(*prompts, router, flat, choice, state.memory, True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(case.y).all()

@@ -1,4 +1,4 @@
-"""The routing step in one kernel against the router's own modules and plan, token after token."""
+"""The routing kernels, a token or a prompt at a time, against the router's own modules and plan."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,24 @@ from typing import Any
 import pytest
 import torch
 
-from molora import RouterConfig, Stack, StackLayer
-from molora.plan import layer_tables, route
+from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
+from molora.memory import Memory
+from molora.plan import RoutingPlan, layer_tables, route
 from molora.router import RouterPart
 from molora.selection import candidates, resolve, router_rows
 from molora.stack import SlotTable
-from molora_kernels.route import Candidates, Choice, RouterWeights, StepState, choose, route_step
+from molora_kernels.route import (
+    Candidates,
+    Choice,
+    RouterWeights,
+    StepState,
+    _affine,
+    choose,
+    route_prompt,
+    route_step,
+)
 from tests.conftest import DEVICE
+from tests.parity.test_equalities import ROUTED, make_routed
 
 VOCABULARY, HIDDEN = 40, 24
 SELECTIONS: list[dict[str, Any]] = [
@@ -49,8 +60,7 @@ class Case:
 
     def kernel(self) -> tuple[RouterWeights, Candidates, Choice]:
         self.part.fold(self.embedding, DEVICE)
-        part = self.part
-        assert part.table is not None
+        assert self.part.table is not None
         flat_rows = [self.rows.index(row) for layer in self.layers for row in layer.rows]
         flat_slots = [slot for layer in self.layers for slot in layer.slots]
         firsts = [*(layer.first for layer in self.layers), len(flat_rows)]
@@ -60,9 +70,7 @@ class Case:
             return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
         return (
-            RouterWeights(
-                part.table, part.decays, part.input.weight, part.input.bias, part.output.weight, part.output.bias
-            ),
+            self.part.for_kernels(self.part.table),
             Candidates(ints(flat_rows), ints(flat_slots), ints(firsts), ints(columns)),
             Choice(self.selection.allowed, self.selection.forced.int(), self.selection.routed),
         )
@@ -109,6 +117,114 @@ def test_a_prompt_is_chosen_for_in_one_launch(top_k: int, weights: str) -> None:
     assert torch.allclose(found[acting], plan.weights[acting], atol=1e-5)
 
 
+@pytest.mark.parametrize(("top_k", "weights"), [(1, "unit"), (2, "unit"), (3, "softmax")])
+@pytest.mark.parametrize("decays", [(0.8, 0.95), ()], ids=str)
+@pytest.mark.parametrize("by_id", [True, False])
+@torch.no_grad()
+def test_prompts_are_the_routers(by_id: bool, decays: tuple[float, ...], top_k: int, weights: str) -> None:
+    """Prompts one after the other, each going on with the memory of those before, with padding in the middle."""
+    case = Case(decays, top_k, weights)
+    pieces = [1, 3, 45]  # a token for each program, and blocks of them
+    ids = torch.randint(VOCABULARY, (4, sum(pieces)), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    real = torch.ones(4, sum(pieces), dtype=torch.bool, device=DEVICE)
+    real[1, :2] = real[3, 7:20] = real[0, 44:] = False
+    z = case.part.read_ids(ids, case.embedding)
+    q = case.part.features(z, real, None)
+    logits = case.part(q)
+    plan = route(logits, layer_tables(case.rows, case.layers, DEVICE), case.selection, weights, False)
+    whole = Memory(4, 12, case.part.decays)
+    whole.append(z, real)
+    router, flat, choice = case.kernel()
+    memory, first = None, 0
+    for tokens in pieces:
+        here = slice(first, first + tokens)
+        given = ids[:, here] if by_id else None
+        mine = router if by_id else case.part.for_kernels(z[:, here].flatten(0, 1))
+        found = route_prompt(given, real[:, here], mine, flat, choice, memory, weights == "softmax")
+        memory, first = found.memory, first + tokens
+        assert torch.equal(found.z, z[:, here])
+        for own, wanted in ((found.q, q[:, here]), (found.logits, logits[:, here])):
+            assert own.shape == wanted.shape and (own - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert torch.equal(found.slots, plan.slots[:, here].int())
+        acting = found.slots >= 0
+        assert torch.allclose(found.weights[acting], plan.weights[:, here][acting], atol=1e-5)
+    assert torch.allclose(memory, whole.state, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(70, 20, 9), (130, 100, 300), (2100, 40, 17)], ids=str)
+def test_many_tokens_through_one_product(shape: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(size, generator=generator) for size in ((tokens, inputs), (outputs, inputs), (outputs,)))
+    y = torch.full((tokens, outputs), torch.nan, device=DEVICE)
+    _affine(x.to(DEVICE), w.to(DEVICE), b.to(DEVICE), y, True, {"PDL": False})
+    expected = torch.nn.functional.silu(x.double() @ w.double().T + b.double())
+    assert (y.double().cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class Routed:
+    """A model whose routes are made by the kernels, or by torch."""
+
+    def __init__(self, model: MoLoRAModel, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model, self.kernels, self.monkeypatch, self.cache = model, kernels, monkeypatch, None
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor, **options: Any) -> tuple[Any, RoutingPlan, list[Memory]]:
+        """Goes on with ``ids``: the state of the routing, the last plan and the memories after them."""
+        routing, plans = self.model.routing, []
+        with self.monkeypatch.context() as here:
+            for module in ("routing", "memory"):
+                here.setattr(f"molora.{module}.backend_for", lambda _: "triton" if self.kernels else "torch")
+            here.setattr(self.model, "_routes", lambda: plans.extend(routing.plans))
+            self.cache = self.model(
+                ids, past_key_values=self.cache, use_cache=True, output_routes=True, **options
+            ).past_key_values
+        return routing, plans[-1], self.cache.routing_memories
+
+
+SELECTED: dict[str, list[dict[str, Any]]] = {
+    "auto": [{"personality": None, "domain": "auto", "user": ["ada"]}],
+    "some forced": [
+        {"personality": "sage", "domain": "auto", "user": None},
+        {"personality": None, "domain": "code", "user": "ada"},
+        {"personality": None, "domain": ["math"], "user": None},
+    ],
+    "all forced": [{"personality": "sage", "domain": "math", "user": None}],
+}
+
+
+@pytest.mark.parametrize("selected", SELECTED)
+@pytest.mark.parametrize("kind", ROUTED)
+def test_a_models_prompts(
+    kind: str, selected: str, base: Any, adapters: dict[str, Path], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of a conversation, padded or not, a cache that is cropped and reordered: all as by torch."""
+    model = make_routed(base, adapters, **ROUTED[kind])
+    selection, (mine, theirs) = SELECTED[selected], (Routed(model, kernels, monkeypatch) for kernels in (True, False))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, 6:8] = 0
+    turns: list[tuple[torch.Tensor, torch.Tensor | None]] = [(ids[:, :10], mask[:, :10]), (ids[:, 10:11], mask[:, :11])]
+    turns += [(ids[:, 11:], mask), (ids[:, 9:15], None)]
+    for turn, (piece, seen) in enumerate(turns):
+        if turn == 3:
+            for one in (mine, theirs):
+                assert one.cache is not None
+                one.cache.crop(-8)  # nine are left
+                one.cache.batch_select_indices(torch.tensor([2, 0, 1], device=DEVICE))
+        found = []
+        for one in (mine, theirs):
+            state, plan, memories = one.read(piece, attention_mask=seen, selection=selection * (3 // len(selection)))
+            kept = [tensor for memory in memories for tensor in (memory.z, memory.real.float(), memory.state)]
+            given = [tensor for tensor in (*state.features, *state.logits) if tensor is not None]
+            found.append((plan, [plan.weights * (plan.slots >= 0), *given, *kept]))
+        (own, numbers), (other, wanted) = found
+        assert (own.chosen.dtype == torch.int32) == (selected != "all forced")  # the kernels' own
+        assert own.slots.dtype == torch.int64 and torch.equal(own.slots, other.slots)
+        assert len(numbers) == len(wanted)
+        for a, b in zip(numbers, wanted, strict=True):
+            assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_another_number_of_sequences_is_refused() -> None:
     case = Case((0.8,), 1, "unit")
     router, flat, choice = case.kernel()
@@ -117,3 +233,5 @@ def test_another_number_of_sequences_is_refused() -> None:
     with pytest.raises(ValueError, match="3 token ids"):
         route_step(ids, real, router, flat, choice, state, False)
     assert not state.memory.any()
+    with pytest.raises(ValueError, match="3 sequences"):
+        route_prompt(ids.view(3, 1), real.view(3, 1), router, flat, choice, None, False)

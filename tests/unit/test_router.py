@@ -61,6 +61,23 @@ def test_a_change_of_mode_folds_anew(base: Any, ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
+def test_decays_are_kept_until_they_may_change() -> None:
+    router, other = make_router().eval(), make_router(decays=(0.5, 0.6)).eval()
+    part = part_of(router)
+    assert part.fixed_decays() is part.fixed_decays()
+    for change in (lambda: part.decay_logits.add_(1), lambda: router.load_state_dict(other.state_dict())):
+        router.train()
+        change()
+        assert torch.equal(part.fixed_decays(), part.decays)
+        router.eval()
+        assert torch.equal(part.fixed_decays(), part.decays)
+    assert not part.fixed_decays().requires_grad
+    part.fixed_decays()
+    router.load_state_dict(make_router(decays=(0.7, 0.9)).state_dict())
+    assert torch.equal(part.fixed_decays(), part.decays)
+
+
+@torch.no_grad()
 def test_evaluation_within_training_sees_the_latest_weights(base: Any, ids: torch.Tensor) -> None:
     part, embedding = part_of(make_router().train()), base.get_input_embeddings()
     part.read_ids(ids, embedding)
