@@ -21,7 +21,6 @@ import torch
 
 from molora_kernels import epilogue_block
 from molora_kernels.attention import Attention, AttentionTile
-from molora_kernels.blocks import make_blocks
 from molora_kernels.epilogue import Added
 from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.linear import LinearTile, linear
@@ -122,7 +121,8 @@ def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[Epilogu
     """Of the forms by block."""
     shrinks = [ShrinkTile(16, d, n, warps, 3) for d, n, warps in itertools.product((128, 256), (1, 2), (4, 8))]
     expands = [ExpandTile(128, n, 4) for n in (1, 2, 4)]
-    epilogues = [EpilogueTile(t, n, 4) for t, n in itertools.product((32, 64), (1, 2, 4))]
+    epilogues = [EpilogueTile(64, n, 4, stages) for n, stages in itertools.product((1, 2, 4), (1, 3))]
+    epilogues += [EpilogueTile(32, n, 4, 1) for n in (1, 2, 4)]
     return shrinks, expands, epilogues
 
 
@@ -170,24 +170,7 @@ def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
             entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(hot, 1), "hot": hot < cold}
             print("hot", entry, flush=True)
             found["hot"].append(entry)
-    found["epilogue"] += tune_few()
     return found
-
-
-def tune_few() -> list[dict[str, Any]]:
-    """The epilogue of a decode step: float32 parts of sums."""
-    tiles = [EpilogueTile(t, n, warps) for t, n, warps in itertools.product((16, 32), (1, 2, 4), (2, 4))]
-    entries = []
-    for tokens, top in itertools.product((8, 64), (1, 2)):
-        pages, plan = block_problem(tokens, 8, top)
-        plan.__dict__["blocks"] = make_blocks(plan.slots, None, 8)
-        ys = torch.randn(16, tokens, sum(pages.outputs), device="cuda")
-        h = torch.randn(2, tokens, top, 2 * PAGE, device="cuda")
-        us = {tile: _replays(partial(_one_gate, ys, h, pages, plan, tile), len(ys)) for tile in tiles}
-        best = min(us, key=lambda tile: us[tile])
-        entries.append({"tokens": tokens, "slots": 8, "top": top, "us": round(us[best], 1), "tile": asdict(best)})
-        print("epilogue", entries[-1], flush=True)
-    return entries
 
 
 def compile_blocks(part: int, parts: int) -> None:
@@ -225,13 +208,13 @@ def _one_gate(
 ) -> None:
     epilogue_block.epilogue_tile = lambda *_: tile  # type: ignore[assignment]
     m = torch.empty(ys.shape[1], ys.shape[2] // 2, device="cuda", dtype=torch.bfloat16)
-    epilogue_block.gate(ys[index : index + 1], m, Added(h, pages, plan.slots, plan.weights, plan.blocks), False, None)
+    epilogue_block.gate(ys[index : index + 1], m, Added(h, pages, plan.slots, plan.weights, plan.blocks), None)
 
 
 def _base_gate(ys: torch.Tensor, index: int) -> None:
     epilogue_block.epilogue_tile = lambda *_: EpilogueTile()  # type: ignore[assignment]
     m = torch.empty(ys.shape[1], ys.shape[2] // 2, device="cuda", dtype=torch.bfloat16)
-    epilogue_block.gate(ys[index : index + 1], m, None, False, None)
+    epilogue_block.gate(ys[index : index + 1], m, None, None)
 
 
 def _product(x: torch.Tensor, weights: torch.Tensor, index: int) -> None:

@@ -14,6 +14,7 @@ from molora.groups import AdapterGroup
 from molora.step_cache import StepCache
 from molora.step_routes import StepRoutes
 from molora_kernels.attention import Attention
+from molora_kernels.blocks import Blocks
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.expand import expand
 from molora_kernels.linear import LinearTile, linear, shrink_block
@@ -29,13 +30,14 @@ class Product:
     tile: LinearTile
     y: torch.Tensor  # [split, N, O]
     added: Added | None
+    blocks: Blocks | None = None  # lists of the slots that act, by which the shrink goes
 
     def __call__(self, x: torch.Tensor, pdl: bool) -> torch.Tensor:
         added = self.added
         if added is None:
             linear(self.y, x, self.weight, self.tile, pdl=pdl)
         else:
-            linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl, added.blocks)
+            linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl, self.blocks)
         return self.y
 
 
@@ -88,7 +90,7 @@ class DecodeStep:
             width = len(group.pages.outputs) * group.pages.max_pages * PAGE
             cuts = (-(-weight.shape[1] // shrink_block(weight.shape[1])), batch, slots.shape[1], width)
             h = shrunk.setdefault(cuts, buffer(*cuts, kind=torch.float32))
-            return Product(weight, tile, y, Added(h, group.pages, slots, weights, routes.blocks(layer)))
+            return Product(weight, tile, y, Added(h, group.pages, slots, weights), routes.blocks(layer))
 
         self.products = []
         for index, layer in enumerate(plan.layers):
@@ -104,7 +106,7 @@ class DecodeStep:
         head = product("lm_head", len(plan.layers), plan.head)
         self.logits = buffer(batch, plan.head.shape[0])
         tile = LinearTile(head.tile.n, head.tile.k, 1, head.tile.warps, head.tile.stages)
-        self.head = Product(head.weight, tile, self.logits.unsqueeze(0), head.added)
+        self.head = Product(head.weight, tile, self.logits.unsqueeze(0), head.added, head.blocks)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()

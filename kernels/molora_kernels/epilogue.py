@@ -27,7 +27,7 @@ class Added:
     """What adapters add to a group's product: their shrink and the plan.
 
     h: of :func:`molora_kernels.shrink.shrink`, of ``shrink_hot`` or of :func:`molora_kernels.linear.linear`. slots:
-    [T, S] int32. weights: [T, S] float32. blocks: of the plan, for many tokens; given, tokens are taken in blocks.
+    [T, S] int32. weights: [T, S] float32. blocks: of the plan, in its order; without them tokens are taken one by one.
     """
 
     h: torch.Tensor
@@ -73,13 +73,15 @@ def add_norm(
         y: [parts, T, D], a sum; None: only the norm.
         gain: [D]. x: [T, D], written. eps: of the norm.
         added: what adapters add to y.
-        pdl: launch as a programmatic dependent of the kernel before (Hopper).
+        pdl: launch as a programmatic dependent of the kernel before (Hopper), where tokens are taken one by one.
         scale: written, and x left without it.
     """
     if y is not None:
-        form = by_block if _in_blocks(len(residual), added) else by_token
         given = (gain, x, scale) if scale is not None else None
-        form.add(residual, y, added, given, pdl)
+        if _in_blocks(len(residual), added):
+            by_block.add(residual, y, added, given)
+        else:
+            by_token.add(residual, y, added, given, pdl)
     if y is None or scale is None:
         by_token.norm(residual, gain, x, eps, pdl)
 
@@ -111,8 +113,10 @@ def heads(
         pdl: as for :func:`add_norm`.
         scale: of the product's input.
     """
-    form = by_block if _in_blocks(y.shape[1], added) else by_token
-    form.heads(y, bias, q, keys, values, norms, rotary, positions, length, added, pdl, scale)
+    if _in_blocks(y.shape[1], added):
+        by_block.heads(y, bias, q, keys, values, norms, rotary, positions, length, added, scale)
+    else:
+        by_token.heads(y, bias, q, keys, values, norms, rotary, positions, length, added, pdl, scale)
 
 
 def gate(
@@ -120,8 +124,11 @@ def gate(
 ) -> None:
     """m [T, I] = SiLU(gate) * up, of y [parts, T, 2 I], a sum, and of what adapters add to it; the rest as for
     :func:`heads`."""
-    (by_block if _in_blocks(len(m), added) else by_token).gate(y, m, added, pdl, scale)
+    if _in_blocks(len(m), added):
+        by_block.gate(y, m, added, scale)
+    else:
+        by_token.gate(y, m, added, pdl, scale)
 
 
 def _in_blocks(tokens: int, added: Added | None) -> bool:
-    return added.blocks is not None if added is not None else tokens > TOKEN_FORM
+    return tokens > TOKEN_FORM and (added is None or added.blocks is not None)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.blocks import BLOCK, add_adapters, early_tiles, plan_rows
-from molora_kernels.epilogue_token import PART, launch, scale_of
+from molora_kernels.epilogue_token import PART, scale_of
 from molora_kernels.expand import block_shape
 from molora_kernels.tiles import EpilogueTile, epilogue_tile
 
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _tokens(order_ptr, tokens, BLOCK_T: tl.constexpr, LIST: tl.constexpr, ORDERED: tl.constexpr):
+def _tokens(order_ptr, tokens, BLOCK_T: tl.constexpr, LIST: tl.constexpr, ADAPTED: tl.constexpr):
     """The tokens of this program, which of them there are, and the block whose slots are listed together."""
     place = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token = place.to(tl.int64)
-    if ORDERED:
+    if ADAPTED:
         token = tl.load(order_ptr + place, mask=place < tokens, other=0).to(tl.int64)
     return token, place < tokens, tl.program_id(0) * BLOCK_T // LIST
 
@@ -59,12 +58,12 @@ def _add_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr,
     h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
     tokens, width, parts, most, pages, adapters,
-    NORM: tl.constexpr, SPLIT_Y: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, ORDERED: tl.constexpr,
+    NORM: tl.constexpr, SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ORDERED)
+    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = o < width
     start = block * 0  # the only slice
@@ -74,9 +73,6 @@ def _add_kernel(
             most, pages, adapters, AT_ONCE, PAGES, PAGE,
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     mask = here[:, None] & inside[None, :]
     at = token[:, None] * width + o[None, :]
     before = tl.load(r_ptr + at, mask=mask, other=0.0)
@@ -102,12 +98,12 @@ def _gate_kernel(
     y_ptr, m_ptr, squares_ptr,
     h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
     tokens, width, parts, hidden, scale_eps, most, pages, adapters,
-    PARTS: tl.constexpr, SPLIT_Y: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, ORDERED: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ORDERED)
+    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = o < width
     start_gate = block * 0
@@ -122,9 +118,6 @@ def _gate_kernel(
             most, pages, adapters, AT_ONCE, PAGES, PAGE,
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     mask = here[:, None] & inside[None, :]
     asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
     asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
@@ -152,12 +145,12 @@ def _heads_kernel(
     squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
     tokens, heads, kv_heads, longest, each, eps, parts, hidden, scale_eps, most, pages, adapters,
     PARTS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT_Y: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, ORDERED: tl.constexpr,
+    SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ORDERED)
+    token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     head = tl.program_id(1)
     # Which of q, k and v this head belongs to.
     piece = tl.where(head < heads, 0, tl.where(head < heads + kv_heads, 1, 2))
@@ -180,9 +173,6 @@ def _heads_kernel(
             most, pages, adapters, AT_ONCE, PAGES, PAGE,
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     mask = here[:, None] & inside[None, :]
     asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
     asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
@@ -236,18 +226,16 @@ def _adapters(
     """Pointers, sizes, and shape constants of what adapters add."""
     shape: dict[str, Any]
     cut = {"LIST": BLOCK, "BLOCK_T": tile.t, "UPCAST": stand_in.device.type == "cpu"}
-    cut |= {"num_warps": tile.warps, "num_stages": 1}  # one: most blocks go around no loop
+    cut |= {"num_warps": tile.warps, "num_stages": tile.stages}
     if added is None:
         shape = dict.fromkeys(("TOP", "SLICES", "MAX_PAGES", "SPLIT", "AT_ONCE", "PAGES", "PAGE"), 1)
-        return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "ORDERED": False, "HOT": False}
+        return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "HOT": False}
     pages, blocks = added.pages, added.blocks
-    assert blocks is not None
-    order = added.slots if blocks.order is None else blocks.order
-    pointers = (added.h, pages.B, added.weights, added.slots, order, blocks.lists, blocks.counts, pages.first,
+    assert blocks is not None and blocks.order is not None
+    pointers = (added.h, pages.B, added.weights, added.slots, blocks.order, blocks.lists, blocks.counts, pages.first,
                 pages.count)  # fmt: skip
     shape = block_shape(added.h, pages, added.slots, tile.at_once)
-    shape |= {**cut, "ADAPTED": True, "ORDERED": blocks.order is not None}
-    return pointers, (blocks.lists.shape[1], pages.pages, pages.slots), shape
+    return pointers, (blocks.lists.shape[1], pages.pages, pages.slots), {**shape, **cut, "ADAPTED": True}
 
 
 def _tile(tokens: int, added: "Added | None") -> EpilogueTile:
@@ -256,7 +244,7 @@ def _tile(tokens: int, added: "Added | None") -> EpilogueTile:
     return epilogue_tile(tokens, added.pages.slots, added.slots.shape[1])
 
 
-def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any, pdl: bool) -> None:
+def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any) -> None:
     """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
     tile = _tile(T, added)
@@ -266,11 +254,11 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
     squares, (parts, _, _), _ = scale_of(scale, residual)
     _add_kernel[(triton.cdiv(T, tile.t), triton.cdiv(D, PART))](
         residual, y, gain, x, squares, *pointers, T, D, parts, *sizes,
-        NORM=norm is not None, SPLIT_Y=y.shape[0], **shape, BLOCK_O=PART, **launch(pdl),
+        NORM=norm is not None, SPLIT_Y=y.shape[0], **shape, BLOCK_O=PART,
     )  # fmt: skip
 
 
-def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, scale: "Scale | None") -> None:
+def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", scale: "Scale | None") -> None:
     """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
     tile, block = _tile(T, added), 64
@@ -278,7 +266,7 @@ def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, sca
     squares, of_scale, parts = scale_of(scale, m)
     _gate_kernel[(triton.cdiv(T, tile.t), triton.cdiv(width, block))](
         y, m, squares, *pointers, T, width, *of_scale, *sizes,
-        PARTS=parts, SPLIT_Y=y.shape[0], **shape, BLOCK_O=block, **launch(pdl),
+        PARTS=parts, SPLIT_Y=y.shape[0], **shape, BLOCK_O=block,
     )  # fmt: skip
 
 
@@ -293,7 +281,6 @@ def heads(
     positions: torch.Tensor,
     length: torch.Tensor,
     added: "Added | None",
-    pdl: bool,
     scale: "Scale | None",
 ) -> None:
     """Of :func:`molora_kernels.epilogue.heads`."""
@@ -307,5 +294,5 @@ def heads(
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
         squares, *pointers, N * each, H, G, longest, each, eps, *of_scale, *sizes,
         PARTS=parts, HALF=d // 2, NORM=norms is not None, BIAS=bias is not None, SPLIT_Y=y.shape[0], **shape,
-        BLOCK_O=max(16, triton.next_power_of_2(d // 2)), **launch(pdl),
+        BLOCK_O=max(16, triton.next_power_of_2(d // 2)),
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.blocks import BLOCK, Blocks
+from molora_kernels.limits import fitting_stages
 from molora_kernels.pages import PAGE, PageView
 
 
@@ -245,6 +246,9 @@ def linear(
         shrinks = entries * slices * most_pages * cuts
         programs += shrinks
         found = (pages.A, h, slots, *lists, pages.first, pages.count)
+    stages = (
+        fitting_stages(tile.stages, (tile.n + block_t) * tile.k * x.element_size(), x.device) if dot else tile.stages
+    )
     extra = {"launch_pdl": True} if pdl else {}
     _linear_kernel[(programs,)](
         x, weight, y, *found, T, D, N, tiles, token_blocks, most, shrinks,
@@ -255,5 +259,5 @@ def linear(
         SHRINK_FIRST=shrinks <= FIRST_SHRINKS,
         SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_T=block_t,
         EVEN=N % tile.n == 0 and D % (tile.k * tile.split) == 0, DOT=dot, UPCAST=x.device.type == "cpu", PDL=pdl,
-        num_warps=tile.warps, num_stages=tile.stages, **extra,
+        num_warps=tile.warps, num_stages=stages, **extra,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from molora_kernels.blocks import BLOCK, Blocks, slot_rows
+from molora_kernels.limits import fitting_block
 from molora_kernels.pages import PAGE, PageView
 
 _TARGET_PROGRAMS = 264  # by token: two for each of an H100's multiprocessors
@@ -152,10 +153,11 @@ def shrink(
     h = make(1, T, S, columns, dtype=x.dtype, device=x.device)
     wide = tile.at_once * columns
     block_r = max(16, min(128, triton.next_power_of_2(wide)))
+    block_d = fitting_block(tile.d, (tile.t + block_r) * (tile.stages - 1) * x.element_size(), x.device)
     _shrink_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(wide, block_r))](
         x, pages.A, h, slots, blocks.order, blocks.lists, blocks.counts, pages.first, pages.count,
         T, blocks.lists.shape[1], pages.inputs, pages.pages, pages.slots, x.stride(0),
-        **shape, LIST=BLOCK, BLOCK_T=tile.t, BLOCK_D=tile.d, BLOCK_R=block_r, AT_ONCE=tile.at_once, UPCAST=upcast,
+        **shape, LIST=BLOCK, BLOCK_T=tile.t, BLOCK_D=block_d, BLOCK_R=block_r, AT_ONCE=tile.at_once, UPCAST=upcast,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return h

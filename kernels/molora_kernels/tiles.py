@@ -22,11 +22,13 @@ from molora_kernels.shrink import ShrinkTile
 
 @dataclass(frozen=True)
 class EpilogueTile:
-    """How the kernels between products are cut that take many tokens: tokens, slots at once, warps."""
+    """How the kernels between products are cut that take many tokens: tokens, slots at once, warps, and pipeline stages
+    of the loop over further slots (registers are fewer where most blocks have none)."""
 
-    t: int = 32
-    at_once: int = 2
-    warps: int = 8
+    t: int = 64
+    at_once: int = 1
+    warps: int = 4
+    stages: int = 1
 
 
 LARGEST_HOT = 4096  # ranks of all slices and pages that are ever multiplied for every token

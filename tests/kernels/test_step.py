@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from molora_kernels import Factors, epilogue_token
 from molora_kernels.attention import Attention, AttentionTile
-from molora_kernels.blocks import Blocks, make_blocks
+from molora_kernels.blocks import make_blocks
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.pages import RankPages
@@ -36,7 +36,6 @@ class Group:
         self.slots = torch.randint(-1, 4, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
         self.weights = self.randn(T, top)
         columns = len(outputs) * self.pages.max_pages * 16
-        self.blocks: Blocks | None = None
         self.h = torch.full((-(-D // shrink_block(D)), T, top, columns), torch.nan, device=DEVICE)
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -45,14 +44,14 @@ class Group:
     def product(self, tile: LinearTile, adapted: bool = True, by_slot: bool = False) -> torch.Tensor:
         """Partial sums of the base's product, h beside them; what is not written stays NaN."""
         y = torch.full((tile.split, len(self.x), sum(self.outputs)), torch.nan, device=DEVICE)
-        self.blocks = make_blocks(self.slots, None, most=4) if by_slot else None
-        more: tuple[Any, ...] = (self.h, self.pages, self.slots, False, self.blocks) if adapted else ()
+        blocks = make_blocks(self.slots, None, most=4) if by_slot else None
+        more: tuple[Any, ...] = (self.h, self.pages, self.slots, False, blocks) if adapted else ()
         linear(y, self.x, self.weight, tile, *more)
         return y
 
     @property
     def added(self) -> Added:
-        return Added(self.h, self.pages, self.slots, self.weights, self.blocks)
+        return Added(self.h, self.pages, self.slots, self.weights)
 
     def exact(self, adapted: bool = True) -> torch.Tensor:
         y, x = self.x.double() @ self.weight.double().T, self.x.double()
