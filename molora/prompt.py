@@ -87,7 +87,7 @@ class PromptPass:
 
     def _added(self, name: str, x: torch.Tensor, plan: RoutingPlan | None) -> Added | None:
         group = self.groups.get(name)
-        if group is None or plan is None or not plan.slots.shape[-1] or not group.adapts:
+        if group is None or plan is None or not plan.shape[-1] or not group.adapts:
             return None
         paged = plan.paged
         blocks = paged.blocks if len(x) > TOKEN_FORM else None
@@ -96,7 +96,7 @@ class PromptPass:
     def _head(self, x: torch.Tensor, plan: RoutingPlan | None) -> torch.Tensor:
         logits = x @ self.plan.head.T
         group = self.groups.get("lm_head")
-        if group is None or plan is None or not plan.slots.shape[-1]:
+        if group is None or plan is None or not plan.shape[-1]:
             return logits
         return group.add(logits, x, x, plan.at(slice(-1, None)).paged, 0)
 

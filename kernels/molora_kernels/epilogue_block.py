@@ -238,16 +238,19 @@ def _adapters(
     return pointers, (blocks.lists.shape[1], pages.pages, pages.slots), {**shape, **cut, "ADAPTED": True}
 
 
-def _tile(tokens: int, added: "Added | None") -> EpilogueTile:
-    if added is None:
-        return epilogue_tile(tokens, 0, 1)
-    return epilogue_tile(tokens, added.pages.slots, added.slots.shape[1])
+def _tile(x: torch.Tensor, tokens: int, added: "Added | None") -> EpilogueTile:
+    """For ``tokens`` tokens of the kind of ``x``."""
+    slots, top = (0, 1) if added is None else (added.pages.slots, added.slots.shape[1])
+    tile = epilogue_tile(tokens, slots, top)
+    if x.dtype == torch.float32:  # multiplied without tensor cores, by a program that is long enough as it is
+        return replace(tile, t=16, at_once=1, stages=1)
+    return tile
 
 
 def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any) -> None:
     """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
-    tile = _tile(T, added)
+    tile = _tile(residual, T, added)
     tile = replace(tile, t=min(tile.t, 32))  # of columns it has twice as many as the others
     pointers, sizes, shape = _adapters(added, tile, residual)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
@@ -261,7 +264,7 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
 def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", scale: "Scale | None") -> None:
     """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
-    tile, block = _tile(T, added), 64
+    tile, block = _tile(m, T, added), 64
     pointers, sizes, shape = _adapters(added, tile, m)
     squares, of_scale, parts = scale_of(scale, m)
     _gate_kernel[(triton.cdiv(T, tile.t), triton.cdiv(width, block))](
@@ -286,7 +289,7 @@ def heads(
     """Of :func:`molora_kernels.epilogue.heads`."""
     N, H, each, d = q.shape
     G, longest = keys.shape[1], keys.shape[2]
-    tile = _tile(N * each, added)
+    tile = _tile(q, N * each, added)
     pointers, sizes, shape = _adapters(added, tile, q)
     squares, of_scale, parts = scale_of(scale, q)
     q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)

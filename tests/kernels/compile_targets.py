@@ -18,6 +18,7 @@ from molora_kernels import (
     outer,
     route,
     shrink,
+    sort,
 )
 from molora_kernels.pages import PAGE
 
@@ -27,7 +28,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),  # Hopper
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
-SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 4, "SPLIT": 2, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True, "ALIGN": 16}
+SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 1, "SPLIT": 1, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True, "ALIGN": 16}
 SHAPE |= {"EARLY": 1, "PARTS": 16, "UPCAST": False}
 BLOCKS = {
     "HOT": False,
@@ -45,6 +46,7 @@ HEADS = {"HALF": 64, "BLOCK": 64, "NORM": True, "BIAS": True}
 PARTS = {"GROUP": 3, "BLOCK_G": 16, "WIDTH": 64, "BLOCK_W": 64, "BLOCK_T": 64, "PARTS": 4}
 KERNELS = {
     blocks._blocks_kernel: {"TOPS": 2, "BLOCK": 64, "ORDERED": True},
+    sort._order_kernel: {"COLUMNS": 2, "BITS": 20, "BLOCK_T": 16, "BLOCK_J": 1024},
     shrink._shrink_token_kernel: {"BLOCK_D": 256},
     shrink._shrink_block_kernel: {"LIST": 64, "BLOCK_T": 16, "BLOCK_D": 64, "BLOCK_R": 64, "AT_ONCE": 2},
     expand._expand_token_kernel: {"BLOCK_O": 256},
@@ -60,14 +62,15 @@ KERNELS = {
     epilogue_block._gate_kernel: BLOCKS,
     attention._part_kernel: PARTS,
     attention._join_kernel: {"WIDTH": 64, "BLOCK_W": 64, "PARTS": 4},
-    averages._ends_kernel: {"DECAYS": 2, "CHUNK": 64, "BLOCK_W": 64},
-    averages._averages_kernel: {"DECAYS": 2, "CHUNK": 64, "BLOCK_W": 64},
+    averages._ends_kernel: {"DECAYS": 2, "CHUNK": 32, "BLOCK_W": 32},
+    averages._averages_kernel: {"DECAYS": 2, "CHUNK": 32, "BLOCK_C": 64, "BLOCK_W": 32},
     route._remember_kernel: {"DECAYS": 2, "BLOCK_W": 128},
-    route._affine_kernel: {"SILU": True, "BLOCK_O": 16, "BLOCK_D": 64, "BLOCK_T": 16, "PRECISION": "ieee"},
+    route._affine_kernel: {"SILU": True, "BLOCK_O": 64, "BLOCK_D": 32, "BLOCK_T": 64},
     route._choose_kernel: {"LAYERS": 3, "MOST": 4, "SOFTMAX": True, "BLOCK_C": 64},
 }
 ROUTE = {  # of integers and float32 alone
     blocks._blocks_kernel,
+    sort._order_kernel,
     averages._ends_kernel,
     averages._averages_kernel,
     route._remember_kernel,
@@ -92,10 +95,19 @@ def main() -> None:
         for kernel, own in KERNELS.items():
             for dtype in ("fp32",) if kernel in ROUTE else ("bf16", "fp16", "fp32"):
                 pdl = target.backend == "cuda" and target.arch >= 90  # programmatic dependent launch
-                given = {**SHAPE, **own, "PDL": pdl}
+                precision = "tf32x3" if target.backend == "cuda" else "ieee"
+                given = {**SHAPE, **own, "PDL": pdl, "PRECISION": precision}
+                if dtype == "fp32" and "LIST" in own:  # of epilogues by block
+                    given["BLOCK_T"] = 16
                 constants = {name: value for name, value in given.items() if name in kernel.arg_names}
                 signature = {name: _kind(name, constants, dtype) for name in kernel.arg_names}
-                source = ASTSource(kernel, signature=signature, constexprs=constants)
+                # As at a launch with the usual sizes: what 16 divides is loaded together.
+                attributes = {
+                    (index,): [["tt.divisibility", 16]]
+                    for index, kind in enumerate(signature.values())
+                    if kind not in ("constexpr", "fp32")
+                }
+                source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
                 compiled = triton.compile(source, target=target, options={"num_warps": 4})
                 binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
                 print(f"{target_name} {kernel.fn.__name__} {dtype} {len(binary)} bytes", flush=True)
