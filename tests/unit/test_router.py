@@ -139,7 +139,7 @@ def test_a_row_from_examples_wins_on_them(reads: Any) -> None:
         router.set_row("domain/law", index, q)
     for part, q, old in zip(router.parts, examples, before, strict=True):
         logits = part(q)
-        assert torch.allclose(logits[..., :3], old)
+        assert (logits[..., :3] - old).abs().max() <= 1e-6 * old.abs().max()  # a product of another width sums anew
         assert abs(float((logits[..., 3] - old.amax(-1)).mean()) - 1) < 1e-4
         assert (logits.argmax(-1) == 3).float().mean() > 0.5
         assert torch.isclose(part.output.weight[3].norm(), part.output.weight[:3].norm(dim=1).mean())
