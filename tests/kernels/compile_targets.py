@@ -28,6 +28,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),  # Hopper
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
+DTYPES = {"sm_80": ("bf16", "fp32"), "sm_89": ("bf16",), "sm_90": ("bf16", "fp16", "fp32"), "gfx942": ("bf16",)}
 SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 1, "SPLIT": 1, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True, "ALIGN": 16}
 SHAPE |= {"EARLY": 1, "PARTS": 16, "UPCAST": False}
 BLOCKS = {
@@ -93,7 +94,7 @@ POINTERS = {
 def main() -> None:
     for target_name, target in TARGETS.items():
         for kernel, own in KERNELS.items():
-            for dtype in ("fp32",) if kernel in ROUTE else ("bf16", "fp16", "fp32"):
+            for dtype in ("fp32",) if kernel in ROUTE else DTYPES[target_name]:
                 pdl = target.backend == "cuda" and target.arch >= 90  # programmatic dependent launch
                 precision = "tf32x3" if target.backend == "cuda" else "ieee"
                 given = {**SHAPE, **own, "PDL": pdl, "PRECISION": precision}

@@ -74,7 +74,7 @@ def on_gpu(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", ["two-routers", "softmax-top2", *(on_gpu(kind) for kind in ("embedding", "no-memory", "layer-1"))]
+    "kind", ["softmax-top2", *(on_gpu(kind) for kind in ("two-routers", "embedding", "no-memory", "layer-1"))]
 )
 def test_greedy_tokens(
     kind: str, base: Any, adapters: dict[str, Path], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch

@@ -1,16 +1,19 @@
 """The same equalities with the kernels in the model: on a CPU in Triton's interpreter. (On a GPU they always serve.)"""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.parity import test_equalities
 from tests.parity.test_equalities import (
     test_a_routed_forward_is_a_loop_over_peft_adapters,
     test_an_adapted_head_is_peft,
     test_every_config_is_peft,
     test_null_everywhere_is_the_base,
     test_one_forced_adapter_is_peft,
-    test_padded_batch_of_different_selections_is_each_alone,
     test_two_forced_layers_are_peft_with_both,
 )
 
@@ -20,7 +23,6 @@ __all__ = [
     "test_every_config_is_peft",
     "test_null_everywhere_is_the_base",
     "test_one_forced_adapter_is_peft",
-    "test_padded_batch_of_different_selections_is_each_alone",
     "test_two_forced_layers_are_peft_with_both",
 ]
 
@@ -38,3 +40,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(paged, name, lambda *a, whole=whole: calls.append(1) or whole(*a))
     yield
     assert calls
+
+
+def test_padded_batch_of_different_selections_is_each_alone(
+    base: Any, adapters: dict[str, Path], ids: torch.Tensor
+) -> None:
+    """One case: the interpreter takes a minute for it. On a GPU those of test_equalities run the kernels."""
+    check = test_equalities.test_padded_batch_of_different_selections_is_each_alone
+    check("embedding", False, base, adapters, ids)
