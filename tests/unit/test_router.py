@@ -119,9 +119,10 @@ def test_features_with_a_memory_are_those_of_the_whole() -> None:
 def test_a_new_row_leaves_the_others_alone_and_is_never_chosen() -> None:
     router = make_router()
     part, q = part_of(router), torch.randn(2, 9, 16)
-    before = part(q)
+    before, weight, bias = part(q), part.output.weight.clone(), part.output.bias.clone()
     router.add_row("domain/law")
     after = part(q)
+    assert torch.equal(part.output.weight[:3], weight) and torch.equal(part.output.bias[:3], bias)
     assert router.rows == [*ROWS, "domain/law"] and part.output.out_features == 4
     assert (after[..., :3] - before).abs().max() <= 1e-6 * before.abs().max()  # a product of another width sums anew
     assert (after[..., 3] == NEVER).all() and (after.argmax(-1) != 3).all()
@@ -134,10 +135,12 @@ def test_a_row_from_examples_wins_on_them(reads: Any) -> None:
     router = make_router(reads=reads)
     examples = [torch.randn(20, 16).abs() * 0.1 + 1 for _ in router.parts]
     before = [part(q) for part, q in zip(router.parts, examples, strict=True)]
+    rows = [(part.output.weight.clone(), part.output.bias.clone()) for part in router.parts]
     router.add_row("domain/law")
     for index, q in enumerate(examples):
         router.set_row("domain/law", index, q)
-    for part, q, old in zip(router.parts, examples, before, strict=True):
+    for part, q, old, (weight, bias) in zip(router.parts, examples, before, rows, strict=True):
+        assert torch.equal(part.output.weight[:3], weight) and torch.equal(part.output.bias[:3], bias)
         logits = part(q)
         assert (logits[..., :3] - old).abs().max() <= 1e-6 * old.abs().max()  # a product of another width sums anew
         assert abs(float((logits[..., 3] - old.amax(-1)).mean()) - 1) < 1e-4
