@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks import common
 from benchmarks.contenders import exact, make_problem
 from benchmarks.step import fill, routing_of
 from molora.blueprint import blueprint
@@ -24,8 +25,9 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     for by_token in (True, False):
         forms(device, by_token)
-    for batch in (1, 3):
+    for batch in (1, 3, 9):
         step(device, batch)
+    prompt(device)
     print("every kernel ran")
 
 
@@ -43,10 +45,11 @@ def forms(device: torch.device, by_token: bool) -> None:
 
 @torch.no_grad()
 def step(device: torch.device, batch: int) -> None:
-    """A whole decode step, and the one after it."""
+    """A whole decode step, and the one after it. Half a head is as wide as a warp: of what is narrower Triton keeps
+    copies, and racecheck takes equal writes of them for a race."""
     config = Qwen3Config(
         vocab_size=150, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=128,
     )  # fmt: skip
     base: Any = AutoModelForCausalLM.from_config(config).eval().to(device)
     state, selection = routing_of(base, 5, 2)
@@ -55,6 +58,18 @@ def step(device: torch.device, batch: int) -> None:
     decode = DecodeStep(blueprint(base), fill(base, 5, 20), routes, batch, 70)
     for _ in range(2):
         assert torch.isfinite(decode(torch.arange(batch, device=device))).all()
+
+
+@torch.no_grad()
+def prompt(device: torch.device) -> None:
+    """A routed prompt of many tokens: plan, memory, shrink and all that stands between the products, by blocks."""
+    base = common.random_base("tiny", device, torch.float32)
+    model = common.routed_model(base, fill(base, 5, 20), top=2)
+    ids = torch.randint(3, base.config.vocab_size, (1, 139), device=device)
+    with model.routing.active(lambda: model._resolve(None)), model.steps.serve((ids,), {"max_new_tokens": 1}) as given:
+        assert "past_key_values" in given, "no kernel of ours read the prompt"
+        logits = model.base(ids, past_key_values=given["past_key_values"], use_cache=True, logits_to_keep=1).logits
+    assert torch.isfinite(logits).all()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class DecodeStep:
                 return Product(weight, tile, y, None)
             slots, weights = routes.plan(layer)
             width = len(group.pages.outputs) * group.pages.max_pages * PAGE
-            cuts = (-(-weight.shape[1] // shrink_block(weight.shape[1])), batch, slots.shape[1], width)
+            cuts = (-(-weight.shape[1] // shrink_block(batch, weight.shape[1])), batch, slots.shape[1], width)
             h = shrunk.setdefault(cuts, buffer(*cuts, kind=torch.float32))
             return Product(weight, tile, y, Added(h, group.pages, slots, weights), routes.blocks(layer))
 

@@ -43,7 +43,7 @@ class AdapterGroup:
     ) -> None:
         self.names = tuple(names)
         self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
-        self._shrunk: tuple[torch.Tensor, PagedPlan, torch.Tensor] | None = None
+        self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod
@@ -103,7 +103,7 @@ class AdapterGroup:
             plan: of the T tokens.
             piece: the module's number in the group.
         """
-        from molora_kernels.paged import TOKEN_FORM, add_lora_paged, expand_paged, shrink_paged
+        from molora_kernels.paged import TOKEN_FORM, add_lora_paged, expand_paged, passes, shrink_paged
 
         if not self.pages.adapted(piece):
             return y
@@ -112,11 +112,14 @@ class AdapterGroup:
             blocks = plan.blocks if len(flat) > TOKEN_FORM else None
             return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
-            self._shrunk = (x, plan, shrink_paged(flat, self.pages, plan))
-        h = self._shrunk[2]
+            parts = passes(plan, self.pages)
+            self._shrunk = (x, plan, [(part, shrink_paged(flat, self.pages, part)) for part in parts])
+        shrunk = self._shrunk[2]
         if not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs)))):
             self._shrunk = None  # nothing is kept beyond the last of the siblings
-        return expand_paged(y, h, self.pages, plan, piece)
+        for part, h in shrunk:
+            y = expand_paged(y, h, self.pages, part, piece)
+        return y
 
     def apply(self, change: Any) -> None:
         """``.to()`` and the like."""

@@ -10,7 +10,7 @@ from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
 from molora.step_cache import StepCache
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
-from molora_kernels.paged import TOKEN_FORM, shrink_paged
+from molora_kernels.paged import TOKEN_FORM, expand_paged, passes, shrink_paged
 
 
 class PromptPass:
@@ -65,33 +65,36 @@ class PromptPass:
             plan = plan_of(index)
             at, last = f"{base.prefix}.{index}", index + 1 == len(base.layers)
             keys, values = cache.memory[index]
+            y, added = self._product(f"{at}.self_attn.{QKV[0]}", layer.qkv, x, plan)
             heads(
-                (x @ layer.qkv.T).unsqueeze(0), layer.bias, q, keys, values, layer.head_norms, self.rotary, rows,
-                length, self._added(f"{at}.self_attn.{QKV[0]}", x, plan), scale=scale if index else None,
+                y, layer.bias, q, keys, values, layer.head_norms, self.rotary, rows, length, added,
+                scale=scale if index else None,
             )  # fmt: skip
             attended = attend(q, keys[:, :, : past + T], values[:, :, : past + T], mask, past)
             attended = attended.transpose(1, 2).reshape(N * T, -1)
-            o = self._added(f"{at}.self_attn.o_proj", attended, plan)
-            add_norm(
-                residual, (attended @ layer.o.T).unsqueeze(0), layer.norms[1], x, base.eps, o, scale=scale
-            )  # fmt: skip
-            gate_up = self._added(f"{at}.mlp.{GATE_UP[0]}", x, plan)
-            gate((x @ layer.gate_up.T).unsqueeze(0), m, gate_up, scale=scale)
+            y, added = self._product(f"{at}.self_attn.o_proj", layer.o, attended, plan)
+            add_norm(residual, y, layer.norms[1], x, base.eps, added, scale=scale)
+            y, added = self._product(f"{at}.mlp.{GATE_UP[0]}", layer.gate_up, x, plan)
+            gate(y, m, added, scale=scale)
             gain = base.norm if last else base.layers[index + 1].norms[0]
-            down = self._added(f"{at}.mlp.down_proj", m, plan)
-            add_norm(
-                residual, (m @ layer.down.T).unsqueeze(0), gain, x, base.eps, down, scale=None if last else scale
-            )  # fmt: skip
+            y, added = self._product(f"{at}.mlp.down_proj", layer.down, m, plan)
+            add_norm(residual, y, gain, x, base.eps, added, scale=None if last else scale)
         cache.advance(T)
         return self._head(x.view(N, T, -1)[:, -1], plan_of(len(base.layers)))
 
-    def _added(self, name: str, x: torch.Tensor, plan: RoutingPlan | None) -> Added | None:
+    def _product(
+        self, name: str, weight: torch.Tensor, x: torch.Tensor, plan: RoutingPlan | None
+    ) -> tuple[torch.Tensor, Added | None]:
+        """The product [1, T, O] of a group of modules, and what of its adapters is not in it yet."""
+        y = x @ weight.T
         group = self.groups.get(name)
         if group is None or plan is None or not plan.shape[-1] or not group.adapts:
-            return None
-        paged = plan.paged
+            return y.unsqueeze(0), None
+        pages, (paged, *more) = group.pages, passes(plan.paged, group.pages)
+        for part in more:
+            expand_paged(y, shrink_paged(x, pages, part), pages, part)
         blocks = paged.blocks if len(x) > TOKEN_FORM else None
-        return Added(shrink_paged(x, group.pages, paged), group.pages, paged.slots, paged.weights, blocks)
+        return y.unsqueeze(0), Added(shrink_paged(x, pages, paged), pages, paged.slots, paged.weights, blocks)
 
     def _head(self, x: torch.Tensor, plan: RoutingPlan | None) -> torch.Tensor:
         logits = x @ self.plan.head.T

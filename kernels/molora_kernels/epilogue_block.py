@@ -10,7 +10,7 @@ import triton.language as tl
 
 from molora_kernels.blocks import BLOCK, add_adapters, early_tiles, plan_rows
 from molora_kernels.epilogue_token import PART, scale_of
-from molora_kernels.expand import block_shape
+from molora_kernels.expand import block_shape, block_stages
 from molora_kernels.tiles import EpilogueTile, epilogue_tile
 
 if TYPE_CHECKING:
@@ -221,20 +221,21 @@ def _heads_kernel(
 
 
 def _adapters(
-    added: "Added | None", tile: EpilogueTile, stand_in: torch.Tensor
+    added: "Added | None", tile: EpilogueTile, stand_in: torch.Tensor, twice: bool = False
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, int], dict[str, Any]]:
-    """Pointers, sizes, and shape constants of what adapters add."""
+    """Pointers, sizes, and shape constants of what adapters add. twice: to two tiles of the product at once."""
     shape: dict[str, Any]
-    cut = {"LIST": BLOCK, "BLOCK_T": tile.t, "UPCAST": stand_in.device.type == "cpu"}
-    cut |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    cut = {"LIST": BLOCK, "BLOCK_T": tile.t, "UPCAST": stand_in.device.type == "cpu", "num_warps": tile.warps}
     if added is None:
         shape = dict.fromkeys(("TOP", "SLICES", "MAX_PAGES", "SPLIT", "AT_ONCE", "PAGES", "PAGE"), 1)
-        return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "HOT": False}
+        return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "HOT": False, "num_stages": tile.stages}
     pages, blocks = added.pages, added.blocks
     assert blocks is not None and blocks.order is not None
     pointers = (added.h, pages.B, added.weights, added.slots, blocks.order, blocks.lists, blocks.counts, pages.first,
                 pages.count)  # fmt: skip
     shape = block_shape(added.h, pages, added.slots, tile.at_once)
+    tiles = 2 if twice else 1
+    cut["num_stages"] = block_stages(tile.stages, shape, added.h, pages.B, tiles * tile.t, PART)
     return pointers, (blocks.lists.shape[1], pages.pages, pages.slots), {**shape, **cut, "ADAPTED": True}
 
 
@@ -265,7 +266,7 @@ def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", scale: "Scale 
     """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
     tile, block = _tile(m, T, added), 64
-    pointers, sizes, shape = _adapters(added, tile, m)
+    pointers, sizes, shape = _adapters(added, tile, m, twice=True)
     squares, of_scale, parts = scale_of(scale, m)
     _gate_kernel[(triton.cdiv(T, tile.t), triton.cdiv(width, block))](
         y, m, squares, *pointers, T, width, *of_scale, *sizes,
@@ -290,7 +291,7 @@ def heads(
     N, H, each, d = q.shape
     G, longest = keys.shape[1], keys.shape[2]
     tile = _tile(q, N * each, added)
-    pointers, sizes, shape = _adapters(added, tile, q)
+    pointers, sizes, shape = _adapters(added, tile, q, twice=True)
     squares, of_scale, parts = scale_of(scale, q)
     q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)
     _heads_kernel[(triton.cdiv(N * each, tile.t), H + 2 * G)](

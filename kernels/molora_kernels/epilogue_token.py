@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from molora_kernels.pages import PAGE
 
 PART = 128  # columns of a part of the sum of squares
+ADD_WARPS, HEADS_WARPS, GATE_WARPS = 2, 1, 2
 
 if TYPE_CHECKING:
     from molora_kernels.epilogue import Added, Scale
@@ -339,8 +340,8 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
     squares, (parts, _, _), _ = scale_of(scale, residual)
     _add_kernel[(T, triton.cdiv(D, PART))](
         residual, y, gain, x, squares, *pointers, T, D, parts, pages, slots,
-        SPLIT=y.shape[0], BLOCK=PART, NORM=norm is not None, EARLY=_early(PAGE * PART, 2),
-        **shape, **launch(pdl), num_warps=2,
+        SPLIT=y.shape[0], BLOCK=PART, NORM=norm is not None, EARLY=_early(PAGE * PART, ADD_WARPS),
+        **shape, **launch(pdl), num_warps=ADD_WARPS,
     )  # fmt: skip
 
 
@@ -369,7 +370,8 @@ def heads(
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
         squares, *pointers, T, pages, slots, H, G, longest, each, eps, *sizes,
         PARTS=parts, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
-        SPLIT=y.shape[0], EARLY=_early(PAGE * d, 1), **shape, **launch(pdl), num_warps=1,
+        SPLIT=y.shape[0], EARLY=_early(PAGE * d, HEADS_WARPS), **shape, **launch(pdl),
+        num_warps=HEADS_WARPS,
     )  # fmt: skip
 
 
@@ -381,6 +383,6 @@ def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, sca
     block = 128
     _gate_kernel[(T, triton.cdiv(width, block))](
         y, m, squares, *pointers, T, width, pages, slots, *sizes,
-        PARTS=parts, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, 2),
-        **shape, **launch(pdl), num_warps=2,
+        PARTS=parts, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, GATE_WARPS),
+        **shape, **launch(pdl), num_warps=GATE_WARPS,
     )  # fmt: skip

@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 
 from molora_kernels.blocks import BLOCK, Blocks, add_adapters, early_tiles, plan_rows
+from molora_kernels.limits import shared_memory
 from molora_kernels.pages import PAGE, PageView
 
 LARGEST_PAGES = 4  # that are multiplied at once
+STAGES = 3  # of the pipeline over a block's slots
+OPERANDS = 64 << 10  # bytes of shared memory that the tensor cores' operands take beside the pipeline
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,17 @@ def block_shape(h: torch.Tensor, pages: PageView, slots: torch.Tensor, at_once: 
     }
 
 
+def block_stages(
+    stages: int, shape: dict[str, int | bool], h: torch.Tensor, b: torch.Tensor, tokens: int, columns: int
+) -> int:
+    """``stages`` of the pipeline over a block's slots, or 1 where it has no room: a stage holds all pages of a slot, of
+    ``columns`` columns of B and of what ``tokens`` tokens shrank. shape: of :func:`block_shape`."""
+    rows = shape["AT_ONCE"] * triton.cdiv(shape["MAX_PAGES"], shape["PAGES"]) * shape["PAGES"] * PAGE
+    of_h = tokens * shape["TOP"] * shape["SPLIT"] * h.element_size()
+    needed = rows * (columns * b.element_size() + of_h) + OPERANDS
+    return stages if needed <= shared_memory(b.device) else 1
+
+
 def expand(
     y: torch.Tensor,
     h: torch.Tensor,
@@ -160,11 +174,12 @@ def expand(
             BLOCK_O=block, num_warps=4,
         )  # fmt: skip
     else:
+        shape = block_shape(h, pages, slots, tile.at_once)
         _expand_block_kernel[(len(blocks.counts), triton.cdiv(widest, tile.o), acting)](
             y, h, pages.B, weights, slots, blocks.order, blocks.lists, blocks.counts,
             pages.first, pages.count, pages.columns,
             T, blocks.lists.shape[1], pages.pages, pages.slots, y.stride(0), first,
-            **block_shape(h, pages, slots, tile.at_once), ALIGN=align,
-            BLOCK_T=BLOCK, BLOCK_O=tile.o, UPCAST=upcast, num_warps=tile.warps,
+            **shape, ALIGN=align, BLOCK_T=BLOCK, BLOCK_O=tile.o, UPCAST=upcast, num_warps=tile.warps,
+            num_stages=block_stages(STAGES, shape, h, pages.B, BLOCK, tile.o),
         )  # fmt: skip
     return y

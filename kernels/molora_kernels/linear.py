@@ -194,12 +194,14 @@ def _linear_kernel(
 AHEAD = 16  # lines of each row of W that are asked for before x is there
 FIRST_SHRINKS = 132  # programs of the shrink that may go before the product: one for each multiprocessor of an H100
 SHRINK_BLOCK = 512  # more of them in registers, and fewer programs of the product fit beside
+FEW = 16  # tokens; where there are more, so are the parts of the sum that are read again, and half as many are better
 
 
-def shrink_block(columns: int) -> int:
+def shrink_block(tokens: int, columns: int) -> int:
     """Elements of the input in one program of the shrink: all are asked for at once. There are
-    cdiv(columns, shrink_block(columns)) parts of the sum."""
-    return max(16, min(SHRINK_BLOCK * (1 if columns <= 8192 else 2), triton.next_power_of_2(columns)))
+    cdiv(columns, shrink_block(tokens, columns)) parts of the sum."""
+    block = SHRINK_BLOCK * (1 if tokens <= FEW else 2) * (1 if columns <= 8192 else 2)
+    return max(16, min(block, triton.next_power_of_2(columns)))
 
 
 def linear(
@@ -234,7 +236,7 @@ def linear(
     tiles, token_blocks = triton.cdiv(N, tile.n), triton.cdiv(T, block_t)
     adapted = h is not None and pages is not None and slots is not None
     programs, cuts, top, slices, most_pages = tiles * token_blocks * tile.split, 1, 1, 1, 1
-    block_d, shrinks, most = shrink_block(D), 0, 1
+    block_d, shrinks, most = shrink_block(T, D), 0, 1
     found = (x,) * 7
     if adapted:
         assert h is not None and pages is not None and slots is not None

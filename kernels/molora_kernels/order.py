@@ -29,6 +29,14 @@ class PagedPlan:
 
         return make_blocks(self.slots, order_by_slot(self.slots))
 
+    @cached_property
+    def columns(self) -> "tuple[PagedPlan, ...]":
+        """Each column as a plan of its own, in its own order."""
+        return tuple(
+            PagedPlan(slots.contiguous().unsqueeze(1), weights.contiguous().unsqueeze(1))
+            for slots, weights in zip(self.slots.unbind(1), self.weights.unbind(1), strict=True)
+        )
+
 
 def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
     """[T] int64: the tokens by their slots, column after column, so that a block of them meets few different ones.

@@ -13,6 +13,9 @@ from molora_kernels.shrink import shrink, shrink_hot
 from molora_kernels.tiles import expand_tile, hot, shrink_tile
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
+BY_COLUMN = (
+    16  # adapters; of more, blocks in one order of all columns meet so many that a pass for each column is faster
+)
 
 
 def add_lora_paged(
@@ -77,13 +80,21 @@ def add_lora_paged(
     )
 
 
+def passes(plan: PagedPlan, pages: PageView) -> tuple[PagedPlan, ...]:
+    """The parts of a plan that are added one after the other: all of it at once, or column by column."""
+    tokens, top = plan.slots.shape
+    return plan.columns if tokens > TOKEN_FORM and top > 1 and pages.slots > BY_COLUMN else (plan,)
+
+
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
-    """The shrink of all slices, for :func:`expand_paged`. x: [T, D]."""
+    """The shrink of all slices, for :func:`expand_paged`. x: [T, D]. plan: one of :func:`passes`."""
     return _shrink(x, pages, plan.slots, _blocks(plan))
 
 
-def expand_paged(y: torch.Tensor, h: torch.Tensor, pages: PageView, plan: PagedPlan, piece: int) -> torch.Tensor:
-    """y [T, O of slice ``piece``], rows contiguous, plus that slice's expand of h, in place."""
+def expand_paged(
+    y: torch.Tensor, h: torch.Tensor, pages: PageView, plan: PagedPlan, piece: int | None = None
+) -> torch.Tensor:
+    """y [T, O of slice ``piece``, or of all], rows contiguous, plus the expand of h, in place."""
     tile = _expand_tile(pages, plan.slots)
     return expand(y, h, pages, plan.slots, plan.weights, _blocks(plan), _upcast(y), piece, tile)
 

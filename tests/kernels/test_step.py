@@ -36,7 +36,7 @@ class Group:
         self.slots = torch.randint(-1, 4, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
         self.weights = self.randn(T, top)
         columns = len(outputs) * self.pages.max_pages * 16
-        self.h = torch.full((-(-D // shrink_block(D)), T, top, columns), torch.nan, device=DEVICE)
+        self.h = torch.full((-(-D // shrink_block(T, D)), T, top, columns), torch.nan, device=DEVICE)
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(DEVICE)

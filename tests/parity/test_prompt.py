@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from molora.prompt import PromptPass
+from molora_kernels import paged
 from tests.conftest import make_base
 from tests.parity.test_decode import AUTO, Both, write_adapters
 
@@ -27,7 +28,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("case", ["two routers, padded", "qwen3", "in pieces"])
+@pytest.mark.parametrize("case", ["padded, column by column", "qwen3", "in pieces"])
 def test_a_prompt(
     case: str, base: Any, adapters: dict[str, Path], tmp_path: Path, read: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,7 +38,8 @@ def test_a_prompt(
         adapters = write_adapters(base, tmp_path)
     both = Both.routed(base, adapters, monkeypatch, reads=0 if case == "qwen3" else (0, 2))
     ids = torch.randint(3, 97, (3, LONG), generator=torch.Generator().manual_seed(2)).to(base.device)
-    if case == "two routers, padded":
+    if case == "padded, column by column":
+        monkeypatch.setattr(paged, "BY_COLUMN", 0)
         options["attention_mask"] = torch.ones_like(ids)
         options["attention_mask"][1, :5] = 0
     if case == "in pieces":
