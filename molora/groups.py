@@ -103,14 +103,22 @@ class AdapterGroup:
             plan: of the T tokens.
             piece: the module's number in the group.
         """
-        from molora_kernels.paged import TOKEN_FORM, add_lora_paged, expand_paged, passes, shrink_paged
+        from molora_kernels.paged import (
+            TOKEN_FORM,
+            add_lora_paged,
+            expand_paged,
+            passes,
+            shrink_paged,
+            trained_hot,
+        )
 
         if not self.pages.adapted(piece):
             return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
-            blocks = plan.blocks if len(flat) > TOKEN_FORM else None
-            return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, blocks)
+            pages = self.pages.piece(piece)
+            blocks = None if len(flat) <= TOKEN_FORM or trained_hot(pages) else plan.blocks
+            return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             parts = passes(plan, self.pages)
             self._shrunk = (x, plan, [(part, shrink_paged(flat, self.pages, part)) for part in parts])

@@ -6,6 +6,7 @@ import torch
 
 from molora_kernels.blocks import Blocks, make_blocks
 from molora_kernels.expand import ExpandTile, expand
+from molora_kernels.hot import add_lora_hot
 from molora_kernels.order import PagedPlan, order_by_slot
 from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView
@@ -13,9 +14,8 @@ from molora_kernels.shrink import shrink, shrink_hot
 from molora_kernels.tiles import expand_tile, hot, shrink_tile
 
 TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
-BY_COLUMN = (
-    16  # adapters; of more, blocks in one order of all columns meet so many that a pass for each column is faster
-)
+HOT_TRAINED = 1024  # ranks of all adapters up to which training multiplies all of them
+BY_COLUMN = 15  # adapters; of more, a block in one order of all columns meets so many that a pass a column is faster
 
 
 def add_lora_paged(
@@ -44,8 +44,8 @@ def add_lora_paged(
         blocks: of :class:`molora_kernels.order.PagedPlan`, shared by the modules of a forward; made here where they are
             needed and missing.
         by_token: which form; None: by the number of tokens.
-        hot_set: whether the form by block multiplies the ranks of all adapters for every token, which few of them are
-            worth; None: by the table. Gradients go another way.
+        hot_set: whether the ranks of all adapters are multiplied for every token, which few of them are worth; None: by
+            the table, and with gradients (:mod:`molora_kernels.hot`) by their number.
 
     Returns:
         y.
@@ -60,13 +60,20 @@ def add_lora_paged(
     if blocks is not None and (blocks.order is None or len(blocks.order) != T):
         of = "tokens as they come" if blocks.order is None else f"{len(blocks.order)} tokens"
         raise ValueError(f"blocks are of {of}, where {T} in the plan's order are wanted.")
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B))
+    if trained and (hot_set if hot_set is not None else by_token is None and trained_hot(pages)):
+        return add_lora_hot(y, x, weights, pages, slots)
     if by_token is None:
         by_token = T <= TOKEN_FORM
     if by_token:
         blocks = None
     elif blocks is None:
+        if not trained and hot_set is None and len(parts := passes(PagedPlan(slots, weights), pages)) > 1:
+            for part in parts:
+                add_lora_paged(y, x, pages, part.slots, part.weights, by_token=False)
+            return y
         blocks = make_blocks(slots, order_by_slot(slots))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B)):
+    if trained:
         return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, blocks)
     return expand(
         y,
@@ -78,6 +85,11 @@ def add_lora_paged(
         _upcast(x),
         tile=_expand_tile(pages, slots),
     )
+
+
+def trained_hot(pages: PageView) -> bool:
+    """Whether a training step multiplies the ranks of all adapters for every token."""
+    return pages.pages * PAGE <= HOT_TRAINED
 
 
 def passes(plan: PagedPlan, pages: PageView) -> tuple[PagedPlan, ...]:
