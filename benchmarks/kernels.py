@@ -41,6 +41,7 @@ LAYERS = {  # modules that share an input: (in, (out, ...))
 TOLERANCE = 1e-2  # of the norm, bf16
 READ_BYTES_A_US = 3.0e6  # what an H100 reads in a microsecond
 DENSE_RANKS = 4096  # more joined ranks than that, and dense is not run
+GROUPS = 1024  # more groups than that, grouped_mm refuses
 LOOP_ADAPTERS = 64  # more adapters than that, and no loop over them is run: it takes tens of milliseconds
 L2_BYTES = 256 << 20
 
@@ -96,7 +97,7 @@ def measure_layer(
         total["base"] += clock(lambda x=problem.x, w=weight: x @ w.T)
         total["limit"] += limit_us(problem)
         for name in names:
-            if (name == "dense" and K * rank * len(outputs) > DENSE_RANKS) or (name in EAGER and K > LOOP_ADAPTERS):
+            if not runs(name, K, rank * len(outputs), device):
                 total[name] = math.nan
                 continue
             check(name, problem, CONTENDERS[name])
@@ -104,6 +105,15 @@ def measure_layer(
     order = clock(lambda: PagedPlan(problem.slots.int(), problem.weights).blocks.order)
     return {"shape": shape, "adapters": K, "tokens": T, "top": S, "rank": rank, "popularity": popularity,
             "order": order, **total}  # fmt: skip
+
+
+def runs(name: str, K: int, ranks: int, device: torch.device) -> bool:
+    """Whether a contender takes ``K`` adapters, of ``ranks`` ranks in a group of modules, and ends in good time."""
+    if name == "dense":
+        return K * ranks <= DENSE_RANKS
+    if name == "grouped_mm" and device.type == "cuda":
+        return K < GROUPS
+    return name not in EAGER or K <= LOOP_ADAPTERS
 
 
 def check(name: str, problem: Problem, contender: Callable[[Problem], Callable[[], torch.Tensor]]) -> None:

@@ -28,7 +28,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),  # Hopper
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD CDNA 3
 }
-DTYPES = {"sm_80": ("bf16", "fp32"), "sm_89": ("bf16",), "sm_90": ("bf16", "fp16", "fp32"), "gfx942": ("bf16",)}
+DTYPES = {"sm_80": ("bf16",), "sm_89": ("bf16",), "sm_90": ("bf16", "fp16", "fp32"), "gfx942": ("bf16",)}
 SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 1, "SPLIT": 1, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True, "ALIGN": 16}
 SHAPE |= {"EARLY": 1, "PARTS": 16, "UPCAST": False}
 BLOCKS = {
