@@ -41,19 +41,22 @@ class Added:
 class Scale:
     """The scale of a norm that the product before was made without: rsqrt(sum of squares / width + eps).
 
-    squares: [T, parts] float32, parts of the sum.
+    squares: [T, parts or more] float32, of which the first T x parts numbers are the parts of the sums. parts: as many
+    as the kernel that wrote them last made; None: all.
     """
 
     squares: torch.Tensor
     width: int
     eps: float
+    parts: int | None = None
 
     @classmethod
     def of(cls, tokens: int, width: int, eps: float, dtype: torch.dtype, device: torch.device) -> "Scale | None":
         """For ``tokens`` tokens; None in float16, which residual * gain can leave."""
         if dtype == torch.float16:
             return None
-        return cls(torch.empty(tokens, triton.cdiv(width, by_token.PART), device=device), width, eps)
+        smallest = min(by_token.ADD_BLOCK, by_block.ADD_BLOCK)
+        return cls(torch.empty(tokens, triton.cdiv(width, smallest), device=device), width, eps)
 
 
 def add_norm(

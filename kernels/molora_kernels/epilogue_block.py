@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 
 from molora_kernels.blocks import BLOCK, add_adapters, early_tiles, plan_rows
-from molora_kernels.epilogue_token import PART, scale_of
+from molora_kernels.epilogue_token import scale_of, written
 from molora_kernels.expand import block_shape, block_stages
 from molora_kernels.tiles import EpilogueTile, epilogue_tile
+
+ADD_BLOCK = 128  # columns of a program
 
 if TYPE_CHECKING:
     from molora_kernels.epilogue import Added, Scale
@@ -235,7 +237,7 @@ def _adapters(
                 pages.count)  # fmt: skip
     shape = block_shape(added.h, pages, added.slots, tile.at_once)
     tiles = 2 if twice else 1
-    cut["num_stages"] = block_stages(tile.stages, shape, added.h, pages.B, tiles * tile.t, PART)
+    cut["num_stages"] = block_stages(tile.stages, shape, added.h, pages.B, tiles * tile.t, ADD_BLOCK)
     return pointers, (blocks.lists.shape[1], pages.pages, pages.slots), {**shape, **cut, "ADAPTED": True}
 
 
@@ -255,10 +257,11 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
     tile = replace(tile, t=min(tile.t, 32))  # of columns it has twice as many as the others
     pointers, sizes, shape = _adapters(added, tile, residual)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
-    squares, (parts, _, _), _ = scale_of(scale, residual)
-    _add_kernel[(triton.cdiv(T, tile.t), triton.cdiv(D, PART))](
+    parts = triton.cdiv(D, ADD_BLOCK)
+    squares = written(scale, parts, residual)
+    _add_kernel[(triton.cdiv(T, tile.t), parts)](
         residual, y, gain, x, squares, *pointers, T, D, parts, *sizes,
-        NORM=norm is not None, SPLIT_Y=y.shape[0], **shape, BLOCK_O=PART,
+        NORM=norm is not None, SPLIT_Y=y.shape[0], **shape, BLOCK_O=ADD_BLOCK,
     )  # fmt: skip
 
 

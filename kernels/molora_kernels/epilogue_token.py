@@ -10,8 +10,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.pages import PAGE
 
-PART = 128  # columns of a part of the sum of squares
+FIRST_PAGES = 4  # of an adapter that are asked for at once; those of a larger rank follow one by one
+# Threads of one warp share the ranks of a column: more warps would have to add up through shared memory.
 ADD_WARPS, HEADS_WARPS, GATE_WARPS = 2, 1, 2
+ADD_BLOCK, GATE_BLOCK = 128, 128  # columns of a program
 
 if TYPE_CHECKING:
     from molora_kernels.epilogue import Added, Scale
@@ -49,44 +51,53 @@ def _h_page(
 @triton.jit
 def _first_pages(
     o, inside, token, piece, width, column, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters,
-    TOP: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
+    TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """For each column of the plan its pages, first row, weight, and of the first EARLY columns (as many as fit in
-    registers) the first page of B: nothing that the kernel before writes."""
+    """For each column of the plan how many pages act, their first row, weight, and of the first EARLY pages (as many as
+    fit in registers, FIRST of a column) B: nothing that the kernel before writes."""
     found = ()
     for k in tl.static_range(TOP):
         pair = token * TOP + k
         count, row, weight = _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        b = count
-        if k < EARLY:
-            b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
-        found = found + ((count, row, weight, b),)  # noqa: RUF005 - Triton knows no stars
+        tiles = ()
+        for page in tl.static_range(FIRST):
+            if k * FIRST + page < EARLY:
+                b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, page < count, PAGE)
+                tiles = tiles + (b,)  # noqa: RUF005 - Triton knows no stars
+        found = found + ((count, row, weight, tiles),)  # noqa: RUF005
     return found
 
 
 @triton.jit
 def _add_lora(
     acc, firsts, o, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-    TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """acc plus the adapters' part of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width``
     wide. ``firsts``: of :func:`_first_pages`."""
     pairs = tokens * TOP
-    shrunk = ()  # of all columns, asked for at once
+    shrunk = ()  # of the first pages of all columns, asked for at once
     for k in tl.static_range(TOP):
-        h = _h_page(h_ptr, token * TOP + k, pairs, piece * MAX_PAGES, firsts[k][0] > 0, SLICES, MAX_PAGES, CUTS, PAGE)
-        shrunk = shrunk + (h,)  # noqa: RUF005 - Triton knows no stars
+        for page in tl.static_range(FIRST):
+            h = _h_page(
+                h_ptr, token * TOP + k, pairs, piece * MAX_PAGES + page, page < firsts[k][0],
+                SLICES, MAX_PAGES, CUTS, PAGE,
+            )  # fmt: skip
+            shrunk = shrunk + (h,)  # noqa: RUF005
     for k in tl.static_range(TOP):
-        count, row, weight, b = firsts[k]
-        if k >= EARLY:
-            b = _b_page(b_ptr, column, pages, row, width, o, inside, count > 0, PAGE)
-        acc += tl.sum(b.to(tl.float32) * (shrunk[k] * weight)[:, None], 0)
-    if MAX_PAGES > 1:
+        count, row, weight, tiles = firsts[k]
+        for page in tl.static_range(FIRST):
+            if k * FIRST + page < EARLY:
+                b = tiles[page]
+            else:
+                b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, page < count, PAGE)
+            acc += tl.sum(b.to(tl.float32) * (shrunk[k * FIRST + page] * weight)[:, None], 0)
+    if MAX_PAGES > FIRST:
         for k in tl.static_range(TOP):
             pair = token * TOP + k
-            count, row, weight, b = firsts[k]
-            for page in range(1, count):
+            count, row, weight, tiles = firsts[k]
+            for page in range(FIRST, count):
                 h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
                 more = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
                 acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
@@ -119,8 +130,8 @@ def _add_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, parts, pages, adapters,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, NORM: tl.constexpr,
-    ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
-    CUTS: tl.constexpr, PAGE: tl.constexpr,
+    ADAPTED: tl.constexpr, TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr,
+    SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -131,7 +142,7 @@ def _add_kernel(
     if ADAPTED:
         firsts = _first_pages(
             o, inside, token, 0, width, start,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -142,7 +153,7 @@ def _add_kernel(
     if ADAPTED:
         acc = _add_lora(
             acc, firsts, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
-            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     tl.store(r_ptr + token * width + o, rounded, mask=inside)
@@ -168,8 +179,8 @@ def _heads_kernel(
     squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
     heads, kv_heads, longest, each, eps, parts, hidden, scale_eps,
     PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr,
-    SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, FIRST: tl.constexpr,
+    EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -188,11 +199,11 @@ def _heads_kernel(
     if ADAPTED:
         firsts_low = _first_pages(
             o_low, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
         )  # fmt: skip
         firsts_high = _first_pages(
             o_high, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -202,11 +213,11 @@ def _heads_kernel(
     if ADAPTED:
         low = _add_lora(
             low, firsts_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         high = _add_lora(
             high, firsts_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     if PARTS > 0:
         of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
@@ -247,7 +258,7 @@ def _gate_kernel(
     y_ptr, m_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, pages, adapters, parts, hidden, scale_eps,
     PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr,
-    TOP: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -258,11 +269,11 @@ def _gate_kernel(
     if ADAPTED:
         firsts_gate = _first_pages(
             o, inside, token, 0, width, start_gate,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
         )  # fmt: skip
         firsts_up = _first_pages(
             o, inside, token, 1, width, start_up,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -276,11 +287,11 @@ def _gate_kernel(
     if ADAPTED:
         gate = _add_lora(
             gate, firsts_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
-            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         up = _add_lora(
             up, firsts_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
-            TOP, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     if PARTS > 0:
         of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
@@ -295,12 +306,12 @@ def _adapters(
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, int], int, int]:
     """Pointers, shape constants, and the two sizes of the tables, of what adapters add."""
     if added is None:
-        shape = {"ADAPTED": False, "TOP": 1, "SLICES": 1, "MAX_PAGES": 1, "CUTS": 1, "PAGE": PAGE}
+        shape = {"ADAPTED": False, "TOP": 1, "FIRST": 1, "SLICES": 1, "MAX_PAGES": 1, "CUTS": 1, "PAGE": PAGE}
         return (stand_in,) * 6, shape, 0, 0
     pages = added.pages
     shape = {
-        "ADAPTED": True, "TOP": added.slots.shape[1], "SLICES": len(pages.outputs), "MAX_PAGES": pages.max_pages,
-        "CUTS": added.h.shape[0], "PAGE": PAGE,
+        "ADAPTED": True, "TOP": added.slots.shape[1], "FIRST": min(pages.max_pages, FIRST_PAGES),
+        "SLICES": len(pages.outputs), "MAX_PAGES": pages.max_pages, "CUTS": added.h.shape[0], "PAGE": PAGE,
     }  # fmt: skip
     pointers = (added.h, pages.B, added.weights, added.slots, pages.first, pages.count)
     return pointers, shape, pages.pages, pages.slots
@@ -310,12 +321,20 @@ def scale_of(scale: "Scale | None", stand_in: torch.Tensor) -> tuple[torch.Tenso
     """Pointer, sizes, and the constant PARTS (0: none), of a norm's scale."""
     if scale is None:
         return stand_in, (0, 1, 0.0), 0
-    parts = scale.squares.shape[1]
+    parts = scale.squares.shape[1] if scale.parts is None else scale.parts
     return scale.squares, (parts, scale.width, scale.eps), triton.next_power_of_2(parts)
 
 
+def written(scale: "Scale | None", parts: int, stand_in: torch.Tensor) -> torch.Tensor:
+    """Where a kernel writes ``parts`` parts of each token's sum of squares."""
+    if scale is None:
+        return stand_in
+    scale.parts = parts
+    return scale.squares
+
+
 def _early(numbers: int, warps: int) -> int:
-    """Columns of the plan whose first page (``numbers`` of them) each thread can hold beside its work."""
+    """Pages (each ``numbers`` in a program) that its threads can hold beside their work."""
     return max(1, 128 * warps * 32 // numbers)
 
 
@@ -337,10 +356,11 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
     T, D = residual.shape
     pointers, shape, pages, slots = _adapters(added, residual)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
-    squares, (parts, _, _), _ = scale_of(scale, residual)
-    _add_kernel[(T, triton.cdiv(D, PART))](
+    parts = triton.cdiv(D, ADD_BLOCK)
+    squares = written(scale, parts, residual)
+    _add_kernel[(T, parts)](
         residual, y, gain, x, squares, *pointers, T, D, parts, pages, slots,
-        SPLIT=y.shape[0], BLOCK=PART, NORM=norm is not None, EARLY=_early(PAGE * PART, ADD_WARPS),
+        SPLIT=y.shape[0], BLOCK=ADD_BLOCK, NORM=norm is not None, EARLY=_early(PAGE * ADD_BLOCK, ADD_WARPS),
         **shape, **launch(pdl), num_warps=ADD_WARPS,
     )  # fmt: skip
 
@@ -380,7 +400,7 @@ def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, sca
     T, width = m.shape
     pointers, shape, pages, slots = _adapters(added, m)
     squares, sizes, parts = scale_of(scale, m)
-    block = 128
+    block = GATE_BLOCK
     _gate_kernel[(T, triton.cdiv(width, block))](
         y, m, squares, *pointers, T, width, pages, slots, *sizes,
         PARTS=parts, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, GATE_WARPS),

@@ -99,8 +99,11 @@ def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, shrink: str
         close(x, norm(expected, gain))
 
 
-def test_more_columns_than_are_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epilogue_token, "_early", lambda *_: 1)
+@pytest.mark.parametrize("pages", [1, 2, 4])
+@pytest.mark.parametrize("early", [1, 3])
+def test_more_than_is_read_early(early: int, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epilogue_token, "_early", lambda *_: early)
+    monkeypatch.setattr(epilogue_token, "FIRST_PAGES", pages)
     group = Group(5, 64, (150, 150), top=3)
     m = torch.full((5, 150), torch.nan, device=DEVICE)
     gate(group.product(TILES["split"]), m, group.added)
@@ -133,6 +136,24 @@ def test_the_scale_of_a_norm_comes_later(form: str, T: int) -> None:
     add_norm(residual, y, gain, x, EPS, group.added if form != "base" else None, scale=scale)
     close(residual, expected)
     close(x * (scale.squares.sum(1, keepdim=True) / 300 + EPS).rsqrt(), norm(expected, gain))
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_norms_scale_knows_how_many_parts_were_written(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epilogue_token, "ADD_BLOCK", 64)
+    scale = Scale.of(3, 300, EPS, torch.float32, DEVICE)
+    assert scale is not None
+    scale.squares.fill_(torch.nan)
+    monkeypatch.setattr(epilogue_token, "ADD_BLOCK", block)
+    group = Group(3, 64, (300,))
+    gain, x, residual = group.randn(300), torch.empty(3, 300, device=DEVICE), group.randn(3, 300)
+    expected = (residual.double() + group.exact(False)).square().sum(1, keepdim=True) / 300
+    add_norm(residual, group.product(TILES["split"], False), gain, x, EPS, scale=scale)
+    product = torch.ones(1, 3, 2 * 40, device=DEVICE)
+    m = torch.empty(3, 40, device=DEVICE)
+    gate(product, m, scale=scale)
+    ones = (expected + EPS).rsqrt().expand(3, 40)
+    close(m, F.silu(ones) * ones)
 
 
 def test_float16_has_its_norms_at_once() -> None:
