@@ -122,13 +122,16 @@ def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[Epilogu
     shrinks = [ShrinkTile(16, d, n, warps, 3) for d, n, warps in itertools.product((128, 256), (1, 2), (4, 8))]
     expands = [ExpandTile(128, n, 4) for n in (1, 2, 4)]
     epilogues = [EpilogueTile(64, n, 4, stages) for n, stages in itertools.product((1, 2, 4), (1, 3))]
-    epilogues += [EpilogueTile(32, n, 4, 1) for n in (1, 2, 4)]
+    epilogues += [EpilogueTile(32, n, warps, 1) for n, warps in itertools.product((1, 2, 4), (2, 4))]
     return shrinks, expands, epilogues
 
 
-def block_problem(tokens: int, slots: int, top: int) -> tuple[RankPages, PagedPlan]:
-    """Gate and up of the 1.7B shape, rank 16, tokens spread evenly; the pages are filled as they are."""
-    pages = RankPages(2048, (6144, 6144), slots, slots, PAGE, torch.bfloat16, torch.device("cuda"))
+GATE_UP, QKV = (6144, 6144), (2048, 1024, 1024)  # columns of the 1.7B shape
+
+
+def block_problem(tokens: int, slots: int, top: int, outputs: tuple[int, ...] = GATE_UP) -> tuple[RankPages, PagedPlan]:
+    """A group of the 1.7B shape, rank 16, tokens spread evenly; the pages are filled as they are."""
+    pages = RankPages(2048, outputs, slots, slots, PAGE, torch.bfloat16, torch.device("cuda"))
     pages.A.normal_(0, 0.02)
     pages.B.normal_(0, 0.02)
     pages.first.copy_(torch.arange(slots, dtype=torch.int32).expand_as(pages.first))
@@ -147,14 +150,17 @@ def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
         pages, plan = block_problem(tokens, slots, top)
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
         ys = torch.randn(4, tokens, sum(pages.outputs), device="cuda", dtype=torch.bfloat16)
+        attention = Heads(tokens, block_problem(tokens, slots, top, QKV)[0])
         one = {tile: _replays(partial(_one_shrink, xs, pages, plan, tile), len(xs)) for tile in shrinks}
         best = min(one, key=lambda tile: one[tile])
-        h = shrink(xs[0], pages, plan.slots, plan.blocks, best, False)
-        two = {tile: _replays(partial(_one_gate, ys, h, pages, plan, tile), len(ys)) for tile in epilogues}
+        h, own = (shrink(xs[0], of, plan.slots, plan.blocks, best, False) for of in (pages, attention.pages))
+        between = partial(_between, ys, attention, pages, plan)
+        two = {tile: between(tile, h, own) for tile in epilogues}
         last = min(two, key=lambda tile: two[tile])
         what = {"tokens": tokens, "slots": slots}
         found["epilogue"].append({**what, "top": top, "us": round(two[last], 1), "tile": asdict(last)})
-        print("epilogue", found["epilogue"][-1], f"base {_replays(partial(_base_gate, ys), len(ys)):.1f}", flush=True)
+        base = _replays(partial(_base_gate, ys), len(ys)) + _replays(partial(attention, None, plan, EpilogueTile()), 4)
+        print("epilogue", found["epilogue"][-1], f"base {base:.1f}", flush=True)
         if top > 1:
             continue
         three = {tile: _replays(partial(_one_expand, ys, h, pages, plan, tile), len(ys)) for tile in expands}
@@ -165,7 +171,7 @@ def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
         rows = len(pages.outputs) * slots * PAGE
         if rows <= LARGEST_HOT:
             hot = _replays(partial(_one_hot, xs, pages), len(xs))
-            hot += _replays(partial(_one_gate, ys, shrink_hot(xs[0], pages), pages, plan, last), len(ys))
+            hot += between(last, shrink_hot(xs[0], pages), shrink_hot(xs[0], attention.pages))
             cold = one[best] + two[last]
             entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(hot, 1), "hot": hot < cold}
             print("hot", entry, flush=True)
@@ -187,6 +193,34 @@ def compile_blocks(part: int, parts: int) -> None:
                 _one_expand(y, h, pages, plan, shape, 0)
             for cut in epilogues[part::parts]:
                 _one_gate(y, h, pages, plan, cut, 0)
+        attention = Heads(2048, block_problem(2048, slots, top, QKV)[0])
+        by_block = torch.zeros(1, 2048, top, 3 * PAGE, device="cuda", dtype=torch.bfloat16)
+        for h in (by_block, shrink_hot(x, attention.pages)):
+            for cut in epilogues[part::parts]:
+                attention(h, plan, cut, 0)
+
+
+class Heads:
+    """What stands between the product of q, k and v and attention, of one prompt: 16 heads of width 128 and 8."""
+
+    def __init__(self, tokens: int, pages: RankPages) -> None:
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+        self.pages, self.ys, self.q = pages, randn(4, tokens, sum(QKV)), randn(1, tokens, 16, 128)
+        self.cache, self.norms = randn(2, 1, 8, tokens, 128), (randn(128), randn(128), 1e-6)
+        self.rotary = (randn(tokens, 64).float(), randn(tokens, 64).float())
+        self.positions = torch.arange(tokens, device="cuda")
+        self.length = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def __call__(self, h: torch.Tensor | None, plan: PagedPlan, tile: EpilogueTile, index: int) -> None:
+        """h: of the adapters' shrink; None: there are none."""
+        epilogue_block.epilogue_tile = lambda *_: tile  # type: ignore[assignment]
+        added = None if h is None else Added(h, self.pages, plan.slots, plan.weights, plan.blocks)
+        epilogue_block.heads(
+            self.ys[index : index + 1], None, self.q, self.cache[0], self.cache[1], self.norms, self.rotary,
+            self.positions, self.length, added, None,
+        )  # fmt: skip
 
 
 def _one_shrink(xs: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: ShrinkTile, index: int) -> None:
@@ -209,6 +243,15 @@ def _one_gate(
     epilogue_block.epilogue_tile = lambda *_: tile  # type: ignore[assignment]
     m = torch.empty(ys.shape[1], ys.shape[2] // 2, device="cuda", dtype=torch.bfloat16)
     epilogue_block.gate(ys[index : index + 1], m, Added(h, pages, plan.slots, plan.weights, plan.blocks), None)
+
+
+def _between(
+    ys: torch.Tensor, attention: "Heads", pages: RankPages, plan: PagedPlan, tile: EpilogueTile, h: torch.Tensor,
+    own: torch.Tensor,
+) -> float:  # fmt: skip
+    """Microseconds of ``gate`` and ``heads`` together, of their shrinks ``h`` and ``own``."""
+    us = _replays(partial(_one_gate, ys, h, pages, plan, tile), len(ys))
+    return us + _replays(partial(attention, own, plan, tile), len(attention.ys))
 
 
 def _base_gate(ys: torch.Tensor, index: int) -> None:

@@ -124,7 +124,7 @@ class DecodeStep:
             keys, values = self.cache.memory[index]
             scale = self.scale if index else None
             heads(
-                qkv(self.x, pdl and index != self.routes.boundary), layer.bias, self.q.unsqueeze(2), keys, values,
+                qkv(self.x, pdl and index != self.routes.boundary), layer.bias, self.q.unsqueeze(1), keys, values,
                 layer.head_norms, self.rotary, self.positions, self.length, qkv.added, pdl, scale,
             )  # fmt: skip
             self.attention(

@@ -55,7 +55,7 @@ class PromptPass:
         rows = positions.expand(N, T).reshape(-1)
         residual = F.embedding(ids, base.embedding).view(N * T, -1)
         x = torch.empty_like(residual)
-        q = residual.new_empty(N, base.heads, T, base.head_width)
+        q = residual.new_empty(N, T, base.heads, base.head_width)
         m = residual.new_empty(N * T, base.layers[0].down.shape[1])
         scale = Scale.of(N * T, base.hidden, base.eps, base.dtype, base.device)
         add_norm(residual, None, base.layers[0].norms[0], x, base.eps)
@@ -70,7 +70,8 @@ class PromptPass:
                 y, layer.bias, q, keys, values, layer.head_norms, self.rotary, rows, length, added,
                 scale=scale if index else None,
             )  # fmt: skip
-            attended = attend(q, keys[:, :, : past + T], values[:, :, : past + T], mask, past)
+            # Attention answers in the layout of q, so that its heads come back side by side without a copy.
+            attended = attend(q.transpose(1, 2), keys[:, :, : past + T], values[:, :, : past + T], mask, past)
             attended = attended.transpose(1, 2).reshape(N * T, -1)
             y, added = self._product(f"{at}.self_attn.o_proj", layer.o, attended, plan)
             add_norm(residual, y, layer.norms[1], x, base.eps, added, scale=scale)

@@ -107,7 +107,7 @@ def heads(
 
     Args:
         y: [parts, N T, (H + 2 G) d], a sum. bias: [(H + 2 G) d].
-        q: [N, H, T, d], written; in a decode step T is 1.
+        q: [N, T, H, d], written; in a decode step T is 1.
         keys, values: [N, G, longest, d] contiguous; T positions from ``length`` on are written.
         norms: gains [d] of the norms of q and k, and their eps; None: there are none.
         rotary: cos and sin [positions, d / 2].

@@ -214,7 +214,7 @@ def _heads_kernel(
         sin = tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
         turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
         if piece == 0:
-            q = q_ptr + (((token // each) * heads + head) * each + token % each)[:, None] * (2 * HALF) + i[None, :]
+            q = q_ptr + (token * heads + head)[:, None] * (2 * HALF) + i[None, :]
             tl.store(q, turned_low.to(q_ptr.dtype.element_ty), mask=mask)
             tl.store(q + HALF, turned_high.to(q_ptr.dtype.element_ty), mask=mask)
         else:
@@ -291,7 +291,7 @@ def heads(
     scale: "Scale | None",
 ) -> None:
     """Of :func:`molora_kernels.epilogue.heads`."""
-    N, H, each, d = q.shape
+    N, each, H, d = q.shape
     G, longest = keys.shape[1], keys.shape[2]
     tile = _tile(q, N * each, added)
     pointers, sizes, shape = _adapters(added, tile, q, twice=True)

@@ -245,7 +245,7 @@ def _heads_kernel(
         sin = tl.load(sin_ptr + at + i, mask=inside, other=0.0).to(tl.float32)
         turned_low, turned_high = low * cos - high * sin, high * cos + low * sin
         if piece == 0:
-            q = q_ptr + (((token // each) * heads + head) * each + token % each) * (2 * HALF)
+            q = q_ptr + (token * heads + head) * (2 * HALF)
             tl.store(q + i, turned_low.to(q_ptr.dtype.element_ty), mask=inside)
             tl.store(q + HALF + i, turned_high.to(q_ptr.dtype.element_ty), mask=inside)
         else:
@@ -380,7 +380,7 @@ def heads(
     scale: "Scale | None",
 ) -> None:
     """Of :func:`molora_kernels.epilogue.heads`."""
-    N, H, each, d = q.shape
+    N, each, H, d = q.shape
     T = N * each
     G, longest = keys.shape[1], keys.shape[2]
     pointers, shape, pages, slots = _adapters(added, q)

@@ -69,7 +69,7 @@ def test_heads(kind: str, form: str) -> None:
     gains = (group.randn(width), group.randn(width))
     angle = torch.outer(torch.arange(90.0), torch.logspace(0, -2, width // 2)).to(DEVICE)
     positions = torch.randint(90, (N * T,), generator=group.generator).to(DEVICE)
-    q = torch.full((N, H, T, width), torch.nan, device=DEVICE)
+    q = torch.full((N, T, H, width), torch.nan, device=DEVICE)
     keys, values = torch.zeros(2, N, G, past + T + 3, width, device=DEVICE).unbind(0)
     heads(
         group.y, bias, q, keys, values, (*gains, EPS) if kind == "normed" else None, (angle.cos(), angle.sin()),
@@ -83,7 +83,7 @@ def test_heads(kind: str, form: str) -> None:
         low, high = part.chunk(2, -1)
         expected[index] = part * cos + torch.cat([-high, low], -1) * sin
     here = slice(past, past + T)
-    for found, wanted in zip((q, keys[:, :, here], values[:, :, here]), expected, strict=True):
+    for found, wanted in zip((q.transpose(1, 2), keys[:, :, here], values[:, :, here]), expected, strict=True):
         close(found, wanted.transpose(1, 2))
     for cache in (keys, values):
         assert not cache[:, :, :past].any() and not cache[:, :, past + T :].any()

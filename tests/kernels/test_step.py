@@ -187,7 +187,7 @@ def test_heads(kind: str, width: int, form: str) -> None:
     y = group.product(TILES["split"], by_slot=form == "by slot")
     scale, factor = random_scale(group) if kind != "plain" else (None, 1.0)
     heads(
-        y, bias, q.unsqueeze(2), keys, values, (*gains, EPS) if kind == "normed" else None,
+        y, bias, q.unsqueeze(1), keys, values, (*gains, EPS) if kind == "normed" else None,
         (angle.cos(), angle.sin()), positions, length, group.added, scale=scale,
     )  # fmt: skip
     y = group.exact() * factor + (bias.double() if bias is not None else 0)
