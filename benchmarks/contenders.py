@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from molora_kernels import Factors
+from molora_kernels.megablocks import add_lora_megablocks, pair_order, stack_factors
 from molora_kernels.order import PagedPlan
 from molora_kernels.paged import add_lora_paged
 from molora_kernels.pages import RankPages
@@ -122,6 +123,42 @@ def torch_loop(p: Problem) -> Callable[[], torch.Tensor]:
     return run
 
 
+def vllm(p: Problem) -> Callable[[], torch.Tensor]:
+    """The kernels of an installed vLLM. They give a token one adapter, so each column of a plan is a call, and know no
+    weights, which are multiplied in between. Their sort of the tokens is timed no more than ours."""
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+    T, K, slices, rank = len(p.x), len(p.factors), len(p.outputs), p.rank
+    A = [torch.stack([f.A.view(slices, rank, -1)[i] for f in p.factors]).contiguous() for i in range(slices)]
+    B = []  # of each slice [K, O, R]
+    for i, wide in enumerate(p.outputs):
+        columns = slice(sum(p.outputs[:i]), sum(p.outputs[:i]) + wide)
+        B.append(torch.stack([f.B[i * rank : (i + 1) * rank, columns].T for f in p.factors]).contiguous())
+    h = torch.zeros(slices, T, rank, dtype=torch.float32, device=p.x.device)
+    plans = []
+    for column in p.slots.T:
+        plan = LoRAKernelMeta.make(K, T, p.x.device)
+        plan.prepare_tensors(column.contiguous().int())
+        plans.append(plan.meta_args(T, False))
+
+    def run() -> torch.Tensor:
+        for plan, weights in zip(plans, p.weights.T, strict=True):
+            lora_shrink(p.x, A, h, *plan, 1.0)
+            h.mul_(weights.view(1, T, 1))
+            lora_expand(h, B, p.y, *plan, offset_start=0, add_inputs=True)
+        return p.y
+
+    return run
+
+
+def megablocks(p: Problem) -> Callable[[], torch.Tensor]:
+    """MegaBlocks' permutations around a grouped GEMM; the order is made once a forward, and timed apart."""
+    stack = stack_factors(dict(enumerate(p.factors)))
+    order = pair_order(p.slots, len(p.factors))
+    return lambda: add_lora_megablocks(p.y, p.x, p.weights, stack, order)
+
+
+OPTIONAL = {"megablocks": megablocks, "vllm": vllm}  # taken where it is installed
 CONTENDERS = {
     "ours, by token": ours_by_token,
     "ours, by block": ours_by_block,

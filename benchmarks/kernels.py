@@ -10,6 +10,7 @@ in plain torch, which waits on the host, and so is timed as it is called.
 
 import argparse
 import csv
+import importlib.util
 import math
 import statistics
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from benchmarks.contenders import CONTENDERS, EAGER, Problem, exact, make_problem
+from benchmarks.contenders import CONTENDERS, EAGER, OPTIONAL, Problem, exact, make_problem
 from molora_kernels.order import PagedPlan
 
 LAYERS = {  # modules that share an input: (in, (out, ...))
@@ -41,7 +42,7 @@ LAYERS = {  # modules that share an input: (in, (out, ...))
 TOLERANCE = 1e-2  # of the norm, bf16
 READ_BYTES_A_US = 3.0e6  # what an H100 reads in a microsecond
 DENSE_RANKS = 4096  # more joined ranks than that, and dense is not run
-GROUPS = 1024  # more groups than that, grouped_mm refuses
+GROUPS = 1024  # more groups than that, torch.nn.functional.grouped_mm refuses
 LOOP_ADAPTERS = 64  # more adapters than that, and no loop over them is run: it takes tens of milliseconds
 L2_BYTES = 256 << 20
 
@@ -57,7 +58,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 2048])
     parser.add_argument("--top", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--popularity", nargs="+", default=["uniform"], choices=["uniform", "zipf", "identical"])
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    found = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    parser.add_argument(
+        "--contenders", nargs="+", default=[*CONTENDERS, *found], choices=[*CONTENDERS, *OPTIONAL],
+        help="default: all that are installed",
+    )  # fmt: skip
     settings = parser.parse_args()
     device = common.check_device(settings)
     clock, rows = Clock(device), []
@@ -100,8 +105,9 @@ def measure_layer(
             if not runs(name, K, rank * len(outputs), device):
                 total[name] = math.nan
                 continue
-            check(name, problem, CONTENDERS[name])
-            total[name] += clock(CONTENDERS[name](problem), eager=name in EAGER)
+            contender = (CONTENDERS | OPTIONAL)[name]
+            check(name, problem, contender)
+            total[name] += clock(contender(problem), eager=name in EAGER)
     order = clock(lambda: PagedPlan(problem.slots.int(), problem.weights).blocks.order)
     return {"shape": shape, "adapters": K, "tokens": T, "top": S, "rank": rank, "popularity": popularity,
             "order": order, **total}  # fmt: skip
@@ -111,7 +117,7 @@ def runs(name: str, K: int, ranks: int, device: torch.device) -> bool:
     """Whether a contender takes ``K`` adapters, of ``ranks`` ranks in a group of modules, and ends in good time."""
     if name == "dense":
         return K * ranks <= DENSE_RANKS
-    if name == "grouped_mm" and device.type == "cuda":
+    if name in ("grouped_mm", "megablocks") and device.type == "cuda":
         return K < GROUPS
     return name not in EAGER or K <= LOOP_ADAPTERS
 
