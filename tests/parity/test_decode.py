@@ -68,6 +68,10 @@ def both(base: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     return Both.routed(base, adapters, monkeypatch, reads=(0, 2))
 
 
+# A case of many steps, which the interpreter takes minutes for; the kernels themselves run there in tests/kernels.
+many_steps = pytest.mark.gpu
+
+
 def on_gpu(value: Any) -> Any:
     """A case that only a GPU runs: the interpreter takes seconds a step."""
     return pytest.param(value, marks=pytest.mark.gpu)
@@ -89,12 +93,17 @@ def test_other_families(family: str, tmp_path: Path, ids: torch.Tensor, monkeypa
     Both.routed(base, adapters, monkeypatch, reads=0).check(ids, selection=AUTO)
 
 
-def test_padding_selections_and_samples(both: Both, ids: torch.Tensor) -> None:
+def test_padding_and_selections(both: Both, ids: torch.Tensor) -> None:
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     selections = [AUTO, {"personality": "sage", "domain": None, "user": None}, {"domain": ["math"]}]
     both.check(ids, attention_mask=mask, selection=selections)
-    both.check(ids[:2], selection=selections[:2])  # another batch
+
+
+@many_steps
+def test_batches_and_samples(both: Both, ids: torch.Tensor) -> None:
+    both.check(ids, selection=AUTO)
+    both.check(ids[:2], selection=AUTO)  # another batch
     torch.manual_seed(0)
     found = both.model.generate(ids, selection=AUTO, do_sample=True, num_return_sequences=2, max_new_tokens=TOKENS)
     torch.manual_seed(0)
@@ -104,6 +113,7 @@ def test_padding_selections_and_samples(both: Both, ids: torch.Tensor) -> None:
     assert torch.equal(found, theirs)
 
 
+@many_steps
 def test_one_capture_serves_swaps_selections_and_sequences(both: Both, tmp_path: Path, ids: torch.Tensor) -> None:
     both.check(ids, selection=AUTO)
     (_, step), *others = both.model.steps._steps.values()
@@ -116,6 +126,7 @@ def test_one_capture_serves_swaps_selections_and_sequences(both: Both, tmp_path:
     assert [step] == [step for _, step in both.model.steps._steps.values()]
 
 
+@many_steps
 def test_an_adapter_that_comes_later(both: Both, tmp_path: Path, ids: torch.Tensor) -> None:
     both.check(ids, selection=AUTO)
     wide = write_adapter(make_base(), tmp_path / "wide", 9, r=40)
@@ -136,6 +147,7 @@ def test_an_adapted_head_without_a_router(tmp_path: Path, ids: torch.Tensor, mon
     both.check(ids, selection={"any": "a"})
 
 
+@many_steps
 def test_a_prompt_in_pieces(both: Both, ids: torch.Tensor) -> None:
     options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
     found = both.model.generate(ids, selection=AUTO, prefill_chunk_size=3, **options)
@@ -157,25 +169,26 @@ def test_streamed_routes(both: Both, ids: torch.Tensor) -> None:
         {"num_beams": 2},
         on_gpu({"use_cache": False}),
         on_gpu({"cache_implementation": "dynamic"}),
-        {"disable_compile": True},
+        on_gpu({"disable_compile": True}),
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_what_the_step_leaves_to_transformers(options: dict[str, Any], both: Both, ids: torch.Tensor) -> None:
-    both.check(ids[:2, :5], selection=AUTO, taken=False, **options)
+    both.check(ids[:1, :3], selection=AUTO, taken=False, max_new_tokens=2, **options)
 
 
 def test_a_base_that_the_step_does_not_know(tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base("gemma3")
     adapters = write_adapters(base, tmp_path)
-    Both.routed(base, adapters, monkeypatch, reads=0).check(ids[:2, :5], selection=AUTO, taken=False)
+    Both.routed(base, adapters, monkeypatch, reads=0).check(ids[:1, :3], selection=AUTO, taken=False, max_new_tokens=2)
 
 
 def test_the_bases_own_generation_is_left_alone(both: Both, ids: torch.Tensor) -> None:
-    both.check(ids, selection=AUTO)
+    both.check(ids[:1, :3], selection=AUTO)
     assert "get_compiled_call" not in vars(both.model.base)
 
 
+@many_steps
 def test_steps_are_kept_and_forgotten(both: Both, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("molora.captured._KEPT", 2)
     for batch in (1, 2, 1, 3):

@@ -1,13 +1,9 @@
 """The same equalities with the kernels in the model: on a CPU in Triton's interpreter. (On a GPU they always serve.)"""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from tests.parity import test_equalities
 from tests.parity.test_equalities import (
     test_a_routed_forward_is_a_loop_over_peft_adapters,
     test_an_adapted_head_is_peft,
@@ -40,11 +36,3 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(paged, name, lambda *a, whole=whole: calls.append(1) or whole(*a))
     yield
     assert calls
-
-
-def test_padded_batch_of_different_selections_is_each_alone(
-    base: Any, adapters: dict[str, Path], ids: torch.Tensor
-) -> None:
-    """One case: the interpreter takes a minute for it. On a GPU those of test_equalities run the kernels."""
-    check = test_equalities.test_padded_batch_of_different_selections_is_each_alone
-    check("embedding", False, base, adapters, ids)
