@@ -9,6 +9,7 @@ kernels-decode.svg: milliseconds that they add to a whole decode step against th
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ def contenders(rows: list[Row]) -> list[str]:
 
 
 def pictures(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each picture that there are rows for, by its name: of the first shape and rank measured."""
+    """The rows of each picture that there are rows for, by its name: of the shape and rank that was measured most."""
     layer = [row for row in rows if row["what"] == "layer" and (row["top"], row["popularity"]) == (1, "uniform")]
     decode = [row for row in rows if row["what"] == "decode" and "adapters" in row]
-    kind = ("shape", "rank")
-    return {
-        name: [row for row in own if all(row[key] == own[0][key] for key in kind)]
-        for name, own in ((LAYER, layer), (DECODE, decode))
-        if own
-    }
+    chosen = {}
+    for name, own in ((LAYER, layer), (DECODE, decode)):
+        if own:
+            kinds = Counter((row["shape"], row["rank"]) for row in own)
+            chosen[name] = [row for row in own if (row["shape"], row["rank"]) == kinds.most_common(1)[0][0]]
+    return chosen
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:

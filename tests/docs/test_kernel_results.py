@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import plots
 from benchmarks.results import gather
 from tools.render_kernels import section
 from tools.render_results import main
@@ -160,3 +161,9 @@ def test_the_page_shows_bars_rows_and_pictures(everything: Path, tmp_path: Path)
     main(docs)
     assert {name: (docs / "images" / name).read_bytes() for name in pictures} == before
     assert (docs / "results.md").read_text(encoding="utf-8") == text
+
+
+def test_a_picture_is_of_the_shape_that_was_measured_most() -> None:
+    other = {**decode_row(8, 1, 1, 0.1), "shape": "8B"}
+    rows = [{"what": "decode", **row} for row in (other, decode_row(8, 1, 1, 0.4), decode_row(64, 1, 1, 0.5))]
+    assert plots.pictures(rows) == {plots.DECODE: rows[1:]}
