@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from molora_kernels.pages import PAGE
+from molora_kernels.pages import PAGE, PageView
 
-FIRST_PAGES = 4  # of an adapter that are asked for at once; those of a larger rank follow one by one
+HELD = 256  # bytes of B in a thread
 # Threads of one warp share the ranks of a column: more warps would have to add up through shared memory.
 ADD_WARPS, HEADS_WARPS, GATE_WARPS = 2, 1, 2
 ADD_BLOCK, GATE_BLOCK = 128, 128  # columns of a program
@@ -20,87 +20,70 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE: tl.constexpr):
-    """How many pages act, the first of their rows, and at which weight. Written long before the kernel before this one,
-    so that it may be read before that one is done."""
-    slot = tl.load(slots_ptr + pair).to(tl.int64)
+def _first_rows(
+    o, inside, token, piece, width, column, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters,
+    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Rows of B of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width`` wide: of each slot
+    of ``token`` the first FIRST pages. All slots are one tile, so that more of them are more rows and not more steps.
+
+    Nothing of this is written by the kernel before this one: it is asked for before that one is done. Returns the
+    tile, and for each row its weight, how many pages its slot has and where they begin.
+    """
+    i = tl.arange(0, TOPS * FIRST * PAGE)
+    k = i // (FIRST * PAGE)
+    slot = tl.load(slots_ptr + token * TOP + k, mask=k < TOP, other=-1).to(tl.int64)
     acts = slot >= 0
     count = tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0)
-    row = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0).to(tl.int64) * PAGE
-    return count, row, tl.load(weights_ptr + pair, mask=acts, other=0.0)
+    first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0).to(tl.int64)
+    weight = tl.load(weights_ptr + token * TOP + k, mask=acts, other=0.0)
+    b = _b_rows(0, first, count, o, inside, width, column, b_ptr, pages, TOPS, FIRST, PAGE)
+    return b, weight, count, first
 
 
 @triton.jit
-def _b_page(b_ptr, column, pages, row, width, o, inside, wanted, PAGE: tl.constexpr):
-    rows = column.to(tl.int64) * PAGE * pages + (row + tl.arange(0, PAGE)) * width
-    return tl.load(b_ptr + rows[:, None] + o[None, :], mask=inside[None, :] & wanted, other=0.0)
-
-
-@triton.jit
-def _h_page(
-    h_ptr, pair, pairs, part, wanted,
-    SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
+def _b_rows(
+    start, first, count, o, inside, width, column, b_ptr, pages,
+    TOPS: tl.constexpr, FIRST: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    h = tl.zeros((PAGE,), tl.float32)
+    i = tl.arange(0, TOPS * FIRST * PAGE)
+    page = start + i // PAGE % FIRST
+    row = (first + page) * PAGE + i % PAGE
+    at = column.to(tl.int64) * PAGE * pages + row * width
+    return tl.load(b_ptr + at[:, None] + o[None, :], mask=(page < count)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _h_rows(
+    start, count, token, tokens, piece, h_ptr,
+    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    CUTS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, TOPS * FIRST * PAGE)
+    page = start + i // PAGE % FIRST
+    h = tl.zeros((TOPS * FIRST * PAGE,), tl.float32)
     for cut in tl.static_range(CUTS):
-        at = (cut * pairs + pair) * (SLICES * MAX_PAGES * PAGE) + part * PAGE
-        h += tl.load(h_ptr + at + tl.arange(0, PAGE), mask=wanted, other=0.0)
+        pair = (cut * tokens + token) * TOP + i // (FIRST * PAGE)
+        at = (pair * SLICES + piece) * (MAX_PAGES * PAGE) + page * PAGE + i % PAGE
+        h += tl.load(h_ptr + at, mask=page < count, other=0.0)
     return h
 
 
 @triton.jit
-def _first_pages(
-    o, inside, token, piece, width, column, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters,
-    TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """For each column of the plan how many pages act, their first row, weight, and of the first EARLY pages (as many as
-    fit in registers, FIRST of a column) B: nothing that the kernel before writes."""
-    found = ()
-    for k in tl.static_range(TOP):
-        pair = token * TOP + k
-        count, row, weight = _acting(pair, piece, weights_ptr, slots_ptr, first_ptr, count_ptr, adapters, PAGE)
-        tiles = ()
-        for page in tl.static_range(FIRST):
-            if k * FIRST + page < EARLY:
-                b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, page < count, PAGE)
-                tiles = tiles + (b,)  # noqa: RUF005 - Triton knows no stars
-        found = found + ((count, row, weight, tiles),)  # noqa: RUF005
-    return found
-
-
-@triton.jit
 def _add_lora(
-    acc, firsts, o, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-    TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    acc, rows, o, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
+    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the adapters' part of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width``
-    wide. ``firsts``: of :func:`_first_pages`."""
-    pairs = tokens * TOP
-    shrunk = ()  # of the first pages of all columns, asked for at once
-    for k in tl.static_range(TOP):
-        for page in tl.static_range(FIRST):
-            h = _h_page(
-                h_ptr, token * TOP + k, pairs, piece * MAX_PAGES + page, page < firsts[k][0],
-                SLICES, MAX_PAGES, CUTS, PAGE,
-            )  # fmt: skip
-            shrunk = shrunk + (h,)  # noqa: RUF005
-    for k in tl.static_range(TOP):
-        count, row, weight, tiles = firsts[k]
-        for page in tl.static_range(FIRST):
-            if k * FIRST + page < EARLY:
-                b = tiles[page]
-            else:
-                b = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, page < count, PAGE)
-            acc += tl.sum(b.to(tl.float32) * (shrunk[k * FIRST + page] * weight)[:, None], 0)
+    """acc plus the adapters' part of the columns ``o``. ``rows``: of :func:`_first_rows`."""
+    b, weight, count, first = rows
+    h = _h_rows(0, count, token, tokens, piece, h_ptr, TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE)
+    acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
     if MAX_PAGES > FIRST:
-        for k in tl.static_range(TOP):
-            pair = token * TOP + k
-            count, row, weight, tiles = firsts[k]
-            for page in range(FIRST, count):
-                h = _h_page(h_ptr, pair, pairs, piece * MAX_PAGES + page, True, SLICES, MAX_PAGES, CUTS, PAGE)
-                more = _b_page(b_ptr, column, pages, row + page * PAGE, width, o, inside, True, PAGE)
-                acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
+        for start in range(FIRST, tl.max(count, 0), FIRST):
+            more = _b_rows(start, first, count, o, inside, width, column, b_ptr, pages, TOPS, FIRST, PAGE)
+            h = _h_rows(start, count, token, tokens, piece, h_ptr, TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE)
+            acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
     return acc
 
 
@@ -130,7 +113,7 @@ def _add_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, parts, pages, adapters,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, NORM: tl.constexpr,
-    ADAPTED: tl.constexpr, TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr,
+    ADAPTED: tl.constexpr, TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr,
     SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -140,9 +123,9 @@ def _add_kernel(
     if NORM:
         g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
-        firsts = _first_pages(
+        rows = _first_rows(
             o, inside, token, 0, width, start,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -152,8 +135,8 @@ def _add_kernel(
         acc += tl.load(y_ptr + (split * tokens + token) * width + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         acc = _add_lora(
-            acc, firsts, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
-            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            acc, rows, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
+            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     tl.store(r_ptr + token * width + o, rounded, mask=inside)
@@ -179,8 +162,8 @@ def _heads_kernel(
     squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
     heads, kv_heads, longest, each, eps, parts, hidden, scale_eps,
     PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, FIRST: tl.constexpr,
-    EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, TOPS: tl.constexpr,
+    FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -197,13 +180,13 @@ def _heads_kernel(
     o_low = head * (2 * HALF) + i
     o_high = o_low + HALF
     if ADAPTED:
-        firsts_low = _first_pages(
+        rows_low = _first_rows(
             o_low, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
-        firsts_high = _first_pages(
+        rows_high = _first_rows(
             o_high, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -212,12 +195,12 @@ def _heads_kernel(
     high = _partial_sum(y_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT)
     if ADAPTED:
         low = _add_lora(
-            low, firsts_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            low, rows_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
+            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         high = _add_lora(
-            high, firsts_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            high, rows_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
+            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     if PARTS > 0:
         of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
@@ -258,7 +241,7 @@ def _gate_kernel(
     y_ptr, m_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, pages, adapters, parts, hidden, scale_eps,
     PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr,
-    TOP: tl.constexpr, FIRST: tl.constexpr, EARLY: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -267,13 +250,13 @@ def _gate_kernel(
     start_gate = token * 0
     start_up = start_gate + width
     if ADAPTED:
-        firsts_gate = _first_pages(
+        rows_gate = _first_rows(
             o, inside, token, 0, width, start_gate,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
-        firsts_up = _first_pages(
+        rows_up = _first_rows(
             o, inside, token, 1, width, start_up,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, FIRST, EARLY, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -286,12 +269,12 @@ def _gate_kernel(
         up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         gate = _add_lora(
-            gate, firsts_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
-            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            gate, rows_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
+            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         up = _add_lora(
-            up, firsts_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
-            TOP, FIRST, EARLY, SLICES, MAX_PAGES, CUTS, PAGE,
+            up, rows_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
+            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     if PARTS > 0:
         of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
@@ -302,19 +285,36 @@ def _gate_kernel(
 
 
 def _adapters(
-    added: "Added | None", stand_in: torch.Tensor
+    added: "Added | None", stand_in: torch.Tensor, columns: int, warps: int
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, int], int, int]:
-    """Pointers, shape constants, and the two sizes of the tables, of what adapters add."""
+    """Pointers, shape constants, and the two sizes of the tables, of what adapters add to ``columns`` columns of a
+    program."""
     if added is None:
-        shape = {"ADAPTED": False, "TOP": 1, "FIRST": 1, "SLICES": 1, "MAX_PAGES": 1, "CUTS": 1, "PAGE": PAGE}
+        shape = {
+            "ADAPTED": False,
+            "TOP": 1,
+            "TOPS": 1,
+            "FIRST": 1,
+            "SLICES": 1,
+            "MAX_PAGES": 1,
+            "CUTS": 1,
+            "PAGE": PAGE,
+        }
         return (stand_in,) * 6, shape, 0, 0
-    pages = added.pages
+    pages, top = added.pages, added.slots.shape[1]
+    tops = triton.next_power_of_2(top)
     shape = {
-        "ADAPTED": True, "TOP": added.slots.shape[1], "FIRST": min(pages.max_pages, FIRST_PAGES),
+        "ADAPTED": True, "TOP": top, "TOPS": tops, "FIRST": _first(pages, tops * columns, warps),
         "SLICES": len(pages.outputs), "MAX_PAGES": pages.max_pages, "CUTS": added.h.shape[0], "PAGE": PAGE,
     }  # fmt: skip
     pointers = (added.h, pages.B, added.weights, added.slots, pages.first, pages.count)
     return pointers, shape, pages.pages, pages.slots
+
+
+def _first(pages: PageView, columns: int, warps: int) -> int:
+    """Pages of each slot that are asked for at once: as many as a program's threads can hold beside their work."""
+    room = max(1, HELD * warps * 32 // (PAGE * columns * pages.B.element_size()))
+    return min(triton.next_power_of_2(pages.max_pages), 1 << (room.bit_length() - 1))
 
 
 def scale_of(scale: "Scale | None", stand_in: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, float], int]:
@@ -333,11 +333,6 @@ def written(scale: "Scale | None", parts: int, stand_in: torch.Tensor) -> torch.
     return scale.squares
 
 
-def _early(numbers: int, warps: int) -> int:
-    """Pages (each ``numbers`` in a program) that its threads can hold beside their work."""
-    return max(1, 128 * warps * 32 // numbers)
-
-
 def launch(pdl: bool) -> dict[str, bool]:
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
 
@@ -354,13 +349,13 @@ def norm(residual: torch.Tensor, gain: torch.Tensor, x: torch.Tensor, eps: float
 def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any, pdl: bool) -> None:
     """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
-    pointers, shape, pages, slots = _adapters(added, residual)
+    pointers, shape, pages, slots = _adapters(added, residual, ADD_BLOCK, ADD_WARPS)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
     parts = triton.cdiv(D, ADD_BLOCK)
     squares = written(scale, parts, residual)
     _add_kernel[(T, parts)](
         residual, y, gain, x, squares, *pointers, T, D, parts, pages, slots,
-        SPLIT=y.shape[0], BLOCK=ADD_BLOCK, NORM=norm is not None, EARLY=_early(PAGE * ADD_BLOCK, ADD_WARPS),
+        SPLIT=y.shape[0], BLOCK=ADD_BLOCK, NORM=norm is not None,
         **shape, **launch(pdl), num_warps=ADD_WARPS,
     )  # fmt: skip
 
@@ -383,14 +378,14 @@ def heads(
     N, each, H, d = q.shape
     T = N * each
     G, longest = keys.shape[1], keys.shape[2]
-    pointers, shape, pages, slots = _adapters(added, q)
+    pointers, shape, pages, slots = _adapters(added, q, d, HEADS_WARPS)
     squares, sizes, parts = scale_of(scale, q)
     q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)
     _heads_kernel[(T, H + 2 * G)](
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
         squares, *pointers, T, pages, slots, H, G, longest, each, eps, *sizes,
         PARTS=parts, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
-        SPLIT=y.shape[0], EARLY=_early(PAGE * d, HEADS_WARPS), **shape, **launch(pdl),
+        SPLIT=y.shape[0], **shape, **launch(pdl),
         num_warps=HEADS_WARPS,
     )  # fmt: skip
 
@@ -398,11 +393,11 @@ def heads(
 def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, scale: "Scale | None") -> None:
     """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
-    pointers, shape, pages, slots = _adapters(added, m)
+    pointers, shape, pages, slots = _adapters(added, m, 2 * GATE_BLOCK, GATE_WARPS)
     squares, sizes, parts = scale_of(scale, m)
     block = GATE_BLOCK
     _gate_kernel[(T, triton.cdiv(width, block))](
         y, m, squares, *pointers, T, width, pages, slots, *sizes,
-        PARTS=parts, SPLIT=y.shape[0], BLOCK=block, EARLY=_early(2 * PAGE * block, GATE_WARPS),
+        PARTS=parts, SPLIT=y.shape[0], BLOCK=block,
         **shape, **launch(pdl), num_warps=GATE_WARPS,
     )  # fmt: skip

@@ -39,7 +39,10 @@ class PagedPlan:
 
 
 def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
-    """[T] int64: the tokens by their slots, column after column, so that a block of them meets few different ones.
+    """[T] int64: the tokens by which slots they have, so that a block of them meets few different ones.
+
+    Which of a token's slots is its first makes no difference: with 8 adapters and top-2 a block meets three of them,
+    and would meet all if the second column counted only among equals of the first.
 
     Nothing waits for the device. slots: [T, S] int, -1 for none.
     """
@@ -47,7 +50,8 @@ def order_by_slot(slots: torch.Tensor) -> torch.Tensor:
         from molora_kernels.sort import order_by_counting  # needs Triton
 
         return order_by_counting(slots, _SORTED_COLUMNS, _BITS)
-    key = slots[:, 0]
-    for column in slots.T[1:_SORTED_COLUMNS]:
+    columns = slots[:, :_SORTED_COLUMNS].sort(1).values.T
+    key = columns[0]
+    for column in columns[1:]:
         key = (key.long() << _BITS) + column
     return key.argsort(stable=True)

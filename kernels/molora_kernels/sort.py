@@ -7,12 +7,22 @@ import triton.language as tl
 
 @triton.jit
 def _keys(t, slots_ptr, tokens, columns, COLUMNS: tl.constexpr, BITS: tl.constexpr):
-    """The slots of tokens ``t`` as one number, the first column foremost; past the last token, more than any."""
+    """The slots of tokens ``t`` as one number, the lowest foremost; past the last token, more than any."""
     HIGHEST: tl.constexpr = 2**31 - 1 if COLUMNS == 1 else 2**62
     at = slots_ptr + t.to(tl.int64) * columns
     key = tl.load(at, mask=t < tokens, other=0)
-    for column in tl.static_range(1, COLUMNS):
-        key = (key.to(tl.int64) << BITS) + tl.load(at + column, mask=t < tokens, other=0)
+    if COLUMNS > 1:
+        other = tl.load(at + 1, mask=t < tokens, other=0)
+        low, high = tl.minimum(key, other), tl.maximum(key, other)
+        if COLUMNS > 2:
+            other = tl.load(at + 2, mask=t < tokens, other=0)
+            middle = tl.minimum(high, other)
+            high = tl.maximum(high, other)
+            low, middle = tl.minimum(low, middle), tl.maximum(low, middle)
+            key = (low.to(tl.int64) << BITS) + middle
+        else:
+            key = low
+        key = (key.to(tl.int64) << BITS) + high
     return tl.where(t < tokens, key, HIGHEST)
 
 
@@ -36,7 +46,7 @@ def _order_kernel(
 
 
 def order_by_counting(slots: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
-    """[T] int64: the tokens by their slots in the first ``columns`` columns, one after the other; stable.
+    """[T] int64: the tokens by the slots of their first ``columns`` columns, from the lowest of a token on; stable.
 
     T^2 comparisons, for as many tokens as a GPU does that in less time than it takes to launch a radix sort's passes.
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from molora_kernels import order
+from molora_kernels.blocks import make_blocks
 from tests.conftest import DEVICE
 from tests.kernels.plans import KINDS, make_slots
 
@@ -36,3 +37,11 @@ def test_the_largest_slots_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> No
     slots = torch.tensor([[most, most, most], [most, -1, most], [-1, -1, -1], [most, most, -1]], device=DEVICE)
     assert order.order_by_slot(slots).tolist() == [2, 1, 3, 0]
     assert torch.equal(order.order_by_slot(slots), by_sorting(slots, monkeypatch))
+
+
+def test_a_block_of_pairs_meets_few_slots() -> None:
+    T, K = 2048, 8
+    random = torch.rand(T, K, generator=torch.Generator().manual_seed(0))
+    slots = random.topk(2, dim=1).indices.int().to(DEVICE)
+    blocks = make_blocks(slots, order.order_by_slot(slots))
+    assert float(blocks.counts.float().mean()) < 4  # by the first column alone nearly all eight

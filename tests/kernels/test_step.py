@@ -99,12 +99,11 @@ def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, shrink: str
         close(x, norm(expected, gain))
 
 
-@pytest.mark.parametrize("pages", [1, 2, 4])
-@pytest.mark.parametrize("early", [1, 3])
-def test_more_than_is_read_early(early: int, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epilogue_token, "_early", lambda *_: early)
-    monkeypatch.setattr(epilogue_token, "FIRST_PAGES", pages)
-    group = Group(5, 64, (150, 150), top=3)
+@pytest.mark.parametrize("top", [1, 3])
+@pytest.mark.parametrize("held", [1, 512, 4096])  # bytes: one page of each slot at once, two, and all of them
+def test_more_than_is_read_early(held: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epilogue_token, "HELD", held)
+    group = Group(5, 64, (150, 150), top=top)
     m = torch.full((5, 150), torch.nan, device=DEVICE)
     gate(group.product(TILES["split"]), m, group.added)
     g, u = group.exact().split(150, 1)
