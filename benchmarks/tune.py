@@ -27,7 +27,7 @@ from molora_kernels.linear import LinearTile, linear
 from molora_kernels.order import PagedPlan
 from molora_kernels.pages import PAGE, RankPages
 from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
-from molora_kernels.tiles import LARGEST_HOT, EpilogueTile
+from molora_kernels.tiles import LARGEST_HOT, EpilogueTile, hot
 
 SHAPES = {  # rows and columns of W
     "1.7B": [(4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)],
@@ -39,9 +39,13 @@ BYTES = 1 << 29  # of weights that a timing goes through, so that none of them i
 PARTS = ("linear", "attention", "blocks")
 TABLES = ("linear", "attention", "shrink", "expand", "epilogue", "hot")
 BLOCK_PROBLEMS = (  # tokens, slots, columns of the plan
-    (2048, 8, 1), (2048, 8, 2), (2048, 64, 1), (2048, 64, 2), (2048, 1024, 1), (2048, 1024, 2),
-    (256, 8, 1), (256, 64, 1),
-)  # fmt: skip
+    (2048, 8, 1),
+    (2048, 8, 2),
+    (2048, 64, 1),
+    (2048, 1024, 1),
+    (256, 8, 1),
+    (256, 64, 1),
+)  # of more slots each column of a plan is added by itself
 SHARED = 200 << 10  # bytes of shared memory that a program may have
 
 
@@ -119,7 +123,9 @@ def tune_attention() -> list[dict[str, Any]]:
 
 def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[EpilogueTile]]:
     """Of the forms by block."""
-    shrinks = [ShrinkTile(16, d, n, warps, 3) for d, n, warps in itertools.product((128, 256), (1, 2), (4, 8))]
+    pipelines = ((128, 5), (256, 3), (256, 5), (512, 2), (512, 3))  # elements of the input, stages
+    shrinks = [ShrinkTile(16, d, n, warps, stages)
+               for (d, stages), n, warps in itertools.product(pipelines, (1, 2, 4), (4, 8))]  # fmt: skip
     expands = [ExpandTile(128, n, 4) for n in (1, 2, 4)]
     epilogues = [EpilogueTile(64, n, 4, stages) for n, stages in itertools.product((1, 2, 4), (1, 3))]
     epilogues += [EpilogueTile(32, n, warps, 1) for n, warps in itertools.product((1, 2, 4), (2, 4))]
@@ -127,11 +133,14 @@ def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[Epilogu
 
 
 GATE_UP, QKV = (6144, 6144), (2048, 1024, 1024)  # columns of the 1.7B shape
+SHRINKS = ((2048, QKV), (2048, (2048,)), (2048, GATE_UP), (6144, (2048,)))  # a layer's groups
 
 
-def block_problem(tokens: int, slots: int, top: int, outputs: tuple[int, ...] = GATE_UP) -> tuple[RankPages, PagedPlan]:
+def block_problem(
+    tokens: int, slots: int, top: int, outputs: tuple[int, ...] = GATE_UP, inputs: int = 2048
+) -> tuple[RankPages, PagedPlan]:
     """A group of the 1.7B shape, rank 16, tokens spread evenly; the pages are filled as they are."""
-    pages = RankPages(2048, outputs, slots, slots, PAGE, torch.bfloat16, torch.device("cuda"))
+    pages = RankPages(inputs, outputs, slots, slots, PAGE, torch.bfloat16, torch.device("cuda"))
     pages.A.normal_(0, 0.02)
     pages.B.normal_(0, 0.02)
     pages.first.copy_(torch.arange(slots, dtype=torch.int32).expand_as(pages.first))
@@ -151,9 +160,15 @@ def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
         xs = torch.randn(8, tokens, 2048, device="cuda", dtype=torch.bfloat16)
         ys = torch.randn(4, tokens, sum(pages.outputs), device="cuda", dtype=torch.bfloat16)
         attention = Heads(tokens, block_problem(tokens, slots, top, QKV)[0])
-        one = {tile: _replays(partial(_one_shrink, xs, pages, plan, tile), len(xs)) for tile in shrinks}
+        layer = [block_problem(tokens, slots, top, outputs, inputs)[0] for inputs, outputs in SHRINKS]
+        read = [xs, xs, xs, torch.randn(4, tokens, 6144, device="cuda", dtype=torch.bfloat16)]
+        one = {tile: _replays(partial(_shrinks, read, layer, plan, tile), 4) for tile in shrinks}
         best = min(one, key=lambda tile: one[tile])
-        h, own = (shrink(xs[0], of, plan.slots, plan.blocks, best, False) for of in (pages, attention.pages))
+        rows = len(pages.outputs) * slots * PAGE
+        h, own = (
+            shrink_hot(xs[0], of) if hot(tokens, rows) else shrink(xs[0], of, plan.slots, plan.blocks, best, False)
+            for of in (pages, attention.pages)
+        )
         between = partial(_between, ys, attention, pages, plan)
         two = {tile: between(tile, h, own) for tile in epilogues}
         last = min(two, key=lambda tile: two[tile])
@@ -163,17 +178,18 @@ def tune_blocks(workers: int) -> dict[str, list[dict[str, Any]]]:
         print("epilogue", found["epilogue"][-1], f"base {base:.1f}", flush=True)
         if top > 1:
             continue
+        h = shrink(xs[0], pages, plan.slots, plan.blocks, best, False)
         three = {tile: _replays(partial(_one_expand, ys, h, pages, plan, tile), len(ys)) for tile in expands}
         fastest = min(three, key=lambda tile: three[tile])
         for kind, us, tile in (("shrink", one, best), ("expand", three, fastest)):
             found[kind].append({**what, "us": round(us[tile], 1), "tile": asdict(tile)})
             print(kind, found[kind][-1], flush=True)
-        rows = len(pages.outputs) * slots * PAGE
         if rows <= LARGEST_HOT:
-            hot = _replays(partial(_one_hot, xs, pages), len(xs))
-            hot += between(last, shrink_hot(xs[0], pages), shrink_hot(xs[0], attention.pages))
-            cold = one[best] + two[last]
-            entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(hot, 1), "hot": hot < cold}
+            warm = _replays(partial(_shrinks, read, layer, plan, None), 4)
+            warm += between(last, shrink_hot(xs[0], pages), shrink_hot(xs[0], attention.pages))
+            own = shrink(xs[0], attention.pages, plan.slots, plan.blocks, best, False)
+            cold = one[best] + between(last, h, own)
+            entry = {"tokens": tokens, "rows": rows, "us": round(cold, 1), "hot_us": round(warm, 1), "hot": warm < cold}
             print("hot", entry, flush=True)
             found["hot"].append(entry)
     return found
@@ -185,8 +201,10 @@ def compile_blocks(part: int, parts: int) -> None:
     x = torch.zeros(2048, 2048, device="cuda", dtype=torch.bfloat16)
     for slots, top in ((8, 1), (8, 2), (64, 1)):  # numbers that 16 divides are compiled apart
         pages, plan = block_problem(2048, slots, top)
-        for tile in shrinks[part::parts]:
-            shrink(x, pages, plan.slots, plan.blocks, tile, False)
+        for inputs, outputs in SHRINKS:
+            group, wide = block_problem(2048, slots, top, outputs, inputs)[0], x.new_zeros(2048, inputs)
+            for tile in shrinks[part::parts]:
+                shrink(wide, group, plan.slots, plan.blocks, tile, False)
         by_block = torch.zeros(1, 2048, top, 2 * PAGE, device="cuda", dtype=torch.bfloat16)
         for h in (by_block, shrink_hot(x, pages)):
             for shape in expands[part::parts] if top == 1 else ():
@@ -223,12 +241,15 @@ class Heads:
         )  # fmt: skip
 
 
-def _one_shrink(xs: torch.Tensor, pages: RankPages, plan: PagedPlan, tile: ShrinkTile, index: int) -> None:
-    shrink(xs[index], pages, plan.slots, plan.blocks, tile, False)
-
-
-def _one_hot(xs: torch.Tensor, pages: RankPages, index: int) -> None:
-    shrink_hot(xs[index], pages)
+def _shrinks(
+    xs: list[torch.Tensor], layer: list[RankPages], plan: PagedPlan, tile: ShrinkTile | None, index: int
+) -> None:
+    """Those of a layer's groups; hot without a tile."""
+    for x, pages in zip(xs, layer, strict=True):
+        if tile is None:
+            shrink_hot(x[index], pages)
+        else:
+            shrink(x[index], pages, plan.slots, plan.blocks, tile, False)
 
 
 def _one_expand(

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.backend import broken
 from molora_kernels import Factors
 from molora_kernels.order import PagedPlan
-from molora_kernels.pages import MAX_RANK, PAGE, RankPages
+from molora_kernels.pages import MAX_RANK, PAGE, PageView, RankPages
 
 _FIRST_SLOTS, _FIRST_PAGES = 16, 16
 
@@ -44,6 +44,7 @@ class AdapterGroup:
         self.names = tuple(names)
         self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
+        self._pieces: dict[int, tuple[RankPages, PageView]] = {}
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod
@@ -97,7 +98,7 @@ class AdapterGroup:
         """y plus what the adapters add to it, in place.
 
         Args:
-            y: [T, O of the piece], the module's output.
+            y: [..., O of the piece], the module's output of T tokens, contiguous.
             x: its input as the module got it: its siblings get the same object, and share its shrink.
             flat: [T, D], the same input.
             plan: of the T tokens.
@@ -116,7 +117,7 @@ class AdapterGroup:
             return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
-            pages = self.pages.piece(piece)
+            pages = self._piece(piece)
             blocks = None if len(flat) <= TOKEN_FORM or trained_hot(pages) else plan.blocks
             return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
@@ -125,9 +126,20 @@ class AdapterGroup:
         shrunk = self._shrunk[2]
         if not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs)))):
             self._shrunk = None  # nothing is kept beyond the last of the siblings
+        rows = y.view(-1, y.shape[-1])
         for part, h in shrunk:
-            y = expand_paged(y, h, self.pages, part, piece)
+            expand_paged(rows, h, self.pages, part, piece)
         return y
+
+    def _piece(self, index: int) -> PageView:
+        """One of the modules as a group of its own; made once, unless its factors are trained."""
+        pages = self.pages
+        if pages.A.requires_grad or pages.B.requires_grad:
+            return pages.piece(index)
+        found = self._pieces.get(index)
+        if found is None or found[0] is not pages:
+            found = self._pieces[index] = (pages, pages.piece(index))
+        return found[1]
 
     def apply(self, change: Any) -> None:
         """``.to()`` and the like."""

@@ -114,12 +114,19 @@ class MoLoRALinear(nn.Module):
             return y
         flat = x.reshape(-1, x.shape[-1])
         plan = self._here(plan, x, flat.shape[0])
+        if self.group is not None and self.group.serves(flat):
+            try:
+                return self.group.add(y.contiguous(), x, flat, plan.paged, self.piece)
+            except Exception as error:  # Triton's own errors have no common class
+                if not failed(error):
+                    raise
         out = y.reshape(-1, y.shape[-1])
         if self.group is not None:
-            out = self._add_paged(out, x, flat, plan, self.group)
+            self._joined = None  # pages may have been written since
+            factors = self.group.pages.factors(self.piece)
         else:
-            out = self._add(out, flat, plan.dispatch, self.factors)
-        return out.view(y.shape)
+            factors = self.factors
+        return self._add(out, flat, plan.dispatch, factors).view(y.shape)
 
     def _here(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> RoutingPlan:
         """The plan of the rows of x: of all tokens, or of those that are kept for the head."""
@@ -141,18 +148,6 @@ class MoLoRALinear(nn.Module):
         if work.everywhere and not torch.is_grad_enabled():
             return self._add_everywhere(y, x, work, factors)
         return add_lora(y, x, factors, work)
-
-    def _add_paged(
-        self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: RoutingPlan, group: AdapterGroup
-    ) -> torch.Tensor:
-        if group.serves(flat):
-            try:
-                return group.add(y, x, flat, plan.paged, self.piece)
-            except Exception as error:  # Triton's own errors have no common class
-                if not failed(error):
-                    raise
-        self._joined = None  # pages may have been written since
-        return self._add(y, flat, plan.dispatch, group.pages.factors(self.piece))
 
     def _add_everywhere(
         self, y: torch.Tensor, x: torch.Tensor, work: Dispatch, factors: dict[int, Factors]

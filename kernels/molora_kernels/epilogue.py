@@ -55,7 +55,7 @@ class Scale:
         """For ``tokens`` tokens; None in float16, which residual * gain can leave."""
         if dtype == torch.float16:
             return None
-        smallest = min(by_token.ADD_BLOCK, by_block.ADD_BLOCK)
+        smallest = min(by_token.ADAPTED_COLUMNS, by_block.ADD_BLOCK)
         return cls(torch.empty(tokens, triton.cdiv(width, smallest), device=device), width, eps)
 
 

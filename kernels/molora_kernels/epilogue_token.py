@@ -9,82 +9,19 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.pages import PAGE, PageView
+from molora_kernels.rows import add_lora, first_rows
 
-HELD = 256  # bytes of B in a thread
-# Threads of one warp share the ranks of a column: more warps would have to add up through shared memory.
-ADD_WARPS, HEADS_WARPS, GATE_WARPS = 2, 1, 2
-ADD_BLOCK, GATE_BLOCK = 128, 128  # columns of a program
+HELD = 512  # bytes of B that a thread may hold
+COLUMNS, WARPS = 128, 2  # of a program that adds no adapters
+# One warp shares the ranks of a column without shared memory and its barriers, behind which loads would wait. What
+# reads most (gate) gains at any number of tokens; a residual's kernel has little to read, and of many tokens many
+# programs.
+ADAPTED_COLUMNS, ADAPTED_WARPS = 64, 1
+ADAPTED_TOKENS = 16
+HEADS_WARPS = 1
 
 if TYPE_CHECKING:
     from molora_kernels.epilogue import Added, Scale
-
-
-@triton.jit
-def _first_rows(
-    o, inside, token, piece, width, column, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters,
-    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Rows of B of the columns ``o`` of slice ``piece``, which begins at ``column`` and is ``width`` wide: of each slot
-    of ``token`` the first FIRST pages. All slots are one tile, so that more of them are more rows and not more steps.
-
-    Nothing of this is written by the kernel before this one: it is asked for before that one is done. Returns the
-    tile, and for each row its weight, how many pages its slot has and where they begin.
-    """
-    i = tl.arange(0, TOPS * FIRST * PAGE)
-    k = i // (FIRST * PAGE)
-    slot = tl.load(slots_ptr + token * TOP + k, mask=k < TOP, other=-1).to(tl.int64)
-    acts = slot >= 0
-    count = tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0)
-    first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0).to(tl.int64)
-    weight = tl.load(weights_ptr + token * TOP + k, mask=acts, other=0.0)
-    b = _b_rows(0, first, count, o, inside, width, column, b_ptr, pages, TOPS, FIRST, PAGE)
-    return b, weight, count, first
-
-
-@triton.jit
-def _b_rows(
-    start, first, count, o, inside, width, column, b_ptr, pages,
-    TOPS: tl.constexpr, FIRST: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    i = tl.arange(0, TOPS * FIRST * PAGE)
-    page = start + i // PAGE % FIRST
-    row = (first + page) * PAGE + i % PAGE
-    at = column.to(tl.int64) * PAGE * pages + row * width
-    return tl.load(b_ptr + at[:, None] + o[None, :], mask=(page < count)[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def _h_rows(
-    start, count, token, tokens, piece, h_ptr,
-    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
-    CUTS: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    i = tl.arange(0, TOPS * FIRST * PAGE)
-    page = start + i // PAGE % FIRST
-    h = tl.zeros((TOPS * FIRST * PAGE,), tl.float32)
-    for cut in tl.static_range(CUTS):
-        pair = (cut * tokens + token) * TOP + i // (FIRST * PAGE)
-        at = (pair * SLICES + piece) * (MAX_PAGES * PAGE) + page * PAGE + i % PAGE
-        h += tl.load(h_ptr + at, mask=page < count, other=0.0)
-    return h
-
-
-@triton.jit
-def _add_lora(
-    acc, rows, o, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
-    CUTS: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """acc plus the adapters' part of the columns ``o``. ``rows``: of :func:`_first_rows`."""
-    b, weight, count, first = rows
-    h = _h_rows(0, count, token, tokens, piece, h_ptr, TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE)
-    acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
-    if MAX_PAGES > FIRST:
-        for start in range(FIRST, tl.max(count, 0), FIRST):
-            more = _b_rows(start, first, count, o, inside, width, column, b_ptr, pages, TOPS, FIRST, PAGE)
-            h = _h_rows(start, count, token, tokens, piece, h_ptr, TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE)
-            acc += tl.sum(more.to(tl.float32) * (h * weight)[:, None], 0)
-    return acc
 
 
 @triton.jit
@@ -123,7 +60,7 @@ def _add_kernel(
     if NORM:
         g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
-        rows = _first_rows(
+        rows = first_rows(
             o, inside, token, 0, width, start,
             b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
@@ -134,7 +71,7 @@ def _add_kernel(
     for split in tl.static_range(SPLIT):
         acc += tl.load(y_ptr + (split * tokens + token) * width + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
-        acc = _add_lora(
+        acc = add_lora(
             acc, rows, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
             TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
@@ -180,11 +117,11 @@ def _heads_kernel(
     o_low = head * (2 * HALF) + i
     o_high = o_low + HALF
     if ADAPTED:
-        rows_low = _first_rows(
+        rows_low = first_rows(
             o_low, inside, token, piece, width, column,
             b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
-        rows_high = _first_rows(
+        rows_high = first_rows(
             o_high, inside, token, piece, width, column,
             b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
@@ -194,11 +131,11 @@ def _heads_kernel(
     low = _partial_sum(y_ptr, token, column, o_low, inside, tokens, width_out, BLOCK, SPLIT)
     high = _partial_sum(y_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT)
     if ADAPTED:
-        low = _add_lora(
+        low = add_lora(
             low, rows_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
             TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
-        high = _add_lora(
+        high = add_lora(
             high, rows_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
             TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
@@ -250,11 +187,11 @@ def _gate_kernel(
     start_gate = token * 0
     start_up = start_gate + width
     if ADAPTED:
-        rows_gate = _first_rows(
+        rows_gate = first_rows(
             o, inside, token, 0, width, start_gate,
             b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
-        rows_up = _first_rows(
+        rows_up = first_rows(
             o, inside, token, 1, width, start_up,
             b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
         )  # fmt: skip
@@ -268,11 +205,11 @@ def _gate_kernel(
         gate += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
-        gate = _add_lora(
+        gate = add_lora(
             gate, rows_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
             TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
-        up = _add_lora(
+        up = add_lora(
             up, rows_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
             TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
@@ -333,6 +270,11 @@ def written(scale: "Scale | None", parts: int, stand_in: torch.Tensor) -> torch.
     return scale.squares
 
 
+def _cut(adapted: bool) -> tuple[int, int]:
+    """Columns and warps of a program."""
+    return (ADAPTED_COLUMNS, ADAPTED_WARPS) if adapted else (COLUMNS, WARPS)
+
+
 def launch(pdl: bool) -> dict[str, bool]:
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
 
@@ -349,14 +291,15 @@ def norm(residual: torch.Tensor, gain: torch.Tensor, x: torch.Tensor, eps: float
 def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: Any, pdl: bool) -> None:
     """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
-    pointers, shape, pages, slots = _adapters(added, residual, ADD_BLOCK, ADD_WARPS)
+    columns, warps = _cut(added is not None and T <= ADAPTED_TOKENS)
+    pointers, shape, pages, slots = _adapters(added, residual, columns, warps)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
-    parts = triton.cdiv(D, ADD_BLOCK)
+    parts = triton.cdiv(D, columns)
     squares = written(scale, parts, residual)
     _add_kernel[(T, parts)](
         residual, y, gain, x, squares, *pointers, T, D, parts, pages, slots,
-        SPLIT=y.shape[0], BLOCK=ADD_BLOCK, NORM=norm is not None,
-        **shape, **launch(pdl), num_warps=ADD_WARPS,
+        SPLIT=y.shape[0], BLOCK=columns, NORM=norm is not None,
+        **shape, **launch(pdl), num_warps=warps,
     )  # fmt: skip
 
 
@@ -385,19 +328,18 @@ def heads(
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
         squares, *pointers, T, pages, slots, H, G, longest, each, eps, *sizes,
         PARTS=parts, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
-        SPLIT=y.shape[0], **shape, **launch(pdl),
-        num_warps=HEADS_WARPS,
+        SPLIT=y.shape[0], **shape, **launch(pdl), num_warps=HEADS_WARPS,
     )  # fmt: skip
 
 
 def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, scale: "Scale | None") -> None:
     """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
-    pointers, shape, pages, slots = _adapters(added, m, 2 * GATE_BLOCK, GATE_WARPS)
+    columns, warps = _cut(added is not None)
+    pointers, shape, pages, slots = _adapters(added, m, 2 * columns, warps)
     squares, sizes, parts = scale_of(scale, m)
-    block = GATE_BLOCK
-    _gate_kernel[(T, triton.cdiv(width, block))](
+    _gate_kernel[(T, triton.cdiv(width, columns))](
         y, m, squares, *pointers, T, width, pages, slots, *sizes,
-        PARTS=parts, SPLIT=y.shape[0], BLOCK=block,
-        **shape, **launch(pdl), num_warps=GATE_WARPS,
+        PARTS=parts, SPLIT=y.shape[0], BLOCK=columns,
+        **shape, **launch(pdl), num_warps=warps,
     )  # fmt: skip

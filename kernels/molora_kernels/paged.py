@@ -35,7 +35,8 @@ def add_lora_paged(
     adapters that act are trained at once).
 
     Args:
-        y: [T, sum of the slices' O], the base's output, rows contiguous.
+        y: [..., sum of the slices' O], the base's output of T tokens, rows contiguous. With gradients, best as the base
+            returns it: a change in place of a view would be copied on the way back.
         x: [T, D], its input, rows contiguous, in the factors' dtype.
         pages: the adapters. A slot that is empty, or adapts none of the slices, adds nothing.
         slots: [T, S] int32 or int64, contiguous, -1 for none, all below ``pages.slots``: they are not looked at on the
@@ -53,7 +54,8 @@ def add_lora_paged(
     Raises:
         ValueError: a tensor of the wrong shape, dtype, stride or device; nothing has changed.
     """
-    _check(y, x, pages, slots, weights)
+    rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+    _check(rows, x, pages, slots, weights)
     T, S = slots.shape
     if T == 0 or S == 0:
         return y
@@ -70,21 +72,14 @@ def add_lora_paged(
     elif blocks is None:
         if not trained and hot_set is None and len(parts := passes(PagedPlan(slots, weights), pages)) > 1:
             for part in parts:
-                add_lora_paged(y, x, pages, part.slots, part.weights, by_token=False)
+                add_lora_paged(rows, x, pages, part.slots, part.weights, by_token=False)
             return y
         blocks = make_blocks(slots, order_by_slot(slots))
     if trained:
         return _AddLoRA.apply(y, x, weights, pages.A, pages.B, pages, slots, blocks)
-    return expand(
-        y,
-        _shrink(x, pages, slots, blocks, hot_set),
-        pages,
-        slots,
-        weights,
-        blocks,
-        _upcast(x),
-        tile=_expand_tile(pages, slots),
-    )
+    h, tile = _shrink(x, pages, slots, blocks, hot_set), _expand_tile(pages, slots)
+    expand(rows, h, pages, slots, weights, blocks, _upcast(x), tile=tile)
+    return y
 
 
 def trained_hot(pages: PageView) -> bool:
@@ -145,7 +140,8 @@ class _AddLoRA(torch.autograd.Function):
         blocks: Blocks | None,
     ) -> torch.Tensor:
         h = shrink(x, pages, slots, blocks, shrink_tile(len(slots), pages.slots), _upcast(x), zeros=True)
-        expand(y, h, pages, slots, weights, blocks, _upcast(x), tile=_expand_tile(pages, slots))
+        rows = y.view(-1, y.shape[-1])
+        expand(rows, h, pages, slots, weights, blocks, _upcast(x), tile=_expand_tile(pages, slots))
         ctx.mark_dirty(y)
         _, _, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
         kept = (x if for_A else None, h.sum(0) if for_weights or for_B else None)
@@ -159,13 +155,13 @@ class _AddLoRA(torch.autograd.Function):
         pages: PageView = ctx.pages
         blocks: Blocks | None = ctx.blocks
         _, for_x, for_weights, for_A, for_B = ctx.needs_input_grad[:5]
-        dx = torch.zeros(len(dy), pages.inputs, dtype=torch.float32, device=dy.device) if for_x else None
+        dx = torch.zeros(len(slots), pages.inputs, dtype=torch.float32, device=dy.device) if for_x else None
         dweights = torch.zeros_like(weights) if for_weights else None
         dA = torch.zeros_like(pages.A) if for_A else None
         dB = torch.zeros_like(pages.B) if for_B else None
         by_slot = pairs_by_slot(slots, pages.slots) if for_A or for_B else None
         upcast, ranks = _upcast(dy), pages.max_pages * PAGE
-        for index, part in enumerate(dy.to(pages.A.dtype).contiguous().split(pages.outputs, dim=1)):
+        for index, part in enumerate(dy.to(pages.A.dtype).reshape(len(slots), -1).split(pages.outputs, 1)):
             if for_x or for_weights or for_A:
                 back = pages.transposed(index)
                 dh = shrink(part, back, slots, blocks, shrink_tile(len(slots), pages.slots), upcast, zeros=True)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from molora_kernels.blocks import BLOCK, Blocks, slot_rows
+from molora_kernels.blocks import Blocks, slot_rows
 from molora_kernels.limits import fitting_block
 from molora_kernels.pages import PAGE, PageView
 
@@ -62,15 +62,14 @@ def _shrink_token_kernel(
 
 @triton.jit
 def _shrink_block_kernel(
-    x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
-    tokens, most, width_in, pages, adapters, stride_x,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr, LIST: tl.constexpr,
+    x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, first_ptr, count_ptr,
+    tokens, width_in, pages, adapters, stride_x,
+    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, AT_ONCE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program has a part of a block's tokens: enough programs that none needs a part of the sum."""
     # Columns of the product: the ranks of all slices of AT_ONCE slots, so that x is read once for all of them.
     COLUMNS: tl.constexpr = SLICES * MAX_PAGES * PAGE
-    block = tl.program_id(0) * BLOCK_T // LIST
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     piece = (c % COLUMNS) // (MAX_PAGES * PAGE)
     page = (c // PAGE) % MAX_PAGES
@@ -78,35 +77,37 @@ def _shrink_block_kernel(
     here = place < tokens
     token = tl.load(order_ptr + place, mask=here, other=0).to(tl.int64)
     slots = slot_rows(token, here, slots_ptr, TOP)
-    many = tl.load(counts_ptr + block)
-    for i in range(0, many, AT_ONCE):
-        at = i + c // COLUMNS
-        wanted = (at < many) & (c < AT_ONCE * COLUMNS)
-        slot = tl.load(lists_ptr + block.to(tl.int64) * most + at, mask=wanted, other=-1)
+    last = tl.max(slots[0], 0)
+    for k in tl.static_range(1, TOP):
+        last = tl.maximum(last, tl.max(slots[k], 0))
+    done = tl.full((), -1, tl.int32)
+    while done < last:
+        # The next slots in the order of their numbers, found in registers: a list would be one more load to wait for.
+        slot = tl.full((BLOCK_R,), -1, tl.int32)
+        for j in tl.static_range(AT_ONCE):
+            following = last
+            for k in tl.static_range(TOP):
+                following = tl.minimum(following, tl.min(tl.where(slots[k] > done, slots[k], last), 0))
+            slot = tl.where((c // COLUMNS == j) & (done < last), following, slot)
+            done = following
         owned = page < tl.load(count_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
         first = tl.load(first_ptr + piece * adapters + slot, mask=slot >= 0, other=0)
-        mine = (slots[0][:, None] == slot[None, :]) & owned[None, :]
-        for k in tl.static_range(1, TOP):
-            mine = mine | ((slots[k][:, None] == slot[None, :]) & owned[None, :])
-        if tl.max(tl.max(mine.to(tl.int32), 1), 0) > 0:
-            a_rows = a_ptr + ((piece * pages + first + page).to(tl.int64) * PAGE + c % PAGE) * width_in
-            acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-            for start in range(0, width_in, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                inside = d < width_in
-                x = tl.load(
-                    x_ptr + token[:, None] * stride_x + d[None, :], mask=here[:, None] & inside[None, :], other=0.0
-                )
-                a = tl.load(a_rows[None, :] + d[:, None], mask=inside[:, None] & owned[None, :], other=0.0)
-                if UPCAST:
-                    x, a = x.to(tl.float32), a.to(tl.float32)
-                acc = tl.dot(x, a, acc, input_precision="ieee")
-            for k in tl.static_range(TOP):
-                cells = (token * TOP + k)[:, None] * COLUMNS + (c % COLUMNS)[None, :]
-                tl.store(
-                    h_ptr + cells, acc.to(h_ptr.dtype.element_ty),
-                    mask=(slots[k][:, None] == slot[None, :]) & owned[None, :],
-                )  # fmt: skip
+        a_rows = a_ptr + ((piece * pages + first + page).to(tl.int64) * PAGE + c % PAGE) * width_in
+        acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for start in range(0, width_in, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inside = d < width_in
+            x = tl.load(x_ptr + token[:, None] * stride_x + d[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+            a = tl.load(a_rows[None, :] + d[:, None], mask=inside[:, None] & owned[None, :], other=0.0)
+            if UPCAST:
+                x, a = x.to(tl.float32), a.to(tl.float32)
+            acc = tl.dot(x, a, acc, input_precision="ieee")
+        for k in tl.static_range(TOP):
+            cells = (token * TOP + k)[:, None] * COLUMNS + (c % COLUMNS)[None, :]
+            tl.store(
+                h_ptr + cells, acc.to(h_ptr.dtype.element_ty),
+                mask=(slots[k][:, None] == slot[None, :]) & owned[None, :],
+            )  # fmt: skip
 
 
 def shrink_hot(x: torch.Tensor, pages: PageView) -> torch.Tensor:
@@ -155,9 +156,9 @@ def shrink(
     block_r = max(16, min(128, triton.next_power_of_2(wide)))
     block_d = fitting_block(tile.d, (tile.t + block_r) * (tile.stages - 1) * x.element_size(), x.device)
     _shrink_block_kernel[(triton.cdiv(T, tile.t), triton.cdiv(wide, block_r))](
-        x, pages.A, h, slots, blocks.order, blocks.lists, blocks.counts, pages.first, pages.count,
-        T, blocks.lists.shape[1], pages.inputs, pages.pages, pages.slots, x.stride(0),
-        **shape, LIST=BLOCK, BLOCK_T=tile.t, BLOCK_D=block_d, BLOCK_R=block_r, AT_ONCE=tile.at_once, UPCAST=upcast,
+        x, pages.A, h, slots, blocks.order, pages.first, pages.count,
+        T, pages.inputs, pages.pages, pages.slots, x.stride(0),
+        **shape, BLOCK_T=tile.t, BLOCK_D=block_d, BLOCK_R=block_r, AT_ONCE=tile.at_once, UPCAST=upcast,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return h
