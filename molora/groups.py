@@ -104,6 +104,7 @@ class AdapterGroup:
             plan: of the T tokens.
             piece: the module's number in the group.
         """
+        from molora_kernels.hot import add_lora_hot
         from molora_kernels.paged import (
             TOKEN_FORM,
             add_lora_paged,
@@ -118,7 +119,9 @@ class AdapterGroup:
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
             pages = self._piece(piece)
-            blocks = None if len(flat) <= TOKEN_FORM or trained_hot(pages) else plan.blocks
+            if trained_hot(pages):
+                return add_lora_hot(y, x.to(pages.A.dtype), plan.gates(self.pages.layout(piece), pages), pages)
+            blocks = None if len(flat) <= TOKEN_FORM else plan.blocks
             return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             parts = passes(plan, self.pages)

@@ -1,14 +1,17 @@
 """The order in which the kernels take tokens: those with the same slots next to one another."""
 
 import os
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 if TYPE_CHECKING:
     from molora_kernels.blocks import Blocks
+    from molora_kernels.pages import PageView
 
 _SORTED_COLUMNS = 3  # of a plan that the order looks at: as many as fit into a key of 64 bits
 _BITS = 20  # of a slot in a key
@@ -29,6 +32,20 @@ class PagedPlan:
 
         return make_blocks(self.slots, order_by_slot(self.slots))
 
+    def gates(self, layout: Hashable, pages: "PageView") -> tuple[torch.Tensor, ...]:
+        """Of :func:`molora_kernels.hot.hot_gates`, made once for all modules whose pages have this ``layout``."""
+        from molora_kernels.hot import hot_gates
+
+        if layout not in self._gates:
+            # A layer that is run again for its gradient finds them made, so what they keep is no part of its own.
+            with saved_tensors_hooks(_same, _same):
+                self._gates[layout] = hot_gates(self.slots, self.weights, pages)
+        return self._gates[layout]
+
+    @cached_property
+    def _gates(self) -> dict[Hashable, tuple[torch.Tensor, ...]]:
+        return {}
+
     @cached_property
     def columns(self) -> "tuple[PagedPlan, ...]":
         """Each column as a plan of its own, in its own order."""
@@ -36,6 +53,10 @@ class PagedPlan:
             PagedPlan(slots.contiguous().unsqueeze(1), weights.contiguous().unsqueeze(1))
             for slots, weights in zip(self.slots.unbind(1), self.weights.unbind(1), strict=True)
         )
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def order_by_slot(slots: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ adapter of rank 8 takes one page where one of rank 64 takes four, and a swap wri
 already reads. Rows past an adapter's rank are zeros in A and in B: kernels need no mask for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,6 +120,7 @@ class RankPages(PageView):
             ),
         )
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
+        self._layouts: list[Hashable] = [None] * slices  # of these runs
 
     @torch.no_grad()
     def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
@@ -157,6 +158,12 @@ class RankPages(PageView):
         """Whether an adapter adapts this slice."""
         return bool(self._runs[index])
 
+    def layout(self, index: int) -> Hashable:
+        """Equal for slices whose slots have the same pages, of as many."""
+        if self._layouts[index] is None:
+            self._layouts[index] = (self.slots, self.pages, tuple(sorted(self._runs[index].items())))
+        return self._layouts[index]
+
     def factors(self, index: int) -> dict[int, Factors]:
         """slot -> factors of one slice, with the zero rows that fill the last page; views."""
         A, B = self.A[index].flatten(0, 1), self.b_slice(index).flatten(0, 1)
@@ -191,6 +198,7 @@ class RankPages(PageView):
 
     def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int]) -> None:
         self._runs[index].pop(slot, None)
+        self._layouts[index] = None
         self.count[index, slot] = 0
         if pair is None:
             return
