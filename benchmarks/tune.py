@@ -123,12 +123,12 @@ def tune_attention() -> list[dict[str, Any]]:
 
 def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[EpilogueTile]]:
     """Of the forms by block."""
-    pipelines = ((128, 5), (256, 3), (256, 5), (512, 2), (512, 3))  # elements of the input, stages
-    shrinks = [ShrinkTile(16, d, n, warps, stages)
-               for (d, stages), n, warps in itertools.product(pipelines, (1, 2, 4), (4, 8))]  # fmt: skip
+    pipelines = ((256, 3), (256, 5), (512, 3))  # elements of the input, stages
+    shrinks = [ShrinkTile(16, d, n, 4, stages) for (d, stages), n in itertools.product(pipelines, (1, 2, 4))]
     expands = [ExpandTile(128, n, 4) for n in (1, 2, 4)]
-    epilogues = [EpilogueTile(64, n, 4, stages) for n, stages in itertools.product((1, 2, 4), (1, 3))]
-    epilogues += [EpilogueTile(32, n, warps, 1) for n, warps in itertools.product((1, 2, 4), (2, 4))]
+    cuts = [(64, 4, 1), (64, 4, 3), (32, 2, 1), (32, 4, 1)]  # tokens, warps, stages
+    epilogues = [EpilogueTile(t, n, warps, stages, late)
+                 for (t, warps, stages), n, late in itertools.product(cuts, (1, 2, 4), (False, True))]  # fmt: skip
     return shrinks, expands, epilogues
 
 

@@ -44,6 +44,7 @@ class AdapterGroup:
         self.names = tuple(names)
         self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
+        self._parent = self.names[0].rpartition(".")[0]
         self._pieces: dict[int, tuple[RankPages, PageView]] = {}
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
@@ -120,7 +121,9 @@ class AdapterGroup:
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
             pages = self._piece(piece)
             if trained_hot(pages):
-                return add_lora_hot(y, x.to(pages.A.dtype), plan.gates(self.pages.layout(piece), pages), pages)
+                x, rows = (x.to(flat.dtype), y) if x.dim() == 3 else (flat, y.view(-1, y.shape[-1]))
+                add_lora_hot(rows, x, plan.gates(self._parent, self.pages.layout(piece), pages, x), pages)
+                return y
             blocks = None if len(flat) <= TOKEN_FORM else plan.blocks
             return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:

@@ -31,7 +31,9 @@ def _tokens(order_ptr, tokens, BLOCK_T: tl.constexpr, LIST: tl.constexpr, ADAPTE
 
 @triton.jit
 def _asked(y_ptr, token, tokens, stride, o, mask, SPLIT: tl.constexpr):
-    """The parts of a sum, as they are: they need not be there before what follows has been asked for too."""
+    """The parts of a sum, as they are: they need not be there before what follows has been asked for too.
+
+    Where a block meets many slots they are asked for LATE: they would keep registers from programs beside this one."""
     found = ()
     for split in tl.static_range(SPLIT):
         at = (split * tokens + token)[:, None] * stride + o[None, :]
@@ -63,7 +65,7 @@ def _add_kernel(
     NORM: tl.constexpr, SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
-    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    LIST: tl.constexpr, LATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -77,8 +79,9 @@ def _add_kernel(
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
     mask = here[:, None] & inside[None, :]
     at = token[:, None] * width + o[None, :]
-    before = tl.load(r_ptr + at, mask=mask, other=0.0)
-    asked = _asked(y_ptr, token, tokens, width, o, mask, SPLIT_Y)
+    if not LATE:
+        before = tl.load(r_ptr + at, mask=mask, other=0.0)
+        asked = _asked(y_ptr, token, tokens, width, o, mask, SPLIT_Y)
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
         acc, _ = add_adapters(
@@ -86,6 +89,9 @@ def _add_kernel(
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             False, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
+    if LATE:
+        before = tl.load(r_ptr + at, mask=mask, other=0.0)
+        asked = _asked(y_ptr, token, tokens, width, o, mask, SPLIT_Y)
     rounded = _sum(acc + before.to(tl.float32), asked, SPLIT_Y).to(r_ptr.dtype.element_ty)
     tl.store(r_ptr + at, rounded, mask=mask)
     if NORM:
@@ -103,7 +109,7 @@ def _gate_kernel(
     PARTS: tl.constexpr, SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
-    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    LIST: tl.constexpr, LATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -121,8 +127,9 @@ def _gate_kernel(
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
     mask = here[:, None] & inside[None, :]
-    asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
-    asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
+    if not LATE:
+        asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
+        asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
     gate = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     up = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
@@ -131,6 +138,9 @@ def _gate_kernel(
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             True, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
+    if LATE:
+        asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
+        asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
     gate = _sum(gate, asked_gate, SPLIT_Y)
     up = _sum(up, asked_up, SPLIT_Y)
     if PARTS > 0:
@@ -150,7 +160,7 @@ def _heads_kernel(
     SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
-    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    LIST: tl.constexpr, LATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     head = tl.program_id(1)
@@ -176,8 +186,9 @@ def _heads_kernel(
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
     mask = here[:, None] & inside[None, :]
-    asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
-    asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
+    if not LATE:
+        asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
+        asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
     low = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     high = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
@@ -187,6 +198,9 @@ def _heads_kernel(
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             True, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
+    if LATE:
+        asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
+        asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
     low = _sum(low, asked_low, SPLIT_Y)
     high = _sum(high, asked_high, SPLIT_Y)
     if PARTS > 0:
@@ -227,7 +241,13 @@ def _adapters(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, int], dict[str, Any]]:
     """Pointers, sizes, and shape constants of what adapters add. twice: to two tiles of the product at once."""
     shape: dict[str, Any]
-    cut = {"LIST": BLOCK, "BLOCK_T": tile.t, "UPCAST": stand_in.device.type == "cpu", "num_warps": tile.warps}
+    cut = {
+        "LIST": BLOCK,
+        "LATE": tile.late,
+        "BLOCK_T": tile.t,
+        "UPCAST": stand_in.device.type == "cpu",
+        "num_warps": tile.warps,
+    }
     if added is None:
         shape = dict.fromkeys(("TOP", "SLICES", "MAX_PAGES", "SPLIT", "AT_ONCE", "PAGES", "PAGE"), 1)
         return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "HOT": False, "num_stages": tile.stages}

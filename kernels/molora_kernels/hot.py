@@ -5,7 +5,6 @@ PyTorch's own, with its own way back. The ranks of a few adapters widen the base
 """
 
 import torch
-from torch.nn import functional as F
 
 from molora_kernels.pages import PAGE, PageView
 
@@ -30,8 +29,8 @@ def add_lora_hot(y: torch.Tensor, x: torch.Tensor, gates: tuple[torch.Tensor, ..
 
     Args:
         y: [..., sum of the slices' O], of T tokens, changed in place.
-        x: [..., D], of as many.
-        gates: of :func:`hot_gates`.
+        x: [..., D], of as many: both of two or both of three dimensions.
+        gates: of :func:`hot_gates`, in the shape of x.
         pages: the adapters.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -43,13 +42,15 @@ def add_lora_hot(y: torch.Tensor, x: torch.Tensor, gates: tuple[torch.Tensor, ..
 def _add(y: torch.Tensor, x: torch.Tensor, gates: tuple[torch.Tensor, ...], pages: PageView) -> torch.Tensor:
     start = 0
     for index, (gate, width) in enumerate(zip(gates, pages.outputs, strict=True)):
-        h = F.linear(x, pages.A[index].flatten(0, 1))
-        gated, B = (h * gate.view(h.shape)).to(x.dtype), pages.b_slice(index).flatten(0, 1)
-        part = y if len(gates) == 1 else y.narrow(-1, start, width)
+        A, B = pages.A[index].flatten(0, 1).T, pages.b_slice(index).flatten(0, 1)
+        if x.dim() == 3:  # as it is: each view would be one more step of the way back, and a change of one a copy
+            A, B = (factor.expand(len(x), -1, -1) for factor in (A, B))
+        gated = (x.matmul(A) if x.dim() == 2 else x.bmm(A)) * gate
+        gated, part = gated.to(x.dtype), y if len(gates) == 1 else y.narrow(-1, start, width)
         if part.dtype != x.dtype:
             part += gated @ B
-        elif part.dim() == 3:  # as it is: a change of a view would be copied on the way back
-            part.baddbmm_(gated, B.expand(len(part), -1, -1))
+        elif part.dim() == 3:
+            part.baddbmm_(gated, B)
         else:
             part.addmm_(gated, B)
         start += width

@@ -32,15 +32,23 @@ class PagedPlan:
 
         return make_blocks(self.slots, order_by_slot(self.slots))
 
-    def gates(self, layout: Hashable, pages: "PageView") -> tuple[torch.Tensor, ...]:
-        """Of :func:`molora_kernels.hot.hot_gates`, made once for all modules whose pages have this ``layout``."""
+    def gates(self, owner: Hashable, layout: Hashable, pages: "PageView", x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of :func:`molora_kernels.hot.hot_gates`, in the dtype and shape of x [..., D].
+
+        Made once for the modules of one ``owner`` whose pages have this ``layout``: few, so that few of their gradients
+        are added up in half precision.
+        """
         from molora_kernels.hot import hot_gates
 
-        if layout not in self._gates:
+        key = (owner, layout, x.shape[:-1], x.dtype)
+        if key not in self._gates:
             # A layer that is run again for its gradient finds them made, so what they keep is no part of its own.
             with saved_tensors_hooks(_same, _same):
-                self._gates[layout] = hot_gates(self.slots, self.weights, pages)
-        return self._gates[layout]
+                if layout not in self._gates:
+                    self._gates[layout] = hot_gates(self.slots, self.weights, pages)
+                gates = self._gates[layout]
+                self._gates[key] = tuple(gate.to(x.dtype).view(*x.shape[:-1], -1) for gate in gates)
+        return self._gates[key]
 
     @cached_property
     def _gates(self) -> dict[Hashable, tuple[torch.Tensor, ...]]:
