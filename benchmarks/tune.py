@@ -127,8 +127,7 @@ def block_candidates() -> tuple[list[ShrinkTile], list[ExpandTile], list[Epilogu
     shrinks = [ShrinkTile(16, d, n, 4, stages) for (d, stages), n in itertools.product(pipelines, (1, 2, 4))]
     expands = [ExpandTile(128, n, 4) for n in (1, 2, 4)]
     cuts = [(64, 4, 1), (64, 4, 3), (32, 2, 1), (32, 4, 1)]  # tokens, warps, stages
-    epilogues = [EpilogueTile(t, n, warps, stages, late)
-                 for (t, warps, stages), n, late in itertools.product(cuts, (1, 2, 4), (False, True))]  # fmt: skip
+    epilogues = [EpilogueTile(t, n, warps, stages) for (t, warps, stages), n in itertools.product(cuts, (1, 2, 4))]
     return shrinks, expands, epilogues
 
 

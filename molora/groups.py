@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.backend import broken
 from molora_kernels import Factors
 from molora_kernels.order import PagedPlan
-from molora_kernels.pages import MAX_RANK, PAGE, PageView, RankPages
+from molora_kernels.pages import MAX_RANK, PAGE, RankPages
 
 _FIRST_SLOTS, _FIRST_PAGES = 16, 16
 
@@ -45,7 +45,7 @@ class AdapterGroup:
         self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
         self._parent = self.names[0].rpartition(".")[0]
-        self._pieces: dict[int, tuple[RankPages, PageView]] = {}
+        self._gated: tuple[torch.Tensor, PagedPlan, tuple[torch.Tensor, ...]] | None = None
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod
@@ -105,7 +105,6 @@ class AdapterGroup:
             plan: of the T tokens.
             piece: the module's number in the group.
         """
-        from molora_kernels.hot import add_lora_hot
         from molora_kernels.paged import (
             TOKEN_FORM,
             add_lora_paged,
@@ -119,33 +118,39 @@ class AdapterGroup:
             return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
-            pages = self._piece(piece)
-            if trained_hot(pages):
-                x, rows = (x.to(flat.dtype), y) if x.dim() == 3 else (flat, y.view(-1, y.shape[-1]))
-                add_lora_hot(rows, x, plan.gates(self._parent, self.pages.layout(piece), pages, x), pages)
-                return y
+            if trained_hot(self.pages):
+                return self._add_hot(y, x, flat, plan, piece)
             blocks = None if len(flat) <= TOKEN_FORM else plan.blocks
-            return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
+            return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             parts = passes(plan, self.pages)
             self._shrunk = (x, plan, [(part, shrink_paged(flat, self.pages, part)) for part in parts])
         shrunk = self._shrunk[2]
-        if not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs)))):
-            self._shrunk = None  # nothing is kept beyond the last of the siblings
+        if self._is_last(piece):
+            self._shrunk = None
         rows = y.view(-1, y.shape[-1])
         for part, h in shrunk:
             expand_paged(rows, h, self.pages, part, piece)
         return y
 
-    def _piece(self, index: int) -> PageView:
-        """One of the modules as a group of its own; made once, unless its factors are trained."""
-        pages = self.pages
-        if pages.A.requires_grad or pages.B.requires_grad:
-            return pages.piece(index)
-        found = self._pieces.get(index)
-        if found is None or found[0] is not pages:
-            found = self._pieces[index] = (pages, pages.piece(index))
-        return found[1]
+    def _add_hot(
+        self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int
+    ) -> torch.Tensor:
+        """As :meth:`add`, with gradients, for few adapters."""
+        from molora_kernels.hot import expand_gated, shrink_gated
+
+        if self._gated is None or self._gated[0] is not x or self._gated[1] is not plan:
+            read = x.to(flat.dtype) if x.dim() == 3 else flat
+            self._gated = (x, plan, shrink_gated(read, plan.gates(self._parent, self.pages, read), self.pages))
+        gated = self._gated[2][piece]
+        if self._is_last(piece):
+            self._gated = None
+        expand_gated(y if gated.dim() == y.dim() else y.view(-1, y.shape[-1]), gated, self.pages, piece)
+        return y
+
+    def _is_last(self, piece: int) -> bool:
+        """Whether no sibling after it is adapted: nothing is kept beyond the last."""
+        return not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs))))
 
     def apply(self, change: Any) -> None:
         """``.to()`` and the like."""

@@ -30,21 +30,12 @@ def _tokens(order_ptr, tokens, BLOCK_T: tl.constexpr, LIST: tl.constexpr, ADAPTE
 
 
 @triton.jit
-def _asked(y_ptr, token, tokens, stride, o, mask, SPLIT: tl.constexpr):
-    """The parts of a sum, as they are: they need not be there before what follows has been asked for too.
-
-    Where a block meets many slots they are asked for LATE: they would keep registers from programs beside this one."""
-    found = ()
+def _sum(acc, y_ptr, token, tokens, stride, o, mask, SPLIT: tl.constexpr):
+    """acc plus the parts of the product. They are read after the adapters: they would keep registers meanwhile from
+    programs beside this one, which hides more than reading early does."""
     for split in tl.static_range(SPLIT):
         at = (split * tokens + token)[:, None] * stride + o[None, :]
-        found = found + (tl.load(y_ptr + at, mask=mask, other=0.0),)  # noqa: RUF005 - Triton knows no stars
-    return found
-
-
-@triton.jit
-def _sum(acc, asked, SPLIT: tl.constexpr):
-    for split in tl.static_range(SPLIT):
-        acc += asked[split].to(tl.float32)
+        acc += tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return acc
 
 
@@ -65,7 +56,7 @@ def _add_kernel(
     NORM: tl.constexpr, SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
-    LIST: tl.constexpr, LATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -79,9 +70,6 @@ def _add_kernel(
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
     mask = here[:, None] & inside[None, :]
     at = token[:, None] * width + o[None, :]
-    if not LATE:
-        before = tl.load(r_ptr + at, mask=mask, other=0.0)
-        asked = _asked(y_ptr, token, tokens, width, o, mask, SPLIT_Y)
     acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
         acc, _ = add_adapters(
@@ -89,10 +77,8 @@ def _add_kernel(
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             False, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
-    if LATE:
-        before = tl.load(r_ptr + at, mask=mask, other=0.0)
-        asked = _asked(y_ptr, token, tokens, width, o, mask, SPLIT_Y)
-    rounded = _sum(acc + before.to(tl.float32), asked, SPLIT_Y).to(r_ptr.dtype.element_ty)
+    acc += tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    rounded = _sum(acc, y_ptr, token, tokens, width, o, mask, SPLIT_Y).to(r_ptr.dtype.element_ty)
     tl.store(r_ptr + at, rounded, mask=mask)
     if NORM:
         g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
@@ -109,7 +95,7 @@ def _gate_kernel(
     PARTS: tl.constexpr, SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
-    LIST: tl.constexpr, LATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -127,9 +113,6 @@ def _gate_kernel(
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
     mask = here[:, None] & inside[None, :]
-    if not LATE:
-        asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
-        asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
     gate = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     up = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
@@ -138,11 +121,8 @@ def _gate_kernel(
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             True, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
-    if LATE:
-        asked_gate = _asked(y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
-        asked_up = _asked(y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
-    gate = _sum(gate, asked_gate, SPLIT_Y)
-    up = _sum(up, asked_up, SPLIT_Y)
+    gate = _sum(gate, y_ptr, token, tokens, 2 * width, o, mask, SPLIT_Y)
+    up = _sum(up, y_ptr + width, token, tokens, 2 * width, o, mask, SPLIT_Y)
     if PARTS > 0:
         of_norm = _norm_scales(squares_ptr, token, here, parts, hidden, scale_eps, PARTS)
         gate *= of_norm
@@ -160,7 +140,7 @@ def _heads_kernel(
     SPLIT_Y: tl.constexpr, ADAPTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr, HOT: tl.constexpr,
     AT_ONCE: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
-    LIST: tl.constexpr, LATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token, here, block = _tokens(order_ptr, tokens, BLOCK_T, LIST, ADAPTED)
     head = tl.program_id(1)
@@ -186,9 +166,6 @@ def _heads_kernel(
         )  # fmt: skip
         plan = plan_rows(token, here, slots_ptr, weights_ptr, TOP)
     mask = here[:, None] & inside[None, :]
-    if not LATE:
-        asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
-        asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
     low = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     high = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     if ADAPTED:
@@ -198,11 +175,8 @@ def _heads_kernel(
             h_ptr, b_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, tokens, most, pages, adapters,
             True, TOP, SLICES, MAX_PAGES, SPLIT, HOT, AT_ONCE, PAGES, PAGE, UPCAST,
         )  # fmt: skip
-    if LATE:
-        asked_low = _asked(y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
-        asked_high = _asked(y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
-    low = _sum(low, asked_low, SPLIT_Y)
-    high = _sum(high, asked_high, SPLIT_Y)
+    low = _sum(low, y_ptr, token, tokens, width_out, column + o_low, mask, SPLIT_Y)
+    high = _sum(high, y_ptr, token, tokens, width_out, column + o_high, mask, SPLIT_Y)
     if PARTS > 0:
         of_norm = _norm_scales(squares_ptr, token, here, parts, hidden, scale_eps, PARTS)
         low *= of_norm
@@ -241,13 +215,7 @@ def _adapters(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, int], dict[str, Any]]:
     """Pointers, sizes, and shape constants of what adapters add. twice: to two tiles of the product at once."""
     shape: dict[str, Any]
-    cut = {
-        "LIST": BLOCK,
-        "LATE": tile.late,
-        "BLOCK_T": tile.t,
-        "UPCAST": stand_in.device.type == "cpu",
-        "num_warps": tile.warps,
-    }
+    cut = {"LIST": BLOCK, "BLOCK_T": tile.t, "UPCAST": stand_in.device.type == "cpu", "num_warps": tile.warps}
     if added is None:
         shape = dict.fromkeys(("TOP", "SLICES", "MAX_PAGES", "SPLIT", "AT_ONCE", "PAGES", "PAGE"), 1)
         return (stand_in,) * 9, (1, 0, 0), {**shape, **cut, "ADAPTED": False, "HOT": False, "num_stages": tile.stages}

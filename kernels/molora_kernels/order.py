@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 if TYPE_CHECKING:
     from molora_kernels.blocks import Blocks
-    from molora_kernels.pages import PageView
+    from molora_kernels.pages import RankPages
 
 _SORTED_COLUMNS = 3  # of a plan that the order looks at: as many as fit into a key of 64 bits
 _BITS = 20  # of a slot in a key
@@ -32,26 +32,26 @@ class PagedPlan:
 
         return make_blocks(self.slots, order_by_slot(self.slots))
 
-    def gates(self, owner: Hashable, layout: Hashable, pages: "PageView", x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def gates(self, owner: Hashable, pages: "RankPages", x: torch.Tensor) -> torch.Tensor:
         """Of :func:`molora_kernels.hot.hot_gates`, in the dtype and shape of x [..., D].
 
-        Made once for the modules of one ``owner`` whose pages have this ``layout``: few, so that few of their gradients
-        are added up in half precision.
+        Made once for an ``owner`` of few modules, so that few of their gradients are added up in half precision, and in
+        float32 once for all pages of one layout.
         """
         from molora_kernels.hot import hot_gates
 
+        layout = pages.layout
         key = (owner, layout, x.shape[:-1], x.dtype)
         if key not in self._gates:
             # A layer that is run again for its gradient finds them made, so what they keep is no part of its own.
             with saved_tensors_hooks(_same, _same):
                 if layout not in self._gates:
                     self._gates[layout] = hot_gates(self.slots, self.weights, pages)
-                gates = self._gates[layout]
-                self._gates[key] = tuple(gate.to(x.dtype).view(*x.shape[:-1], -1) for gate in gates)
+                self._gates[key] = self._gates[layout].to(x.dtype).view(*x.shape[:-1], -1)
         return self._gates[key]
 
     @cached_property
-    def _gates(self) -> dict[Hashable, tuple[torch.Tensor, ...]]:
+    def _gates(self) -> dict[Hashable, torch.Tensor]:
         return {}
 
     @cached_property

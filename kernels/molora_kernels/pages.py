@@ -120,7 +120,7 @@ class RankPages(PageView):
             ),
         )
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
-        self._layouts: list[Hashable] = [None] * slices  # of these runs
+        self._layout: Hashable = None  # of these runs
 
     @torch.no_grad()
     def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
@@ -158,11 +158,13 @@ class RankPages(PageView):
         """Whether an adapter adapts this slice."""
         return bool(self._runs[index])
 
-    def layout(self, index: int) -> Hashable:
-        """Equal for slices whose slots have the same pages, of as many."""
-        if self._layouts[index] is None:
-            self._layouts[index] = (self.slots, self.pages, tuple(sorted(self._runs[index].items())))
-        return self._layouts[index]
+    @property
+    def layout(self) -> Hashable:
+        """Equal for pages of as many slices whose slots have the same runs."""
+        if self._layout is None:
+            runs = tuple(tuple(sorted(of.items())) for of in self._runs)
+            self._layout = (self.slots, self.pages, runs)
+        return self._layout
 
     def factors(self, index: int) -> dict[int, Factors]:
         """slot -> factors of one slice, with the zero rows that fill the last page; views."""
@@ -198,7 +200,7 @@ class RankPages(PageView):
 
     def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int]) -> None:
         self._runs[index].pop(slot, None)
-        self._layouts[index] = None
+        self._layout = None
         self.count[index, slot] = 0
         if pair is None:
             return

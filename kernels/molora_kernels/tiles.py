@@ -22,15 +22,13 @@ from molora_kernels.shrink import ShrinkTile
 
 @dataclass(frozen=True)
 class EpilogueTile:
-    """How the kernels between products are cut that take many tokens: tokens, slots at once, warps, pipeline stages of
-    the loop over further slots (registers are fewer where most blocks have none), and whether the product is read only
-    after it."""
+    """How the kernels between products are cut that take many tokens: tokens, slots at once, warps, and pipeline stages
+    of the loop over further slots (registers are fewer where most blocks have none)."""
 
     t: int = 64
     at_once: int = 1
     warps: int = 4
     stages: int = 1
-    late: bool = False
 
 
 LARGEST_HOT = 4096  # ranks of all slices and pages that are ever multiplied for every token

@@ -40,7 +40,6 @@ BLOCKS = {
     "BLOCK_O": 64,
     "ORDERED": True,
     "SPLIT_Y": 1,
-    "LATE": False,
 }
 PRODUCT = {"AHEAD": 4, "SHRINK_FIRST": True, "BY_SLOT": True, "SHRINK_K": 128, "LIST_T": 64, "BLOCK_D": 1024}
 PRODUCT |= {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}

@@ -18,8 +18,8 @@ FORMS = ["few", "block", "block, two slots at once", "hot", "base"]
 @pytest.fixture(autouse=True)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ways of cutting than the table has for such a small problem."""
-    late = "two" in request.node.callspec.params["form"]
-    monkeypatch.setattr(epilogue_block, "epilogue_tile", lambda *_: EpilogueTile(32, 2 if late else 1, late=late))
+    at_once = 2 if "two" in request.node.callspec.params["form"] else 1
+    monkeypatch.setattr(epilogue_block, "epilogue_tile", lambda *_: EpilogueTile(32, at_once))
 
 
 class Prompt(Group):
