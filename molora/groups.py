@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -45,7 +46,7 @@ class AdapterGroup:
         self.pages = RankPages(inputs, outputs, _FIRST_SLOTS, _FIRST_PAGES, PAGE, dtype, device)
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
         self._parent = self.names[0].rpartition(".")[0]
-        self._gated: tuple[torch.Tensor, PagedPlan, tuple[torch.Tensor, ...]] | None = None
+        self._factors: tuple[RankPages, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod
@@ -118,39 +119,38 @@ class AdapterGroup:
             return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
-            if trained_hot(self.pages):
-                return self._add_hot(y, x, flat, plan, piece)
-            blocks = None if len(flat) <= TOKEN_FORM else plan.blocks
-            return add_lora_paged(y, flat, self.pages.piece(piece), plan.slots, plan.weights, blocks)
+            pages = self.pages.piece(piece)
+            blocks = None if len(flat) <= TOKEN_FORM or trained_hot(pages) else plan.blocks
+            return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             parts = passes(plan, self.pages)
             self._shrunk = (x, plan, [(part, shrink_paged(flat, self.pages, part)) for part in parts])
         shrunk = self._shrunk[2]
-        if self._is_last(piece):
-            self._shrunk = None
+        if not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs)))):
+            self._shrunk = None  # nothing is kept beyond the last of the siblings
         rows = y.view(-1, y.shape[-1])
         for part, h in shrunk:
             expand_paged(rows, h, self.pages, part, piece)
         return y
 
-    def _add_hot(
-        self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int
-    ) -> torch.Tensor:
-        """As :meth:`add`, with gradients, for few adapters."""
-        from molora_kernels.hot import expand_gated, shrink_gated
+    def linear(self, base: Any, x: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor | None:
+        """The product of a frozen module and of few frozen adapters as one step of the way back, [..., O]; None where
+        these are not what they are."""
+        pages = self.pages
+        fit = torch.is_grad_enabled() and type(base) is nn.Linear and x.dtype == base.weight.dtype == pages.A.dtype
+        if not fit or torch.is_autocast_enabled(x.device.type) or _watched(base) or not pages.adapted(piece):
+            return None
+        from molora_kernels.hot import linear_hot
+        from molora_kernels.paged import trained_hot
 
-        if self._gated is None or self._gated[0] is not x or self._gated[1] is not plan:
-            read = x.to(flat.dtype) if x.dim() == 3 else flat
-            self._gated = (x, plan, shrink_gated(read, plan.gates(self._parent, self.pages, read), self.pages))
-        gated = self._gated[2][piece]
-        if self._is_last(piece):
-            self._gated = None
-        expand_gated(y if gated.dim() == y.dim() else y.view(-1, y.shape[-1]), gated, self.pages, piece)
-        return y
-
-    def _is_last(self, piece: int) -> bool:
-        """Whether no sibling after it is adapted: nothing is kept beyond the last."""
-        return not any(map(self.pages.adapted, range(piece + 1, len(self.pages.outputs))))
+        constants = (base.weight, base.bias, pages.A, pages.B)
+        if not trained_hot(pages) or any(t is not None and t.requires_grad for t in constants):
+            return None
+        if self._factors is None or self._factors[0] is not pages:
+            views = [(A.flatten(0, 1), pages.b_slice(index).flatten(0, 1)) for index, A in enumerate(pages.A)]
+            self._factors = (pages, views)
+        gate = plan.gates(self._parent, pages)[piece]
+        return linear_hot(x, base.weight, base.bias, gate, *self._factors[1][piece])
 
     def apply(self, change: Any) -> None:
         """``.to()`` and the like."""
@@ -170,3 +170,8 @@ class AdapterGroup:
             for slot, factors in old.factors(piece).items():
                 self.pages.put_slice(slot, piece, factors)
         self.version += 1
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module's own calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -108,25 +108,28 @@ class MoLoRALinear(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
         plan = self.source.plan(self.layer)
         if plan is None or not (self.factors or self.group):
-            return y
+            return self.base_layer(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
         plan = self._here(plan, x, flat.shape[0])
-        if self.group is not None and self.group.serves(flat):
+        by_kernels = self.group is not None and self.group.serves(flat)
+        if by_kernels and self.group is not None and not args and not kwargs:
+            found = self.group.linear(self.base_layer, x, plan.paged, self.piece)
+            if found is not None:
+                return found
+        y = self.base_layer(x, *args, **kwargs)
+        if by_kernels and self.group is not None:
             try:
                 return self.group.add(y.contiguous(), x, flat, plan.paged, self.piece)
             except Exception as error:  # Triton's own errors have no common class
                 if not failed(error):
                     raise
-        out = y.reshape(-1, y.shape[-1])
+        factors = self.factors
         if self.group is not None:
             self._joined = None  # pages may have been written since
             factors = self.group.pages.factors(self.piece)
-        else:
-            factors = self.factors
-        return self._add(out, flat, plan.dispatch, factors).view(y.shape)
+        return self._add(y.reshape(-1, y.shape[-1]), flat, plan.dispatch, factors).view(y.shape)
 
     def _here(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> RoutingPlan:
         """The plan of the rows of x: of all tokens, or of those that are kept for the head."""

@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
 }
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **{**SMALL, "head_dim": 8, "sliding_window": 16, "num_hidden_layers": 6}

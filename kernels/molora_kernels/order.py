@@ -32,8 +32,8 @@ class PagedPlan:
 
         return make_blocks(self.slots, order_by_slot(self.slots))
 
-    def gates(self, owner: Hashable, pages: "RankPages", x: torch.Tensor) -> torch.Tensor:
-        """Of :func:`molora_kernels.hot.hot_gates`, in the dtype and shape of x [..., D].
+    def gates(self, owner: Hashable, pages: "RankPages") -> tuple[torch.Tensor, ...]:
+        """Of :func:`molora_kernels.hot.hot_gates`, in the dtype of the factors.
 
         Made once for an ``owner`` of few modules, so that few of their gradients are added up in half precision, and in
         float32 once for all pages of one layout.
@@ -41,17 +41,17 @@ class PagedPlan:
         from molora_kernels.hot import hot_gates
 
         layout = pages.layout
-        key = (owner, layout, x.shape[:-1], x.dtype)
+        key = (owner, layout, pages.A.dtype)
         if key not in self._gates:
             # A layer that is run again for its gradient finds them made, so what they keep is no part of its own.
             with saved_tensors_hooks(_same, _same):
                 if layout not in self._gates:
                     self._gates[layout] = hot_gates(self.slots, self.weights, pages)
-                self._gates[key] = self._gates[layout].to(x.dtype).view(*x.shape[:-1], -1)
+                self._gates[key] = tuple(gate.to(pages.A.dtype) for gate in self._gates[layout])
         return self._gates[key]
 
     @cached_property
-    def _gates(self) -> dict[Hashable, torch.Tensor]:
+    def _gates(self) -> dict[Hashable, tuple[torch.Tensor, ...]]:
         return {}
 
     @cached_property

@@ -6,7 +6,7 @@ import torch
 
 from molora_kernels.blocks import Blocks, make_blocks
 from molora_kernels.expand import ExpandTile, expand
-from molora_kernels.hot import expand_gated, hot_gates, shrink_gated
+from molora_kernels.hot import add_lora_hot, hot_gates
 from molora_kernels.order import PagedPlan, order_by_slot
 from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView
@@ -64,10 +64,9 @@ def add_lora_paged(
         raise ValueError(f"blocks are of {of}, where {T} in the plan's order are wanted.")
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B))
     if trained and (hot_set if hot_set is not None else by_token is None and trained_hot(pages)):
-        gated = shrink_gated(x, hot_gates(slots, weights, pages), pages)
-        for index, width in enumerate(pages.outputs):
-            start = sum(pages.outputs[:index])
-            expand_gated(rows if len(gated) == 1 else rows.narrow(1, start, width), gated[index], pages, index)
+        for index, gate in enumerate(hot_gates(slots, weights, pages)):
+            own = rows if rows.shape[1] == pages.outputs[index] else rows.narrow(1, *pages.span(index))
+            add_lora_hot(own, x, gate, pages.A[index].flatten(0, 1), pages.b_slice(index).flatten(0, 1))
         return y
     if by_token is None:
         by_token = T <= TOKEN_FORM

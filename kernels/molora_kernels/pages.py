@@ -16,6 +16,7 @@ from molora_kernels.reference import Factors
 
 PAGE = 16  # ranks; the shortest side of a tensor core's tile
 MAX_RANK = 256
+_LAYOUTS: dict[Hashable, int] = {}  # numbers are compared faster than what they stand for
 
 
 @dataclass
@@ -42,6 +43,10 @@ class PageView:
         """[pages, PAGE, O], the pages of one slice in B, or in a tensor ``of`` the same layout; a view."""
         width, start = self.outputs[index], self.pages * PAGE * sum(self.outputs[:index])
         return (self.B if of is None else of)[start : start + self.pages * PAGE * width].view(self.pages, PAGE, width)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where a slice begins in the output, and how wide it is."""
+        return sum(self.outputs[:index]), self.outputs[index]
 
     def piece(self, index: int) -> "PageView":
         """One slice as a group of its own: the same memory."""
@@ -120,7 +125,7 @@ class RankPages(PageView):
             ),
         )
         self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
-        self._layout: Hashable = None  # of these runs
+        self._layout: int | None = None  # of these runs
 
     @torch.no_grad()
     def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
@@ -159,11 +164,11 @@ class RankPages(PageView):
         return bool(self._runs[index])
 
     @property
-    def layout(self) -> Hashable:
+    def layout(self) -> int:
         """Equal for pages of as many slices whose slots have the same runs."""
         if self._layout is None:
             runs = tuple(tuple(sorted(of.items())) for of in self._runs)
-            self._layout = (self.slots, self.pages, runs)
+            self._layout = _LAYOUTS.setdefault((self.slots, self.pages, runs), len(_LAYOUTS))
         return self._layout
 
     def factors(self, index: int) -> dict[int, Factors]:

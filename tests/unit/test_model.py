@@ -275,31 +275,6 @@ def test_two_models_of_one_stack(base: Any, adapters: dict[str, Path], ids: torc
     assert torch.equal(second(ids, selection={"domain": "math"}).logits, expected)
 
 
-# Ranks up to which training multiplies all. The other way takes minutes in an interpreter.
-@pytest.mark.parametrize("hot", [1024, pytest.param(0, marks=pytest.mark.gpu)], ids=["hot", "by slot"])
-def test_a_routers_gradient_by_kernels_and_with_checkpointing(
-    base: Any, adapters: dict[str, Path], ids: torch.Tensor, hot: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("molora_kernels.paged.HOT_TRAINED", hot)
-    expected = None
-    for backend in ("torch", "triton"):
-        monkeypatch.setattr("molora.adapted.backend_for", lambda _, backend=backend: backend)
-        model = make_routed(base, adapters, weights="softmax", top_k=2)
-        expected = router_gradient(model, ids) if expected is None else expected
-        assert expected.abs().max() > 0
-        close(router_gradient(model, ids), expected)
-        model.base.gradient_checkpointing_enable({"use_reentrant": False})
-        model.base.model.train()  # checkpointing is on in training mode only; there is no dropout
-        close(router_gradient(model, ids), expected)
-
-
-def router_gradient(model: MoLoRAModel, ids: torch.Tensor) -> torch.Tensor:
-    model.train()
-    model.router.zero_grad()
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    return model.router.parts[0].output.weight.grad.clone()
-
-
 @torch.no_grad()
 def test_the_base_is_saved_as_the_base(model: MoLoRAModel, base: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     assert set(model.base.state_dict()) == set(base.state_dict())
