@@ -186,24 +186,49 @@ def _add_pages(
     HOT: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All pages of a slot from page FROM on."""
-    for start in tl.static_range(FROM, MAX_PAGES, PAGES):
-        a = _b_tile(
-            slot, start, piece_a, column_a, width, o_a, inside, b_ptr, first_ptr, count_ptr, pages, adapters,
+    if MAX_PAGES > PAGES:
+        owned = tl.load(count_ptr + piece_a * adapters + slot, mask=slot >= 0, other=0)
+        if TWO:
+            owned = tl.maximum(owned, tl.load(count_ptr + piece_b * adapters + slot, mask=slot >= 0, other=0))
+        for start in range(FROM, owned, PAGES):
+            acc_a, acc_b = _add_some(
+                acc_a, acc_b, slot, start, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+                h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+                TWO, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+            )  # fmt: skip
+    elif FROM == 0:
+        acc_a, acc_b = _add_some(
+            acc_a, acc_b, slot, 0, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+            h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+            TWO, TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+        )  # fmt: skip
+    return acc_a, acc_b
+
+
+@triton.jit
+def _add_some(
+    acc_a, acc_b, slot, start, piece_a, column_a, o_a, piece_b, column_b, o_b, width, inside, plan, token,
+    h_ptr, b_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+    TWO: tl.constexpr, TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    HOT: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """PAGES pages of a slot from page ``start`` on."""
+    a = _b_tile(
+        slot, start, piece_a, column_a, width, o_a, inside, b_ptr, first_ptr, count_ptr, pages, adapters, PAGES, PAGE
+    )
+    acc_a = _add_tile(
+        acc_a, slot, start, a[0], a[1], a[2], piece_a, plan, token, h_ptr, tokens, pages,
+        TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
+    )  # fmt: skip
+    if TWO:
+        b = _b_tile(
+            slot, start, piece_b, column_b, width, o_b, inside, b_ptr, first_ptr, count_ptr, pages, adapters,
             PAGES, PAGE,
         )  # fmt: skip
-        acc_a = _add_tile(
-            acc_a, slot, start, a[0], a[1], a[2], piece_a, plan, token, h_ptr, tokens, pages,
+        acc_b = _add_tile(
+            acc_b, slot, start, b[0], b[1], b[2], piece_b, plan, token, h_ptr, tokens, pages,
             TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
         )  # fmt: skip
-        if TWO:
-            b = _b_tile(
-                slot, start, piece_b, column_b, width, o_b, inside, b_ptr, first_ptr, count_ptr, pages, adapters,
-                PAGES, PAGE,
-            )  # fmt: skip
-            acc_b = _add_tile(
-                acc_b, slot, start, b[0], b[1], b[2], piece_b, plan, token, h_ptr, tokens, pages,
-                TOP, SLICES, MAX_PAGES, SPLIT, HOT, PAGES, PAGE, UPCAST,
-            )  # fmt: skip
     return acc_a, acc_b
 
 

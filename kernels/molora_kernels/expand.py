@@ -16,7 +16,7 @@ from molora_kernels.pages import PAGE, PageView
 
 LARGEST_PAGES = 4  # that are multiplied at once
 STAGES = 3  # of the pipeline over a block's slots
-OPERANDS = 64 << 10  # bytes of shared memory that the tensor cores' operands take beside the pipeline
+OPERANDS = 16 << 10  # bytes of shared memory that a product's operands take beside the pipeline
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def block_shape(h: torch.Tensor, pages: PageView, slots: torch.Tensor, at_once: 
     """What :func:`molora_kernels.blocks.add_adapters` has to know of h, of the adapters and of the plan."""
     hot = h.dim() == 2
     together = min(LARGEST_PAGES, triton.next_power_of_2(pages.max_pages))
+    if h.dtype == torch.float32 and h.is_cuda:  # without tensor cores each page more is code that takes long to compile
+        together = 1
     return {
         "TOP": slots.shape[1],
         "SLICES": len(pages.outputs),
@@ -130,11 +132,13 @@ def block_shape(h: torch.Tensor, pages: PageView, slots: torch.Tensor, at_once: 
 def block_stages(
     stages: int, shape: dict[str, int | bool], h: torch.Tensor, b: torch.Tensor, tokens: int, columns: int
 ) -> int:
-    """``stages`` of the pipeline over a block's slots, or 1 where it has no room: a stage holds all pages of a slot, of
-    ``columns`` columns of B and of what ``tokens`` tokens shrank. shape: of :func:`block_shape`."""
-    rows = shape["AT_ONCE"] * triton.cdiv(shape["MAX_PAGES"], shape["PAGES"]) * shape["PAGES"] * PAGE
+    """``stages`` (3) of the pipeline over a block's slots, or 1 where it has no room: a stage holds the pages that are
+    multiplied at once, of ``columns`` columns of B and of what ``tokens`` tokens shrank. Triton keeps two of them, over
+    the pages of one slot four. shape: of :func:`block_shape`."""
+    kept = 4 if shape["MAX_PAGES"] > shape["PAGES"] else 2
+    rows = shape["AT_ONCE"] * shape["PAGES"] * PAGE
     of_h = tokens * shape["TOP"] * shape["SPLIT"] * h.element_size()
-    needed = rows * (columns * b.element_size() + of_h) + OPERANDS
+    needed = kept * rows * (columns * b.element_size() + of_h) + OPERANDS
     return stages if needed <= shared_memory(b.device) else 1
 
 
