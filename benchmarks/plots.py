@@ -17,7 +17,19 @@ from benchmarks.results import gather
 from tools.pictures import PALETTE, pyplot, save
 
 LAYER, DECODE = "kernels-layer.svg", "kernels-decode.svg"
-NOT_CONTENDERS = ("what", "shape", "adapters", "tokens", "top", "rank", "popularity", "order", "base", "limit")
+NOT_CONTENDERS = (
+    "what",
+    "commit",
+    "shape",
+    "adapters",
+    "tokens",
+    "top",
+    "rank",
+    "popularity",
+    "order",
+    "base",
+    "limit",
+)
 
 Row = dict[str, Any]
 

@@ -3,7 +3,8 @@
 python -m benchmarks.results runs/gpu
 
 The folder holds what the benchmarks left there: step.json, prefill.json, train.json, peers.json, smollm.json and
-kernels.csv (a layer's kernels). What is not there is left out, rows and bars; what is there must be of one GPU.
+kernels.csv (a layer's kernels). What is not there is left out, rows and bars; what is there must be of one GPU. With
+--keep, what an earlier report has and the folder has not stays as it was, each row and bar with its commit.
 """
 
 import argparse
@@ -36,6 +37,7 @@ FILES = {  # several of a kind, of other shapes and ranks, are put together
     "smollm": "smollm.json",
     "layer": "kernels.csv",
 }
+SETTINGS = ("what", "shape", "adapters", "rank", "top", "popularity", "batch", "tokens", "sequences", "context")
 WORDS = ("shape", "popularity", "device")  # columns of the CSV that hold no number
 
 Row = dict[str, Any]
@@ -45,9 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the benchmarks wrote")
     parser.add_argument("--out", type=Path, default=Path("docs/results/kernels.json"))
+    parser.add_argument("--keep", type=Path, help="a report whose rows stay where none was measured again")
     settings = parser.parse_args()
     try:
         report = gather(settings.folder)
+        if settings.keep is not None:
+            report = keep(report, json.loads(settings.keep.read_text(encoding="utf-8")))
     except ValueError as error:
         parser.error(str(error))
     settings.out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,32 @@ def gather(folder: Path) -> dict[str, Any]:
             *peer_bars(rows.get("peers", [])),
         ],
     }
+
+
+def keep(report: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """``report`` and what only ``before`` has: rows of other settings, and bars of other lines.
+
+    Raises:
+        ValueError: the earlier report is of another machine.
+    """
+    if before["machine"] != report["machine"]:
+        raise ValueError(f"{before['machine']} and {report['machine']}: measure all of them on one machine.")
+    rows, must = {settings_of(row): row for row in report["rows"]}, {line["name"] for line in report["must"]}
+    old = [{"commit": before["commit"], **row} for row in before["rows"]]
+    # A row that was kept before and one that was measured then may have the same settings: the later one counts.
+    kept = {settings_of(row): row for row in old if settings_of(row) not in rows}
+    lines = [
+        {**line, "note": "; ".join(filter(None, [line["note"], f"commit {before['commit']}"]))}
+        for line in before["must"]
+        if line["name"] not in must
+    ]
+    ordered = sorted([*report["rows"], *kept.values()], key=lambda row: list(FILES).index(row["what"]))
+    return {**report, "rows": ordered, "must": [*report["must"], *lines]}
+
+
+def settings_of(row: Row) -> tuple[object, ...]:
+    """What was measured, without what came out."""
+    return tuple(row.get(name) for name in SETTINGS)
 
 
 def once(rows: list[Row]) -> list[Row]:

@@ -29,14 +29,28 @@ def section(report: dict[str, Any]) -> list[str]:
         *bars(report["must"]),
     ]
     pictures = plots.pictures(report["rows"])
+    rows = [_marked(row) for row in report["rows"]]
+    earlier = sorted({row["commit"] for row in rows if "commit" in row})
+    if earlier:
+        parts += ["", f"Rows with an asterisk are of an earlier commit ({', '.join(earlier)})."]
     for what, render in RENDERERS.items():
-        own = [row for row in report["rows"] if row["what"] == what]
+        own = [row for row in rows if row["what"] == what]
         if own:
             parts += ["", *render(own)]
         name = {"decode": plots.DECODE, "layer": plots.LAYER}.get(what)
         if name in pictures:
             parts += ["", f"![{TITLES[name]}](images/{name})"]
     return [*parts, ""]
+
+
+def _marked(row: Row) -> Row:
+    """An asterisk at the shape of what was measured at an earlier commit."""
+    return {**row, "shape": f"{row['shape']}*"} if "commit" in row and "shape" in row else row
+
+
+def _earlier(rows: Sequence[Row]) -> str:
+    """For a title: the earlier commit at which the rows were measured."""
+    return f", commit {rows[0]['commit']}" if "commit" in rows[0] else ""
 
 
 def bars(must: Sequence[Row]) -> list[str]:
@@ -110,7 +124,7 @@ def train(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]  # fmt: skip
     head = ["adapters", "tokens", "base, ms", "routed, ms", "ratio", "base's peak, GiB", "routed peak, GiB"]
-    return ["### A training step of the router, forward and backward", "", *table(head, lines)]
+    return [f"### A training step of the router, forward and backward{_earlier(rows)}", "", *table(head, lines)]
 
 
 def peers(rows: Sequence[Row]) -> list[str]:
@@ -118,7 +132,7 @@ def peers(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         what = f"{row['adapters']} adapters, batch 1, {row['context']} tokens before it"
         times = [[name, *_numbers(row, key)] for name, key in PEERS.items()]
-        lines += [f"### A token beside PEFT: {what}", "", *table(["", "ms"], times)]
+        lines += [f"### A token beside PEFT: {what}{_earlier(rows)}", "", *table(["", "ms"], times)]
     return lines
 
 
@@ -130,7 +144,7 @@ def smollm(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]  # fmt: skip
     return [
-        "### SmolLM2-135M-Instruct with the starter stack, tokens/s in bf16",
+        f"### SmolLM2-135M-Instruct with the starter stack, tokens/s in bf16{_earlier(rows)}",
         "",
         f"In float32 {equal} greedy answers are the CPU's, token for token, alone and in a batch.",
         "",

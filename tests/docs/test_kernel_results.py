@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import plots
-from benchmarks.results import gather
+from benchmarks.results import gather, keep
 from tools.render_kernels import section
 from tools.render_results import main
 
@@ -110,6 +110,30 @@ def test_runs_of_other_sizes_are_put_together(everything: Path) -> None:
     (everything / "step-8b.json").write_text(json.dumps({"device": GPU, "seed": 0, "rows": more}))
     rows = [row for row in gather(everything)["rows"] if row["what"] == "decode" and "adapters" not in row]
     assert [(row["shape"], row["base_ms"]) for row in rows] == [("1.7B", 2.6), ("8B", 9.0)]
+
+
+def test_what_was_not_measured_again_stays_with_its_commit(everything: Path, tmp_path: Path) -> None:
+    before = {**gather(everything), "commit": "0ld"}
+    after = keep(gather(write(tmp_path / "new", "step")), before)
+    assert {row["what"] for row in after["rows"] if row.get("commit") == "0ld"} == {
+        "prefill", "train", "peers", "smollm", "layer",
+    }  # fmt: skip
+    assert len(after["rows"]) == len(before["rows"]) and len(after["must"]) == len(before["must"])
+    notes = {line["name"]: line["note"] for line in after["must"]}
+    assert notes["training step of the router over the base's forward and backward"] == "commit 0ld"
+    assert notes["whole routed step, batch 1, ms"] == ""
+    text = "\n".join(section(after))
+    assert "asterisk are of an earlier commit (0ld)" in text and "| 1.7B* | 2048 |" in text
+    assert "forward and backward, commit 0ld" in text
+    again = keep(gather(write(tmp_path / "more", "train")), after)
+    assert {row["what"] for row in again["rows"] if row.get("commit") == "0ld"} == {
+        "prefill",
+        "peers",
+        "smollm",
+        "layer",
+    }
+    with pytest.raises(ValueError, match="one machine"):
+        keep(after, {**before, "machine": "Another GPU"})
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
