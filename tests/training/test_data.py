@@ -15,6 +15,8 @@ from molora_training.data import (
     Example,
     MixedExample,
     mix,
+    mix_documents,
+    mix_in_a_turn,
     packages,
     read_examples,
     read_mixed,
@@ -343,6 +345,31 @@ def test_mixed_never_repeats_a_domain_and_is_deterministic() -> None:
         assert len(one.messages) == 2 * len(one.domains)
         for domain, answer in zip(one.domains, one.messages[1::2], strict=True):
             assert answer["content"].endswith(f"in {domain}")
+
+
+@pytest.mark.parametrize("make", [mix_in_a_turn, mix_documents])
+def test_mixes_within_one_turn(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pools = {domain: [example(f"{domain}-{n}", domain) for n in range(30)] for domain in DOMAINS}
+    made = make(pools, "test", 100)
+    assert made == make(pools, "test", 100) != make(pools, "test", 100, seed=1)
+    for one in made:
+        assert [message["role"] for message in one.messages] == ["user", "assistant"]
+        for message, turn in zip(one.messages, one.parts, strict=True):
+            assert "".join(part.text for part in turn) == message["content"]
+        assert all(first != second for first, second in zip(one.domains, one.domains[1:], strict=False))
+        answers = [part for turn in one.parts for part in turn if part.answer]
+        assert [part.pair for part in answers] == list(range(len(one.domains)))
+        assert all(part.text.rstrip().endswith(f"in {one.domains[part.pair]}") for part in answers)
+    write_examples(tmp_path / "mixed.test.jsonl", made)
+    assert read_mixed(tmp_path / "mixed.test.jsonl") == made
+
+
+def test_the_test_split_joins_questions_in_ways_that_training_has_not() -> None:
+    def joints(split: str) -> set[str]:
+        pools = {domain: [example(f"{domain}-{n}", domain, split) for n in range(30)] for domain in DOMAINS}
+        return {one.parts[0][0].text.split("-", 1)[1].lstrip("0123456789") for one in mix_in_a_turn(pools, split, 200)}
+
+    assert joints("test") and joints("train") and not joints("test") & joints("train")
 
 
 def test_mixed_refuses_other_splits_and_a_single_domain() -> None:

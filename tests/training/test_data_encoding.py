@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from molora.chat import pieces, render
 from molora.errors import BaseModelError, DataError
-from molora_training.data import DOMAINS, IGNORED, Example, collate, encode, encode_within
+from molora_training.data import DOMAINS, IGNORED, Example, Part, collate, encode, encode_within
 
 CONVERSATION = [
     {"role": "user", "content": "How many ducks?"},
@@ -86,6 +86,49 @@ def test_encode_refuses_wrong_domains() -> None:
     with pytest.raises(DataError, match="'cooking'"):
         encode(CONVERSATION, byte_tokenizer(), ["math", "cooking"])
     assert encode(CONVERSATION, byte_tokenizer(), ["math", "cooking"], ["cooking", "math"]).domain_ids[-1] == 0
+
+
+TWO = (
+    (Part("How many ducks?\n\nAlso: ", 0, False), Part("Sort a list.", 1, False)),
+    (Part("Nine.\n\n", 0, True), Part("sorted(x)", 1, True)),
+)
+
+
+def turns_of(parts: tuple[tuple[Part, ...], ...]) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": r, "content": "".join(p.text for p in turn)} for r, turn in zip(roles, parts, strict=True)]
+
+
+def test_parts_of_a_turn_have_their_own_pairs_and_domains() -> None:
+    tokenizer, turns = byte_tokenizer(), turns_of(TWO)
+    encoded = encode(turns, tokenizer, ["code", "law"], parts=TWO)
+    assert tokenizer.decode(encoded.input_ids) == render(tokenizer, turns)
+    for pair, (question, answer, domain) in enumerate(
+        [("ducks?\n\nAlso: ", "Nine.\n\n", "code"), ("Sort a list.<|im_end|>\n", "sorted(x)<|im_end|>", "law")]
+    ):
+        own = encoded.segments == pair
+        assert (encoded.domain_ids[own] == DOMAINS.index(domain)).all()
+        labelled = own & (encoded.labels != IGNORED)
+        assert tokenizer.decode(encoded.input_ids[labelled]) == answer
+        assert question in tokenizer.decode(encoded.input_ids[own & ~labelled])
+
+
+def test_a_document_is_judged_on_its_answers_alone() -> None:
+    tokenizer = byte_tokenizer()
+    text = (Part("1+1?\n", 0, False), Part("2", 0, True), Part("\n\nA tort?\n", 1, False), Part("A wrong.", 1, True))
+    parts = ((Part("Page 1", 0, False),), text)
+    encoded = encode(turns_of(parts), tokenizer, ["math", "law"], parts=parts)
+    written = encoded.labels != IGNORED
+    assert tokenizer.decode(encoded.input_ids[written]) == "2A wrong.<|im_end|>"
+    assert encoded.domain_ids[written][0] == DOMAINS.index("math")
+
+
+def test_parts_that_are_not_the_content_are_refused() -> None:
+    turns = turns_of(TWO)
+    with pytest.raises(DataError, match="turn 1 do not make up"):
+        encode(turns, byte_tokenizer(), ["code", "law"], parts=(TWO[0], TWO[1][:1]))
+    with pytest.raises(DataError, match="2 turns, but parts of 1"):
+        encode(turns, byte_tokenizer(), ["code", "law"], parts=TWO[:1])
 
 
 def test_collate_pads_on_the_right() -> None:

@@ -8,12 +8,13 @@ from .items import (
     USERS,
     Example,
     MixedExample,
+    Part,
     Split,
     read_examples,
     read_mixed,
     write_examples,
 )
-from .mixed import mix
+from .mixed import mix, mix_documents, mix_in_a_turn
 from .prepare import data_dir, prepare
 
 __all__ = [
@@ -26,12 +27,15 @@ __all__ = [
     "Encoded",
     "Example",
     "MixedExample",
+    "Part",
     "Split",
     "collate",
     "data_dir",
     "encode",
     "encode_within",
     "mix",
+    "mix_documents",
+    "mix_in_a_turn",
     "prepare",
     "read_examples",
     "read_mixed",

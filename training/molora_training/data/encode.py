@@ -1,7 +1,7 @@
 """Conversations to token tensors: which tokens are an answer, which pair and which domain each one belongs to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from molora.chat import pieces
 from molora.errors import DataError
 
-from .items import DOMAINS, USERS, Example, MixedExample
+from .items import DOMAINS, USERS, Example, MixedExample, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,7 @@ def encode(
     tokenizer: "PreTrainedTokenizerBase",
     domains: Sequence[str],
     names: Sequence[str] = (*DOMAINS, *USERS),
+    parts: Sequence[Sequence[Part]] = (),
 ) -> Encoded:
     """Encodes a conversation piece by piece, so that the borders of answers are exact.
 
@@ -64,13 +65,23 @@ def encode(
         tokenizer: of the base model.
         domains: one name a question-and-answer pair.
         names: the domains in the order of their indices.
+        parts: of each turn, where turns hold more than one pair.
 
     Raises:
-        DataError: the number of domains is not the number of pairs, or a domain is not in `names`.
+        DataError: the number of domains is not the number of pairs, a domain is not in `names`, or the parts of a turn
+            are not its content.
     """
-    pair_of_turn = _pairs(messages)
-    if pair_of_turn[-1] + 1 != len(domains):
-        raise DataError(f"The conversation has {pair_of_turn[-1] + 1} pairs, but {len(domains)} domains were given.")
+    if parts:
+        turns = _checked(messages, parts)
+        pairs = 1 + max(part.pair for turn in turns for part in turn)
+    else:
+        pair_of_turn = _pairs(messages)
+        turns = [
+            [Part(str(message["content"]), pair, True)] for message, pair in zip(messages, pair_of_turn, strict=True)
+        ]
+        pairs = pair_of_turn[-1] + 1
+    if pairs != len(domains):
+        raise DataError(f"The conversation has {pairs} pairs, but {len(domains)} domains were given.")
     unknown = [domain for domain in domains if domain not in names]
     if unknown:
         raise DataError(f"Domain '{unknown[0]}' is not one of {', '.join(names)}.")
@@ -78,10 +89,11 @@ def encode(
     labels: list[int] = []
     segments: list[int] = []
     for piece in pieces(tokenizer, messages):
-        tokens = tokenizer(piece.text, add_special_tokens=False)["input_ids"]
-        ids += tokens
-        labels += tokens if piece.answer else [IGNORED] * len(tokens)
-        segments += [pair_of_turn[piece.turn]] * len(tokens)
+        for part in _cut(piece.text, turns[piece.turn]):
+            tokens = tokenizer(part.text, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            labels += tokens if piece.answer and part.answer else [IGNORED] * len(tokens)
+            segments += [part.pair] * len(tokens)
     index = [list(names).index(domain) for domain in domains]
     return Encoded(
         input_ids=torch.tensor(ids, dtype=torch.int64),
@@ -98,7 +110,10 @@ def encode_within(
     names: Sequence[str] = (*DOMAINS, *USERS),
 ) -> list[Encoded]:
     """Encodes examples and leaves out those longer than `max_tokens`, so that no answer is cut."""
-    encoded = [encode(example.messages, tokenizer, example.domains, names) for example in examples]
+    encoded = [
+        encode(example.messages, tokenizer, example.domains, names, getattr(example, "parts", ()))
+        for example in examples
+    ]
     return [one for one in encoded if one.input_ids.numel() <= max_tokens]
 
 
@@ -120,6 +135,33 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         segments=padded("segments", -1),
         domain_ids=padded("domain_ids", -1),
     )
+
+
+def _cut(text: str, turn: Sequence[Part]) -> list[Part]:
+    """A piece of a rendered turn by the turn's parts: what stands before its content goes with the first of them, what
+    stands after it with the last."""
+    content = "".join(part.text for part in turn)
+    start = text.find(content)
+    if start < 0:  # marks around the content, rendered apart
+        return [replace(turn[0], text=text)]
+    if len(turn) == 1:
+        return [replace(turn[0], text=text)]
+    first, *middle, last = turn
+    end = start + len(content)
+    return [
+        replace(first, text=text[: start + len(first.text)]),
+        *middle,
+        replace(last, text=text[end - len(last.text) : end] + text[end:]),
+    ]
+
+
+def _checked(messages: Sequence[Mapping[str, str]], parts: Sequence[Sequence[Part]]) -> list[list[Part]]:
+    if len(parts) != len(messages):
+        raise DataError(f"The conversation has {len(messages)} turns, but parts of {len(parts)} were given.")
+    for number, (message, turn) in enumerate(zip(messages, parts, strict=True)):
+        if not turn or "".join(part.text for part in turn) != message["content"]:
+            raise DataError(f"The parts of turn {number} do not make up its content.")
+    return [list(turn) for turn in parts]
 
 
 def _pairs(messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -56,13 +56,27 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a turn: its text, which question-and-answer pair it is of, and whether it is an answer."""
+
+    text: str
+    pair: int
+    answer: bool
+
+
+@dataclass(frozen=True)
 class MixedExample:
-    """A conversation whose consecutive question-and-answer pairs come from different domains."""
+    """A conversation or text of question-and-answer pairs from different domains.
+
+    domains: one name a pair. parts: where a turn holds more than one pair, the parts of each turn, whose texts make up
+    its content; else nothing.
+    """
 
     id: str
     split: Split
     messages: tuple[dict[str, str], ...]
     domains: tuple[str, ...] = field(default=())
+    parts: tuple[tuple[Part, ...], ...] = ()
 
 
 def split_of(task: str) -> Split:
@@ -109,7 +123,13 @@ def read_examples(path: Path) -> list[Example]:
 def read_mixed(path: Path) -> list[MixedExample]:
     """Reads `mixed.<split>.jsonl`. Raises DataError naming the line that is not a mixed example."""
     return [
-        MixedExample(id=row["id"], split=row["split"], messages=row["messages"], domains=tuple(row["domains"]))
+        MixedExample(
+            id=row["id"],
+            split=row["split"],
+            messages=row["messages"],
+            domains=tuple(row["domains"]),
+            parts=tuple(tuple(Part(*part) for part in turn) for turn in row.get("parts", ())),
+        )
         for row in _rows(path, ("id", "split", "messages", "domains"))
     ]
 
@@ -117,7 +137,10 @@ def read_mixed(path: Path) -> list[MixedExample]:
 def _as_row(example: Example | MixedExample) -> dict[str, Any]:
     row: dict[str, Any] = {"id": example.id, "split": example.split, "messages": list(example.messages)}
     if isinstance(example, MixedExample):
-        return {**row, "domains": list(example.domains)}
+        row["domains"] = list(example.domains)
+        if example.parts:
+            row["parts"] = [[[part.text, part.pair, part.answer] for part in turn] for turn in example.parts]
+        return row
     row = {"id": example.id, "domain": example.domain, "split": example.split, "form": example.form}
     if example.unseen:
         row["unseen"] = True

@@ -1,16 +1,29 @@
-"""Conversations that change their domain from one question to the next: what routing is trained and judged on."""
+"""Conversations and texts that change their domain: what routing is trained and judged on.
+
+By turns: a question of another domain each time. In a turn: two questions at once, and both answers. As a document:
+problems with their answers, one after the other, in one text.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
 
 from molora.errors import DataError
 
-from .items import Example, MixedExample, Split
+from .items import Example, MixedExample, Part, Split
 from .text import approx_tokens
 
 MAX_TOKENS = 1024
 # ChatML's marks and roles around one question and its answer.
 _TOKENS_AROUND_PAIR = 12
+# What stands between two questions of one turn, and what asks for a document: of training, and of the test split alone.
+JOINTS = (
+    ("\n\n", "\n\n", "\n\nAlso: ", "\n\nAnd another one: ", " Second question: ", "\n---\n", "\n\n2. ", "\n\nThen: "),
+    ("\n\nWhile you are at it: ", "\n\nPS: ", " || "),
+)
+REQUESTS = (
+    ("Write out the worksheet.", "Continue the notes.", "My revision notes:", "Show me the collection.", "Page 1"),
+    ("Type up the notebook for me.", "From the archive:"),
+)
 
 
 def mix(examples: Mapping[str, Sequence[Example]], split: Split, count: int, seed: int = 0) -> list[MixedExample]:
@@ -25,38 +38,115 @@ def mix(examples: Mapping[str, Sequence[Example]], split: Split, count: int, see
     Raises:
         DataError: fewer than two domains have examples, or an example is of another split.
     """
-    pools = {domain: list(rows) for domain, rows in examples.items() if rows}
-    if len(pools) < 2:
-        raise DataError("Mixed conversations need examples of at least two domains.")
-    strangers = [row.id for rows in pools.values() for row in rows if row.split != split]
-    if strangers:
-        raise DataError(f"Example {strangers[0]} is not of the split '{split}'.")
-    draw = random.Random(f"mixed:{split}:{seed}")
-    decks: dict[str, list[Example]] = {domain: [] for domain in pools}
-    return [_one(pools, decks, split, number, draw) for number in range(count)]
+    deck = _Deck(examples, split, random.Random(f"mixed:{split}:{seed}"))
+    return [_one(deck, split, number) for number in range(count)]
 
 
-def _one(
-    pools: Mapping[str, list[Example]],
-    decks: dict[str, list[Example]],
-    split: Split,
-    number: int,
-    draw: random.Random,
-) -> MixedExample:
-    target = draw.randint(2, 4)
+def mix_in_a_turn(
+    examples: Mapping[str, Sequence[Example]], split: Split, count: int, seed: int = 0
+) -> list[MixedExample]:
+    """`count` conversations of one turn that asks two questions of different domains, answered in their order.
+
+    Arguments and errors as of :func:`mix`.
+    """
+    deck = _Deck(examples, split, random.Random(f"in a turn:{split}:{seed}"))
+    found = []
+    for number in range(count):
+        first = deck.draw(())
+        second = deck.draw((first.domain,), MAX_TOKENS - _size(first))
+        joint = deck.random.choice(JOINTS[split == "test"])
+        questions = (Part(_question(first) + joint, 0, False), Part(_question(second), 1, False))
+        answers = (Part(_answer(first) + "\n\n", 0, True), Part(_answer(second), 1, True))
+        found.append(_of_parts(f"turn-{split}-{number}", split, (first, second), (questions, answers)))
+    return found
+
+
+def mix_documents(
+    examples: Mapping[str, Sequence[Example]], split: Split, count: int, seed: int = 0
+) -> list[MixedExample]:
+    """`count` texts of 2 to 4 problems with their answers, consecutive ones of different domains, in one turn of the
+    assistant; only answers are to be written.
+
+    Arguments and errors as of :func:`mix`.
+    """
+    deck = _Deck(examples, split, random.Random(f"document:{split}:{seed}"))
+    found = []
+    for number in range(count):
+        chosen = _several(deck)
+        parts: list[Part] = []
+        for pair, example in enumerate(chosen):
+            parts.append(Part(("\n\n" if pair else "") + _question(example) + "\n", pair, False))
+            parts.append(Part(_answer(example), pair, True))
+        asked = (Part(deck.random.choice(REQUESTS[split == "test"]), 0, False),)
+        found.append(_of_parts(f"document-{split}-{number}", split, chosen, (asked, tuple(parts))))
+    return found
+
+
+class _Deck:
+    """Examples by domain, each once before any comes again.
+
+    Raises:
+        DataError: fewer than two domains have examples, or an example is of another split.
+    """
+
+    def __init__(self, examples: Mapping[str, Sequence[Example]], split: Split, draw: random.Random) -> None:
+        self.pools = {domain: list(rows) for domain, rows in examples.items() if rows}
+        if len(self.pools) < 2:
+            raise DataError("Mixed conversations need examples of at least two domains.")
+        strangers = [row.id for rows in self.pools.values() for row in rows if row.split != split]
+        if strangers:
+            raise DataError(f"Example {strangers[0]} is not of the split '{split}'.")
+        self.random = draw
+        self._left: dict[str, list[Example]] = {domain: [] for domain in self.pools}
+
+    def draw(self, other_than: Sequence[str], room: int | None = None) -> Example:
+        """One of a domain that is none of `other_than`; at most eight times another one while it takes over `room`
+        tokens."""
+        for _ in range(8):
+            domain = self.random.choice(sorted(name for name in self.pools if name not in other_than))
+            if not self._left[domain]:
+                self._left[domain] = self.random.sample(self.pools[domain], len(self.pools[domain]))
+            example = self._left[domain].pop()
+            if room is None or _size(example) <= room:
+                break
+        return example
+
+
+def _several(deck: _Deck) -> list[Example]:
+    """2 to 4 examples, consecutive ones of different domains, that fit into one conversation."""
+    target = deck.random.randint(2, 4)
     chosen: list[Example] = []
     room = MAX_TOKENS
     while len(chosen) < target:
-        others = sorted(domain for domain in pools if not chosen or domain != chosen[-1].domain)
-        domain = draw.choice(others)
-        if not decks[domain]:  # every example comes once before any comes again
-            decks[domain] = draw.sample(pools[domain], len(pools[domain]))
-        example = decks[domain].pop()
+        example = deck.draw([chosen[-1].domain] if chosen else ())
         size = _size(example)
         if size > room and len(chosen) >= 2:
             break
         chosen.append(example)
         room -= size
+    return chosen
+
+
+def _of_parts(
+    name: str, split: Split, chosen: Sequence[Example], turns: tuple[tuple[Part, ...], tuple[Part, ...]]
+) -> MixedExample:
+    roles = ("user", "assistant")
+    messages = tuple(
+        {"role": role, "content": "".join(part.text for part in turn)} for role, turn in zip(roles, turns, strict=True)
+    )
+    return MixedExample(name, split, messages, tuple(example.domain for example in chosen), turns)
+
+
+def _question(example: Example) -> str:
+    return example.messages[0]["content"]
+
+
+def _answer(example: Example) -> str:
+    return example.messages[1]["content"]
+
+
+def _one(deck: _Deck, split: Split, number: int) -> MixedExample:
+    chosen = _several(deck)
     return MixedExample(
         id=f"mixed-{split}-{number}",
         split=split,
