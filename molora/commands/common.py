@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "demo": {"gradio", "molora_demo"},
     "train": {"peft", "tensorboard", "matplotlib", "molora_training"},
+    "eval": {"peft", "lm_eval", "molora_training"},
 }
 
 

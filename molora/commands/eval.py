@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from molora.commands.common import JsonOption, extra, write_json
+from molora.commands.common import JsonOption, SelectOption, extra, parse_selection, write_json
 
 app = typer.Typer(
     help='Measure a stack and its router. Needs the extra "train".\n\nExample: molora eval main',
@@ -54,3 +54,40 @@ def main(
         typer.echo(
             f"{'reached' if line['holds'] else 'missed '}  {line['name']}: {line['value']:.3f} (bar {line['bar']})"
         )
+
+
+@app.command()
+def harness(
+    model: Annotated[Path | None, typer.Argument(help="A saved MoLoRA. Default: the starter stack.")] = None,
+    benchmarks: Annotated[
+        list[str] | None, typer.Option("--benchmark", "-b", metavar="NAME", help="Again for more. Default: all.")
+    ] = None,
+    select: SelectOption = None,
+    tasks: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the task files go.")] = Path("runs/benchmarks"),
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each benchmark; 0: all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Public benchmarks through lm-evaluation-harness, on held-out questions (10%, by id hash).
+
+    Needs the extra "eval". In: a saved MoLoRA. Out: accuracy with its standard error; task files that the harness's own
+    command reads too (`--include_path`).
+
+    Example: molora eval harness -b sciq -b medmcqa --select domain=medicine --limit 100
+    """
+    with extra("eval"):
+        from molora.starter import starter_folder
+        from molora_training.data.benchmarks import BENCHMARKS, write_benchmarks
+        from molora_training.harness import MoLoRALM, evaluate
+
+        names = benchmarks or list(BENCHMARKS)
+        counts = write_benchmarks(tasks, names)
+        chosen = parse_selection(select or ["domain=auto"])
+        routed = MoLoRALM(model or starter_folder(), chosen, batch_size=batch_size)
+        found = evaluate(routed, tasks, names, limit or None)
+    if as_json:
+        write_json({name: {**row, "left_out_for_overlap": counts[name][1]} for name, row in found.items()})
+        return
+    for name, row in found.items():
+        metric = "acc" if "acc" in row else "exact_match"
+        typer.echo(f"{name:14} {row[metric]:.3f} +- {row.get(metric + '_stderr', float('nan')):.3f}  of {row['n']:.0f}")

@@ -50,13 +50,14 @@ def choice_item(
         pattern.format(upper=letter, lower=letter.lower(), text=text)
         for letter, text in zip(LETTERS, options, strict=False)
     ]
-    answer = lines[right].removeprefix("- ")
+    choices = tuple(line.removeprefix("- ") for line in lines)
+    answer = choices[right]
     if explanation:
         # Some writers give the reason at once, some on a new line.
         gap = "\n" if stable_index(f"gap:{name}", 2) else ". "
         answer = answer.rstrip(" .") + gap + explanation
     body = {"question": question + before + between.join(lines)}
-    return Item(name, task or name, domain, domain, body, {"plain": answer})
+    return Item(name, task or name, domain, domain, body, {"plain": answer}, choices, right)
 
 
 def read_docs(archive: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:

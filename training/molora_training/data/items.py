@@ -31,6 +31,8 @@ class Item:
     kind: str
     body: Mapping[str, str]
     answers: Mapping[str, str]
+    choices: tuple[str, ...] = ()
+    right: int = 0
 
     @property
     def content(self) -> str:
