@@ -68,7 +68,7 @@ def harness(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     as_json: JsonOption = False,
 ) -> None:
-    """Public benchmarks through lm-evaluation-harness, on held-out questions (10%, by id hash).
+    """Public benchmarks through lm-evaluation-harness, on held-out questions (by id hash).
 
     Needs the extra "eval". In: a saved MoLoRA. Out: accuracy with its standard error; task files that the harness's own
     command reads too (`--include_path`).

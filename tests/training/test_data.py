@@ -70,6 +70,14 @@ def test_split_depends_on_the_id_alone_and_has_the_stated_shares() -> None:
     assert abs(splits.count("test") / 5000 - 0.1) < 0.02
 
 
+def test_public_benchmarks_of_new_domains_hold_out_more() -> None:
+    names = [f"task-{n}" for n in range(5000)]
+    splits = [split_of(name, "science") for name in names]
+    assert [round(splits.count(split) / len(names), 1) for split in ("train", "validation", "test")] == [0.5, 0.1, 0.4]
+    made = item("a", "reading")
+    assert made.split == split_of(made.task, "reading")
+
+
 def test_a_task_is_in_one_split_in_all_its_languages() -> None:
     for number in range(50):
         doc = {"task_id": number, "text": "Write a function to add two numbers.", "code": "pass"}
@@ -202,9 +210,9 @@ def test_questions_about_one_document_share_a_task() -> None:
         about_a_story(
             {**story, "id": f"s_turn{turn}", "previous_qa": [{"question": "Who?", "answer": "A cat"}] * turn}, "r"
         )
-        for turn in range(6)
+        for turn in range(10)
     ]
-    assert [turn is None for turn in turns] == [False] * 4 + [True] * 2
+    assert [turn is None for turn in turns] == [False] * 8 + [True] * 2
     assert turns[1] is not None and turns[1].body["question"] == "Who? A cat\nWhere?"
     assert len({turn.task for turn in turns if turn is not None}) == 1
     numbers = about_numbers(

@@ -12,7 +12,7 @@ from molora.chat import render
 from molora.errors import DataError
 from molora_training.data.benchmarks import write_benchmarks
 from molora_training.data.choices import choice_item
-from molora_training.data.items import Item, split_of
+from molora_training.data.items import Item
 from molora_training.harness import MoLoRALM, evaluate
 from tests.unit.spoken import make_spoken
 
@@ -38,13 +38,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> MoLoRAModel:
 
 def test_only_held_out_questions_that_training_does_not_share(tmp_path: Path) -> None:
     items = science()
-    shared = next(item for item in items if split_of(item.task) == "test")
-    trained = next(item for item in items if split_of(item.task) == "train")
+    shared = next(item for item in items if item.split == "test")
+    trained = next(item for item in items if item.split == "train")
     items = [item for item in items if item not in (shared, trained)]
     items += [choice_item(one.id, "science", f"{WORDS}?", ["a", "b"], 0) for one in (shared, trained)]
     counts = write_benchmarks(tmp_path, ["sciq"], {"science": items})
     rows = [json.loads(line) for line in (tmp_path / "sciq.jsonl").read_text(encoding="utf-8").splitlines()]
-    held_out = {item.id for item in items if split_of(item.task) == "test"} - {shared.id}
+    held_out = {item.id for item in items if item.split == "test"} - {shared.id}
     assert {row["id"] for row in rows} == held_out
     assert counts == {"sciq": (len(held_out), 1)}
     for row in rows:

@@ -15,7 +15,7 @@ import yaml
 from molora.errors import DataError
 
 from .forms import FORMS
-from .items import Item, split_of
+from .items import Item
 from .overlap import without_overlap
 from .prepare import READERS
 
@@ -76,8 +76,8 @@ def write_benchmarks(
         of = BENCHMARKS[name]
         if of.domain not in known:
             known[of.domain] = list(READERS[of.domain]() if items is None else items[of.domain])
-        own = [item for item in known[of.domain] if item.id.startswith(of.source) and split_of(item.task) == "test"]
-        clean = without_overlap(own, (item for item in known[of.domain] if split_of(item.task) == "train"))
+        own = [item for item in known[of.domain] if item.id.startswith(of.source) and item.split == "test"]
+        clean = without_overlap(own, (item for item in known[of.domain] if item.split == "train"))
         _write(folder, name, of, clean)
         counts[name] = (len(clean), len(own) - len(clean))
     return counts

