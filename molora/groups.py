@@ -137,7 +137,8 @@ class AdapterGroup:
         """The product of a frozen module and of few frozen adapters as one step of the way back, [..., O]; None where
         these are not what they are."""
         pages = self.pages
-        fit = torch.is_grad_enabled() and type(base) is nn.Linear and x.dtype == base.weight.dtype == pages.A.dtype
+        trains = torch.is_grad_enabled() and (x.requires_grad or plan.weights.requires_grad)
+        fit = trains and type(base) is nn.Linear and x.dtype == base.weight.dtype == pages.A.dtype
         if not fit or torch.is_autocast_enabled(x.device.type) or _watched(base) or not pages.adapted(piece):
             return None
         from molora_kernels.hot import linear_hot

@@ -4,6 +4,7 @@ They read the base's hidden states of a question, without adapters, and averaged
 more over each prompt than a router by token needs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,15 +33,15 @@ def questions(model: MoLoRAModel, batch: Batch) -> torch.Tensor:
     return own @ hidden / own.sum(-1, keepdim=True).clamp(min=1)
 
 
-class Rival:
+class Rival(ABC):
     """Chooses one of ``domains`` for each question; :meth:`labels` says so for every token."""
 
     def __init__(self, model: MoLoRAModel, domains: Sequence[str], scope: Scope) -> None:
         self.model, self.domains, self.scope = model, list(domains), scope
 
+    @abstractmethod
     def choose(self, features: torch.Tensor) -> torch.Tensor:
         """[..., D] to [...] int64, an index into the domains."""
-        raise NotImplementedError
 
     def labels(self, batch: Batch) -> Batch:
         """``batch`` with the choices in place of its domains: the first question's for the whole sequence, or each
