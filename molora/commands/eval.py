@@ -1,7 +1,7 @@
 """``molora eval``: how well a stack and its router do."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +47,10 @@ def main(
         command = "molora eval main" + (" --routers runs/starter/routers" if routers else "")
         command += f" --limit {limit}" if limit else ""
         report = run(folder, routers, data or data_dir(), out, command, batch_tokens, limit)
+    _show(report, as_json)
+
+
+def _show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(report)
         return
@@ -54,6 +58,33 @@ def main(
         typer.echo(
             f"{'reached' if line['holds'] else 'missed '}  {line['name']}: {line['value']:.3f} (bar {line['bar']})"
         )
+
+
+@app.command()
+def quality(
+    model: Annotated[Path | None, typer.Argument(help="A saved MoLoRA. Default: the starter stack.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/quality.json"),
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in one forward.")] = 8192,
+    limit: Annotated[int, typer.Option(min=0, help="Sequences of each set; 0: all.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Does routing by token pay? The router beside merges and rivals, on text that changes its domain in four ways.
+
+    In: a saved MoLoRA, and the data of every adapter in its domain layer (`molora train data`). Out: a JSON file with
+    a row for the base, each adapter alone, the label oracle, merges (uniform, linear, TIES, DARE, by magnitude), a
+    classifier and centroids by sequence and by turn, and the router; and whether each bar is reached.
+
+    Example: molora eval quality --limit 20
+    """
+    with extra("train"):
+        from molora.starter import starter_folder
+        from molora_training.data import data_dir
+        from molora_training.quality_table import run
+
+        command = "molora eval quality" + (f" --limit {limit}" if limit else "")
+        report = run(model or starter_folder(), data or data_dir(), out, command, limit, batch_tokens)
+    _show(report, as_json)
 
 
 @app.command()

@@ -37,6 +37,12 @@ class Losses:
         return float((self.loss.sum(0)[present] / self.tokens.sum(0)[present]).mean())
 
 
+def best_by_sequence(many: Sequence[Losses]) -> Losses:
+    """The contender with the lowest loss on each sequence, in hindsight."""
+    best = torch.stack([one.loss.sum(1) for one in many]).argmin(0)
+    return Losses(torch.stack([one.loss for one in many])[best, torch.arange(len(best))], many[0].tokens)
+
+
 @torch.no_grad()
 def losses(
     model: MoLoRAModel,

@@ -1,9 +1,5 @@
 """The main results: every contender on held-out single-domain and mixed text, from saved models, in one command."""
 
-import datetime
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +8,21 @@ from typing import Any
 
 import torch
 
-from molora import MoLoRAModel, Router, provenance
+from molora import MoLoRAModel, Router
 from molora.errors import ConfigError
 from molora.saved import load
 from molora_training.data import DOMAINS, Encoded, encode_within, mix, read_examples
-from molora_training.evaluate import LAYER, LabelRouter, Losses, bootstrap, losses, right_by_position, routed_by
+from molora_training.evaluate import (
+    LAYER,
+    LabelRouter,
+    Losses,
+    best_by_sequence,
+    bootstrap,
+    losses,
+    right_by_position,
+    routed_by,
+)
+from molora_training.report import heading, line, write_report
 
 OFF = {"personality": None, "user": None}
 SINGLE_TOLERANCE = 0.03
@@ -54,7 +60,6 @@ def run(
         batch_tokens: padded tokens in one forward.
         limit: use only so many sequences of each set (0: all), for a quick look.
     """
-    commit = provenance.commit()  # of the code that runs: later ones may come while it does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoLoRAModel.from_pretrained(model_folder, dtype=torch.bfloat16).to(device)
     if not isinstance(model.router, Router):
@@ -67,14 +72,12 @@ def run(
         folders = [path for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()]
         variants = {path.name: load(path).router for path in folders}
     default = _default_name(model, variants)
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in test.single.items())
     report = {
-        "command": command,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
-        "seed": 0,
-        "data": f"test split by sha256 of the task or document id (10%): {len(test.mixed)} mixed conversations, "
-        + ", ".join(f"{len(rows)} {name}" for name, rows in test.single.items()),
+        **heading(
+            command,
+            f"test split by sha256 of the task or document id (10%): {len(test.mixed)} mixed conversations, {counts}",
+        ),
         "unseen_forms": test.unseen_forms(model),
         "example": test.example(model),
     }
@@ -88,15 +91,8 @@ def run(
                 print(f"{label}: mixed {contenders[-1].mixed.mean:.4f}", flush=True)
             first = next(one.name for one in contenders if one.kind == "router")
             report |= {"default": first, "rows": _rows(contenders), "must": _must(contenders, first)}
-            _write(report, out)
+            write_report(report, out)
     return report
-
-
-def _write(report: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out)
 
 
 def _label(name: str, weights: str, top_k: int) -> str:
@@ -143,8 +139,8 @@ class _Test:
             Contender(
                 "per-sequence oracle",
                 "sequence-oracle",
-                _best_by_sequence([single.mixed for single in singles]),
-                {name: _best_by_sequence([single.single[name] for single in singles]) for name in self.domains},
+                best_by_sequence([single.mixed for single in singles]),
+                {name: best_by_sequence([single.single[name] for single in singles]) for name in self.domains},
             )
         )
         for contender in contenders:
@@ -179,12 +175,6 @@ class _Test:
             "answer": (row.labels != -100).tolist(),
             "probabilities": [[round(value, 4) for value in line] for line in p.tolist()],
         }
-
-
-def _best_by_sequence(many: Sequence[Losses]) -> Losses:
-    """The adapter with the lowest loss on each sequence, in hindsight."""
-    best = torch.stack([one.loss.sum(1) for one in many]).argmin(0)
-    return Losses(torch.stack([one.loss for one in many])[best, torch.arange(len(best))], many[0].tokens)
 
 
 def _rows(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
@@ -230,27 +220,22 @@ def _must(contenders: Sequence[Contender], default: str) -> list[dict[str, Any]]
         value = float(difference(torch.arange(len(mine.loss))[None]))
         return value, list(bootstrap(difference, len(mine.loss)))
 
-    lines = [_line("share of the gap to the label oracle closed on mixed text", row["gap_closed"], 0.95, "higher",
+    lines = [line("share of the gap to the label oracle closed on mixed text", row["gap_closed"], 0.95, "higher",
                    f"95% interval {_span(row['gap_closed_interval'])}")]  # fmt: skip
     for other, bar in (("per-sequence oracle", 0.15), ("uniform merge", 0.2)):
         value, interval = margin(other)
         note = f"nats a token, 95% interval {_span(interval)}"
-        lines.append(_line(f"below the {other} on mixed text", value, bar, "higher", note))
+        lines.append(line(f"below the {other} on mixed text", value, bar, "higher", note))
         lines[-1]["holds"] = lines[-1]["holds"] and interval[0] > 0
     for domain, mine in chosen.single.items():
         own = _named(contenders, f"{domain} alone").single[domain]
         value = mine.mean - own.mean
         name = f"single-domain {domain}: loss above its own adapter's"
-        lines.append(_line(name, value, SINGLE_TOLERANCE, "lower", "nats a token"))
+        lines.append(line(name, value, SINGLE_TOLERANCE, "lower", "nats a token"))
     assert chosen.positions is not None
     right = chosen.positions[f"answer {'17+'}"]
-    lines.append(_line("answer tokens past the 16th that go to the right domain", right, 0.95, "higher", ""))
+    lines.append(line("answer tokens past the 16th that go to the right domain", right, 0.95, "higher", ""))
     return lines
-
-
-def _line(name: str, value: float, bar: float, better: str, note: str) -> dict[str, Any]:
-    holds = value >= bar if better == "higher" else value <= bar
-    return {"name": name, "value": value, "bar": bar, "better": better, "holds": holds, "note": note}
 
 
 def _span(interval: Sequence[float]) -> str:
