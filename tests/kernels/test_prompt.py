@@ -4,22 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from molora_kernels import epilogue_block
 from molora_kernels.epilogue import Added, add_norm, gate, heads
 from molora_kernels.order import PagedPlan
 from molora_kernels.shrink import ShrinkTile, shrink, shrink_hot
-from molora_kernels.tiles import EpilogueTile
 from tests.conftest import DEVICE
 from tests.kernels.test_step import EPS, Group, close, norm
 
 FORMS = ["few", "block", "block, two slots at once", "hot", "base"]
-
-
-@pytest.fixture(autouse=True)
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other ways of cutting than the table has for such a small problem."""
-    at_once = 2 if "two" in request.node.callspec.params["form"] else 1
-    monkeypatch.setattr(epilogue_block, "epilogue_tile", lambda *_: EpilogueTile(32, at_once))
 
 
 class Prompt(Group):

@@ -275,6 +275,20 @@ def test_two_models_of_one_stack(base: Any, adapters: dict[str, Path], ids: torc
     assert torch.equal(second(ids, selection={"domain": "math"}).logits, expected)
 
 
+def test_gradient_checkpointing_changes_no_gradient(model: MoLoRAModel, ids: torch.Tensor) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.base.gradient_checkpointing_enable({"use_reentrant": False})
+            model.base.model.train()  # checkpointing is on in training mode only; there is no dropout
+        model.train()
+        model.router.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.router.parts[0].output.weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    close(gradients[1], gradients[0])
+
+
 @torch.no_grad()
 def test_the_base_is_saved_as_the_base(model: MoLoRAModel, base: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     assert set(model.base.state_dict()) == set(base.state_dict())

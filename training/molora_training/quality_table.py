@@ -259,7 +259,8 @@ def _best_of(singles: Sequence[Row]) -> Row:
 
 
 def _plain(model: MoLoRAModel) -> Any:
-    """The base's own modules in a model of their own, which PEFT may wrap: the weights are the same memory."""
+    """The base's own modules in a model of their own, which PEFT may wrap: the weights are the same memory. It is never
+    run, so what is no weight (rotary tables) may stay without one."""
     kind = type(model.base)
     with torch.device("meta"):
         plain = kind(model.base.config)
