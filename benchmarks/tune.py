@@ -1,6 +1,6 @@
-"""Measures how the products of a decode step are best cut on this GPU and writes the table that they are cut by.
+"""Measures how products are best cut on this GPU and writes the table that they are cut by.
 
-python -m benchmarks.tune --out kernels/molora_kernels/tiles.json
+python -m benchmarks.tune --out kernels/molora_kernels/tiles.json       # and then benchmarks.forms
 """
 
 import argparse
@@ -37,7 +37,7 @@ SHAPES = {  # rows and columns of W
 TOKENS = (1, 8, 16, 32, 64)
 BYTES = 1 << 29  # of weights that a timing goes through, so that none of them is still in the L2
 PARTS = ("linear", "attention", "blocks")
-TABLES = ("linear", "attention", "shrink", "expand", "epilogue", "hot")
+TABLES = ("linear", "attention", "shrink", "expand", "epilogue", "hot", "forms")
 BLOCK_PROBLEMS = (  # tokens, slots, columns of the plan
     (2048, 8, 1),
     (2048, 8, 2),
@@ -316,9 +316,14 @@ def main() -> None:
         table["attention"] = tune_attention()
     if "linear" in settings.only:
         table["linear"] = tune_linear(settings.shapes, settings.workers)
+    write(settings.out, table)
+
+
+def write(out: Path, table: dict[str, Any]) -> None:
+    """An entry a line, and on which GPU they were measured."""
     parts = [f'"{part}": [\n' + ",\n".join(map(json.dumps, table[part])) + "\n]" for part in TABLES]
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text("{" + ",\n".join([f'"device": "{torch.cuda.get_device_name()}"', *parts]) + "}\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("{" + ",\n".join([f'"device": "{torch.cuda.get_device_name()}"', *parts]) + "}\n")
 
 
 def tune_linear(shapes: list[str], workers: int) -> list[dict[str, Any]]:

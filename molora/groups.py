@@ -106,8 +106,8 @@ class AdapterGroup:
             plan: of the T tokens.
             piece: the module's number in the group.
         """
+        from molora_kernels import forms
         from molora_kernels.paged import (
-            TOKEN_FORM,
             add_lora_paged,
             expand_paged,
             passes,
@@ -120,7 +120,7 @@ class AdapterGroup:
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
             pages = self.pages.piece(piece)
-            blocks = None if len(flat) <= TOKEN_FORM or trained_hot(pages) else plan.blocks
+            blocks = None if forms.by_token(len(flat)) or trained_hot(pages) else plan.blocks
             return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
             parts = passes(plan, self.pages)

@@ -9,8 +9,9 @@ from molora.blueprint import GATE_UP, QKV, Blueprint
 from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
 from molora.step_cache import StepCache
+from molora_kernels import forms
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
-from molora_kernels.paged import TOKEN_FORM, expand_paged, passes, shrink_paged
+from molora_kernels.paged import expand_paged, passes, shrink_paged
 
 
 class PromptPass:
@@ -94,7 +95,7 @@ class PromptPass:
         pages, (paged, *more) = group.pages, passes(plan.paged, group.pages)
         for part in more:
             expand_paged(y, shrink_paged(x, pages, part), pages, part)
-        blocks = paged.blocks if len(x) > TOKEN_FORM else None
+        blocks = None if forms.by_token(len(x)) else paged.blocks
         return y.unsqueeze(0), Added(shrink_paged(x, pages, paged), pages, paged.slots, paged.weights, blocks)
 
     def _head(self, x: torch.Tensor, plan: RoutingPlan | None) -> torch.Tensor:

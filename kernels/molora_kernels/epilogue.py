@@ -17,8 +17,8 @@ import triton
 
 from molora_kernels import epilogue_block as by_block
 from molora_kernels import epilogue_token as by_token
+from molora_kernels import forms
 from molora_kernels.blocks import Blocks
-from molora_kernels.paged import TOKEN_FORM
 from molora_kernels.pages import PageView
 
 
@@ -134,4 +134,4 @@ def gate(
 
 
 def _in_blocks(tokens: int, added: Added | None) -> bool:
-    return tokens > TOKEN_FORM and (added is None or added.blocks is not None)
+    return not forms.by_token(tokens) and (added is None or added.blocks is not None)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from molora_kernels import forms
 from molora_kernels.blocks import Blocks, make_blocks
 from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.hot import add_lora_hot, hot_gates
@@ -12,10 +13,6 @@ from molora_kernels.outer import outer, pairs_by_slot
 from molora_kernels.pages import PAGE, PageView
 from molora_kernels.shrink import shrink, shrink_hot
 from molora_kernels.tiles import expand_tile, hot, shrink_tile
-
-TOKEN_FORM = 64  # up to so many tokens a program for each token; more are ordered by slot and taken in blocks
-HOT_TRAINED = 1024  # ranks of all adapters up to which training multiplies all of them
-BY_COLUMN = 15  # adapters; of more, a block in one order of all columns meets so many that a pass a column is faster
 
 
 def add_lora_paged(
@@ -69,7 +66,7 @@ def add_lora_paged(
             add_lora_hot(own, x, gate, pages.A[index].flatten(0, 1), pages.b_slice(index).flatten(0, 1))
         return y
     if by_token is None:
-        by_token = T <= TOKEN_FORM
+        by_token = forms.by_token(T)
     if by_token:
         blocks = None
     elif blocks is None:
@@ -87,13 +84,13 @@ def add_lora_paged(
 
 def trained_hot(pages: PageView) -> bool:
     """Whether a training step multiplies the ranks of all adapters for every token."""
-    return pages.pages * PAGE <= HOT_TRAINED
+    return forms.hot_trained(pages.pages * PAGE)
 
 
 def passes(plan: PagedPlan, pages: PageView) -> tuple[PagedPlan, ...]:
     """The parts of a plan that are added one after the other: all of it at once, or column by column."""
     tokens, top = plan.slots.shape
-    return plan.columns if tokens > TOKEN_FORM and top > 1 and pages.slots > BY_COLUMN else (plan,)
+    return (plan,) if top == 1 or forms.by_token(tokens) or forms.together(pages.slots) else plan.columns
 
 
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
@@ -110,7 +107,7 @@ def expand_paged(
 
 
 def _blocks(plan: PagedPlan) -> Blocks | None:
-    return None if plan.slots.shape[0] <= TOKEN_FORM else plan.blocks
+    return None if forms.by_token(plan.slots.shape[0]) else plan.blocks
 
 
 def _shrink(

@@ -4,7 +4,8 @@ Each entry of ``linear``: tokens, rows and columns of W, and the tile that was f
 measured takes the tile of the nearest one that was. ``attention``: sequences times heads of the cache, likewise.
 ``shrink`` and ``expand``: tokens and slots of the forms by block. ``epilogue``: the same, and columns of the plan, of
 what stands between products. ``hot``: tokens and ranks of all adapters of a group,
-and whether to multiply all of them.
+and whether to multiply all of them. ``forms``, written by ``benchmarks/forms.py``: the time of a form at a size, and of
+the other one.
 """
 
 import json
@@ -87,6 +88,16 @@ def hot(tokens: int, rows: int) -> bool:
         return False
     entries = _table()["hot"]
     return min(entries, key=lambda e: _octaves(e["tokens"], tokens) + _octaves(e["rows"], rows))["hot"]
+
+
+def fastest_up_to(form: str) -> int:
+    """The largest size up to which a form was the faster one at every size that was measured; 0: at none."""
+    most = 0
+    for entry in sorted((e for e in _table()["forms"] if e["form"] == form), key=lambda e: e["size"]):
+        if entry["us"] > entry["other_us"]:
+            break
+        most = entry["size"]
+    return most
 
 
 def _by_tokens(kind: str, tokens: int, slots: int) -> dict[str, int]:

@@ -7,8 +7,9 @@ import torch
 
 from molora_kernels import Factors
 from molora_kernels.blocks import BLOCK, Blocks, make_blocks
+from molora_kernels.forms import BY_TOKEN, TOGETHER
 from molora_kernels.order import PagedPlan, order_by_slot
-from molora_kernels.paged import BY_COLUMN, TOKEN_FORM, add_lora_paged, expand_paged, passes, shrink_paged
+from molora_kernels.paged import add_lora_paged, expand_paged, passes, shrink_paged
 from molora_kernels.pages import PAGE, RankPages
 from tests.conftest import DEVICE
 from tests.kernels.plans import KINDS, SLOTS, make_slots
@@ -327,7 +328,7 @@ def test_gradients_of_the_factors_are_the_loops(kind: str, form: str) -> None:
         assert not grad[~owned[name]].any()
 
 
-@pytest.mark.parametrize(("tokens", "adapters"), [(TOKEN_FORM + 6, BY_COLUMN + 1), (TOKEN_FORM + 6, 6), (7, 20)])
+@pytest.mark.parametrize(("tokens", "adapters"), [(BY_TOKEN + 6, TOGETHER + 1), (BY_TOKEN + 6, 6), (7, 20)])
 def test_passes_are_the_loop(tokens: int, adapters: int) -> None:
     case = Case("uniform", tokens, RANKS["16"], D=32, outputs=(16, 24), S=2)
     pages = RankPages(32, case.outputs, adapters, 40, 16, case.dtype, DEVICE)
@@ -335,7 +336,7 @@ def test_passes_are_the_loop(tokens: int, adapters: int) -> None:
         pages.put(slot, pairs)
     plan = PagedPlan(case.slots.int(), case.weights)
     parts = passes(plan, pages)
-    assert len(parts) == (2 if tokens > TOKEN_FORM and adapters > BY_COLUMN else 1)
+    assert len(parts) == (2 if tokens > BY_TOKEN and adapters > TOGETHER else 1)
     y = case.y.clone()
     for part in parts:
         expand_paged(y, shrink_paged(case.x, pages, part), pages, part)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molora.prompt import PromptPass
-from molora_kernels import paged
+from molora_kernels import forms
 from tests.conftest import make_base
 from tests.parity.test_decode import AUTO, Both, write_adapters
 
@@ -39,7 +39,7 @@ def test_a_prompt(
     both = Both.routed(base, adapters, monkeypatch, reads=0 if case == "qwen3" else (0, 2))
     ids = torch.randint(3, 97, (3, LONG), generator=torch.Generator().manual_seed(2)).to(base.device)
     if case == "padded, column by column":
-        monkeypatch.setattr(paged, "BY_COLUMN", 0)
+        monkeypatch.setattr(forms, "TOGETHER", 0)
         options["attention_mask"] = torch.ones_like(ids)
         options["attention_mask"][1, :5] = 0
     if case == "in pieces":

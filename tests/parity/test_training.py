@@ -19,7 +19,7 @@ NAMES = ("sage", "math", "code", "ada")
 def test_a_routers_gradient_by_kernels_and_with_checkpointing(
     base: Any, adapters: dict[str, Path], ids: torch.Tensor, hot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("molora_kernels.paged.HOT_TRAINED", hot)
+    monkeypatch.setattr("molora_kernels.forms.HOT_TRAINED", hot)
     expected = None
     for backend in ("torch", "triton"):
         monkeypatch.setattr("molora.adapted.backend_for", lambda _, backend=backend: backend)
