@@ -28,7 +28,7 @@ from molora_kernels import forms
 LAYERS, RANK = 4, 16
 TOKENS = (16, 32, 64, 128, 256)
 SLOTS = (4, 8, 12, 16, 24, 32, 64)
-TRAINED = (8, 16, 32, 64, 128, 256)  # adapters
+TRAINED = (8, 16, 32, 64)  # adapters; of more, the ranks kept for the way back would be more than half a module's input
 EITHER = (0, 1 << 62)  # a limit that nothing is under, and one that all is under
 
 

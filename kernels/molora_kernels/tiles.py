@@ -91,10 +91,10 @@ def hot(tokens: int, rows: int) -> bool:
 
 
 def fastest_up_to(form: str) -> int:
-    """The largest size up to which a form was the faster one at every size that was measured; 0: at none."""
+    """The largest size up to which a form was faster than the other, by more than two runs differ; 0: at none."""
     most = 0
     for entry in sorted((e for e in _table()["forms"] if e["form"] == form), key=lambda e: e["size"]):
-        if entry["us"] > entry["other_us"]:
+        if entry["us"] > 0.98 * entry["other_us"]:
             break
         most = entry["size"]
     return most
