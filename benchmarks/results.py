@@ -106,12 +106,16 @@ def keep(report: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     # A row that was kept before and one that was measured then may have the same settings: the later one counts.
     kept = {settings_of(row): row for row in old if settings_of(row) not in rows}
     lines = [
-        {**line, "note": "; ".join(filter(None, [line["note"], f"commit {before['commit']}"]))}
+        line if "commit " in line["note"] else {**line, "note": _noted(line["note"], f"commit {before['commit']}")}
         for line in before["must"]
         if line["name"] not in must
     ]
     ordered = sorted([*report["rows"], *kept.values()], key=lambda row: list(FILES).index(row["what"]))
     return {**report, "rows": ordered, "must": [*report["must"], *lines]}
+
+
+def _noted(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def settings_of(row: Row) -> tuple[object, ...]:
