@@ -24,6 +24,7 @@ from benchmarks.step import Timer, captured, fill
 from benchmarks.tune import write
 from molora.blueprint import blueprint
 from molora_kernels import forms
+from molora_training.attention import attend_causally
 
 LAYERS, RANK = 4, 16
 TOKENS = (16, 32, 64, 128, 256)
@@ -47,7 +48,7 @@ def prompts_us(base: Any, adapters: list[dict[str, Any]], tokens: int, top: int)
 def trained_us(base: Any, count: int) -> float:
     objective = train.make_objective(base, fill(base, count, RANK))
     batch = train.make_batch(8, 512, count, base.config.vocab_size, base.device)
-    us = common.Clock(base.device, 5)(train.routed_step(objective, batch)) * 1e3
+    us = common.Clock(base.device, 5)(train.captured(objective, batch)) * 1e3
     common.release(objective.model)
     return us
 
@@ -72,6 +73,7 @@ def main() -> None:
         sys.exit("No GPU is here: forms are only timed on one.")
     device, dtype = torch.device("cuda"), torch.bfloat16
     base = common.random_base("1.7B", device, dtype, LAYERS)
+    attend_causally(base, 512)
     over = {count: fill(base, count, RANK) for count in SLOTS}
     entries = [
         both("by_token", "BY_TOKEN", tokens, partial(prompts_us, base, [over[8], over[64]], tokens, 1))

@@ -8,7 +8,8 @@
   alone, through the chosen adapters, which act at weight 1 with the gradient of their probability; forward and
   backward, with gradients to the router alone. The adapters are random, of one rank, on all linear modules.
 - base: forward and backward of the activations. Weights are frozen, the gradient goes down to inputs_embeds.
-The same loss code, attention and dtype in both, no gradient checkpointing, no optimizer step.
+The same loss code, attention and dtype in both, no gradient checkpointing, no optimizer step. Both run as the trainer
+runs on a GPU, captured in a CUDA graph, which the ratio compares; and called anew ("eager"), which is the host's time.
 Before anything is timed, a model of two layers is held against plain PyTorch in float32: the router's gradients must be
 as near to it as those of plain PyTorch in the dtype of the timing are.
 """
@@ -18,6 +19,7 @@ import copy
 import gc
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ import torch
 from benchmarks import common
 from benchmarks.step import fill
 from molora.layer import MoLoRALinear
-from molora_training.data import Batch
+from molora_training.attention import attend_causally
+from molora_training.captured import CapturedSteps
+from molora_training.data import IGNORED, Batch
 from molora_training.router_objective import Labels, RouterObjective
 from molora_training.router_settings import LossWeights
 
@@ -55,44 +59,59 @@ def make_objective(base: Any, groups: dict[str, Any]) -> RouterObjective:
     return RouterObjective(model.train(), labels, LossWeights(lm=1.0, label=0.0, balance=0.0, z=0.0), weights)
 
 
-def routed_step(objective: RouterObjective, batch: Batch) -> Callable[[], torch.Tensor]:
-    """Forward and backward as the trainer runs them; gives the loss."""
-    router: Any = objective.model.router
+class BaseObjective(torch.nn.Module):
+    """The base's loss on next tokens, as RouterObjective has it."""
+
+    def __init__(self, base: Any, batch: Batch) -> None:
+        super().__init__()
+        self.base = base
+        self.embeds = torch.nn.Parameter(base.get_input_embeddings()(batch.input_ids).detach())
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        logits = self.base(inputs_embeds=self.embeds, attention_mask=batch.attention_mask, use_cache=False).logits
+        labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())}
+
+
+def eager(objective: torch.nn.Module, batch: Batch) -> Callable[[], torch.Tensor]:
+    """Forward and backward as they are called; gives the loss."""
 
     def step() -> torch.Tensor:
-        router.zero_grad(set_to_none=True)
-        loss = objective(batch)["loss"]
+        for parameter in trained(objective):
+            parameter.grad = None
+        loss: torch.Tensor = objective(batch)["loss"]
         loss.backward()
         return loss.detach()
 
     return step
 
 
-def base_step(base: Any, batch: Batch) -> Callable[[], torch.Tensor]:
-    """Forward and backward of the activations under the same loss."""
-    embeds = base.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+def captured(objective: torch.nn.Module, batch: Batch) -> Callable[[], Any]:
+    """Forward and backward as the trainer runs them on a GPU; on a CPU as they are called."""
+    if batch.input_ids.device.type != "cuda":
+        return eager(objective, batch)
+    steps = CapturedSteps(objective, trained(objective))
+    for _ in range(2):  # the second captures
+        steps(batch)
+    if not steps.able:
+        sys.exit("The step was not captured.")
+    return partial(steps, batch)
 
-    def step() -> torch.Tensor:
-        embeds.grad = None
-        logits = base(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False).logits
-        labels = batch.labels[:, 1:]
-        answered = labels >= 0
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1][answered].float(), labels[answered])
-        loss.backward()
-        return loss.detach()
 
-    return step
+def trained(objective: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 
 
 def check(shape: str, batch: Batch, count: int, rank: int, device: torch.device, dtype: torch.dtype) -> float:
     """Stops unless the router's gradients through two layers are right; gives their relative error to float32."""
     base = common.random_base(shape, device, dtype, layers=2)
+    attend_causally(base, batch.input_ids.shape[1])
     torch.manual_seed(3)
     groups = fill(base, count, rank)
     plain, exact = copy.deepcopy(base), copy.deepcopy(base).float()
-    found = _gradients(make_objective(base, groups), batch)
-    theirs = _gradients(_in_plain_torch(plain, groups), batch)
-    expected = _gradients(_in_plain_torch(exact, groups), batch)
+    found = _gradients(make_objective(base, groups), batch, captured)
+    theirs = _gradients(_in_plain_torch(plain, groups), batch, eager)
+    expected = _gradients(_in_plain_torch(exact, groups), batch, eager)
     ours, peers = common.relative_error(found, expected), common.relative_error(theirs, expected)
     print(f"router's gradients, relative error to float32: ours {ours:.2e}, plain torch in {dtype} {peers:.2e}")
     if not (float(expected.norm()) > 0 and ours < max(1.2 * peers, 1e-4)):
@@ -112,11 +131,10 @@ def _in_plain_torch(base: Any, groups: dict[str, Any]) -> RouterObjective:
     return objective
 
 
-def _gradients(objective: RouterObjective, batch: Batch) -> torch.Tensor:
+def _gradients(objective: RouterObjective, batch: Batch, how: Callable[..., Callable[[], Any]]) -> torch.Tensor:
     """All of the router's, in one vector."""
-    routed_step(objective, batch)()
-    router: Any = objective.model.router
-    return torch.cat([p.grad.flatten() for p in router.parameters() if p.grad is not None])
+    how(objective, batch)()
+    return torch.cat([p.grad.flatten() for p in trained(objective) if p.grad is not None])
 
 
 def main() -> None:
@@ -141,27 +159,34 @@ def main() -> None:
 
     what = {"shape": settings.shape, "sequences": settings.sequences, "tokens": settings.tokens, "rank": settings.rank}
     rows: list[dict[str, Any]] = []
-    step = base_step(base, batch_of(1))
-    base_ms, base_peak = clock(step), peak(step, device)
-    print({"base_ms": base_ms, "base_peak_gib": base_peak}, flush=True)
-    if settings.profile:
-        common.profile("base, forward and backward", step, device)
-    del step
+    attend_causally(base, settings.tokens)
+    base_ms, base_eager_ms, base_peak = measure("base", BaseObjective(base, batch_of(1)), batch_of(1), clock, settings)
+    print({"base_ms": base_ms, "base_eager_ms": base_eager_ms, "base_peak_gib": base_peak}, flush=True)
     for count in settings.adapters:
         error = check(settings.shape, batch_of(count), count, settings.rank, device, dtype)
-        gc.collect()
         torch.manual_seed(3)
         objective = make_objective(base, fill(base, count, settings.rank))
-        step = routed_step(objective, batch_of(count))
-        ms, top = clock(step), peak(step, device)
+        ms, eager_ms, top = measure(f"{count} adapters", objective, batch_of(count), clock, settings)
         measured = {"adapters": count, "base_ms": base_ms, "routed_ms": ms, "ratio": ms / base_ms, "bar": BAR}
+        called = {"base_eager_ms": base_eager_ms, "routed_eager_ms": eager_ms}
         memory = {"base_peak_gib": base_peak, "routed_peak_gib": top}
-        rows.append({**what, **measured, **memory, "gradient_error": error})
+        rows.append({**what, **measured, **called, **memory, "gradient_error": error})
         common.save(settings.out, rows, device)
-        if settings.profile:
-            common.profile(f"{count} adapters, forward and backward", step, device)
         common.release(objective.model)
-        del objective, step
+        del objective
+
+
+def measure(
+    what: str, objective: torch.nn.Module, batch: Batch, clock: common.Clock, settings: argparse.Namespace
+) -> tuple[float, float, float | None]:
+    """Milliseconds captured and called, and the GiB that the called step holds at most."""
+    called = eager(objective, batch)
+    eager_ms, top = clock(called), peak(called, batch.input_ids.device)
+    step = captured(objective, batch)
+    ms = clock(step)
+    if settings.profile:
+        common.profile(f"{what}, forward and backward", step, batch.input_ids.device)
+    return ms, eager_ms, top
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> float | None:

@@ -9,7 +9,7 @@ import torch
 
 from molora.selection import LayerCandidates, ResolvedSelection
 from molora_kernels import Dispatch, dispatch
-from molora_kernels.order import PagedPlan
+from molora_kernels.order import PagedPlan, shared_by_layers
 
 if TYPE_CHECKING:
     from molora_kernels.route import Candidates
@@ -43,7 +43,9 @@ class RoutingPlan:
     def dispatch(self) -> Dispatch:
         """The plan sorted by slot: made once, shared by all modules."""
         S = self.shape[-1]
-        return dispatch(self.slots.reshape(-1, S), self.weights.reshape(-1, S), uniform=self.uniform, unit=self.unit)
+        with shared_by_layers():
+            weights = self.weights.reshape(-1, S)
+            return dispatch(self.slots.reshape(-1, S), weights, uniform=self.uniform, unit=self.unit)
 
     @cached_property
     def paged(self) -> PagedPlan:

@@ -366,11 +366,16 @@ def balance_loss(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         logits: [batch, tokens, C] of one layer's candidates.
         real: [batch, tokens] bool, the tokens that count.
     """
-    chosen = logits[real]
-    share = nn.functional.one_hot(chosen.argmax(-1), chosen.shape[-1]).to(chosen.dtype).mean(0)
-    return chosen.shape[-1] * (share * chosen.softmax(-1).mean(0)).sum()
+    share = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    return logits.shape[-1] * (_mean(share, real) * _mean(logits.softmax(-1), real)).sum()
 
 
 def z_loss(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """ST-MoE z term (arXiv 2202.08906, eq. 5): mean of logsumexp(logits)^2 over the real tokens."""
-    return logits[real].logsumexp(-1).square().mean()
+    return _mean(logits.logsumexp(-1).square(), real)
+
+
+def _mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """[...] of values [batch, tokens, ...] over the real tokens, whose number is not asked of the device."""
+    kept = values.masked_fill(~real.view(*real.shape, *[1] * (values.dim() - 2)), 0)
+    return kept.sum((0, 1)) / real.sum()

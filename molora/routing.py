@@ -176,10 +176,7 @@ class RoutingState:
         if candidates is not None:
             return route_by_kernel(logits.contiguous(), candidates, self._current, self.router.weights)
         through = self.router.training and torch.is_grad_enabled()
-        plan = route(logits, self._layer_tables(logits.device), self._current, self.router.weights, through)
-        if through:
-            plan.dispatch  # noqa: B018 - made here, so that a layer that is run again for its gradient finds it made
-        return plan
+        return route(logits, self._layer_tables(logits.device), self._current, self.router.weights, through)
 
     def _read(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:
         """z [batch, tokens, width] float32."""

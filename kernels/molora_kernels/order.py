@@ -43,8 +43,7 @@ class PagedPlan:
         layout = pages.layout
         key = (owner, layout, pages.A.dtype)
         if key not in self._gates:
-            # A layer that is run again for its gradient finds them made, so what they keep is no part of its own.
-            with saved_tensors_hooks(_same, _same):
+            with shared_by_layers():
                 if layout not in self._gates:
                     self._gates[layout] = hot_gates(self.slots, self.weights, pages)
                 self._gates[key] = tuple(gate.to(pages.A.dtype) for gate in self._gates[layout])
@@ -61,6 +60,12 @@ class PagedPlan:
             PagedPlan(slots.contiguous().unsqueeze(1), weights.contiguous().unsqueeze(1))
             for slots, weights in zip(self.slots.unbind(1), self.weights.unbind(1), strict=True)
         )
+
+
+def shared_by_layers() -> saved_tensors_hooks:
+    """Around what the first layer that needs it makes for all: a layer that is run again for its gradient finds it
+    made, so what it keeps for the way back is no part of that layer's."""
+    return saved_tensors_hooks(_same, _same)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
 - cross-entropy of each token to its domain, next-token loss through the chosen adapters (straight-through), balance, z
 - where only labels are learnt, nothing above the layers that the router reads is computed
 - resumable; `accelerate launch` for several processes; curves for TensorBoard
+- on one GPU forward and backward are CUDA graphs, one for each shape of batch
 """
 
 import hashlib
@@ -26,7 +27,9 @@ from molora.errors import ConfigError, DataError, NonFiniteError
 from molora.router import NEVER
 from molora.selection import router_rows
 from molora.stack import AUTO
+from molora_training.attention import attend_causally
 from molora_training.batches import plan_pass, plan_steps
+from molora_training.captured import TOKENS, CapturedSteps
 from molora_training.checkpoint import load_state, save_state
 from molora_training.curves import curves
 from molora_training.data import Encoded, Example, collate, encode_within, mix, read_examples
@@ -132,6 +135,9 @@ class _Run:
         objective = RouterObjective(model.train(), self.labels, settings.loss, self._class_weights())
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
+        unmasked = attend_causally(model.base, settings.max_length + TOKENS)
+        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+        self.captured = CapturedSteps(objective, self.parameters.values()) if unmasked and alone else None
         matrices = [parameter for parameter in self.parameters.values() if parameter.dim() > 1]
         others = [parameter for parameter in self.parameters.values() if parameter.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -215,12 +221,18 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = [self.rows[index] for index in self.steps[step][self.accelerator.process_index]]
-        terms = self.objective(collate(rows, self._pad).to(self.accelerator.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(terms["loss"])
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
-        means = {n: float(self.accelerator.reduce(v.detach().float(), "mean")) for n, v in terms.items()}
-        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        batch = collate(rows, self._pad).to(self.accelerator.device)
+        if self.captured is not None:
+            terms = self.captured(batch)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            terms = self.objective(batch)
+            self.accelerator.backward(terms["loss"])
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        # The one wait of a step for the device.
+        found = self.accelerator.reduce(torch.stack([v.detach().float() for v in terms.values()]), "mean").tolist()
+        means = dict(zip(terms, found, strict=True))
+        if not (math.isfinite(means["loss"]) and math.isfinite(float(norm))):
             raise NonFiniteError(
                 f"The loss became {means['loss']} at step {step + 1}. The checkpoint before it stays in "
                 f"{self.state_file}; take a lower learning_rate and start anew."
@@ -248,12 +260,12 @@ class _Run:
     @torch.no_grad()
     def _standardise(self) -> None:
         """Mean and deviation of what each part reads, over the first training batches."""
-        selection = self.labels.selection(self.model)
+        objective = self.accelerator.unwrap_model(self.objective)
         for index, part in enumerate(self.router.parts):
             seen = []
             for batches in self.steps[:_STATISTICS_BATCHES]:
                 batch = collate([self.rows[i] for i in batches[0]], self._pad).to(self.accelerator.device)
-                x = reading_inputs(self.model, batch, selection)[index]
+                x = reading_inputs(self.model, batch, objective.selection(len(batch.input_ids)))[index]
                 seen.append(x[batch.attention_mask.bool()].float())
             everything = torch.cat(seen)
             part.mean.copy_(everything.mean(0))

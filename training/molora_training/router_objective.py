@@ -10,6 +10,7 @@ from molora import MoLoRAModel, Router
 from molora.errors import DataError
 from molora.router import balance_loss, z_loss
 from molora.routing import decoder_layers
+from molora.selection import ResolvedSelection
 from molora_training.data import IGNORED, Batch
 from molora_training.router_settings import LossWeights
 
@@ -55,32 +56,34 @@ class _Reached(Exception):
 
 
 class RouterObjective(nn.Module):
-    """The losses of a batch. Only the router has trainable parameters."""
+    """The losses of a batch. Only the router has trainable parameters.
+
+    Nothing in it waits for the device, and its tensors have the same shapes for all batches of one shape.
+    """
 
     def __init__(self, model: MoLoRAModel, labels: Labels, weights: LossWeights, class_weights: dict[str, Any]) -> None:
         super().__init__()
         self.model = model
         self.labels = labels
         self.weights = weights
-        self.class_weights = class_weights  # layer -> [rows of the layer]
+        device = next(model.router.parameters()).device  # type: ignore[union-attr]
+        self.class_weights = {layer: weight.to(device) for layer, weight in class_weights.items()}  # [rows of the layer]
+        self.targets = {layer: target.to(device) for layer, target in labels.targets.items()}
+        self.rows = {layer: torch.tensor(rows, device=device) for layer, rows in labels.rows.items()}
+        self._selections: dict[int, ResolvedSelection] = {}  # by sequences
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
         real = batch.attention_mask.bool()
         terms: dict[str, torch.Tensor] = {}
         if self.weights.lm:
-            out = self.model(
-                batch.input_ids,
-                batch.attention_mask,
-                selection=self.labels.selection(self.model),
-                output_routes=True,
-                use_cache=False,
+            with self.model.routing.active(lambda: self.selection(len(real))):
+                logits = self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+                all_logits = self.model.routing.logits
+            labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+            terms["lm"] = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
             )
-            assert out.routes is not None and out.logits is not None
-            all_logits = out.routes.logits
-            labels = batch.labels[:, 1:]
-            answered = labels != IGNORED
-            terms["lm"] = nn.functional.cross_entropy(out.logits[:, :-1][answered].float(), labels[answered])
         else:
             all_logits = self._logits(batch, real)
         parts = [self._part(logits, batch, real) for logits in all_logits if logits is not None]
@@ -97,25 +100,33 @@ class RouterObjective(nn.Module):
     def _part(self, logits: torch.Tensor, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor]:
         """label, balance and z terms and the share of right tokens, of one part's logits [B, T, rows]."""
         terms: dict[str, Any] = {"label": 0.0, "balance": 0.0, "z": 0.0}
-        for layer, rows in self.labels.rows.items():
-            own = logits[..., rows]
-            target = self.labels.targets[layer].to(own.device)[batch.domain_ids[real]]
-            weight = self.class_weights[layer].to(own)
-            terms["label"] = terms["label"] + nn.functional.cross_entropy(own[real], target, weight=weight)
+        for layer, rows in self.rows.items():
+            own = logits.index_select(-1, rows)
+            target = self.targets[layer][batch.domain_ids.clamp_min(0)].masked_fill(~real, IGNORED)
+            terms["label"] = terms["label"] + nn.functional.cross_entropy(
+                own.flatten(0, 1), target.flatten(), weight=self.class_weights[layer], ignore_index=IGNORED
+            )
             terms["balance"] = terms["balance"] + balance_loss(own, real)
             terms["z"] = terms["z"] + z_loss(own, real)
-            terms[f"right/{layer}"] = (own[real].argmax(-1) == target).float().mean()
+            terms[f"right/{layer}"] = (own.argmax(-1) == target).sum() / real.sum()
         return terms
+
+    def selection(self, sequences: int) -> ResolvedSelection:
+        """What is left to the router, on its device. Kept: a captured step reads it where it lies."""
+        if sequences not in self._selections:
+            resolved = self.model._resolve(self.labels.selection(self.model)).expand(sequences)
+            self._selections[sequences] = resolved.to(next(iter(self.targets.values())).device)
+        return self._selections[sequences]
 
     def _logits(self, batch: Batch, real: torch.Tensor) -> list[torch.Tensor]:
         """Each part's logits without a forward of more layers than the parts read."""
         router: Any = self.model.router
-        inputs = reading_inputs(self.model, batch, self.labels.selection(self.model))
+        inputs = reading_inputs(self.model, batch, self.selection(len(real)))
         return [part(part.features(part.read(x), real, None)) for part, x in zip(router.parts, inputs, strict=True)]
 
 
 @torch.no_grad()
-def reading_inputs(model: MoLoRAModel, batch: Batch, selection: dict[str, Any]) -> list[torch.Tensor]:
+def reading_inputs(model: MoLoRAModel, batch: Batch, selection: ResolvedSelection) -> list[torch.Tensor]:
     """What each part of the router reads of a batch: embeddings or hidden states [B, T, hidden]."""
     router: Any = model.router
     found = [model.base.get_input_embeddings()(batch.input_ids)] if router.points[0] == 0 else []
@@ -130,7 +141,8 @@ def reading_inputs(model: MoLoRAModel, batch: Batch, selection: dict[str, Any]) 
     layer = decoder_layers(model.base)[1][deepest]
     hook = layer.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)
     try:
-        model(batch.input_ids, batch.attention_mask, selection=selection, use_cache=False)
+        with model.routing.active(lambda: selection):
+            model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     except _Reached:
         pass
     finally:

@@ -1,0 +1,100 @@
+"""Forward and backward of a training step as CUDA graphs: one for each shape of batch that comes again.
+
+A training step over a frozen base is thousands of small calls, which the host is slower to make than a GPU to run.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from molora_training.data import IGNORED, Batch
+
+_log = logging.getLogger(__name__)
+_FILLERS = {"attention_mask": 0, "labels": IGNORED, "segments": -1, "domain_ids": -1}  # 0: any token
+# Batches are filled up to multiples of these, so that few shapes come.
+SEQUENCES, TOKENS = 4, 64
+
+
+class CapturedSteps:
+    """Runs steps of ``objective``; what it runs must not wait for the device.
+
+    Args:
+        objective: gives terms of a batch, ``loss`` among them.
+        parameters: what it trains. After a step their ``grad`` is the step's own, whatever it was before.
+    """
+
+    def __init__(self, objective: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        self.objective, self.parameters = objective, list(parameters)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.able = True
+        self._steps: dict[torch.Size, _Step | None] = {}  # None: the shape came once
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Terms of a batch, which the next step of its shape overwrites, and the gradients of its loss."""
+        batch = filled(batch)
+        shape = batch.input_ids.shape
+        step = self._steps.get(shape)
+        if step is None and shape in self._steps and self.able:
+            step = self._capture(batch)
+        if step is None:
+            self._steps[shape] = None
+            return self._run(batch)
+        return step(batch, self.parameters)
+
+    def _run(self, batch: Batch) -> dict[str, torch.Tensor]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        terms: dict[str, torch.Tensor] = self.objective(batch)
+        terms["loss"].backward()
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _capture(self, batch: Batch) -> "_Step | None":
+        batch = Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()})
+        torch.cuda.empty_cache()  # what steps that were not captured leave does not serve the graphs
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what is made once is made, and not in the graph
+                self._run(batch)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                terms = self._run(batch)
+        except RuntimeError as error:
+            _log.warning("Training steps are not captured in CUDA graphs, and slower: %s", error)
+            self.able = False
+            return None
+        step = self._steps[batch.input_ids.shape] = _Step(graph, batch, terms, [p.grad for p in self.parameters])
+        return step
+
+
+class _Step:
+    """A captured step with the memory that it reads and writes."""
+
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        batch: Batch,
+        terms: dict[str, torch.Tensor],
+        gradients: list[torch.Tensor | None],
+    ) -> None:
+        self.graph, self.batch, self.terms, self.gradients = graph, batch, terms, gradients
+
+    def __call__(self, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, torch.Tensor]:
+        for name, tensor in vars(self.batch).items():
+            tensor.copy_(getattr(batch, name))
+        self.graph.replay()
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.terms
+
+
+def filled(batch: Batch) -> Batch:
+    """The batch with padding up to whole multiples of SEQUENCES and TOKENS."""
+    sequences, tokens = batch.input_ids.shape
+    pads = (0, -tokens % TOKENS, 0, -sequences % SEQUENCES)
+    return Batch(
+        **{name: nn.functional.pad(tensor, pads, value=_FILLERS.get(name, 0)) for name, tensor in vars(batch).items()}
+    )
