@@ -67,7 +67,7 @@ class RouterObjective(nn.Module):
         self.labels = labels
         self.weights = weights
         device = next(model.router.parameters()).device  # type: ignore[union-attr]
-        self.class_weights = {layer: weight.to(device) for layer, weight in class_weights.items()}  # [rows of the layer]
+        self.class_weights = {layer: weight.to(device) for layer, weight in class_weights.items()}  # [rows of a layer]
         self.targets = {layer: target.to(device) for layer, target in labels.targets.items()}
         self.rows = {layer: torch.tensor(rows, device=device) for layer, rows in labels.rows.items()}
         self._selections: dict[int, ResolvedSelection] = {}  # by sequences
