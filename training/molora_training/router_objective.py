@@ -76,6 +76,7 @@ class RouterObjective(nn.Module):
         """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
         real = batch.attention_mask.bool()
         terms: dict[str, torch.Tensor] = {}
+        all_logits: Sequence[torch.Tensor | None]
         if self.weights.lm:
             with self.model.routing.active(lambda: self.selection(len(real))):
                 logits = self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -86,7 +87,7 @@ class RouterObjective(nn.Module):
             )
         else:
             all_logits = self._logits(batch, real)
-        parts = [self._part(logits, batch, real) for logits in all_logits if logits is not None]
+        parts = [self._part(one, batch, real) for one in all_logits if one is not None]
         for name in parts[0]:
             terms[name] = torch.stack([part[name] for part in parts]).mean()
         for index, part in enumerate(parts):
