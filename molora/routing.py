@@ -84,6 +84,10 @@ class RoutingState:
             return None
         return self.plans[0 if self.boundary is None or layer < self.boundary else 1]
 
+    def forget(self) -> None:
+        """Lets go of the last forward, and with it of what its gradient would need."""
+        self.plans, self.logits, self.features = [], [], []
+
     @property
     def real(self) -> torch.Tensor | None:
         """[batch, tokens] bool, which tokens of the forward are no padding."""

@@ -124,7 +124,7 @@ def test_captured_steps_are_eager_ones(
     objective = make_objective(base, adapters, reads=reads)
     assert attend_causally(objective.model.base, 128)
     steps = CapturedSteps(objective, objective.parameters())
-    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.05)
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.01)
     shapes = [(17, 9, 30), (100, 70), (40, 50, 60, 64, 20)]
     for number in range(12):  # each shape comes four times: eager, captured and replayed, replayed twice
         batch = make_batch(shapes[number % 3], seed=number)
@@ -132,6 +132,7 @@ def test_captured_steps_are_eager_ones(
         objective.zero_grad(set_to_none=True)
         found = steps(batch)
         same((found, gradients(objective)), expected)
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
     assert steps.able and all(step is not None for step in steps._steps.values()) and len(steps._steps) == 3
 

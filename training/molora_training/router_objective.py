@@ -74,6 +74,7 @@ class RouterObjective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
+        self.model.routing.forget()  # before this forward, or its gradients would go through nodes of the last one's
         real = batch.attention_mask.bool()
         terms: dict[str, torch.Tensor] = {}
         all_logits: Sequence[torch.Tensor | None]
