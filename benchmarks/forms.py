@@ -5,7 +5,8 @@ python -m benchmarks.forms --out kernels/molora_kernels/tiles.json      # after 
 Each time is of four layers of the 1.7B shape with adapters of rank 16 on all linear modules, once in each form:
 - by_token: a prompt of so many tokens over 8 and then 64 adapters, token by token or in blocks of tokens.
 - together: a prompt of 2,048 over so many adapters, top-2, both columns of the plan at once or one after the other.
-- hot_trained: a router's training step over so many ranks, all of them multiplied for every token or by slot.
+- hot_trained: a router's training step, captured, over so many ranks, all of them multiplied for every token or by
+  slot.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from molora_training.attention import attend_causally
 LAYERS, RANK = 4, 16
 TOKENS = (16, 32, 64, 128, 256)
 SLOTS = (4, 8, 12, 16, 24, 32, 64)
-TRAINED = (8, 16, 32, 64)  # adapters; of more, the ranks kept for the way back would be more than half a module's input
+TRAINED = (8, 16, 32, 64, 128)  # adapters
 EITHER = (0, 1 << 62)  # a limit that nothing is under, and one that all is under
 
 
@@ -67,6 +68,7 @@ def both(form: str, limit: str, size: int, measure: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["prompts", "hot_trained"], help="the others' entries stay as they are")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu/tiles.json"))
     settings = parser.parse_args()
     if not torch.cuda.is_available():
@@ -74,18 +76,26 @@ def main() -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
     base = common.random_base("1.7B", device, dtype, LAYERS)
     attend_causally(base, 512)
+    table = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
+    entries = []
+    if settings.only != "hot_trained":
+        entries += prompts(base)
+    if settings.only != "prompts":
+        entries += [
+            both("hot_trained", "HOT_TRAINED", count * RANK, partial(trained_us, base, count)) for count in TRAINED
+        ]
+    kept = [entry for entry in table["forms"] if entry["form"] not in {found["form"] for found in entries}]
+    write(settings.out, table | {"forms": kept + entries})
+
+
+def prompts(base: Any) -> list[dict[str, Any]]:
+    """The entries of what a prompt chooses."""
     over = {count: fill(base, count, RANK) for count in SLOTS}
-    entries = [
-        both("by_token", "BY_TOKEN", tokens, partial(prompts_us, base, [over[8], over[64]], tokens, 1))
-        for tokens in TOKENS
-    ]
-    entries += [
+    few_and_many = [over[8], over[64]]
+    tokens = [both("by_token", "BY_TOKEN", n, partial(prompts_us, base, few_and_many, n, 1)) for n in TOKENS]
+    return tokens + [
         both("together", "TOGETHER", count, partial(prompts_us, base, [over[count]], 2048, 2)) for count in SLOTS
     ]
-    del over
-    entries += [both("hot_trained", "HOT_TRAINED", count * RANK, partial(trained_us, base, count)) for count in TRAINED]
-    table = json.loads(resources.files("molora_kernels").joinpath("tiles.json").read_text())
-    write(settings.out, table | {"forms": entries})
 
 
 if __name__ == "__main__":
