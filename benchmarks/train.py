@@ -90,7 +90,7 @@ def captured(objective: torch.nn.Module, batch: Batch) -> Callable[[], Any]:
     """Forward and backward as the trainer runs them on a GPU; on a CPU as they are called."""
     if batch.input_ids.device.type != "cuda":
         return eager(objective, batch)
-    steps = CapturedSteps(objective, trained(objective))
+    steps = CapturedSteps(objective, trained(objective), batch.input_ids.numel())
     for _ in range(2):  # the second captures
         steps(batch)
     if not steps.able:

@@ -73,8 +73,8 @@ def test_neither_a_mask_nor_padding_changes_a_step(
     batch = make_batch((17, 9, 30))
     objective = make_objective(base, adapters, weights, reads=reads)
     expected = stepped(objective, batch)
-    more = filled(batch)
-    assert more.input_ids.shape == (4, 64)
+    more = filled(batch, 130)
+    assert more.input_ids.shape == (4, 32)
     same(stepped(objective, more), expected)
     assert attend_causally(objective.model.base, 64)
     same(stepped(objective, more), expected)
@@ -123,7 +123,7 @@ def test_captured_steps_are_eager_ones(
     monkeypatch.setattr("molora_kernels.forms.HOT_TRAINED", hot)
     objective = make_objective(base, adapters, reads=reads)
     assert attend_causally(objective.model.base, 128)
-    steps = CapturedSteps(objective, objective.parameters())
+    steps = CapturedSteps(objective, objective.parameters(), 256)
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.01)
     shapes = [(17, 9, 30), (100, 70), (40, 50, 60, 64, 20)]
     for number in range(12):  # each shape comes four times: eager, captured and replayed, replayed twice
@@ -167,7 +167,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
 
     objective = Waits(make_objective(base, adapters))
     attend_causally(objective.inner.model.base, 64)
-    steps, batch = CapturedSteps(objective, objective.parameters()), make_batch((17, 9, 30))
+    steps, batch = CapturedSteps(objective, objective.parameters(), 256), make_batch((17, 9, 30))
     expected = stepped(objective, batch)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

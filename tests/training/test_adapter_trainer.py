@@ -130,7 +130,7 @@ def test_checkpoint_of_other_settings_is_refused(settings: AdapterTrainSettings)
 
 
 def test_loss_that_is_not_finite_stops(settings: AdapterTrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = adapter_run.Run._summed_loss
+    honest = adapter_run.Run.summed_loss
     calls: list[int] = []
 
     def broken(self: adapter_run.Run, *arguments: object) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_loss_that_is_not_finite_stops(settings: AdapterTrainSettings, monkeypat
         loss = honest(self, *arguments)  # type: ignore[arg-type]
         return loss * float("nan") if len(calls) == 8 else loss
 
-    monkeypatch.setattr(adapter_run.Run, "_summed_loss", broken)
+    monkeypatch.setattr(adapter_run.Run, "summed_loss", broken)
     with pytest.raises(NonFiniteError, match=r"became nan .* step"):
         train(settings)
     assert not settings.out.exists()
@@ -163,7 +163,7 @@ def test_two_processes_learn_the_same_adapter(settings: AdapterTrainSettings, tm
     )
     overrides = [f"out={settings.out}", f"base={settings.base}", "dtype=float32", "epochs=9", "max_steps=4"]
     overrides += [f"data.train={settings.data.train}", f"data.validation={settings.data.validation}"]
-    overrides += ["lora.rank=4", "lora.alpha=8", "learning_rate=1e-2", "batch_tokens=740"]
+    overrides += ["lora.rank=4", "lora.alpha=8", "learning_rate=1e-2", "batch_tokens=960"]
     # On the CPU `accelerate launch` spreads only through MPI; torchrun needs nothing and sets the same variables.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = [str(path) for path in sys.path if path]

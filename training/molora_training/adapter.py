@@ -2,6 +2,7 @@
 
 - the loss is the mean over answer tokens, across all processes of `accelerate launch`
 - batches of similar length under a token budget, cosine schedule with warm-up, gradients clipped
+- on one GPU forward and backward are CUDA graphs, one for each shape of batch (not with dropout)
 - every `checkpoint_every` steps a validation and a checkpoint; the best validated adapter is what comes out
 - an interrupted training goes on from its checkpoint as if nothing had happened
 - a loss that is not finite ends the training with a sentence; the last checkpoint stays
@@ -19,7 +20,8 @@ from molora.base import load_base
 from molora.errors import DataError
 from molora_training.adapter_run import Run, answer_count
 from molora_training.adapter_settings import AdapterTrainSettings
-from molora_training.batches import plan_steps
+from molora_training.attention import attend_causally
+from molora_training.batches import plan_steps, rounded
 from molora_training.data import Encoded, encode_within, read_examples
 
 
@@ -49,6 +51,7 @@ def train(
     # The main process fetches the base first; the others then find it in the cache.
     with accelerator.main_process_first():
         model, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
+    unmasked = attend_causally(model, rounded(settings.data.max_length))
     rows = _read_rows(settings.data.train, tokenizer, settings.data.max_length)
     held_out = _read_rows(settings.data.validation, tokenizer, settings.data.max_length)
     steps = plan_steps(
@@ -66,6 +69,7 @@ def train(
         held_out=held_out,
         steps=steps[: settings.max_steps],
         pad_id=tokenizer.pad_token_id,
+        capturable=unmasked,
     )
     started = time.monotonic()
     run.start(resume)

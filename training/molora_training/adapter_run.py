@@ -17,9 +17,10 @@ from molora.errors import NonFiniteError
 from molora_training.adapter_output import settings_record, write_adapter
 from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.batches import plan_pass
+from molora_training.captured import CapturedSteps
 from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
-from molora_training.data import IGNORED, Encoded, collate
+from molora_training.data import IGNORED, Batch, Encoded, collate
 from molora_training.schedule import warm_cosine
 
 _CLIP_NORM = 1.0
@@ -36,6 +37,7 @@ class Run:
     held_out: Sequence[Encoded]
     steps: Sequence[Sequence[Sequence[int]]]  # step -> process -> indices of rows
     pad_id: int
+    capturable: bool = False  # nothing in the model waits for the device
     counters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,6 +47,10 @@ class Run:
         self.state_file = self.settings.work / "state.safetensors"
         self.best_file = self.settings.work / "best.safetensors"
         self.is_main = self.accelerator.is_main_process
+        alone = self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1
+        self.captured: CapturedSteps | None = None
+        if self.capturable and alone and self.settings.lora.dropout == 0:
+            self.captured = CapturedSteps(_Mean(self), self.parameters.values(), self.settings.batch_tokens)
 
     def start(self, resume: bool) -> None:
         """Restore the checkpoint, or measure the base and write the first one."""
@@ -135,11 +141,15 @@ class Run:
         # Dropout depends on the step alone, so a resumed training draws the same.
         torch.manual_seed(self.settings.seed * 1_000_003 + step * processes + rank)
         self.model.train()
-        total = self._summed_loss(self.model, self.rows, self.steps[step][rank])
+        batch = self._batch(self.rows, self.steps[step][rank])
         # Gradients are averaged over processes, hence the factor: each answer token of the step weighs the same.
         count = self._answer_tokens(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        (total * (processes / count)).backward()
+        if self.captured is not None:
+            total = self.captured(batch)["loss"] * count
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = self.summed_loss(self.model, batch)
+            (total * (processes / count)).backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM))
         loss = float(self.accelerator.reduce(total.detach(), "sum")) / count
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -152,14 +162,22 @@ class Run:
         self.optimizer.step()
         return loss, norm
 
-    def _summed_loss(self, model: Any, rows: Sequence[Encoded], indices: Sequence[int]) -> torch.Tensor:
+    def _batch(self, rows: Sequence[Encoded], indices: Sequence[int]) -> Batch:
+        return collate([rows[index] for index in indices], self.pad_id).to(self.accelerator.device)
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[B, T, vocabulary]."""
+        kind = self.accelerator.device.type
+        mixed = kind == "cuda" and self.settings.dtype == "bfloat16"
+        with torch.autocast(kind, torch.bfloat16, enabled=mixed):
+            found: torch.Tensor = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+        return found
+
+    def summed_loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy summed over the answer tokens of a batch, float32, shape []."""
-        device = self.accelerator.device
-        batch = collate([rows[index] for index in indices], self.pad_id).to(device)
-        labels = batch.labels[:, 1:]  # [B, T - 1]
-        mixed = device.type == "cuda" and self.settings.dtype == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits, labels = self.logits(model, batch), batch.labels[:, 1:]  # [B, T - 1]
         answered = labels != IGNORED
         # Only the answer tokens' rows become float32: the vocabulary is wide.
         return torch.nn.functional.cross_entropy(logits[:, :-1][answered].float(), labels[answered], reduction="sum")
@@ -173,7 +191,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for indices in batches[accelerator.process_index :: accelerator.num_processes]:
             # The unwrapped model: processes may have different numbers of batches here.
-            total += self._summed_loss(self.peft_model, self.held_out, indices)
+            total += self.summed_loss(self.peft_model, self._batch(self.held_out, indices))
         count = sum(answer_count(row) for row in self.held_out)
         return float(accelerator.reduce(total, "sum")) / count
 
@@ -213,6 +231,19 @@ class Run:
         for file in (settings.data.train, settings.data.validation):
             digest.update(file.read_bytes())
         return digest.hexdigest()
+
+
+class _Mean(torch.nn.Module):
+    """The mean over a batch's answer tokens, without asking the device how many there are."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        logits = self.run.logits(self.run.model, batch)
+        labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())}
 
 
 def answer_count(row: Encoded) -> int:

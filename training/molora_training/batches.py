@@ -3,8 +3,15 @@
 import random
 from collections.abc import Sequence
 
+_SHORTEST = 32  # tokens
 # Lengths are sorted within this many batches' worth of examples: little padding, yet mixed epochs.
 _WINDOW_BATCHES = 32
+
+
+def rounded(length: int) -> int:
+    """Tokens to which a batch is filled up: a power of two or one and a half of it, so that few shapes come."""
+    size = max(_SHORTEST, 1 << (length - 1).bit_length())
+    return size * 3 // 4 if length <= size * 3 // 4 and size > _SHORTEST else size
 
 
 def plan_steps(
@@ -12,9 +19,11 @@ def plan_steps(
 ) -> list[list[list[int]]]:
     """Plan a whole training: for each step, for each process, the indices of its batch.
 
-    A batch's padded size (examples times longest) is at most `batch_tokens`, but an example longer than that is a
-    batch alone. Each epoch holds every example; the last step of an epoch repeats batches if processes are left over.
+    A batch's padded size (examples times the longest, rounded up by :func:`rounded`) is at most `batch_tokens`, but an
+    example longer than that is a batch alone. Each epoch holds every example; the last step of an epoch repeats batches
+    if processes are left over.
     """
+    lengths = [rounded(length) for length in lengths]
     steps = []
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")

@@ -9,12 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from molora_training.batches import rounded
 from molora_training.data import IGNORED, Batch
 
 _log = logging.getLogger(__name__)
 _FILLERS = {"attention_mask": 0, "labels": IGNORED, "segments": -1, "domain_ids": -1}  # 0: any token
-# Batches are filled up to multiples of these, so that few shapes come.
-SEQUENCES, TOKENS = 4, 64
 
 
 class CapturedSteps:
@@ -23,17 +22,18 @@ class CapturedSteps:
     Args:
         objective: gives terms of a batch, ``loss`` among them.
         parameters: what it trains. After a step their ``grad`` is the step's own, whatever it was before.
+        batch_tokens: what batches are planned for; they are filled up to it.
     """
 
-    def __init__(self, objective: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-        self.objective, self.parameters = objective, list(parameters)
+    def __init__(self, objective: nn.Module, parameters: Iterable[nn.Parameter], batch_tokens: int) -> None:
+        self.objective, self.parameters, self.batch_tokens = objective, list(parameters), batch_tokens
         self.pool = torch.cuda.graph_pool_handle()
         self.able = True
         self._steps: dict[torch.Size, _Step | None] = {}  # None: the shape came once
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Terms of a batch, which the next step of its shape overwrites, and the gradients of its loss."""
-        batch = filled(batch)
+        batch = filled(batch, self.batch_tokens)
         shape = batch.input_ids.shape
         step = self._steps.get(shape)
         if step is None and shape in self._steps and self.able:
@@ -91,10 +91,11 @@ class _Step:
         return self.terms
 
 
-def filled(batch: Batch) -> Batch:
-    """The batch with padding up to whole multiples of SEQUENCES and TOKENS."""
+def filled(batch: Batch, batch_tokens: int) -> Batch:
+    """The batch with padding: as many tokens as its length is rounded to, as many sequences as then fit."""
     sequences, tokens = batch.input_ids.shape
-    pads = (0, -tokens % TOKENS, 0, -sequences % SEQUENCES)
+    wanted = rounded(tokens)
+    pads = (0, wanted - tokens, 0, max(0, batch_tokens // wanted - sequences))
     return Batch(
         **{name: nn.functional.pad(tensor, pads, value=_FILLERS.get(name, 0)) for name, tensor in vars(batch).items()}
     )

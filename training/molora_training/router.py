@@ -28,8 +28,8 @@ from molora.router import NEVER
 from molora.selection import router_rows
 from molora.stack import AUTO
 from molora_training.attention import attend_causally
-from molora_training.batches import plan_pass, plan_steps
-from molora_training.captured import TOKENS, CapturedSteps
+from molora_training.batches import plan_pass, plan_steps, rounded
+from molora_training.captured import CapturedSteps
 from molora_training.checkpoint import load_state, save_state
 from molora_training.curves import curves
 from molora_training.data import Encoded, Example, collate, encode_within, mix, read_examples
@@ -135,9 +135,10 @@ class _Run:
         objective = RouterObjective(model.train(), self.labels, settings.loss, self._class_weights())
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
-        unmasked = attend_causally(model.base, settings.max_length + TOKENS)
+        unmasked = attend_causally(model.base, rounded(settings.max_length))
         alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-        self.captured = CapturedSteps(objective, self.parameters.values()) if unmasked and alone else None
+        able = unmasked and alone
+        self.captured = CapturedSteps(objective, self.parameters.values(), settings.batch_tokens) if able else None
         matrices = [parameter for parameter in self.parameters.values() if parameter.dim() > 1]
         others = [parameter for parameter in self.parameters.values() if parameter.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
