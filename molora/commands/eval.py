@@ -63,17 +63,24 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
 @app.command()
 def quality(
     model: Annotated[Path | None, typer.Argument(help="A saved MoLoRA. Default: the starter stack.")] = None,
+    routers: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Saved MoLoRAs whose routers are compared too.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/quality.json"),
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in one forward.")] = 8192,
     limit: Annotated[int, typer.Option(min=0, help="Sequences of each set; 0: all.")] = 0,
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N processes that share the table, the I-th (from 0).")
+    ] = "0/1",
     as_json: JsonOption = False,
 ) -> None:
     """Does routing by token pay? The router beside merges and rivals, on text that changes its domain in four ways.
 
     In: a saved MoLoRA, and the data of every adapter in its domain layer (`molora train data`). Out: a JSON file with
-    a row for the base, each adapter alone, the label oracle, merges (uniform, linear, TIES, DARE, by magnitude), a
-    classifier and centroids by sequence and by turn, and the router; and whether each bar is reached.
+    a row for the base, each adapter alone, the label oracle, one adapter on all data where the stack has it, merges
+    (uniform, linear, TIES, DARE, by magnitude), a classifier and centroids by sequence and by turn, and the router(s);
+    and whether each bar is reached. Rows lie in a hidden folder beside it, so an interrupted table goes on.
 
     Example: molora eval quality --limit 20
     """
@@ -82,9 +89,23 @@ def quality(
         from molora_training.data import data_dir
         from molora_training.quality_table import run
 
-        command = "molora eval quality" + (f" --limit {limit}" if limit else "")
-        report = run(model or starter_folder(), data or data_dir(), out, command, limit, batch_tokens)
-    _show(report, as_json)
+        command = "molora eval quality" + (f" {model}" if model else "") + (f" --routers {routers}" if routers else "")
+        command += f" --limit {limit}" if limit else ""
+        report = run(
+            model or starter_folder(), data or data_dir(), out, command, routers=routers, limit=limit,
+            batch_tokens=batch_tokens, share=_parse_share(share),
+        )  # fmt: skip
+    if report is None:
+        typer.echo("This process has done its share; the table is written when all have.")
+    else:
+        _show(report, as_json)
+
+
+def _parse_share(text: str) -> tuple[int, int]:
+    mine, slash, of = text.partition("/")
+    if not (slash and mine.isdigit() and of.isdigit() and int(mine) < int(of)):
+        raise typer.BadParameter(f"{text!r} is no share: give for example 0/4, 1/4, 2/4 and 3/4.")
+    return int(mine), int(of)
 
 
 @app.command()

@@ -1,17 +1,21 @@
 """The table of contenders on a tiny model: each row is what it says, and the lines that must hold follow from rows."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from molora import MoLoRAModel, StackLayer
 from molora.errors import DataError
-from molora_training import quality_table
-from molora_training.data import Example, write_examples
-from molora_training.evaluate import LAYER
-from molora_training.quality_table import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualityTable, figures, fill, must
+from molora_training import contenders as module
+from molora_training import quality_sets
+from molora_training.contenders import TOGETHER, Contenders, Row, best_of
+from molora_training.data import IGNORED, Example, write_examples
+from molora_training.evaluate import LAYER, losses
+from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets, after
+from molora_training.quality_table import figures, fill, must
 from tests.unit.spoken import make_spoken
 
 DOMAINS = ("math", "code")
@@ -37,72 +41,132 @@ def messages(domain: str, n: int) -> tuple[dict[str, str], ...]:
 
 
 @pytest.fixture(scope="module")
-def table(data: Path, tmp_path_factory: pytest.TempPathFactory) -> QualityTable:
-    model = make_spoken(tmp_path_factory.mktemp("spoken"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> MoLoRAModel:
+    folder = tmp_path_factory.mktemp("spoken")
+    model = make_spoken(folder)
+    model.stack.layers.append(StackLayer(TOGETHER, {}, default=None))
+    model.set_router(None)
+    model.add_adapter(TOGETHER, "multitask", folder / "law")
+    return model
+
+
+@pytest.fixture(scope="module")
+def table(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contenders]:
+    folder = tmp_path_factory.mktemp("spoken")
+    model = make_spoken(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_table, "COUNT", 5)
-        return QualityTable(model, data)
+        patch.setattr(quality_sets, "COUNT", 5)
+        sets = QualitySets(model, data)
+    yield Contenders(model, sets, {"saved": model.router}, folder / "work")  # type: ignore[dict-item]
 
 
-def test_every_contender_is_there_and_the_model_as_before(table: QualityTable, tmp_path: Path) -> None:
-    model = table.model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = list(table.rows(tmp_path))
-    names = [row.name for row in rows]
-    assert names[:4] == ["base", "label oracle", "math alone", "code alone"]
+@pytest.fixture(scope="module")
+def rows(table: Contenders) -> dict[str, Row]:
+    found = [contender.measure() for contender in table.all()]
+    return {row.name: row for row in [*found, best_of([row for row in found if row.kind == "adapter"])]}
+
+
+def test_every_contender_is_there_and_the_model_as_before(table: Contenders, rows: dict[str, Row]) -> None:
+    names = list(rows)
+    assert names[:2] == ["base", "label oracle"]
+    assert {"math alone", "code alone", "base, one example of each domain"} <= set(names)
     rivals = {f"{what} by {scope}" for what in ("classifier", "nearest centroid") for scope in ("sequence", "turn")}
-    assert {"per-sequence oracle", "uniform merge", *quality_table.MERGES, *rivals} <= set(names)
-    assert names[-2:] == ["MoLoRA, top-1 unit", "MoLoRA, top-2 softmax"]
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    assert list(model.stack[LAYER].adapters) == list(DOMAINS) and not list(tmp_path.iterdir())
-    base, oracle = rows[:2]
-    found = {row.name: figures(row, base, oracle) for row in rows}
+    assert {"per-sequence oracle", "uniform merge", *module.MERGES, *rivals} <= set(names)
+    assert {"MoLoRA saved, top-1 unit", "MoLoRA saved, top-2 softmax"} <= set(names)
+    assert [contender.name for contender in table.all()] == [name for name in names if name != "per-sequence oracle"]
+    again = table.all()[0].measure()  # the base, after all of them
+    assert all(torch.equal(again.sets[name].loss, own.loss) for name, own in rows["base"].sets.items())
+    assert list(table.model.stack[LAYER].adapters) == list(DOMAINS) and not list(table.work.iterdir())
+    base, oracle = rows["base"], rows["label oracle"]
     for name in (TURNS, UNSEEN, DOCUMENTS, IN_A_TURN):
-        assert found["base"]["sets"][name]["gap_closed"] == 0
-        assert found["label oracle"]["sets"][name]["gap_closed"] == 1
-        tokens = {tuple(row.sets[name].tokens.sum(0).tolist()) for row in rows}
+        assert figures(base, base, oracle)["sets"][name]["gap_closed"] == 0
+        assert figures(oracle, base, oracle)["sets"][name]["gap_closed"] == 1
+        tokens = {tuple(row.sets[name].tokens.sum(0).tolist()) for row in rows.values()}
         assert len(tokens) == 1  # the same answers for all
     for domain in DOMAINS:
-        own = next(row for row in rows if row.name == f"{domain} alone")
+        own = rows[f"{domain} alone"]
         assert torch.allclose(oracle.single[domain].loss, own.single[domain].loss, rtol=1e-5)
-    lines = {line["name"]: line for line in must(rows)}
-    assert (
-        lines[f"{TURNS}: share of the gap closed"]["value"] == found["MoLoRA, top-1 unit"]["sets"][TURNS]["gap_closed"]
-    )
+
+
+def test_the_lines_follow_from_the_rows(rows: dict[str, Row]) -> None:
+    base, oracle, mine, ties = (rows[name] for name in ("base", "label oracle", "MoLoRA saved, top-1 unit", "TIES"))
+    ordered = [base, oracle, *(row for name, row in rows.items() if name not in ("base", "label oracle"))]
+    lines = {line["name"]: line for line in must(ordered)}
+    own = figures(mine, base, oracle)["sets"]
+    assert lines[f"{TURNS}: share of the gap closed"]["value"] == own[TURNS]["gap_closed"]
     below = lines[f"{DOCUMENTS}: below TIES, nats a token"]
-    ties, mine = (next(row for row in rows if row.name == name) for name in ("TIES", "MoLoRA, top-1 unit"))
     assert below["value"] == pytest.approx(ties.sets[DOCUMENTS].mean - mine.sets[DOCUMENTS].mean, abs=1e-6)
-    assert not must(rows[:5])
+    gains = [
+        (base.single[n].mean - mine.single[n].mean) / (base.single[n].mean - oracle.single[n].mean) for n in DOMAINS
+    ]
+    assert lines["single-domain: share of the oracle's gain, mean"]["value"] == pytest.approx(sum(gains) / 2)
+    assert 0 <= mine.right["answer 17+"] <= 1 and set(mine.right) == {
+        f"{part} {span}" for part in ("question", "answer") for span in ("1-4", "5-16", "17+")
+    }
+    assert not must(ordered[:5])
 
 
-def test_a_merge_of_all_at_equal_weights_is_the_uniform_merge(table: QualityTable, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_table, "MERGES", {"sum": ("cat", 1.0)})
-        rows = {row.name: row for row in table.rows(tmp_path)}
-    for name, own in rows["sum"].sets.items():
+def test_a_merge_of_all_at_equal_weights_is_the_uniform_merge(
+    table: Contenders, rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MERGES", {"sum": ("cat", 1.0)})
+    found = next(contender for contender in table.all() if contender.name == "sum").measure()
+    for name, own in found.sets.items():
         assert torch.allclose(own.loss, rows["uniform merge"].sets[name].loss, rtol=1e-3)
 
 
-def test_a_report_is_written_as_it_grows(table: QualityTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr(quality_table, "MERGES", {})
-    whole = quality_table.write_report
-
-    def write(report: dict[str, Any], out: Path) -> None:
-        seen.append(len(report["rows"]))
-        whole(report, out)
-
-    monkeypatch.setattr(quality_table, "write_report", write)
-    report = fill(table, tmp_path / "quality.json", "molora eval quality")
-    assert seen == list(range(2, len(report["rows"]) + 1))
-    assert json.loads((tmp_path / "quality.json").read_text()) == report
-    assert all(set(line) == {"name", "value", "bar", "better", "holds", "note"} for line in report["must"])
+def test_an_adapter_on_all_data_is_measured_as_what_it_is(model: MoLoRAModel, data: Path, tmp_path: Path) -> None:
+    sets = QualitySets(model, data, limit=3)
+    contender = next(one for one in Contenders(model, sets, {}, tmp_path).all() if one.kind == "multitask")
+    row = contender.measure()
+    expected = losses(model, sets.mixed[TURNS], {LAYER: None, TOGETHER: "multitask"}, 2)
+    assert contender.name == "multitask: one LoRA on all data"
+    assert torch.equal(row.sets[TURNS].loss, expected.loss)
+    base = losses(model, sets.mixed[TURNS], {LAYER: None}, 2)
+    assert not torch.allclose(row.sets[TURNS].loss, base.loss, rtol=1e-3)
 
 
-def test_a_domain_without_unseen_forms_is_named(table: QualityTable, tmp_path: Path) -> None:
+def test_shots_go_before_and_are_not_counted(table: Contenders) -> None:
+    shots, row = table.sets.shots(), table.sets.mixed[TURNS][0]
+    both = after(shots, row)
+    cut = len(shots.input_ids)
+    assert torch.equal(both.input_ids[cut:], row.input_ids) and torch.equal(both.labels[cut:], row.labels)
+    assert (both.labels[:cut] == IGNORED).all() and (shots.labels != IGNORED).any()
+    assert both.segments.diff().min() >= 0 and int(both.segments[cut]) == len(DOMAINS)
+
+
+def test_an_interrupted_table_goes_on_and_processes_share_it(
+    table: Contenders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MERGES", {})
+    monkeypatch.setattr(table, "work", tmp_path / "work")
+    out, measured = tmp_path / "quality.json", list[str]()
+    whole = Contenders.measured
+
+    def measure(self: Contenders, name: str, *rest: object) -> Row:
+        measured.append(name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return whole(self, name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Contenders, "measured", measure)
+    with pytest.raises(KeyboardInterrupt):
+        fill(table, out, "molora eval quality", "mark")
+    assert not out.exists()
+    assert fill(table, out, "molora eval quality", "mark", share=(0, 2)) is None
+    report = fill(table, out, "molora eval quality", "mark", share=(1, 2))
+    assert report is not None and json.loads(out.read_text()) == report
+    assert len(measured) == len(set(measured)) + 1  # only the interrupted one began twice
+    assert {line["name"] for line in report["must"]} and all(
+        set(line) == {"name", "value", "bar", "better", "holds", "note"} for line in report["must"]
+    )
+    fill(table, out, "molora eval quality", "another mark", share=(0, 99))
+    assert measured[-1] == "base"  # of other adapters or text nothing is kept
+
+
+def test_a_domain_without_unseen_forms_is_named(table: Contenders, tmp_path: Path) -> None:
     for domain in DOMAINS:
         rows = [Example(f"{domain}-{n}", domain, "test", messages(domain, n)) for n in range(4)]
         write_examples(tmp_path / f"{domain}.test.jsonl", rows)
     with pytest.raises(DataError, match="math has no test example"):
-        QualityTable(table.model, tmp_path)
+        QualitySets(table.model, tmp_path)

@@ -1,179 +1,103 @@
-"""Every contender beside the router on held-out text that changes its domain in four ways, in one command.
+"""Does routing by token pay? Every contender on held-out text that changes its domain in four ways, in one command.
 
-The sets: conversations that change at each turn, the same in prompt forms that training never saw, documents of several
-domains' problems, and two questions in one turn. What a contender closes is its share of the way from the base to the
-label oracle, which sends each token to its own domain's adapter.
+What a contender closes is its share of the way from the base to the label oracle, which sends each token to its own
+domain's adapter. Rows are kept as they are measured: an interrupted table goes on, and several processes may share it.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from molora import MoLoRAModel, Router
-from molora.adapter import Adapter
-from molora.errors import ConfigError, DataError
-from molora_training.data import (
-    Batch,
-    Encoded,
-    Example,
-    encode_within,
-    mix,
-    mix_documents,
-    mix_in_a_turn,
-    read_examples,
-)
-from molora_training.evaluate import LAYER, LabelRouter, Losses, best_by_sequence, bootstrap, losses, routed_by
-from molora_training.merge import Method, merge
+from molora.errors import ConfigError
+from molora.saved import load
+from molora_training.contenders import Contenders, Row, best_of
+from molora_training.evaluate import LAYER, Losses, bootstrap
+from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets
 from molora_training.report import heading, line, write_report
-from molora_training.rivals import Centroids, Classifier, Features, Rival, Scope
-
-COUNT = 300  # sequences of each set
-TRAINED = 400  # training examples of each domain that rivals learn from
-MAX_TOKENS = 2048
-TURNS, UNSEEN, DOCUMENTS, IN_A_TURN = "turns", "turns, unseen forms", "documents", "two in a turn"
-MERGES: dict[str, tuple[Method, float]] = {  # way and density
-    "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
-    "magnitude merge": ("magnitude_prune", 0.5),
-}  # fmt: skip
 
 
-@dataclass
-class Row:
-    """A contender's losses by set; of single domains, by name."""
-
-    name: str
-    kind: str
-    sets: dict[str, Losses] = field(default_factory=dict)
-    single: dict[str, Losses] = field(default_factory=dict)
-
-
-class QualityTable:
-    """The held-out sets and the contenders of one saved MoLoRA.
-
-    Args:
-        model: with a learned router; its domain layer is measured.
-        data: prepared data of every domain of that layer.
-        limit: use only so many sequences of each set (0: all), and for rivals four times as many training examples of
-            each domain.
-        batch_tokens: padded tokens in one forward.
-
-    Raises:
-        ConfigError: the model has no learned router, or fewer than two domains. DataError: a domain has no data.
-    """
-
-    def __init__(self, model: MoLoRAModel, data: Path, limit: int = 0, batch_tokens: int = 8192) -> None:
-        if not isinstance(model.router, Router):
-            raise ConfigError("This MoLoRA has no learned router to be measured.")
-        self.domains = list(model.stack[LAYER].adapters)
-        if len(self.domains) < 2:
-            raise ConfigError(f"The layer '{LAYER}' has {len(self.domains)} adapters: there is nothing to route.")
-        self.model, self.data, self.batch_tokens = model, data, batch_tokens
-        self.trained = min(TRAINED, 4 * limit) if limit else TRAINED
-        self.off = {layer.name: None for layer in model.stack.layers if layer.name != LAYER}
-        some = slice(limit or None)
-        test = {name: read_examples(data / f"{name}.test.jsonl") for name in self.domains}
-        unseen = {name: [example for example in rows if example.unseen] for name, rows in test.items()}
-        if empty := [name for name, rows in unseen.items() if not rows]:
-            raise DataError(f"{empty[0]} has no test example in a form that training never saw.")
-        self.sets = {
-            TURNS: self._encode(mix(test, "test", COUNT)[some]),
-            UNSEEN: self._encode(mix(unseen, "test", COUNT, seed=1)[some]),
-            DOCUMENTS: self._encode(mix_documents(test, "test", COUNT)[some]),
-            IN_A_TURN: self._encode(mix_in_a_turn(test, "test", COUNT)[some]),
-        }
-        self.single = {name: self._encode(rows[some]) for name, rows in test.items()}
-
-    def _encode(self, rows: Sequence[Any]) -> list[Encoded]:
-        return encode_within(rows, self.model.tokenizer, MAX_TOKENS, self.domains)
-
-    def measure(self, name: str, kind: str, choice: Any, before: Callable[[Batch], None] | None = None) -> Row:
-        """A contender under the selection ``choice`` of the domain layer; ``before`` sees each batch."""
-
-        def of(rows: Sequence[Encoded]) -> Losses:
-            return losses(self.model, rows, {**self.off, LAYER: choice}, len(self.domains), before, self.batch_tokens)
-
-        row = Row(name, kind, {s: of(rows) for s, rows in self.sets.items()})
-        row.single = {domain: of(rows) for domain, rows in self.single.items()}
-        return row
-
-    def rows(self, work: Path) -> Iterator[Row]:
-        """All contenders, the base and the label oracle first. Merged adapters lie in ``work`` for a while."""
-        yield self.measure("base", "base", None)
-        oracle = LabelRouter(self.model, self.domains)
-        with routed_by(self.model, oracle):
-            yield self.measure("label oracle", "oracle", "auto", oracle.see)
-        singles = [self.measure(f"{name} alone", "adapter", name) for name in self.domains]
-        yield from singles
-        yield _best_of(singles)
-        share = LabelRouter(self.model, self.domains, share=True)
-        with routed_by(self.model, share, top_k=len(self.domains)):
-            yield self.measure("uniform merge", "merge", "auto", share.see)
-        for name, (method, density) in MERGES.items():
-            with self._merged(work, method, density) as adapter:
-                yield self.measure(name, "merge", adapter)
-        with routed_by(self.model, oracle):
-            for name, rival in self._rivals():
-                yield self.measure(name, f"by {rival.scope}", "auto", _seen_by(oracle, rival))
-        for weights, top_k in (("unit", 1), ("softmax", 2)):
-            with routed_by(self.model, self.model.router, top_k, weights):
-                yield self.measure(f"MoLoRA, top-{top_k} {weights}", "router", "auto")
-
-    def _rivals(self) -> Iterator[tuple[str, Rival]]:
-        train: list[Example] = []
-        for name in self.domains:
-            train += read_examples(self.data / f"{name}.train.jsonl")[: self.trained]
-        features = Features(self.model, self._encode(train), self.batch_tokens)
-        scopes: tuple[Scope, ...] = ("sequence", "turn")
-        for scope in scopes:
-            yield f"classifier by {scope}", Classifier(self.model, self.domains, scope, features)
-            yield f"nearest centroid by {scope}", Centroids(self.model, self.domains, scope, features)
-
-    @contextmanager
-    def _merged(self, work: Path, method: Method, density: float) -> Iterator[str]:
-        """All adapters of the layer as one more of it, for a while. PEFT merges them on a base of its own."""
-        work.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            paths = {name: Path(str(self.model.stack[LAYER].adapters[name])) for name in self.domains}
-            ranks = {rank for path in paths.values() for rank in Adapter.load(path).ranks}
-            way: Any = method if len(ranks) == 1 else f"{method}_svd" if method != "linear" else "svd"
-            merged = merge(_plain(self.model), paths, Path(folder) / "merged", way, density=density)
-            self.model.add_adapter(LAYER, "merged", merged)
-            try:
-                yield "merged"
-            finally:
-                self.model.remove_adapter(LAYER, "merged")
-
-
-def run(folder: Path, data: Path, out: Path, command: str, limit: int = 0, batch_tokens: int = 8192) -> dict[str, Any]:
+def run(
+    folder: Path,
+    data: Path,
+    out: Path,
+    command: str,
+    *,
+    routers: Path | None = None,
+    limit: int = 0,
+    batch_tokens: int = 8192,
+    share: tuple[int, int] = (0, 1),
+) -> dict[str, Any] | None:
     """Measures a saved MoLoRA; the rest as of :func:`fill`.
 
+    Args:
+        folder: the saved MoLoRA.
+        data: prepared data of the domains.
+        out: the report.
+        command: to be named in it.
+        routers: folder of saved MoLoRAs with other routers for the same adapters; the first by name is not special,
+            the saved one's own is.
+        limit: see :class:`QualitySets`.
+        batch_tokens: padded tokens in one forward.
+        share: (i, n): of n processes, the i-th, which measures every n-th contender.
+
     Raises:
-        ConfigError, DataError: of :class:`QualityTable`.
+        ConfigError, DataError: the model has no learned router, fewer than two domains, or a domain no data.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoLoRAModel.from_pretrained(folder, dtype=torch.bfloat16).to(device)
-    return fill(QualityTable(model, data, limit, batch_tokens), out, command)
+    if not isinstance(model.router, Router):
+        raise ConfigError(f"{folder} has no learned router to be measured.")
+    variants = {"as saved": model.router}
+    if routers is not None:
+        folders = [path for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()]
+        found = {path.name: load(path).router for path in folders}
+        variants = {name: router for name, router in found.items() if isinstance(router, Router)}
+        own = next((name for name, router in variants.items() if _same(router, model.router)), None)
+        if own is None:
+            raise ConfigError(f"None of the routers in {routers} is the one of {folder}.")
+        variants = {own: variants.pop(own), **variants}
+    sets = QualitySets(model, data, limit)
+    work = out.parent / f".{out.stem}"
+    contenders = Contenders(model, sets, variants, work, batch_tokens)
+    return fill(contenders, out, command, _fingerprint(model, sets), share)
 
 
-def fill(table: QualityTable, out: Path, command: str) -> dict[str, Any]:
-    """Measures all contenders and writes ``out`` (the project's results format) after each."""
-    counts = ", ".join(f"{len(rows)} {name}" for name, rows in {**table.sets, **table.single}.items())
-    report = heading(command, f"test split by sha256 of the task or document id: {counts}")
-    found: list[Row] = []
-    for row in table.rows(out.parent / f".{out.stem}"):
-        found.append(row)
-        if len(found) < 2:  # what is closed needs the base and the oracle
-            continue
-        report |= {"rows": [figures(one, found[0], found[1]) for one in found], "must": must(found)}
-        write_report(report, out)
-        shown = ", ".join(f"{name} {values['gap_closed']:.1%}" for name, values in report["rows"][-1]["sets"].items())
-        print(f"{row.name}: {shown}", flush=True)
+def fill(
+    contenders: Contenders, out: Path, command: str, fingerprint: str, share: tuple[int, int] = (0, 1)
+) -> dict[str, Any] | None:
+    """Measures what is not measured yet, and writes ``out`` (the project's results format) when all rows are there.
+
+    Returns:
+        The report; None where other processes have not measured all of theirs.
+    """
+    everything = contenders.all()
+    for index, contender in enumerate(everything):
+        file, mark = _file(contenders.work, contender.name), fingerprint + contender.weights
+        if index % share[1] == share[0] and _kept(file, mark) is None:
+            row = contender.measure()
+            _keep(row, file, mark)
+            print(f"{row.name}: {', '.join(f'{name} {own.mean:.4f}' for name, own in row.sets.items())}", flush=True)
+    rows = [_kept(_file(contenders.work, one.name), fingerprint + one.weights) for one in everything]
+    if any(row is None for row in rows):
+        return None
+    found = [row for row in rows if row is not None]
+    found.insert(3, best_of([row for row in found if row.kind == "adapter"]))
+    report = {
+        **heading(command, f"test split by sha256 of the task or document id: {contenders.sets.described()}"),
+        "rows": [figures(one, found[0], found[1]) for one in found],
+        "must": must(found),
+    }
+    write_report(report, out)
     return report
 
 
@@ -192,11 +116,11 @@ def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:
             "gap_closed_domain_mean": (b.domain_mean - own.domain_mean) / (b.domain_mean - o.domain_mean),
         }
     single = {name: own.mean for name, own in row.single.items()}
-    return {"contender": row.name, "kind": row.kind, "sets": sets, "single": single}
+    return {"contender": row.name, "kind": row.kind, "sets": sets, "single": single, "right": row.right}
 
 
 def must(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The lines that the router has to reach; none before it is measured."""
+    """The lines that the first router has to reach; none without one."""
     routers = [row for row in rows if row.kind == "router"]
     if not routers:
         return []
@@ -210,21 +134,28 @@ def must(rows: Sequence[Row]) -> list[dict[str, Any]]:
             lines.append(line(f"{name}: share of the gap closed, mean of domains", value, bar, "higher"))
     for other in rows:
         if other.kind in ("merge", "sequence-oracle"):
-            for name in (TURNS, DOCUMENTS):
-                lines.append(_below(mine, other, name, 0.15))
-    for other in rows:
+            lines += [_below(mine, other, name, 0.15) for name in (TURNS, DOCUMENTS)]
+        if other.kind == "multitask":
+            lines += [_below(mine, other, name, 0.0, clearly=True) for name in (TURNS, DOCUMENTS)]
         if other.kind == "by turn":
-            lines.append(_below(mine, other, TURNS, 0.0))
+            lines += [_below(mine, other, TURNS, 0.0), _below(mine, other, IN_A_TURN, 0.15)]
+        if other.kind == "sequence-oracle":
             lines.append(_below(mine, other, IN_A_TURN, 0.15))
         if other.kind == "adapter":
             domain = other.name.removesuffix(" alone")
             value = mine.single[domain].mean - other.single[domain].mean
             lines.append(line(f"single-domain {domain}: loss above its own adapter's", value, 0.01, "lower"))
+    gains = [
+        (base.single[name].mean - mine.single[name].mean) / (base.single[name].mean - oracle.single[name].mean)
+        for name in base.single
+    ]
+    lines.append(line("single-domain: share of the oracle's gain, mean", sum(gains) / len(gains), 0.99, "higher"))
     return lines
 
 
-def _below(mine: Row, other: Row, name: str, bar: float) -> dict[str, Any]:
-    """How many nats a token the router is below another contender; it counts if the interval is above 0 as well."""
+def _below(mine: Row, other: Row, name: str, bar: float, clearly: bool = False) -> dict[str, Any]:
+    """How many nats a token the router is below another contender; where a margin is asked for, or it is to be clear,
+    the interval has to be above 0 too."""
     a, b = mine.sets[name], other.sets[name]
 
     def difference(index: torch.Tensor) -> torch.Tensor:
@@ -234,7 +165,7 @@ def _below(mine: Row, other: Row, name: str, bar: float) -> dict[str, Any]:
     value = float(difference(torch.arange(len(a.loss))[None]))
     low, high = bootstrap(difference, len(a.loss))
     found = line(f"{name}: below {other.name}, nats a token", value, bar, "higher", f"95% [{low:.3f}, {high:.3f}]")
-    return {**found, "holds": found["holds"] and (low > 0 or bar == 0.0)}
+    return {**found, "holds": found["holds"] and (low > 0 or not (clearly or bar))}
 
 
 def _share(index: torch.Tensor, base: Losses, oracle: Losses, own: Losses) -> torch.Tensor:
@@ -242,28 +173,53 @@ def _share(index: torch.Tensor, base: Losses, oracle: Losses, own: Losses) -> to
     return (b - x) / (b - o)
 
 
-def _seen_by(oracle: LabelRouter, rival: Rival) -> Callable[[Batch], None]:
-    def see(batch: Batch) -> None:
-        oracle.see(rival.labels(batch))
-
-    return see
+def _same(one: Router, other: Router) -> bool:
+    mine, theirs = one.state_dict(), {name: tensor.cpu() for name, tensor in other.state_dict().items()}
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name].cpu(), theirs[name]) for name in mine)
 
 
-def _best_of(singles: Sequence[Row]) -> Row:
-    """The adapter with the lowest loss on each sequence, in hindsight."""
+def _fingerprint(model: MoLoRAModel, sets: QualitySets) -> str:
+    """Changes with the adapters and with what is measured."""
+    digest = hashlib.sha256(json.dumps([sets.domains, str(model.base_name)]).encode())
+    for name in sets.domains:
+        for parameters in sorted(Path(str(model.stack[LAYER].adapters[name])).glob("*.safetensors")):
+            digest.update(parameters.read_bytes())
+    for rows in (*sets.mixed.values(), *sets.single.values()):
+        for row in rows:
+            digest.update(row.input_ids.numpy().tobytes())
+    return digest.hexdigest()
 
-    row = Row("per-sequence oracle", "sequence-oracle")
-    row.sets = {name: best_by_sequence([single.sets[name] for single in singles]) for name in singles[0].sets}
-    row.single = {name: best_by_sequence([single.single[name] for single in singles]) for name in singles[0].single}
-    return row
+
+def _file(work: Path, name: str) -> Path:
+    return work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.safetensors"
 
 
-def _plain(model: MoLoRAModel) -> Any:
-    """The base's own modules in a model of their own, which PEFT may wrap: the weights are the same memory. It is never
-    run, so what is no weight (rotary tables) may stay without one."""
-    kind = type(model.base)
-    with torch.device("meta"):
-        plain = kind(model.base.config)
-    plain.load_state_dict(model.base.state_dict(), assign=True)
-    plain.tie_weights()
-    return plain.eval()
+def _keep(row: Row, file: Path, fingerprint: str) -> None:
+    tensors = {
+        f"{part}/{name}/{what}": getattr(own, what).contiguous()
+        for part in ("sets", "single")
+        for name, own in getattr(row, part).items()
+        for what in ("loss", "tokens")
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}.partial")
+    about = {"name": row.name, "kind": row.kind, "right": json.dumps(row.right), "fingerprint": fingerprint}
+    save_file(tensors, draft, metadata=about)
+    os.replace(draft, file)
+
+
+def _kept(file: Path, fingerprint: str) -> Row | None:
+    """The row that was measured before, of the same adapters and text."""
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as stored:
+        about = stored.metadata()
+        if about["fingerprint"] != fingerprint:
+            return None
+        row = Row(about["name"], about["kind"], right=json.loads(about["right"]))
+        for key in stored.keys():
+            part, name, what = key.split("/")
+            if what == "loss":
+                own = Losses(stored.get_tensor(key), stored.get_tensor(f"{part}/{name}/tokens"))
+                getattr(row, part)[name] = own
+        return row

@@ -32,7 +32,17 @@ from molora_training.batches import plan_pass, plan_steps, rounded
 from molora_training.captured import CapturedSteps
 from molora_training.checkpoint import load_state, save_state
 from molora_training.curves import curves
-from molora_training.data import Encoded, Example, collate, encode_within, mix, read_examples
+from molora_training.data import (
+    Encoded,
+    Example,
+    Split,
+    collate,
+    encode_within,
+    mix,
+    mix_documents,
+    mix_in_a_turn,
+    read_examples,
+)
 from molora_training.router_objective import Labels, RouterObjective, reading_inputs
 from molora_training.router_settings import RouterTrainSettings
 from molora_training.schedule import warm_cosine
@@ -104,15 +114,21 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
             f"make it with `molora train data`."
         )
 
-    def read(split: str, count: int) -> list[Encoded]:
+    ways = {mix: settings.mixed, mix_documents: settings.documents, mix_in_a_turn: settings.in_a_turn}
+
+    def read(split: Split, most: int | None = None) -> list[Encoded]:
         examples: dict[str, Sequence[Example]] = {
             domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains
         }
-        mixed = mix(examples, split, count, settings.seed) if len(domains) > 1 else []  # type: ignore[arg-type]
-        singles = [example for rows in examples.values() for example in rows[: max(1, count // 8)]]
+        counts = {way: count if most is None else min(count, most) for way, count in ways.items()}
+        mixed: list[Any] = []
+        if len(domains) > 1:
+            mixed = [one for way, n in counts.items() if n for one in way(examples, split, n, settings.seed)]
+        share = max(1, counts[mix] // 8)
+        singles = [example for rows in examples.values() for example in rows[:share]]
         return encode_within([*mixed, *singles], model.tokenizer, settings.max_length, domains)
 
-    return domains, read("train", settings.mixed), read("validation", _VALIDATION_MIXED)
+    return domains, read("train"), read("validation", _VALIDATION_MIXED)
 
 
 class _Run:

@@ -47,7 +47,8 @@ class RouterTrainSettings:
             router shall choose, named like the adapter; ``general`` holds text for which none is right.
         base: of a stack.yaml; a saved MoLoRA names its own.
         start: "new", or "saved": go on from the router that ``model`` has.
-        mixed: how many mixed conversations to train on, beside the single ones.
+        mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
+        documents, in_a_turn: how many documents of several domains' problems, and turns that ask two questions.
     """
 
     model: Path
@@ -58,6 +59,8 @@ class RouterTrainSettings:
     router: RouterShape = field(default_factory=RouterShape)
     loss: LossWeights = field(default_factory=LossWeights)
     mixed: int = 6000
+    documents: int = 0
+    in_a_turn: int = 0
     max_length: int = 1024
     epochs: int = 4
     max_steps: int | None = None
@@ -73,6 +76,8 @@ class RouterTrainSettings:
         for name in ("mixed", "max_length", "epochs", "batch_tokens", "learning_rate", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
+        if min(self.documents, self.in_a_turn) < 0:
+            raise ConfigError("documents and in_a_turn must not be negative.")
 
     @property
     def work(self) -> Path:

@@ -6,9 +6,9 @@ Each step is skipped when its result is there, so an interrupted run goes on whe
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from molora import Stack, StackLayer
 from molora_training import adapter, personas, router
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
-from molora_training.data import data_dir
+from molora_training.data import Split, data_dir, read_examples, write_examples
 from molora_training.router_settings import LossWeights, RouterShape, RouterTrainSettings
 
 CONFIG = Path(__file__).parent / "configs" / "starter.yaml"
@@ -26,7 +26,11 @@ COMMAND = "molora train starter"
 
 @dataclass(frozen=True)
 class StarterLayer:
-    """One layer and how its adapters are trained; of several learning rates the best on validation is kept."""
+    """One layer and how its adapters are trained; of several learning rates the best on validation is kept: for each
+    adapter, or for all of them the one that is best on those in ``tuned_on``.
+
+    learns: each of its adapters learns the data of all of these together; left out, that of its own name.
+    """
 
     name: str
     adapters: tuple[str, ...]
@@ -37,11 +41,28 @@ class StarterLayer:
     max_steps: int | None = None
     default: str | None = "auto"
     shared: bool = False
+    tuned_on: tuple[str, ...] = ()
+    learns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RouterVariant:
+    """One router of the table. ``start``: another one, from which it goes on; what is None is as the whole stack's."""
+
+    router: RouterShape = field(default_factory=RouterShape)
+    loss: LossWeights = field(default_factory=LossWeights)
+    start: str | None = None
+    mixed: int | None = None
+    documents: int | None = None
+    in_a_turn: int | None = None
+    epochs: int | None = None
+    learning_rate: float = 1e-3
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class StarterSettings:
-    """The whole stack."""
+    """The whole stack. routers: by name, each a :class:`RouterVariant`; the first is the stack's own."""
 
     base: str
     layers: tuple[Any, ...]
@@ -53,6 +74,8 @@ class StarterSettings:
     processes: int = 1  # trainings at once
     batch_tokens: int = 8192
     router_mixed: int = 6000
+    router_documents: int = 0
+    router_in_a_turn: int = 0
     router_epochs: int = 4
     router_processes: int = 1
     seed: int = 0
@@ -63,17 +86,17 @@ def train(settings: StarterSettings) -> None:
     from molora_training.settings import from_mapping
 
     layers = [from_mapping(StarterLayer, layer, "layers.") for layer in settings.layers]
+    variants = {name: from_mapping(RouterVariant, one, f"routers.{name}.") for name, one in settings.routers.items()}
     wanted = [name for layer in layers for name in layer.adapters]
-    missing = [n for n in personas.read_personas() if not (settings.data / f"{n}.train.jsonl").is_file()]
+    personal = [name for name in personas.read_personas() if name in wanted]
+    missing = [name for name in personal if not (settings.data / f"{name}.train.jsonl").is_file()]
     if missing:
         _parallel(2, _prepare_personas, [(settings, missing)])  # in a process of its own, which gives its memory back
-    runs = [
-        (_adapter_settings(settings, layer, name, rate),)
-        for layer in sorted(layers, key=lambda layer: -layer.rank)  # the longest first
-        for name in layer.adapters
-        for rate in layer.learning_rates
-    ]
-    _parallel(settings.processes, _train_adapter, [run for run in runs if not (run[0].out / "metrics.json").is_file()])
+    tuned = {name for layer in layers for name in layer.tuned_on}
+    _train_adapters(settings, layers, lambda layer, name: name in tuned or not layer.tuned_on)
+    rates = {layer.name: _best_rate(settings, layer) for layer in layers if layer.tuned_on}
+    layers = [replace(layer, learning_rates=(rates[layer.name],)) if layer.tuned_on else layer for layer in layers]
+    _train_adapters(settings, layers, lambda layer, name: True)
     stack = Stack(
         [
             StackLayer(
@@ -88,20 +111,44 @@ def train(settings: StarterSettings) -> None:
     assert len(wanted) == len(stack.names)
     settings.work.mkdir(parents=True, exist_ok=True)
     stack.save(settings.work / "stack.yaml")
-    routers = {name: _router_settings(settings, name, shape) for name, shape in settings.routers.items()}
-    todo = [(run,) for run in routers.values() if not (run.out / "router.metrics.json").is_file()]
-    _parallel(settings.router_processes, _train_router, todo)
+    for later in (False, True):  # those that go on from another one
+        some = {name: one for name, one in variants.items() if (one.start is not None) == later}
+        runs = [(_router_settings(settings, name, one),) for name, one in some.items()]
+        todo = [run for run in runs if not (run[0].out / "router.metrics.json").is_file()]
+        _parallel(settings.router_processes, _train_router, todo)
     shutil.rmtree(settings.out, ignore_errors=True)
-    shutil.copytree(next(iter(routers.values())).out, settings.out)
+    shutil.copytree(settings.work / "routers" / next(iter(variants)), settings.out)
+
+
+def _train_adapters(
+    settings: StarterSettings, layers: Sequence[StarterLayer], wanted: Callable[[StarterLayer, str], bool]
+) -> None:
+    runs = [
+        _adapter_settings(settings, layer, name, rate)
+        for layer in sorted(layers, key=lambda layer: -layer.rank)  # the longest first
+        for name in layer.adapters
+        if wanted(layer, name)
+        for rate in layer.learning_rates
+    ]
+    _parallel(settings.processes, _train_adapter, [(run,) for run in runs if not (run.out / "metrics.json").is_file()])
+
+
+def _best_rate(settings: StarterSettings, layer: StarterLayer) -> float:
+    """The learning rate with the lowest mean validation loss of the adapters in ``tuned_on``."""
+
+    def loss(rate: float) -> float:
+        folders = [settings.work / "adapters" / f"{name}-{rate:g}" for name in layer.tuned_on]
+        return sum(_validation_loss(folder) for folder in folders)
+
+    return min(layer.learning_rates, key=loss)
 
 
 def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str, rate: float) -> AdapterTrainSettings:
     source, licence = settings.sources[name]
+    train, validation = (_data_file(settings, layer, name, split) for split in ("train", "validation"))
     return AdapterTrainSettings(
         out=settings.work / "adapters" / f"{name}-{rate:g}",
-        data=DataFiles(
-            settings.data / f"{name}.train.jsonl", settings.data / f"{name}.validation.jsonl", 1024, source, licence
-        ),
+        data=DataFiles(train, validation, 1024, source, licence),
         lora=LoraShape(rank=layer.rank, alpha=2.0 * layer.rank),
         base=settings.base,
         learning_rate=rate,
@@ -113,27 +160,49 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
     )
 
 
-def _router_settings(settings: StarterSettings, name: str, shape: dict[str, Any]) -> RouterTrainSettings:
-    from molora_training.settings import from_mapping
+def _data_file(settings: StarterSettings, layer: StarterLayer, name: str, split: Split) -> Path:
+    """The adapter's data; that of several domains is put together here."""
+    if not layer.learns:
+        return settings.data / f"{name}.{split}.jsonl"
+    together = settings.work / "data" / f"{name}.{split}.jsonl"
+    if not together.is_file():
+        write_examples(
+            together,
+            [row for domain in layer.learns for row in read_examples(settings.data / f"{domain}.{split}.jsonl")],
+        )
+    return together
 
+
+def _router_settings(settings: StarterSettings, name: str, variant: RouterVariant) -> RouterTrainSettings:
+    def chosen(own: Any, whole: Any) -> Any:
+        return whole if own is None else own
+
+    routers = settings.work / "routers"
     return RouterTrainSettings(
-        model=settings.work / "stack.yaml",
-        out=settings.work / "routers" / name,
+        model=settings.work / "stack.yaml" if variant.start is None else routers / variant.start,
+        start="new" if variant.start is None else "saved",
+        out=routers / name,
         data=settings.data,
         base=settings.base,
-        router=from_mapping(RouterShape, shape, f"routers.{name}."),
-        loss=LossWeights(),
-        epochs=settings.router_epochs,
-        mixed=settings.router_mixed,
-        seed=settings.seed,
+        router=variant.router,
+        loss=variant.loss,
+        epochs=chosen(variant.epochs, settings.router_epochs),
+        mixed=chosen(variant.mixed, settings.router_mixed),
+        documents=chosen(variant.documents, settings.router_documents),
+        in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
+        learning_rate=variant.learning_rate,
+        seed=chosen(variant.seed, settings.seed),
     )
 
 
 def _keep_best(settings: StarterSettings, layer: StarterLayer, name: str) -> str:
     """The folder of the learning rate with the lowest validation loss."""
     folders = [settings.work / "adapters" / f"{name}-{rate:g}" for rate in layer.learning_rates]
-    best = min(folders, key=lambda f: json.loads((f / "metrics.json").read_text(encoding="utf-8"))["validation_loss"])
-    return str(best.resolve())
+    return str(min(folders, key=_validation_loss).resolve())
+
+
+def _validation_loss(folder: Path) -> float:
+    return float(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation_loss"])
 
 
 def _prepare_personas(settings: StarterSettings, names: list[str]) -> str:

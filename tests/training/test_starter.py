@@ -1,0 +1,61 @@
+"""The recipe of a whole stack on a tiny base: rates are tuned where it says, data is put together, routers go on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from molora import MoLoRAModel
+from molora_training import starter
+from molora_training.settings import from_mapping
+from molora_training.starter import StarterSettings
+from tests.training.test_router_trainer import settings as router_settings  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def recipe(router_settings: object, tmp_path: Path) -> StarterSettings:  # noqa: F811
+    """Two domains and an adapter on the data of both; one router, and one that goes on from it."""
+    values = {
+        "base": str(tmp_path / "base"), "out": str(tmp_path / "stack"), "work": str(tmp_path / "work"),
+        "data": str(tmp_path / "data"), "batch_tokens": 512, "router_mixed": 8, "router_documents": 8,
+        "router_in_a_turn": 8, "router_epochs": 1,
+        "sources": {name: ["made here", "CC0-1.0"] for name in ("math", "code", "both")},
+        "layers": [
+            {"name": "domain", "adapters": ["math", "code"], "rank": 2, "learning_rates": [1e-3, 1e-2],
+             "tuned_on": ["math"], "epochs": 1, "max_steps": 2},
+            {"name": "together", "adapters": ["both"], "rank": 4, "learning_rates": [1e-3], "epochs": 1, "max_steps": 2,
+             "default": None, "learns": ["math", "code"]},
+        ],
+        "routers": {
+            "later": {"start": "first", "epochs": 1, "loss": {"lm": 1.0, "label": 0.0}},
+            "first": {"router": {"width": 8, "hidden": 16}},
+        },
+    }  # fmt: skip
+    return from_mapping(StarterSettings, values)
+
+
+def test_a_recipe_makes_its_stack_and_goes_on_where_it_was(recipe: StarterSettings, tmp_path: Path) -> None:
+    starter.train(recipe)
+    adapters = {path.name for path in (tmp_path / "work" / "adapters").iterdir()}
+    losses = {rate: _validation_loss(tmp_path, f"math-{rate}") for rate in ("0.001", "0.01")}
+    best = min(losses, key=losses.__getitem__)
+    assert adapters == {"math-0.001", "math-0.01", f"code-{best}", "both-0.001"}  # the other one at the tuned rate
+    together = (tmp_path / "work" / "data" / "both.train.jsonl").read_text().splitlines()
+    assert {json.loads(line)["domain"] for line in together} == {"math", "code"} and len(together) == 24
+    model = MoLoRAModel.from_pretrained(tmp_path / "stack", base=recipe.base, dtype=torch.float32)
+    routers = tmp_path / "work" / "routers"
+    own, first, later = (
+        MoLoRAModel.from_pretrained(folder, base=recipe.base, dtype=torch.float32).router.state_dict()
+        for folder in (tmp_path / "stack", routers / "first", routers / "later")
+    )
+    name = "parts.0.output.weight"
+    assert torch.equal(own[name], later[name]) and not torch.equal(first[name], later[name])
+    assert model.stack["together"].default is None and list(model.stack["together"].adapters) == ["both"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    starter.train(recipe)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+
+
+def _validation_loss(folder: Path, adapter: str) -> float:
+    return float(json.loads((folder / "work" / "adapters" / adapter / "metrics.json").read_text())["validation_loss"])

@@ -1,0 +1,204 @@
+"""Everything that a router by token is compared with, each measured on the same held-out text."""
+
+import copy
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from molora import MoLoRAModel, Router
+from molora.adapter import Adapter
+from molora_training.data import Batch, Encoded
+from molora_training.evaluate import (
+    LAYER,
+    LabelRouter,
+    Losses,
+    best_by_sequence,
+    losses,
+    right_by_position,
+    routed_by,
+)
+from molora_training.merge import Method, merge
+from molora_training.quality_sets import TURNS, QualitySets, after
+from molora_training.rivals import Centroids, Classifier, Features, Rival, Scope
+
+TOGETHER = "together"  # the layer of adapters that learnt all domains' data at once
+MERGES: dict[str, tuple[Method, float]] = {  # way and density
+    "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
+    "magnitude merge": ("magnitude_prune", 0.5),
+}  # fmt: skip
+Before = Callable[[Batch], None]
+
+
+@dataclass
+class Row:
+    """A contender's losses by set, and of single domains by name; ``right``: share of tokens routed to their domain."""
+
+    name: str
+    kind: str
+    sets: dict[str, Losses] = field(default_factory=dict)
+    single: dict[str, Losses] = field(default_factory=dict)
+    right: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    kind: str  # base, prompt, oracle, adapter, multitask, merge, by sequence, by turn, router
+    measure: Callable[[], Row]
+    weights: str = ""  # of what was trained for it: another one is to be measured anew
+
+
+class Contenders:
+    """The contenders of one MoLoRA on its sets.
+
+    Args:
+        model: with the adapters of the domain layer; its own router is the first of ``routers``.
+        sets: what is measured.
+        routers: by name, for the same stack.
+        work: where merged adapters lie for a while.
+        batch_tokens: padded tokens in one forward.
+    """
+
+    def __init__(
+        self,
+        model: MoLoRAModel,
+        sets: QualitySets,
+        routers: Mapping[str, Router],
+        work: Path,
+        batch_tokens: int = 8192,
+    ) -> None:
+        self.model, self.sets, self.routers, self.work, self.batch_tokens = model, sets, routers, work, batch_tokens
+        self.domains = sets.domains
+        self.off = {layer.name: None for layer in model.stack.layers if layer.name != LAYER}
+
+    def all(self) -> list[Contender]:
+        """The base and the label oracle first."""
+        found = [
+            self._plain("base", "base", {LAYER: None}),
+            Contender("label oracle", "oracle", self._oracle),
+            Contender("base, one example of each domain", "prompt", self._few_shot),
+        ]
+        found += [self._plain(f"{name} alone", "adapter", {LAYER: name}) for name in self.domains]
+        if TOGETHER in self.off:
+            for name in self.model.stack[TOGETHER].adapters:
+                found.append(self._plain(f"{name}: one LoRA on all data", "multitask", {LAYER: None, TOGETHER: name}))
+        found.append(Contender("uniform merge", "merge", self._uniform))
+        found += [Contender(name, "merge", self._merge(name)) for name in MERGES]
+        scopes: tuple[Scope, ...] = ("sequence", "turn")
+        for scope in scopes:
+            found.append(Contender(f"classifier by {scope}", f"by {scope}", self._rival(Classifier, scope)))
+            found.append(Contender(f"nearest centroid by {scope}", f"by {scope}", self._rival(Centroids, scope)))
+        for name, router in self.routers.items():
+            digest = hashlib.sha256()
+            for tensor in router.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+            for weights, top_k in (("unit", 1), ("softmax", 2)):
+                shown = f"MoLoRA {name}, top-{top_k} {weights}"
+                found.append(Contender(shown, "router", self._router(name, weights, top_k), digest.hexdigest()))
+        return found
+
+    def measured(self, name: str, kind: str, choice: dict[str, Any], before: Before | None = None) -> Row:
+        """A contender under a selection; ``before`` sees each batch."""
+
+        def of(rows: Sequence[Encoded]) -> Losses:
+            return losses(self.model, rows, {**self.off, **choice}, len(self.domains), before, self.batch_tokens)
+
+        row = Row(name, kind, {s: of(rows) for s, rows in self.sets.mixed.items()})
+        row.single = {domain: of(rows) for domain, rows in self.sets.single.items()}
+        return row
+
+    def _plain(self, name: str, kind: str, choice: dict[str, Any]) -> Contender:
+        return Contender(name, kind, lambda: self.measured(name, kind, choice))
+
+    def _oracle(self) -> Row:
+        oracle = LabelRouter(self.model, self.domains)
+        with routed_by(self.model, oracle):
+            return self.measured("label oracle", "oracle", {LAYER: "auto"}, oracle.see)
+
+    def _few_shot(self) -> Row:
+        shots, row = self.sets.shots(), Row("base, one example of each domain", "prompt")
+        for name, rows in self.sets.mixed.items():
+            longer = [after(shots, one) for one in rows]
+            off = {**self.off, LAYER: None}
+            row.sets[name] = losses(self.model, longer, off, len(self.domains), None, self.batch_tokens)
+        return row
+
+    def _uniform(self) -> Row:
+        share = LabelRouter(self.model, self.domains, share=True)
+        with routed_by(self.model, share, top_k=len(self.domains)):
+            return self.measured("uniform merge", "merge", {LAYER: "auto"}, share.see)
+
+    def _merge(self, name: str) -> Callable[[], Row]:
+        def measure() -> Row:
+            with self._merged(*MERGES[name]) as adapter:
+                return self.measured(name, "merge", {LAYER: adapter})
+
+        return measure
+
+    @contextmanager
+    def _merged(self, method: Method, density: float) -> Iterator[str]:
+        """All adapters of the layer as one, merged by PEFT on a base of its own."""
+        ranks = {rank for path in self.paths.values() for rank in Adapter.load(path).ranks}
+        way: Any = method if len(ranks) == 1 else f"{method}_svd" if method != "linear" else "svd"
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            merged = merge(own_base(self.model), self.paths, Path(folder) / "merged", way, density=density)
+            with self._added(merged) as name:
+                yield name
+
+    @contextmanager
+    def _added(self, path: Path) -> Iterator[str]:
+        """One more adapter of the layer, for a while."""
+        self.model.add_adapter(LAYER, "merged", path)
+        try:
+            yield "merged"
+        finally:
+            self.model.remove_adapter(LAYER, "merged")
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        return {name: Path(str(self.model.stack[LAYER].adapters[name])) for name in self.domains}
+
+    @cached_property
+    def _features(self) -> Features:
+        return Features(self.model, self.sets.questions(), self.batch_tokens)
+
+    def _rival(self, kind: type[Classifier] | type[Centroids], scope: Scope) -> Callable[[], Row]:
+        def measure() -> Row:
+            rival: Rival = kind(self.model, self.domains, scope, self._features)
+            oracle = LabelRouter(self.model, self.domains)
+            name = f"{'classifier' if kind is Classifier else 'nearest centroid'} by {scope}"
+            with routed_by(self.model, oracle):
+                return self.measured(name, f"by {scope}", {LAYER: "auto"}, lambda b: oracle.see(rival.labels(b)))
+
+        return measure
+
+    def _router(self, name: str, weights: str, top_k: int) -> Callable[[], Row]:
+        def measure() -> Row:
+            with routed_by(self.model, self.routers[name], top_k, weights):
+                row = self.measured(f"MoLoRA {name}, top-{top_k} {weights}", "router", {LAYER: "auto"})
+                row.right = right_by_position(self.model, self.sets.mixed[TURNS], self.domains, self.batch_tokens)
+                return row
+
+        return measure
+
+
+def best_of(singles: Sequence[Row]) -> Row:
+    """The adapter with the lowest loss on each sequence, in hindsight."""
+    row = Row("per-sequence oracle", "sequence-oracle")
+    row.sets = {name: best_by_sequence([single.sets[name] for single in singles]) for name in singles[0].sets}
+    row.single = {name: best_by_sequence([single.single[name] for single in singles]) for name in singles[0].single}
+    return row
+
+
+def own_base(model: MoLoRAModel) -> Any:
+    """A copy of the base in a model of its own, on its device, which others may wrap and change."""
+    base = model.base
+    plain = type(base)(copy.deepcopy(base.config)).to(base.dtype)
+    plain.load_state_dict(base.state_dict())
+    return plain.to(model.device).eval().requires_grad_(False)
