@@ -101,6 +101,32 @@ def quality(
         _show(report, as_json)
 
 
+@app.command()
+def adding(
+    few: Annotated[Path, typer.Argument(help="A saved MoLoRA whose router was trained without some adapters.")],
+    full: Annotated[Path, typer.Argument(help="One with all of them, whose router was trained on all.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/adding.json"),
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in one forward.")] = 8192,
+    limit: Annotated[int, typer.Option(min=0, help="Sequences of each set; 0: all.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """What does a later adapter cost? Its row of the router from 32, 128 and 512 examples, beside a router trained anew.
+
+    In: two saved MoLoRAs. Out: a JSON file with the share of tokens that go to their own domain and the loss, by
+    domain, and whether each bar is reached.
+
+    Example: molora eval adding runs/quality/routers/without-two runs/quality/stack
+    """
+    with extra("train"):
+        from molora_training.adding import run
+        from molora_training.data import data_dir
+
+        command = f"molora eval adding {few} {full}" + (f" --limit {limit}" if limit else "")
+        report = run(few, full, data or data_dir(), out, command, limit, batch_tokens)
+    _show(report, as_json)
+
+
 def _parse_share(text: str) -> tuple[int, int]:
     mine, slash, of = text.partition("/")
     if not (slash and mine.isdigit() and of.isdigit() and int(mine) < int(of)):

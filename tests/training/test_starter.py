@@ -30,6 +30,7 @@ def recipe(router_settings: object, tmp_path: Path) -> StarterSettings:  # noqa:
         "routers": {
             "later": {"start": "first", "epochs": 1, "loss": {"lm": 1.0, "label": 0.0}},
             "first": {"router": {"width": 8, "hidden": 16}},
+            "fewer": {"router": {"width": 8, "hidden": 16}, "without": ["code"]},
         },
     }  # fmt: skip
     return from_mapping(StarterSettings, values)
@@ -52,6 +53,8 @@ def test_a_recipe_makes_its_stack_and_goes_on_where_it_was(recipe: StarterSettin
     name = "parts.0.output.weight"
     assert torch.equal(own[name], later[name]) and not torch.equal(first[name], later[name])
     assert model.stack["together"].default is None and list(model.stack["together"].adapters) == ["both"]
+    fewer = MoLoRAModel.from_pretrained(routers / "fewer", base=recipe.base, dtype=torch.float32)
+    assert list(fewer.stack["domain"].adapters) == ["math"] and "domain/code" not in fewer.router.rows
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     starter.train(recipe)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}

@@ -3,6 +3,7 @@
 Each step is skipped when its result is there, so an interrupted run goes on where it was.
 """
 
+import copy
 import json
 import multiprocessing
 import shutil
@@ -47,11 +48,15 @@ class StarterLayer:
 
 @dataclass(frozen=True)
 class RouterVariant:
-    """One router of the table. ``start``: another one, from which it goes on; what is None is as the whole stack's."""
+    """One router of the table; what is None is as the whole stack's.
+
+    start: another one, from which it goes on. without: adapters that are not there yet when it is trained.
+    """
 
     router: RouterShape = field(default_factory=RouterShape)
     loss: LossWeights = field(default_factory=LossWeights)
     start: str | None = None
+    without: tuple[str, ...] = ()
     mixed: int | None = None
     documents: int | None = None
     in_a_turn: int | None = None
@@ -110,7 +115,11 @@ def train(settings: StarterSettings) -> None:
     )
     assert len(wanted) == len(stack.names)
     settings.work.mkdir(parents=True, exist_ok=True)
-    stack.save(settings.work / "stack.yaml")
+    for variant in variants.values():
+        fewer = copy.deepcopy(stack)
+        for layer in fewer.layers:
+            layer.adapters = {name: path for name, path in layer.adapters.items() if name not in variant.without}
+        fewer.save(_stack_file(settings, variant))
     for later in (False, True):  # those that go on from another one
         some = {name: one for name, one in variants.items() if (one.start is not None) == later}
         runs = [(_router_settings(settings, name, one),) for name, one in some.items()]
@@ -179,7 +188,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
 
     routers = settings.work / "routers"
     return RouterTrainSettings(
-        model=settings.work / "stack.yaml" if variant.start is None else routers / variant.start,
+        model=_stack_file(settings, variant) if variant.start is None else routers / variant.start,
         start="new" if variant.start is None else "saved",
         out=routers / name,
         data=settings.data,
@@ -193,6 +202,10 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),
     )
+
+
+def _stack_file(settings: StarterSettings, variant: RouterVariant) -> Path:
+    return settings.work / ("-without-".join(["stack", *variant.without]) + ".yaml")
 
 
 def _keep_best(settings: StarterSettings, layer: StarterLayer, name: str) -> str:
