@@ -111,7 +111,7 @@ def adding(
     limit: Annotated[int, typer.Option(min=0, help="Sequences of each set; 0: all.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """What does a later adapter cost? Its row of the router from 32, 128 and 512 examples, beside a router trained anew.
+    """What does a later adapter cost? Its row of the router from 32, 128 and 512 examples, beside a retrain.
 
     In: two saved MoLoRAs. Out: a JSON file with the share of tokens that go to their own domain and the loss, by
     domain, and whether each bar is reached.
