@@ -52,13 +52,13 @@ class CapturedSteps:
 
     def _capture(self, batch: Batch) -> "_Step | None":
         batch = Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()})
-        torch.cuda.empty_cache()  # what steps that were not captured leave does not serve the graphs
         try:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # what is made once is made, and not in the graph
                 self._run(batch)
             torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.empty_cache()  # what steps that are not captured leave does not serve the graphs
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 terms = self._run(batch)

@@ -98,7 +98,7 @@ def train(settings: StarterSettings) -> None:
     if missing:
         _parallel(2, _prepare_personas, [(settings, missing)])  # in a process of its own, which gives its memory back
     tuned = {name for layer in layers for name in layer.tuned_on}
-    _train_adapters(settings, layers, lambda layer, name: name in tuned or not layer.tuned_on)
+    _train_adapters(settings, layers, lambda layer, name: name in tuned)
     rates = {layer.name: _best_rate(settings, layer) for layer in layers if layer.tuned_on}
     layers = [replace(layer, learning_rates=(rates[layer.name],)) if layer.tuned_on else layer for layer in layers]
     _train_adapters(settings, layers, lambda layer, name: True)
