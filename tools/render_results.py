@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from tools import render_kernels
+from tools import render_kernels, render_quality
 from tools.pictures import PALETTE, pyplot, save
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -19,8 +19,9 @@ def main(docs: Path = DOCS) -> None:
     """Renders every page and picture of ``docs``, and the table in the README beside it."""
     report = json.loads((docs / "results" / "main.json").read_text(encoding="utf-8"))
     speed = json.loads((docs / "results" / "decode.json").read_text(encoding="utf-8"))
-    kernels = read_kernels(docs)
-    (docs / "results.md").write_text(page(report, speed, kernels), encoding="utf-8")
+    kernels = read_report("kernels", docs)
+    quality, adding = (read_report(name, docs) for name in ("quality", "adding"))
+    (docs / "results.md").write_text(page(report, speed, kernels, quality, adding), encoding="utf-8")
     readme = docs.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
@@ -28,13 +29,15 @@ def main(docs: Path = DOCS) -> None:
     readme.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
     draw_routes(report["example"], docs / "images" / "routes.svg")
     draw_gap(report, docs / "images" / "gap.svg")
+    if quality:
+        render_quality.draw(quality, docs / "images")
     if kernels:
         plots.draw(kernels["rows"], docs / "images")
 
 
-def read_kernels(docs: Path = DOCS) -> dict[str, Any] | None:
-    """What was measured on a GPU, if it was."""
-    file = docs / "results" / "kernels.json"
+def read_report(name: str, docs: Path = DOCS) -> dict[str, Any] | None:
+    """What was measured, if it was."""
+    file = docs / "results" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
@@ -61,7 +64,13 @@ def readme_table(report: dict[str, Any], speed: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def page(report: dict[str, Any], speed: dict[str, Any], kernels: dict[str, Any] | None) -> str:
+def page(
+    report: dict[str, Any],
+    speed: dict[str, Any],
+    kernels: dict[str, Any] | None,
+    quality: dict[str, Any] | None = None,
+    adding: dict[str, Any] | None = None,
+) -> str:
     """The Markdown of docs/results.md."""
     domains = list(report["rows"][0]["single"])
     paces = speed["tokens_per_second"]
@@ -71,7 +80,7 @@ def page(report: dict[str, Any], speed: dict[str, Any], kernels: dict[str, Any] 
         "Does routing by token pay, and at what price? Every figure on this page is rendered from",
         "`docs/results/*.json` by `python -m tools.render_results`.",
         "",
-        "## Loss on held-out text",
+        "## Loss on held-out text: the shipped stack",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, "
         f"seed {report['seed']}. Data: {report['data']}. Nats for each answer token; prompts are paraphrased, about "
@@ -98,6 +107,10 @@ def page(report: dict[str, Any], speed: dict[str, Any], kernels: dict[str, Any] 
         "",
         "![Router probabilities along a mixed conversation](images/routes.svg)",
         "",
+    ]
+    if quality:
+        parts += render_quality.section(quality, adding)
+    parts += [
         "## Decoding on two CPU cores",
         "",
         f"`{speed['command']}` on {speed['machine']}, commit {speed['commit']}, {speed['date']}, {speed['threads']} "

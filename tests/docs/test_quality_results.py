@@ -1,0 +1,56 @@
+"""The sections about routing by token say what the measured files say."""
+
+from pathlib import Path
+from typing import Any
+
+from tools.pictures import pyplot
+from tools.render_quality import PICTURES, draw, section
+
+SETS = ("turns", "documents")
+
+
+def row(name: str, kind: str, loss: float, right: dict[str, float] | None = None) -> dict[str, Any]:
+    closed = 2 - loss
+    cell = {"loss": loss, "gap_closed": closed, "gap_closed_interval": [closed - 0.01, closed + 0.01]}
+    return {"contender": name, "kind": kind, "sets": dict.fromkeys(SETS, cell), "single": {"math": loss, "code": loss},
+            "right": right or {}}  # fmt: skip
+
+
+def report() -> dict[str, Any]:
+    rows = [
+        row("base", "base", 2.0), row("label oracle", "oracle", 1.0), row("math alone", "adapter", 1.0),
+        row("code alone", "adapter", 1.0), row("uniform merge", "merge", 1.5),
+        row("MoLoRA saved, top-1 unit", "router", 1.025, {"answer 17+": 0.97}),
+    ]  # fmt: skip
+    line = {"name": "turns: closed", "value": 0.975, "bar": 0.965, "better": "higher", "holds": True, "note": ""}
+    about = {"command": "molora eval quality", "machine": "A GPU", "commit": "abc", "date": "2026-01-01", "seed": 0}
+    return {**about, "data": "some", "rows": rows, "must": [line]}
+
+
+def test_a_table_says_what_was_measured() -> None:
+    text = "\n".join(section(report(), None))
+    assert "| **MoLoRA saved, top-1 unit** | 97.5% [96.5%, 98.5%] | 97.5% [96.5%, 98.5%] | 97.5% |" in text
+    assert "| uniform merge | 50.0% [49.0%, 51.0%] | 50.0% [49.0%, 51.0%] | 50.0% |" in text
+    assert "| math | 2.000 | 1.000 | 1.025 | +0.0250 |" in text
+    assert "| turns: closed | 0.975 | ≥ 0.965 | reached |" in text
+    assert "| MoLoRA saved, top-1 unit | 97.0% |" in text
+
+
+def test_later_adapters_are_told() -> None:
+    about = {key: value for key, value in report().items() if key not in ("rows", "must")}
+    rows = [
+        {"contender": name, "right": {"math": 0.9, "law": right}, "mixed": {"all": 1.5, "old": 1.25}}
+        for name, right in (("trained on all", 0.95), ("before", 0.0), ("128 examples", 0.925))
+    ]
+    text = "\n".join(section(report(), {**about, "new": ["law"], "rows": rows, "must": []}))
+    assert "| 128 examples | 92.5% | 90.0% | 1.2500 | 1.5000 |" in text
+    assert "trained without law;" in text
+
+
+def test_pictures_are_drawn_and_the_same_again(tmp_path: Path) -> None:
+    draw(report(), tmp_path / "a")
+    draw(report(), tmp_path / "b")
+    for name in PICTURES:
+        found = (tmp_path / "a" / name).read_bytes()
+        assert b"<svg" in found and found == (tmp_path / "b" / name).read_bytes()
+    assert not pyplot().get_fignums()
