@@ -18,9 +18,9 @@ def section(report: Row, adding: Row | None) -> list[str]:
         "## Does routing by token pay?",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
-        f"{report['seed']}. Data: {report['data']}. Share of the way from the base to the label oracle that is closed by "
-        "a contender, by the loss of answer tokens; brackets hold 95% bootstrap intervals over sequences. *Domains alone*: "
-        "the mean over domains of the share on text of one domain.",
+        f"{report['seed']}. Data: {report['data']}. Share of the way from the base to the label oracle that a "
+        "contender closes, by the loss of answer tokens; brackets hold 95% bootstrap intervals over sequences. *Domains "
+        "alone*: the mean over domains of the share on text of one domain.",
         "",
         f"![Share of the gap closed](images/{PICTURES[0]})",
         "",
@@ -139,8 +139,8 @@ def _adding(report: Row) -> list[str]:
     lines = [
         "### Adapters that come later",
         "",
-        f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}. The router "
-        f"was trained without {' and '.join(new)}; their rows are then computed from examples, without training. Share of "
+        f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}. The "
+        f"router was trained without {' and '.join(new)}; their rows are then computed from examples, without training. Share of "
         "tokens that go to their own domain, and nats an answer token.",
         "",
         f"| router | {' | '.join(f'{name}, right' for name in new)} | old domains, right | loss, old domains mixed | "
