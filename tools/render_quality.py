@@ -19,8 +19,8 @@ def section(report: Row, adding: Row | None) -> list[str]:
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
         f"{report['seed']}. Data: {report['data']}. Share of the way from the base to the label oracle that a "
-        "contender closes, by the loss of answer tokens; brackets hold 95% bootstrap intervals over sequences. *Domains "
-        "alone*: the mean over domains of the share on text of one domain.",
+        "contender closes, by the loss of answer tokens; brackets hold 95% bootstrap intervals over sequences. "
+        "*Domains alone*: the mean over domains of the share on text of one domain.",
         "",
         f"![Share of the gap closed](images/{PICTURES[0]})",
         "",
@@ -140,8 +140,8 @@ def _adding(report: Row) -> list[str]:
         "### Adapters that come later",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}. The "
-        f"router was trained without {' and '.join(new)}; their rows are then computed from examples, without training. Share of "
-        "tokens that go to their own domain, and nats an answer token.",
+        f"router was trained without {' and '.join(new)}; their rows are then computed from examples, without "
+        "training. Share of tokens that go to their own domain, and nats an answer token.",
         "",
         f"| router | {' | '.join(f'{name}, right' for name in new)} | old domains, right | loss, old domains mixed | "
         "loss, all mixed |",

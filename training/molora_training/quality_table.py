@@ -44,8 +44,8 @@ def run(
         data: prepared data of the domains.
         out: the report.
         command: to be named in it.
-        routers: folder of saved MoLoRAs with other routers for the same adapters; the first by name is not special,
-            the saved one's own is.
+        routers: folder of saved MoLoRAs with other routers; those for the same adapters are measured, the saved
+            one's own first.
         limit: see :class:`QualitySets`.
         batch_tokens: padded tokens in one forward.
         share: (i, n): of n processes, the i-th, which measures every n-th contender.
@@ -61,7 +61,8 @@ def run(
     if routers is not None:
         folders = [path for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()]
         found = {path.name: load(path).router for path in folders}
-        variants = {name: router for name, router in found.items() if isinstance(router, Router)}
+        rows = sorted(model.router.rows)  # one that was trained for fewer adapters is no contender
+        variants = {n: one for n, one in found.items() if isinstance(one, Router) and sorted(one.rows) == rows}
         own = next((name for name, router in variants.items() if _same(router, model.router)), None)
         if own is None:
             raise ConfigError(f"None of the routers in {routers} is the one of {folder}.")
