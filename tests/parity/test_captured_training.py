@@ -172,4 +172,6 @@ def test_what_cannot_be_captured_runs_as_it_is(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             same((steps(batch), gradients(objective)), expected)
+    assert torch.rand(3, device=DEVICE).isfinite().all()  # a capture that fails leaves the generator unusable
+    assert torch.cuda.get_sync_debug_mode() == 0
     assert not steps.able and len([r for r in caplog.records if "not captured" in r.message]) == 1

@@ -52,11 +52,16 @@ class CapturedSteps:
 
     def _capture(self, batch: Batch) -> "_Step | None":
         batch = Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()})
+        before = torch.cuda.get_sync_debug_mode()
         try:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what is made once is made, and not in the graph
+            # What is made once is made here, and not in the graph; and what waits for the device is found here, since a
+            # capture that fails leaves the random generator unusable.
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(side):
                 self._run(batch)
+            torch.cuda.set_sync_debug_mode(before)
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.empty_cache()  # what steps that are not captured leave does not serve the graphs
             graph = torch.cuda.CUDAGraph()
@@ -66,6 +71,8 @@ class CapturedSteps:
             _log.warning("Training steps are not captured in CUDA graphs, and slower: %s", error)
             self.able = False
             return None
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         step = self._steps[batch.input_ids.shape] = _Step(graph, batch, terms, [p.grad for p in self.parameters])
         return step
 
