@@ -19,6 +19,7 @@ from molora_training.quality_table import figures, fill, must
 from tests.unit.spoken import make_spoken
 
 DOMAINS = ("math", "code")
+LEARNT = ("LoRA Soups, CAT", "Arrow, top-1", "X-LoRA")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,10 @@ def table(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cont
     model = make_spoken(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality_sets, "COUNT", 5)
+        patch.setattr(quality_sets, "MIXED", dict.fromkeys(quality_sets.MIXED, 4))
+        patch.setattr(module, "LEARNT_STEPS", 2)
         sets = QualitySets(model, data)
-    yield Contenders(model, sets, {"saved": model.router}, folder / "work")  # type: ignore[dict-item]
+        yield Contenders(model, sets, {"saved": model.router}, folder / "work")  # type: ignore[dict-item]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_every_contender_is_there_and_the_model_as_before(table: Contenders, row
     assert names[:2] == ["base", "label oracle"]
     assert {"math alone", "code alone", "base, one example of each domain"} <= set(names)
     rivals = {f"{what} by {scope}" for what in ("classifier", "nearest centroid") for scope in ("sequence", "turn")}
-    assert {"per-sequence oracle", "uniform merge", *module.MERGES, *rivals} <= set(names)
+    assert {"per-sequence oracle", "uniform merge", *module.MERGES, *rivals, *LEARNT} <= set(names)
     assert {"MoLoRA saved, top-1 unit", "MoLoRA saved, top-2 softmax"} <= set(names)
     assert [contender.name for contender in table.all()] == [name for name in names if name != "per-sequence oracle"]
     again = table.all()[0].measure()  # the base, after all of them

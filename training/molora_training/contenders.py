@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from molora import MoLoRAModel, Router
 from molora.adapter import Adapter
 from molora_training.data import Batch, Encoded
@@ -19,18 +21,22 @@ from molora_training.evaluate import (
     Losses,
     best_by_sequence,
     losses,
+    losses_of,
     right_by_position,
     routed_by,
 )
 from molora_training.merge import Method, merge
+from molora_training.peft_routers import arrow, train_xlora
 from molora_training.quality_sets import TURNS, QualitySets, after
 from molora_training.rivals import Centroids, Classifier, Features, Rival, Scope
+from molora_training.soup import train_soup
 
 TOGETHER = "together"  # the layer of adapters that learnt all domains' data at once
 MERGES: dict[str, tuple[Method, float]] = {  # way and density
     "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
     "magnitude merge": ("magnitude_prune", 0.5),
 }  # fmt: skip
+LEARNT_STEPS, LEARNT_TOKENS = 100, 4096  # of what learns on the same mixed text as a router, and tokens in a step
 Before = Callable[[Batch], None]
 
 
@@ -48,7 +54,7 @@ class Row:
 @dataclass(frozen=True)
 class Contender:
     name: str
-    kind: str  # base, prompt, oracle, adapter, multitask, merge, by sequence, by turn, router
+    kind: str  # base, prompt, oracle, adapter, multitask, merge, peft router, by sequence, by turn, router
     measure: Callable[[], Row]
     weights: str = ""  # of what was trained for it: another one is to be measured anew
 
@@ -89,6 +95,10 @@ class Contenders:
                 found.append(self._plain(f"{name}: one LoRA on all data", "multitask", {LAYER: None, TOGETHER: name}))
         found.append(Contender("uniform merge", "merge", self._uniform))
         found += [Contender(name, "merge", self._merge(name)) for name in MERGES]
+        found.append(Contender("LoRA Soups, CAT", "merge", self._soup))
+        for top_k in sorted({1, min(3, len(self.domains))}):
+            found.append(Contender(f"Arrow, top-{top_k}", "peft router", self._arrow(top_k)))
+        found.append(Contender("X-LoRA", "peft router", self._xlora))
         scopes: tuple[Scope, ...] = ("sequence", "turn")
         for scope in scopes:
             found.append(Contender(f"classifier by {scope}", f"by {scope}", self._rival(Classifier, scope)))
@@ -101,6 +111,16 @@ class Contenders:
                 shown = f"MoLoRA {name}, top-{top_k} {weights}"
                 found.append(Contender(shown, "router", self._router(name, weights, top_k), digest.hexdigest()))
         return found
+
+    def by_logits(self, name: str, kind: str, logits: Callable[[Batch], torch.Tensor]) -> Row:
+        """A contender that is no MoLoRA."""
+
+        def of(rows: Sequence[Encoded]) -> Losses:
+            return losses_of(logits, rows, len(self.domains), self.pad, self.model.device, self.batch_tokens)
+
+        row = Row(name, kind, {s: of(rows) for s, rows in self.sets.mixed.items()})
+        row.single = {domain: of(rows) for domain, rows in self.sets.single.items()}
+        return row
 
     def measured(self, name: str, kind: str, choice: dict[str, Any], before: Before | None = None) -> Row:
         """A contender under a selection; ``before`` sees each batch."""
@@ -139,6 +159,34 @@ class Contenders:
                 return self.measured(name, "merge", {LAYER: adapter})
 
         return measure
+
+    def _soup(self) -> Row:
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            soup = train_soup(
+                own_base(self.model), self.paths, self.sets.training(), Path(folder) / "soup", self.pad,
+                steps=LEARNT_STEPS, batch_tokens=LEARNT_TOKENS,
+            )  # fmt: skip
+            with self._added(soup) as name:
+                return self.measured("LoRA Soups, CAT", "merge", {LAYER: name})
+
+    def _arrow(self, top_k: int) -> Callable[[], Row]:
+        def measure() -> Row:
+            with arrow(own_base(self.model), self.paths, top_k) as logits:
+                return self.by_logits(f"Arrow, top-{top_k}", "peft router", logits)
+
+        return measure
+
+    def _xlora(self) -> Row:
+        with train_xlora(
+            own_base(self.model), self.paths, self.sets.training(), self.pad, steps=LEARNT_STEPS,
+            batch_tokens=LEARNT_TOKENS,
+        ) as logits:  # fmt: skip
+            return self.by_logits("X-LoRA", "peft router", logits)
+
+    @property
+    def pad(self) -> int:
+        return int(self.model.tokenizer.pad_token_id or 0)
 
     @contextmanager
     def _merged(self, method: Method, density: float) -> Iterator[str]:

@@ -43,7 +43,6 @@ def best_by_sequence(many: Sequence[Losses]) -> Losses:
     return Losses(torch.stack([one.loss for one in many])[best, torch.arange(len(best))], many[0].tokens)
 
 
-@torch.no_grad()
 def losses(
     model: MoLoRAModel,
     rows: Sequence[Encoded],
@@ -53,15 +52,35 @@ def losses(
     batch_tokens: int = 8192,
 ) -> Losses:
     """Runs ``rows`` under ``selection``; ``before`` is called with each batch."""
-    total, count = torch.zeros(len(rows), domains, dtype=torch.float64), torch.zeros(len(rows), domains)
-    for indices, batch in batches(model, rows, batch_tokens):
+
+    def logits(batch: Batch) -> torch.Tensor:
         if before is not None:
             before(batch)
-        logits = model(batch.input_ids, batch.attention_mask, selection=selection, use_cache=False).logits
-        assert logits is not None
+        found = model(batch.input_ids, batch.attention_mask, selection=selection, use_cache=False).logits
+        assert found is not None
+        return found
+
+    return losses_of(logits, rows, domains, model.tokenizer.pad_token_id or 0, model.device, batch_tokens)
+
+
+@torch.no_grad()
+def losses_of(
+    logits: Callable[[Batch], torch.Tensor],
+    rows: Sequence[Encoded],
+    domains: int,
+    pad_id: int,
+    device: torch.device | str,
+    batch_tokens: int = 8192,
+) -> Losses:
+    """Losses of the answer tokens of ``rows`` under any ``logits`` [B, T, vocabulary] of a batch."""
+    total, count = torch.zeros(len(rows), domains, dtype=torch.float64), torch.zeros(len(rows), domains)
+    for indices in plan_pass([row.input_ids.numel() for row in rows], batch_tokens):
+        batch = collate([rows[index] for index in indices], pad_id).to(device)
         labels = batch.labels[:, 1:]
         answered = labels != IGNORED  # [B, T - 1]
-        each = nn.functional.cross_entropy(logits[:, :-1][answered].float(), labels[answered], reduction="none")
+        each = nn.functional.cross_entropy(
+            logits(batch)[:, :-1][answered].float(), labels[answered], reduction="none"
+        )  # [answer tokens]
         sequence = torch.tensor(indices, device=labels.device).unsqueeze(1).expand_as(labels)[answered]
         place = (sequence * domains + batch.domain_ids[:, 1:][answered]).cpu()
         total.view(-1).index_add_(0, place, each.double().cpu())

@@ -134,7 +134,7 @@ def must(rows: Sequence[Row]) -> list[dict[str, Any]]:
             value = own[name]["gap_closed_domain_mean"]
             lines.append(line(f"{name}: share of the gap closed, mean of domains", value, bar, "higher"))
     for other in rows:
-        if other.kind in ("merge", "sequence-oracle"):
+        if other.kind in ("merge", "peft router", "sequence-oracle"):
             lines += [_below(mine, other, name, 0.15) for name in (TURNS, DOCUMENTS)]
         if other.kind == "multitask":
             lines += [_below(mine, other, name, 0.0, clearly=True) for name in (TURNS, DOCUMENTS)]
