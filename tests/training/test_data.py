@@ -32,6 +32,7 @@ from molora_training.data.read_commonsense import everyday_question
 from molora_training.data.read_law import case_items, clause_items, support_item
 from molora_training.data.read_math import word_problem
 from molora_training.data.read_medicine import case_question, short_question
+from molora_training.data.read_puzzles import follows, puzzle_item
 from molora_training.data.read_reading import about_a_page, about_a_story, about_numbers, yes_or_no
 from molora_training.data.read_science import exam_question, supported_question
 from molora_training.data.read_ukrainian import items as ukrainian_items
@@ -40,6 +41,7 @@ from molora_training.data.text import approx_tokens, cut, sentences
 
 # The package gives the name `prepare` to the function.
 preparing = sys.modules["molora_training.data.prepare"]
+puzzling = sys.modules["molora_training.data.read_puzzles"]
 
 CONVERSATION = [
     {"role": "user", "content": "How many ducks?"},
@@ -98,7 +100,7 @@ def test_unseen_forms_are_in_the_test_split_only_and_about_half_of_it() -> None:
 def test_every_domain_has_ten_forms_and_two_of_them_unseen() -> None:
     law = [form for kind in ("summary", "sequel", "clause", "contract", "support") for form in FORMS[kind]]
     for forms in (FORMS["math"], FORMS["code"], FORMS["medicine"], FORMS["passage"], FORMS["correct-ukrainian"], law,
-                  FORMS["science"], FORMS["reading"], FORMS["commonsense"]):  # fmt: skip
+                  FORMS["science"], FORMS["reading"], FORMS["commonsense"], FORMS["puzzles"]):  # fmt: skip
         assert len({form.template for form in forms}) >= 10
         assert sum(form.unseen for form in forms) >= 2
 
@@ -235,6 +237,106 @@ def test_sentences_that_differ_in_one_word_share_a_task() -> None:
         everyday_question({"query": text.format(word), "gold": 0}, "row", "winogrande") for word in ("better", "worse")
     ]
     assert twins[0].id != twins[1].id and twins[0].task == twins[1].task
+
+
+MEETING = (
+    "An island is inhabited only by saints and sinners. Saints always tell the truth. You meet 2 inhabitants: Al, and "
+    'Bo. Al said, "Bo is a saint". Bo said that Al is a sinner. So who is a saint and who is a sinner? (Format: so)'
+)
+ENTRIES = {
+    "letter_counting": ("2", {"target_letter": "t", "span": ["The", "old", "cat"]}),
+    "spell_backward": ("nus", {"word": "sun"}),
+    "caesar_cipher": ("ABC", {"cipher_text": "BCD", "rotation": 1}),
+    "word_sorting": ("KIND, Zoo, bomb", {"original_words": ["bomb", "KIND", "Zoo"], "direction": "ascending"}),
+    "word_sequence_reversal": ("b, a", {"words": ["a", "b"]}),
+    "letter_jumble": ("cat", {"scrambled_words": ["atc"]}),
+    "number_sequence": ("8", {"sequence": [2, 4, 6, 8], "rule": "add 2"}),
+    "syllogism": ("Yes", {"premise1": "All a are b", "premise2": "All b are c", "conclusion": "All a are c"}),
+    "knights_knaves": (
+        "Al is a sinner, and Bo is a sinner.",
+        {"names": ["Al", "Bo"], "knight_knave_terms": {"a_knight": "a saint", "a_knave": "a sinner"}},
+    ),
+    "family_relationships": ("wife", {"person1": "Bo", "person2": "Al"}),
+}
+STORIES = {"knights_knaves": MEETING, "family_relationships": "Al is married to Bo.\n\nHow is Bo related to Al?"}
+
+
+def made_puzzle(kind: str, number: int = 17, **changes: object) -> Item | None:
+    answer, metadata = ENTRIES[kind]
+    row = {"question": STORIES.get(kind, ""), "answer": answer, "metadata": {**metadata, **changes}}
+    return puzzle_item(kind, {**row, **{key: changes[key] for key in row if key in changes}}, number)
+
+
+@pytest.mark.parametrize("kind", puzzling.KINDS)
+def test_a_puzzle_is_asked_in_our_words_with_its_answer(kind: str) -> None:
+    questions = set()
+    for number in range(12):
+        made = made_puzzle(kind, number)
+        assert made is not None and (made.id, made.domain, made.kind) == (f"{kind}-{number}", "puzzles", "puzzles")
+        questions.add(made.body["question"])
+        right = "bomb, kind, zoo" if kind == "word_sorting" else ENTRIES[kind][0]
+        assert made.answers["plain"] == right
+        assert made.answers["sentence"].endswith(f"{right}".removesuffix(".") + ".")
+        assert not made.choices or made.choices[made.right] == right
+    assert len(questions) == 3
+    assert not any("Format" in question for question in questions)
+
+
+def test_puzzles_that_the_package_answers_wrongly_are_left_out() -> None:
+    assert made_puzzle("syllogism", conclusion="No a are c") is None
+    assert made_puzzle("family_relationships", answer="niece") is None
+    assert made_puzzle("number_sequence", sequence=[0, 0, 0, 0]) is None
+    assert made_puzzle("word_sorting", original_words=["_a_", "b", "B", "c"]) is None
+
+
+@pytest.mark.parametrize("kind", puzzling.KINDS)
+def test_a_bad_puzzle_is_named(kind: str) -> None:
+    with pytest.raises(DataError, match=f"{kind} 17"):
+        puzzle_item(kind, {"question": "Who?", "answer": "mother", "metadata": {}}, 17)
+
+
+def test_a_conclusion_follows_if_no_world_speaks_against_it() -> None:
+    assert follows(["All a are b", "Some c are a"], "Some c are b")
+    assert follows(["All a are b", "All b are c"], "Some c are a")  # there is at least one a
+    assert not follows(["All a are b", "Some c are b"], "Some c are a")
+    assert follows(["No a are b", "Some c are a"], "Some c are not b")
+    assert not follows(["Some a are b", "Some b are c"], "No a are c")
+
+
+def test_a_sentence_is_in_one_split_in_all_its_ciphers() -> None:
+    one, other = made_puzzle("caesar_cipher", 1), made_puzzle("caesar_cipher", 2, cipher_text="CDE", rotation=2)
+    assert one is not None and other is not None
+    assert one.task == other.task and one.id != other.id and one.body != other.body
+
+
+def test_generators_come_without_the_rest_of_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for folder in ("", "algorithmic/"):
+            wheel.writestr(f"reasoning_gym/{folder}__init__.py", "import a_library_of_cubes\n")
+        wheel.writestr("reasoning_gym/algorithmic/spell_backward.py", "from ..factory import create_dataset\n")
+        wheel.writestr(
+            "reasoning_gym/factory.py",
+            "def create_dataset(name, seed, size):\n"
+            "    words = ['sun', 'sun', 'moon', 'star'] * size\n"
+            "    return [{'answer': word[::-1], 'metadata': {'word': word}} for word in words]\n",
+        )
+    monkeypatch.setattr(puzzling, "KINDS", {"spell_backward": puzzling.KINDS["spell_backward"]})
+    monkeypatch.setattr(puzzling, "fetch", lambda package: path)
+    monkeypatch.setattr(puzzling, "stable_index", lambda key, size: 0)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", sys)  # somebody's own is there again afterwards
+    made = list(puzzling.read_puzzles(each=3))
+    assert [(one.id, one.answers["plain"]) for one in made] == [
+        ("spell_backward-0", "nus"),
+        ("spell_backward-2", "noom"),
+        ("spell_backward-3", "rats"),
+    ]
+    assert sys.modules["reasoning_gym"] is sys
+    assert not [name for name in sys.modules if name.startswith("reasoning_gym.")]
+    monkeypatch.setattr(puzzling, "KINDS", {"none": puzzling.Kind("logic.none", lambda entry, way: None)})
+    with pytest.raises(DataError, match=r"tiny.whl.*logic.none"):
+        list(puzzling.read_puzzles())
+    assert sys.modules["reasoning_gym"] is sys
 
 
 @pytest.mark.parametrize(
