@@ -99,12 +99,14 @@ def router(
 @app.command()
 def data(
     domains: Annotated[
-        list[str] | None, typer.Argument(metavar="DOMAIN", help="Default: all.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="DOMAIN", help="Default: five domains and the users.", show_default=False),
     ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch and prepare conversations for the domains (math, code, medicine, law, ukrainian) and the two users.
+    """Fetch and prepare conversations for the domains (math, code, medicine, law, ukrainian) and the two users; where
+    they are named also for science, reading, commonsense and puzzles, and questions that need two adapters (both).
 
     In: nothing; the sources are fetched once. Out: NAME.train.jsonl, .validation.jsonl and .test.jsonl for each, and
     mixed conversations where all domains are asked for. What is there already is kept.

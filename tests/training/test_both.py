@@ -7,7 +7,9 @@ from fractions import Fraction
 import pytest
 
 from molora_training.data import both as module
-from molora_training.data.both import check, law_and_arithmetic, math_in_code, operands_replaced, returned
+from molora_training.data import calculate
+from molora_training.data.both import check, law_and_arithmetic, math_in_code
+from molora_training.data.calculate import operands_replaced, returned
 from molora_training.data.items import Item, split_of
 
 SPLITS = ("train", "validation", "test")
@@ -58,7 +60,7 @@ def test_a_worked_solution_becomes_a_function_that_returns_its_result() -> None:
     )
     assert any("```python\n" in one.messages[1]["content"] for one in made)
     for one in made:
-        assert one.result == "260" and one.solved_by(one.messages[1]["content"])
+        assert one.result == "260" and check(one.messages[1]["content"], one.result, "math in code")
         assert returned(one.messages[1]["content"]) == 260
 
 
@@ -115,7 +117,7 @@ def test_a_clause_is_worked_out_in_right_sums(items: list[Item]) -> None:
     assert len(made) == len({item.task for item in items if item.split == "train"})
     assert len({one.parts[1][-1].text.split(":")[0].split("$")[0] for one in made}) >= 3  # several clauses
     for one in made:
-        assert one.domains == ("law", "math") and one.solved_by(one.messages[1]["content"])
+        assert one.domains == ("law", "math") and check(one.messages[1]["content"], one.result, "law and arithmetic")
         for message, turn in zip(one.messages, one.parts, strict=True):
             assert "".join(part.text for part in turn) == message["content"]
         assert one.messages[0]["content"].startswith(one.parts[0][0].text) and "sued the county" in one.parts[0][0].text
@@ -123,7 +125,7 @@ def test_a_clause_is_worked_out_in_right_sums(items: list[Item]) -> None:
         assert len(sums) >= 2
         for written in (each for text in sums for each in text.split(": ")[-1].split(" and ")):
             formula, value = written.split("=")
-            assert module._value(ast.parse(formula.strip(), mode="eval").body, {}) == Fraction(value.strip())
+            assert calculate._value(ast.parse(formula.strip(), mode="eval").body, {}) == Fraction(value.strip())
 
 
 def test_some_answers_begin_with_the_sentence_before_the_clause() -> None:

@@ -157,6 +157,31 @@ def test_data_that_does_not_fit(settings: RouterTrainSettings, tmp_path: Path) -
         train(settings)
 
 
+def test_questions_that_need_two_adapters_need_both_of_them(settings: RouterTrainSettings) -> None:
+    _write_both(settings.data)
+    with pytest.raises(DataError, match=r"'law and arithmetic' need adapters for law and math"):
+        train(dataclasses.replace(settings, both=2))
+
+
+def test_questions_that_need_two_adapters_are_learnt(
+    settings: RouterTrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora_training.router.KINDS", {"math in code": ("math", "code")})
+    without = train(dataclasses.replace(settings, out=settings.out.with_name("without"), max_steps=1))
+    _write_both(settings.data)
+    assert train(dataclasses.replace(settings, both=2, max_steps=1))["train_conversations"] == (
+        without["train_conversations"] + 1
+    )
+
+
+def _write_both(data: Path) -> None:
+    turns = [{"role": "user", "content": "1+1, as code"}, {"role": "assistant", "content": "# two\nreturn 2"}]
+    parts = [[["1+1, ", 0, False], ["as code", 1, False]], [["# two\n", 0, True], ["return 2", 1, True]]]
+    row = {"id": "both", "messages": turns, "domains": ["math", "code"], "parts": parts}
+    for split in ("train", "validation"):
+        (data / f"math-in-code.{split}.jsonl").write_text(json.dumps({**row, "split": split}) + "\n")
+
+
 def test_a_loss_that_is_no_number_stops_it(settings: RouterTrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     train(dataclasses.replace(settings, out=settings.out.with_name("good")))
     monkeypatch.setattr(router_objective, "z_loss", lambda logits, real: logits.sum() * float("nan"))

@@ -10,14 +10,17 @@ from molora import MoLoRAModel
 from molora.errors import ConfigError, DataError
 from molora_training.data import (
     IGNORED,
+    KINDS,
     Encoded,
     Example,
     Split,
+    both_file,
     encode_within,
     mix,
     mix_documents,
     mix_in_a_turn,
     read_examples,
+    read_mixed,
 )
 from molora_training.data.text import approx_tokens
 from molora_training.evaluate import LAYER
@@ -35,7 +38,7 @@ class QualitySets:
 
     Args:
         model: whose domains, tokenizer and chat format.
-        data: prepared data of every domain of its domain layer.
+        data: prepared data of every domain of its domain layer, and where it is there the questions that need two.
         limit: only so many sequences of each set (0: all), and of training four times as many.
 
     Raises:
@@ -58,6 +61,10 @@ class QualitySets:
             DOCUMENTS: self.encode(mix_documents(test, "test", COUNT)[some]),
             IN_A_TURN: self.encode(mix_in_a_turn(test, "test", COUNT)[some]),
         }
+        for kind, needed in KINDS.items():
+            file = data / both_file(kind, "test")
+            if set(needed) <= set(self.domains) and file.is_file():
+                self.mixed[kind] = self.encode(read_mixed(file)[some])
         self.single = {name: self.encode(rows[some]) for name, rows in test.items()}
 
     def examples(self, split: Split) -> dict[str, list[Example]]:

@@ -33,15 +33,18 @@ from molora_training.captured import CapturedSteps
 from molora_training.checkpoint import load_state, save_state
 from molora_training.curves import curves
 from molora_training.data import (
+    KINDS,
     Encoded,
     Example,
     Split,
+    both_file,
     collate,
     encode_within,
     mix,
     mix_documents,
     mix_in_a_turn,
     read_examples,
+    read_mixed,
 )
 from molora_training.router_objective import Labels, RouterObjective, reading_inputs
 from molora_training.router_settings import RouterTrainSettings
@@ -124,6 +127,10 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
         mixed: list[Any] = []
         if len(domains) > 1:
             mixed = [one for way, n in counts.items() if n for one in way(examples, split, n, settings.seed)]
+        for kind, needed in KINDS.items() if settings.both else ():
+            if not set(needed) <= set(domains):
+                raise DataError(f"Questions of '{kind}' need adapters for {' and '.join(needed)}: set both to 0.")
+            mixed += read_mixed(settings.data / both_file(kind, split))[: min(settings.both, most or settings.both)]
         share = max(1, counts[mix] // 8)
         singles = [example for rows in examples.values() for example in rows[:share]]
         return encode_within([*mixed, *singles], model.tokenizer, settings.max_length, domains)

@@ -49,6 +49,7 @@ class RouterTrainSettings:
         start: "new", or "saved": go on from the router that ``model`` has.
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
         documents, in_a_turn: how many documents of several domains' problems, and turns that ask two questions.
+        both: how many questions of each kind that need two adapters at once (`molora train data both`).
     """
 
     model: Path
@@ -61,6 +62,7 @@ class RouterTrainSettings:
     mixed: int = 6000
     documents: int = 0
     in_a_turn: int = 0
+    both: int = 0
     max_length: int = 1024
     epochs: int = 4
     max_steps: int | None = None
@@ -76,8 +78,8 @@ class RouterTrainSettings:
         for name in ("mixed", "max_length", "epochs", "batch_tokens", "learning_rate", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
-        if min(self.documents, self.in_a_turn) < 0:
-            raise ConfigError("documents and in_a_turn must not be negative.")
+        if min(self.documents, self.in_a_turn, self.both) < 0:
+            raise ConfigError("documents, in_a_turn and both must not be negative.")
 
     @property
     def work(self) -> Path:

@@ -60,6 +60,7 @@ class RouterVariant:
     mixed: int | None = None
     documents: int | None = None
     in_a_turn: int | None = None
+    both: int | None = None
     epochs: int | None = None
     learning_rate: float = 1e-3
     seed: int | None = None
@@ -81,6 +82,7 @@ class StarterSettings:
     router_mixed: int = 6000
     router_documents: int = 0
     router_in_a_turn: int = 0
+    router_both: int = 0
     router_epochs: int = 4
     router_processes: int = 1
     seed: int = 0
@@ -199,6 +201,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         mixed=chosen(variant.mixed, settings.router_mixed),
         documents=chosen(variant.documents, settings.router_documents),
         in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
+        both=chosen(variant.both, settings.router_both),
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),
     )

@@ -1,5 +1,6 @@
 """Data for training and judging adapters and routers: real text of five domains and two users, and mixes of them."""
 
+from .both import KINDS, both_file
 from .encode import IGNORED, Batch, Encoded, collate, encode, encode_within
 from .items import (
     DOMAINS,
@@ -20,6 +21,7 @@ from .prepare import data_dir, prepare
 __all__ = [
     "DOMAINS",
     "IGNORED",
+    "KINDS",
     "OTHERS",
     "SPLITS",
     "USERS",
@@ -29,6 +31,7 @@ __all__ = [
     "MixedExample",
     "Part",
     "Split",
+    "both_file",
     "collate",
     "data_dir",
     "encode",

@@ -77,7 +77,7 @@ class MixedExample:
     """A conversation or text of question-and-answer pairs from different domains.
 
     domains: one name a pair. parts: where a turn holds more than one pair, the parts of each turn, whose texts make up
-    its content; else nothing.
+    its content; else nothing. result: what the answer comes to, where that can be checked (see `both.check`).
     """
 
     id: str
@@ -85,6 +85,7 @@ class MixedExample:
     messages: tuple[dict[str, str], ...]
     domains: tuple[str, ...] = field(default=())
     parts: tuple[tuple[Part, ...], ...] = ()
+    result: str = ""
 
 
 def split_of(task: str, domain: str = "") -> Split:
@@ -139,6 +140,7 @@ def read_mixed(path: Path) -> list[MixedExample]:
             messages=row["messages"],
             domains=tuple(row["domains"]),
             parts=tuple(tuple(Part(*part) for part in turn) for turn in row.get("parts", ())),
+            result=row.get("result", ""),
         )
         for row in _rows(path, ("id", "split", "messages", "domains"))
     ]
@@ -150,6 +152,8 @@ def _as_row(example: Example | MixedExample) -> dict[str, Any]:
         row["domains"] = list(example.domains)
         if example.parts:
             row["parts"] = [[[part.text, part.pair, part.answer] for part in turn] for turn in example.parts]
+        if example.result:
+            row["result"] = example.result
         return row
     row = {"id": example.id, "domain": example.domain, "split": example.split, "form": example.form}
     if example.unseen:

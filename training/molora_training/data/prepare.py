@@ -14,6 +14,7 @@ from rich.table import Table
 from molora.base import cache_dir
 from molora.errors import DataError
 
+from .both import KINDS, both, both_file
 from .forms import FORMS, to_example
 from .items import DOMAINS, SHARES, SPLITS, USERS, Example, Item, Split, read_examples, write_examples
 from .mixed import mix
@@ -37,7 +38,7 @@ DATA_VERSION = 1
 LIMITS: dict[Split, int] = {"train": 3000, "validation": 300, "test": 300}
 MIXED_COUNTS: dict[Split, int] = {"train": 2000, "validation": 300, "test": 300}
 QUESTION_TOKENS, ANSWER_TOKENS = 400, 256
-MIXED = "mixed"
+MIXED, BOTH = "mixed", "both"
 
 READERS: dict[str, Callable[[], Iterable[Item]]] = {
     "math": read_math,
@@ -70,7 +71,8 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     """Writes `<domain>.<split>.jsonl` and `mixed.<split>.jsonl`; what is there with the same settings is kept.
 
     Args:
-        domains: of `DOMAINS`, `OTHERS` and `USERS`. Mixed conversations are built when all of `DOMAINS` are among them.
+        domains: of `DOMAINS`, `OTHERS` and `USERS`, and "both": questions that need two adapters at once. Mixed
+            conversations are built when all of `DOMAINS` are among them.
         out: the folder; None means the cache.
 
     Returns:
@@ -79,9 +81,9 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     Raises:
         DataError: a domain is unknown, a package cannot be had, or a row of it is not as expected.
     """
-    unknown = [domain for domain in domains if domain not in READERS]
+    unknown = [domain for domain in domains if domain not in (*READERS, BOTH)]
     if unknown:
-        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join(READERS)}")
+        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join([*READERS, BOTH])}")
     folder = out or data_dir()
     jobs = [*domains, MIXED] if set(DOMAINS) <= set(domains) else list(domains)
     counts: dict[str, Counts] = {}
@@ -136,10 +138,17 @@ def _write(folder: Path, job: str) -> Counts:
             write_examples(folder / f"{MIXED}.{split}.jsonl", rows)
             written[split] = len(rows)
         counts = Counts(written, {})
+    elif job == BOTH:
+        written = dict.fromkeys(SPLITS, 0)
+        for split in SPLITS:
+            for kind, found in both(split).items():
+                write_examples(folder / both_file(kind, split), found)
+                written[split] += len(found)
+        counts = Counts(written, {})
     else:
         examples, counts = build(READERS[job]())
-        for split, found in examples.items():
-            write_examples(folder / f"{job}.{split}.jsonl", found)
+        for split, own in examples.items():
+            write_examples(folder / f"{job}.{split}.jsonl", own)
     note = {"fingerprint": _fingerprint(job), "examples": counts.examples, "overlapping": counts.overlapping}
     # Written last: a folder with this note is complete.
     _note(folder, job).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
@@ -148,7 +157,8 @@ def _write(folder: Path, job: str) -> Counts:
 
 def _kept(folder: Path, job: str) -> Counts | None:
     """The counts of files that are there and were written with the present settings."""
-    if not all((folder / f"{job}.{split}.jsonl").is_file() for split in SPLITS) or not _note(folder, job).is_file():
+    files = [both_file(kind, split) if job == BOTH else f"{job}.{split}.jsonl" for split in SPLITS for kind in KINDS]
+    if not all((folder / file).is_file() for file in (*files, _note(folder, job).name)):
         return None
     note: dict[str, Any] = json.loads(_note(folder, job).read_text(encoding="utf-8"))
     if note.get("fingerprint") != _fingerprint(job):
