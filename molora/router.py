@@ -9,12 +9,16 @@ from torch import nn
 
 from molora.errors import ConfigError, RouterError
 from molora.memory import Memory, moving_averages
+from molora.row_fit import Samples, fit_row
 
 if TYPE_CHECKING:
     from molora_kernels.route import RouterWeights
 
 NEVER = -1e4
 """Bias of a row that was neither trained nor computed: "auto" does not choose it, forcing still works."""
+
+SAMPLES = 128
+"""Tokens of each row's training text whose features a router keeps."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class RouterPart(_Float32):
         self.decay_logits = nn.Parameter(torch.logit(torch.tensor(config.decays)), requires_grad=config.learn_decays)
         self.input = _Linear32((1 + len(config.decays)) * config.width, config.hidden)
         self.output = _Linear32(config.hidden, rows)
+        self.samples = Samples(config.hidden)
         self.table: torch.Tensor | None = None  # [vocabulary, width], folded projection of every embedding
         self._kept_decays: torch.Tensor | None = None  # [decays], as they are outside training
         self.register_load_state_dict_post_hook(lambda part, _: part._forget())
@@ -217,6 +222,9 @@ class Router(nn.Module):
                 f"This router was saved for {', '.join(self.rows)}, and the stack has {', '.join(rows)}. "
                 f"Use the stack it was trained for, or train a router with `molora train router`."
             )
+        places = torch.cat([part.samples.rows for part in self._parts])
+        if bool(((places < 0) | (places >= len(self.rows))).any()):
+            raise RouterError(f"This router keeps samples of rows that it does not have; it has {len(self.rows)}.")
         if self.hidden_size != hidden_size:
             raise RouterError(f"This router reads {self.hidden_size} features, and the base has {hidden_size}.")
         if max(self.points) >= layers:
@@ -236,10 +244,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def set_row(self, name: str, index: int, q: torch.Tensor) -> None:
-        """Computes a row of one part from examples, without training.
+        """Computes a row of one part from examples, without training the others.
 
-        It points along the mean of the examples' features, with the mean norm of the layer's other rows, and is
-        biased to win on them by 1 on average.
+        Where the router keeps samples of its training text, the row is fitted against them (:func:`fit_row`). Where it
+        keeps none, it points along the mean of the examples' features, with the mean norm of the layer's other rows,
+        and is biased to win on them by 1 on average: then it may well win on what belongs to others.
 
         Args:
             name: the row.
@@ -252,6 +261,14 @@ class Router(nn.Module):
         q = q.to(weight)
         peers = [i for i, row in enumerate(self.rows) if row.split("/")[0] == layer and i != own]
         known = [i for i in peers if float(bias[i]) > NEVER / 2]
+        place = torch.full((len(self.rows),), -1, device=weight.device)
+        place[known] = torch.arange(len(known), device=weight.device)
+        rows = place[part.samples.rows]
+        if bool((rows >= 0).any()):
+            features = part.samples.features[rows >= 0].to(weight)
+            weight[own], bias[own] = fit_row(q, features, rows[rows >= 0], weight[known], bias[known])
+            part.samples.add(q[torch.randperm(len(q), device=q.device)[:SAMPLES]], own)
+            return
         norm = weight[known].norm(dim=1).mean() if known else weight.new_ones(())
         row = nn.functional.normalize(q.mean(0), dim=0) * norm.clamp_min(1e-3)
         others = part.output(q)[:, known].amax(1).mean() if known else weight.new_zeros(())
@@ -260,9 +277,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def remove_row(self, name: str) -> None:
-        keep = [i for i, row in enumerate(self.rows) if row != name]
+        own = self.rows.index(name)
+        keep = [i for i in range(len(self.rows)) if i != own]
         for part in self._parts:
             self._set(part, part.output.weight[keep], part.output.bias[keep])
+            part.samples.remove(own)
         self.rows.remove(name)
 
     @staticmethod

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from molora import MoLoRAModel
 from molora.errors import ConfigError, DataError, NonFiniteError
-from molora.router import NEVER
+from molora.router import NEVER, SAMPLES
 from molora_training import router_objective
 from molora_training.router import train
 from molora_training.router_settings import LossWeights, RouterShape, RouterTrainSettings
@@ -86,6 +86,12 @@ def test_base_and_adapters_stay_and_untaught_rows_are_silent(settings: RouterTra
         file = "adapter_model.safetensors"
         copied = (settings.out / "adapters" / "domain" / name / file).read_bytes()
         assert copied == (settings.data.parent / "adapters" / name / file).read_bytes()
+    samples = model.router.parts[0].samples
+    domains = [model.router.rows.index(name) for name in ("domain/math", "domain/code", "domain/none")]
+    assert samples.rows.bincount()[domains].tolist() == [SAMPLES] * 3 and set(samples.rows.tolist()) == set(domains)
+    logits = model.router.parts[0](samples.features.float())[:, domains]
+    right = torch.tensor(domains)[logits.argmax(-1)] == samples.rows
+    assert right.float().mean() > 0.5  # they are what the router tells them by
     silent = model.router.rows.index("user/*")  # no user has data here
     assert float(weights["parts.0.output.bias"][silent]) == NEVER
 

@@ -148,6 +148,52 @@ def test_a_row_from_examples_wins_on_them(reads: Any) -> None:
         assert torch.isclose(part.output.weight[3].norm(), part.output.weight[:3].norm(dim=1).mean())
 
 
+def separate(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features in four heaps, the last of which is a new adapter's, and which is whose."""
+    torch.manual_seed(seed)
+    heaps = torch.randn(4, 16, generator=torch.Generator().manual_seed(9)) * 2
+    own = torch.arange(4).repeat_interleave(count)
+    return heaps[own] + 0.5 * torch.randn(len(own), 16) + 3, own
+
+
+@torch.no_grad()
+def test_a_row_from_examples_takes_only_what_is_its_own() -> None:
+    router = make_router()
+    part = part_of(router)
+    q, own = separate(60, 0)
+    part.output.weight.copy_(torch.linalg.lstsq(torch.cat([q, torch.ones(len(q), 1)], 1), 8 * torch.eye(4)[own])
+                             .solution[:-1, :3].T)  # fmt: skip
+    part.output.bias.zero_()
+    old = own < 3
+    part.output.bias.copy_(-part(q)[old].mean(0))
+    before = (part.output.weight.clone(), part.output.bias.clone())
+    part.samples.set(q[old], own[old])
+    router.add_row("domain/law")
+    router.set_row("domain/law", 0, q[~old])
+    assert torch.equal(part.output.weight[:3], before[0]) and torch.equal(part.output.bias[:3], before[1])
+    more, theirs = separate(200, 1)
+    chosen = part(more).argmax(-1)
+    assert (chosen == theirs)[theirs == 3].float().mean() > 0.95
+    was = torch.nn.functional.linear(more, *before).argmax(-1)
+    kept = (chosen == was)[theirs < 3].float().mean()
+    assert kept > 0.95
+    assert part.samples.rows.tolist() == own[own < 3].tolist() + [3] * 60  # of the new one too
+    router.remove_row("domain/math")
+    assert part.samples.rows.unique().tolist() == [0, 1, 2] and len(part.samples.features) == 180
+
+
+def test_samples_are_saved_and_older_routers_have_none() -> None:
+    router, other = make_router(), make_router()
+    part_of(router).samples.set(torch.randn(5, 16), torch.arange(5) % 3)
+    state = router.state_dict()
+    other.load_state_dict(state)
+    assert torch.equal(part_of(other).samples.features, part_of(router).samples.features)
+    assert part_of(other).samples.features.dtype == torch.float16
+    assert torch.equal(part_of(other).samples.rows, torch.arange(5) % 3)
+    other.load_state_dict({name: tensor for name, tensor in state.items() if "samples" not in name})
+    assert len(part_of(other).samples.rows) == 0
+
+
 @torch.no_grad()
 def test_a_removed_row_leaves_the_others_alone() -> None:
     router = make_router()

@@ -83,7 +83,26 @@ CHANGES: dict[str, tuple[type[MoLoRAError], str, Callable[[Path], Any]]] = {
     "no router file": (RouterError, "missing or damaged", lambda folder: (folder / saved.ROUTER).unlink()),
     "router cut": (RouterError, "missing or damaged", cut),
     "router a pickle": (RouterError, "missing or damaged", text(saved.ROUTER, b"\x80\x04K\x01.")),
-    "router NaN": (RouterError, "NaN", router(lambda w: next(iter(w.values())).view(-1)[0].fill_(float("nan")))),
+    "router NaN": (RouterError, "NaN", router(lambda w: w["parts.0.mean"][0].fill_(float("nan")))),
+    "router samples": (
+        RouterError,
+        "does not fit",
+        router(
+            lambda w: w.update({"parts.0.samples.features": torch.ones(2, 3), "parts.0.samples.rows": torch.ones(2)})
+        ),
+    ),
+    "router samples of no row": (
+        RouterError,
+        "rows that it does not have",
+        router(
+            lambda w: w.update(
+                {
+                    "parts.0.samples.features": torch.ones(1, w["parts.0.output.weight"].shape[1]),
+                    "parts.0.samples.rows": torch.full((1,), 99),
+                }
+            )
+        ),
+    ),
     "router lacks a tensor": (RouterError, "does not fit", router(lambda w: w.pop(sorted(w)[0]))),
     "router has one more": (RouterError, "does not fit", router(lambda w: w.update(extra=torch.ones(1)))),
     "an adapter is gone": (AdapterError, "", lambda folder: shutil.rmtree(folder / "adapters" / "domain" / "math")),

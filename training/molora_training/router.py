@@ -24,7 +24,7 @@ from torch import nn
 from molora import MoLoRAModel, Router, RouterConfig, Stack
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, DataError, NonFiniteError
-from molora.router import NEVER
+from molora.router import NEVER, SAMPLES
 from molora.selection import router_rows
 from molora.stack import AUTO
 from molora_training.attention import attend_causally
@@ -232,6 +232,7 @@ class _Run:
         }
         if self.accelerator.is_main_process:
             self.model.eval()
+            self._keep_samples()
             self.model.save_pretrained(self.settings.out)
             partial = self.settings.out / ".router.metrics.json"
             partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -304,6 +305,33 @@ class _Run:
                 if index not in taught:
                     part.output.weight[index] = 0
                     part.output.bias[index] = 0 if name.endswith("/none") else NEVER
+
+    @torch.no_grad()
+    def _keep_samples(self) -> None:
+        """Features of some training tokens of every row, for rows that are added later."""
+        objective = self.accelerator.unwrap_model(self.objective)
+        seen: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+        for batches in self.steps[:_STATISTICS_BATCHES]:
+            batch = collate([self.rows[i] for i in batches[0]], self._pad).to(self.accelerator.device)
+            real = batch.attention_mask.bool()
+            inputs = reading_inputs(self.model, batch, objective.selection(len(batch.input_ids)))
+            q = [
+                part.features(part.read(x), real, None)[real] for part, x in zip(self.router.parts, inputs, strict=True)
+            ]
+            seen.append((q, batch.domain_ids[real]))
+        domains = torch.cat([of for _, of in seen])
+        chance = torch.Generator().manual_seed(self.settings.seed)
+        chosen, rows = [], []
+        for layer, own in self.labels.rows.items():
+            row = torch.tensor(own)[self.labels.targets[layer]].to(domains.device)[domains]  # of each token
+            for index in own:
+                tokens = (row == index).nonzero()[:, 0]
+                some = tokens[torch.randperm(len(tokens), generator=chance)[:SAMPLES].to(tokens.device)]
+                chosen.append(some)
+                rows.append(torch.full_like(some, index))
+        for number, part in enumerate(self.router.parts):
+            features = torch.cat([q[number] for q, _ in seen])
+            part.samples.set(features[torch.cat(chosen)], torch.cat(rows))
 
     def _class_weights(self) -> dict[str, torch.Tensor]:
         """Each row of a layer weighs the same, whatever its share of the training tokens."""
