@@ -5,7 +5,16 @@ import torch
 
 from molora import MoLoRAModel
 from molora_training.data import Encoded, encode
-from molora_training.evaluate import LAYER, LabelRouter, bootstrap, losses, right_by_position, routed_by
+from molora_training.evaluate import (
+    LAYER,
+    Holding,
+    LabelRouter,
+    bootstrap,
+    held,
+    losses,
+    right_by_position,
+    routed_by,
+)
 from molora_training.personas import Persona, best_answer, read_personas
 from tests.unit.spoken import make_spoken
 
@@ -95,3 +104,25 @@ def test_the_best_answer_shows_the_manner_and_ended() -> None:
 def test_the_shipped_personas_show_their_own_marks() -> None:
     for name, persona in read_personas().items():
         assert all(persona.shows_in(answer) for _, answer in persona.exchanges), name
+
+
+def test_a_held_route_leaves_only_for_a_clearly_better_one() -> None:
+    logits = torch.tensor([[[2.0, 0, 0], [0, 0.5, 0], [0, 1.5, 0], [0, 1.2, 1.4], [0, 0, 3.0]]])
+    assert held(logits, 0).tolist() == [[0, 1, 1, 2, 2]]
+    assert held(logits, 1).tolist() == [[0, 0, 1, 1, 2]]
+    assert held(logits, 9).tolist() == [[0, 0, 0, 0, 0]]
+
+
+@torch.no_grad()
+def test_holding_by_nothing_is_the_router_and_by_much_stays(model: MoLoRAModel) -> None:
+    rows = [row(model, "math", "code"), row(model, "code", "math", "math")]
+    layers = [[model.router.rows.index(name) for name in layer.rows] for layer in model.routing.layers if layer.rows]
+    expected = losses(model, rows, {LAYER: "auto"}, 2)
+    before = {name: tensor.clone() for name, tensor in model.router.state_dict().items()}
+    with routed_by(model, Holding(model.router, layers, 0.0)):
+        assert torch.allclose(losses(model, rows, {LAYER: "auto"}, 2).loss, expected.loss, rtol=1e-5)
+    with routed_by(model, Holding(model.router, layers, 1e3)):
+        routes = model(rows[1].input_ids[None], selection={LAYER: "auto"}, output_routes=True, use_cache=False).routes
+        first = routes.slots[0, 0, 0]
+        assert (routes.slots[0, :, 0] == first).all()
+    assert all(torch.equal(model.router.state_dict()[name], tensor) for name, tensor in before.items())

@@ -17,6 +17,7 @@ from molora.adapter import Adapter
 from molora_training.data import Batch, Encoded
 from molora_training.evaluate import (
     LAYER,
+    Holding,
     LabelRouter,
     Losses,
     best_by_sequence,
@@ -36,6 +37,7 @@ MERGES: dict[str, tuple[Method, float]] = {  # way and density
     "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
     "magnitude merge": ("magnitude_prune", 0.5),
 }  # fmt: skip
+MARGINS = (1.0, 2.0)  # nats by which another adapter must be better to be turned to
 LEARNT_STEPS, LEARNT_TOKENS = 100, 4096  # of what learns on the same mixed text as a router, and tokens in a step
 Before = Callable[[Batch], None]
 
@@ -104,12 +106,16 @@ class Contenders:
             found.append(Contender(f"classifier by {scope}", f"by {scope}", self._rival(Classifier, scope)))
             found.append(Contender(f"nearest centroid by {scope}", f"by {scope}", self._rival(Centroids, scope)))
         for name, router in self.routers.items():
-            digest = hashlib.sha256()
-            for tensor in router.state_dict().values():
-                digest.update(tensor.cpu().numpy().tobytes())
+            digest = _digest(router)
             for weights, top_k in (("unit", 1), ("softmax", 2)):
                 shown = f"MoLoRA {name}, top-{top_k} {weights}"
-                found.append(Contender(shown, "router", self._router(name, weights, top_k), digest.hexdigest()))
+                found.append(Contender(shown, "router", self._router(name, weights, top_k), digest))
+        if self.routers:
+            name, router = next(iter(self.routers.items()))
+            digest = _digest(router)
+            for margin in MARGINS:
+                shown = f"MoLoRA {name}, held by {margin:g} nats"
+                found.append(Contender(shown, "router", self._held(name, margin), digest))
         return found
 
     def by_logits(self, name: str, kind: str, logits: Callable[[Batch], torch.Tensor]) -> Row:
@@ -234,6 +240,24 @@ class Contenders:
                 return row
 
         return measure
+
+    def _held(self, name: str, margin: float) -> Callable[[], Row]:
+        def measure() -> Row:
+            router = self.routers[name]
+            rows = [[router.rows.index(row) for row in layer.rows] for layer in self.model.routing.layers if layer.rows]
+            with routed_by(self.model, Holding(router, rows, margin)):
+                row = self.measured(f"MoLoRA {name}, held by {margin:g} nats", "router", {LAYER: "auto"})
+                row.right = right_by_position(self.model, self.sets.mixed[TURNS], self.domains, self.batch_tokens)
+                return row
+
+        return measure
+
+
+def _digest(router: Router) -> str:
+    digest = hashlib.sha256()
+    for tensor in router.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def best_of(singles: Sequence[Row]) -> Row:

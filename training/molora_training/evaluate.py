@@ -138,6 +138,46 @@ class _LabelPart(nn.Module):
         return q
 
 
+class Holding(nn.Module):
+    """A router that leaves the adapter it is at only for one that it holds for better by ``margin`` nats.
+
+    For measuring what that is worth: it goes from token to token, which no prompt is fast with.
+    """
+
+    def __init__(self, router: Router, layers: Sequence[Sequence[int]], margin: float) -> None:
+        """layers: the router's rows of each stack layer."""
+        super().__init__()
+        self.rows, self.points, self.weights, self.check = router.rows, router.points, router.weights, router.check
+        self.parts = nn.ModuleList(_HoldingPart(part, layers, margin) for part in router.parts)
+
+
+class _HoldingPart(nn.Module):
+    def __init__(self, part: Any, layers: Sequence[Sequence[int]], margin: float) -> None:
+        super().__init__()
+        self.part, self.layers, self.margin = part, layers, margin
+        self.reads, self.signature, self.new_memory = part.reads, part.signature, part.new_memory
+        self.read, self.read_ids, self.features = part.read, part.read_ids, part.features
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        logits = self.part(q)  # [B, T, rows]
+        for rows in self.layers:
+            own = logits[..., rows]
+            logits[..., rows] = nn.functional.one_hot(held(own, self.margin), len(rows)).to(own) * 1e4
+        return logits
+
+
+def held(logits: torch.Tensor, margin: float) -> torch.Tensor:
+    """[B, T] int64: of logits [B, T, C] the best at the first token, and then only one that is better by ``margin``."""
+    now = logits[:, 0].argmax(-1)
+    chosen = [now]
+    for here in logits.unbind(1)[1:]:
+        best = here.argmax(-1)
+        lead = (here.gather(1, best[:, None]) - here.gather(1, now[:, None]))[:, 0]
+        now = torch.where(lead > margin, best, now)
+        chosen.append(now)
+    return torch.stack(chosen, 1)
+
+
 @contextmanager
 def routed_by(model: MoLoRAModel, router: Any, top_k: int = 1, weights: str | None = None) -> Iterator[None]:
     """``model`` with another router, top-k and weights in the domain layer, for a while."""
