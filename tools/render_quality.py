@@ -20,17 +20,20 @@ def section(report: Row, adding: Row | None) -> list[str]:
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
         f"{report['seed']}. Data: {report['data']}. Share of the way from the base to the label oracle that a "
         "contender closes, by the loss of answer tokens; brackets hold 95% bootstrap intervals over sequences. "
-        "*Domains alone*: the mean over domains of the share on text of one domain.",
+        "*Domains alone*: the mean over domains of the share on text of one domain. *Short answers*: share of those of "
+        f"up to 24 tokens ({sets[0]}) that greedy decoding gets word for word.",
         "",
         f"![Share of the gap closed](images/{PICTURES[0]})",
         "",
-        f"| contender | {' | '.join(sets)} | domains alone |",
-        "|---|" + "---|" * (len(sets) + 1),
+        f"| contender | {' | '.join(sets)} | domains alone | short answers |",
+        "|---|" + "---|" * (len(sets) + 2),
     ]
     for row in report["rows"]:
         cells = [_closed(row["sets"][name]) if name in row["sets"] else "" for name in sets]
         alone = _alone(row, report)
-        parts.append(f"| {_name(row, report)} | {' | '.join(cells)} | {'' if alone is None else f'{alone:.1%}'} |")
+        shown = "" if alone is None else f"{alone:.1%}"
+        accuracy = f"{row['sets'][sets[0]]['accuracy']:.1%}"
+        parts.append(f"| {_name(row, report)} | {' | '.join(cells)} | {shown} | {accuracy} |")
     parts += ["", "### What had to be reached", "", *bars(report["must"])]
     parts += ["", "### By domain", "", f"![Loss by domain](images/{PICTURES[1]})", "", *_by_domain(report)]
     parts += ["", "### Variants of the router", "", f"![Variants of the router](images/{PICTURES[2]})", ""]

@@ -126,3 +126,27 @@ def test_holding_by_nothing_is_the_router_and_by_much_stays(model: MoLoRAModel) 
         first = routes.slots[0, 0, 0]
         assert (routes.slots[0, :, 0] == first).all()
     assert all(torch.equal(model.router.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@torch.no_grad()
+def test_short_answers_are_counted_that_greedy_decoding_writes(
+    model: MoLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that the model itself wrote are exact; with one token changed they are not, and long ones not asked."""
+    turns = [{"role": "user", "content": "math 1"}]
+    prompt = model.encode(turns)
+    made = model.generate(**prompt, selection={LAYER: "math"}, max_new_tokens=6, do_sample=False)
+    own = Encoded(
+        made[0],
+        torch.where(torch.arange(made.shape[1]) < prompt["input_ids"].shape[1], -100, made[0]),
+        torch.zeros(made.shape[1], dtype=torch.int64),
+        torch.zeros(made.shape[1], dtype=torch.int64),
+    )
+    labels = own.labels.clone()
+    labels[-1] = (labels[-1] + 1) % 261
+    other = Encoded(own.input_ids, labels, own.segments, own.domain_ids)
+    found = losses(model, [own, other], {LAYER: "math"}, 2)
+    assert found.asked.tolist() == [[1, 0], [1, 0]] and found.exact.tolist() == [[1, 0], [0, 0]]
+    assert found.accuracy == 0.5
+    monkeypatch.setattr("molora_training.evaluate.SHORT", 5)
+    assert losses(model, [own], {LAYER: "math"}, 2).asked.sum() == 0

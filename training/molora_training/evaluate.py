@@ -16,14 +16,26 @@ from molora_training.data import IGNORED, Batch, Encoded, collate
 
 LAYER = "domain"
 POSITIONS = ("1-4", "5-16", "17+")
+SHORT = 24  # tokens of an answer that may be compared word for word, its end among them
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the answer tokens of N sequences: loss [N, domains] float64 and tokens [N, domains]."""
+    """Sums over the answers of N sequences, by domain, each [N, domains].
+
+    loss: nats, float64. tokens: of answers. asked: questions with an answer of up to SHORT tokens. exact: those of them
+    that greedy decoding answers word for word, since each token of the answer is the likeliest after those before it.
+    """
 
     loss: torch.Tensor
     tokens: torch.Tensor
+    asked: torch.Tensor
+    exact: torch.Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions with a short answer that are answered word for word."""
+        return float(self.exact.sum() / self.asked.sum().clamp_min(1))
 
     @property
     def mean(self) -> float:
@@ -40,7 +52,9 @@ class Losses:
 def best_by_sequence(many: Sequence[Losses]) -> Losses:
     """The contender with the lowest loss on each sequence, in hindsight."""
     best = torch.stack([one.loss.sum(1) for one in many]).argmin(0)
-    return Losses(torch.stack([one.loss for one in many])[best, torch.arange(len(best))], many[0].tokens)
+    every = torch.arange(len(best))
+    loss, exact = (torch.stack([getattr(one, what) for one in many])[best, every] for what in ("loss", "exact"))
+    return Losses(loss, many[0].tokens, many[0].asked, exact)
 
 
 def losses(
@@ -74,18 +88,27 @@ def losses_of(
 ) -> Losses:
     """Losses of the answer tokens of ``rows`` under any ``logits`` [B, T, vocabulary] of a batch."""
     total, count = torch.zeros(len(rows), domains, dtype=torch.float64), torch.zeros(len(rows), domains)
+    asked, exact = torch.zeros_like(count), torch.zeros_like(count)
     for indices in plan_pass([row.input_ids.numel() for row in rows], batch_tokens):
         batch = collate([rows[index] for index in indices], pad_id).to(device)
         labels = batch.labels[:, 1:]
         answered = labels != IGNORED  # [B, T - 1]
-        each = nn.functional.cross_entropy(
-            logits(batch)[:, :-1][answered].float(), labels[answered], reduction="none"
-        )  # [answer tokens]
-        sequence = torch.tensor(indices, device=labels.device).unsqueeze(1).expand_as(labels)[answered]
-        place = (sequence * domains + batch.domain_ids[:, 1:][answered]).cpu()
+        found, wanted = logits(batch)[:, :-1][answered].float(), labels[answered]
+        each = nn.functional.cross_entropy(found, wanted, reduction="none")  # [answer tokens]
+        missed = (found.argmax(-1) != wanted).cpu()
+        sequence = torch.tensor(indices, device=labels.device).unsqueeze(1).expand_as(labels)[answered].cpu()
+        domain, pair = (of[:, 1:][answered].cpu() for of in (batch.domain_ids, batch.segments))
+        place = sequence * domains + domain
         total.view(-1).index_add_(0, place, each.double().cpu())
         count.view(-1).index_add_(0, place, torch.ones(len(place)))
-    return Losses(total, count)
+        # By question: how long its answer is, and whether a token of it is another than the likeliest.
+        pairs, own = (sequence * (int(batch.segments.max()) + 1) + pair).unique(return_inverse=True)
+        length, misses = torch.bincount(own), torch.bincount(own, missed.double())
+        where = torch.zeros(len(pairs), dtype=torch.int64).scatter(0, own, place)
+        short = length <= SHORT
+        asked.view(-1).index_add_(0, where[short], torch.ones(int(short.sum())))
+        exact.view(-1).index_add_(0, where[short], (misses[short] == 0).float())
+    return Losses(total, count, asked, exact)
 
 
 def batches(model: MoLoRAModel, rows: Sequence[Encoded], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:

@@ -113,6 +113,7 @@ def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:
         sets[name] = {
             "loss": own.mean,
             "domain_mean": own.domain_mean,
+            "accuracy": own.accuracy,
             "gap_closed": float(share(everything)),
             "gap_closed_interval": list(bootstrap(share, len(own.loss))),
             "gap_closed_domain_mean": (b.domain_mean - own.domain_mean) / (b.domain_mean - o.domain_mean),
@@ -134,6 +135,10 @@ def must(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if name != UNSEEN:
             value = own[name]["gap_closed_domain_mean"]
             lines.append(line(f"{name}: share of the gap closed, mean of domains", value, bar, "higher"))
+    for name in (TURNS, DOCUMENTS):
+        theirs = oracle.sets[name].accuracy
+        value = mine.sets[name].accuracy / theirs if theirs else 1.0  # where the oracle has none, none is lost
+        lines.append(line(f"{name}: share of the oracle's short answers, word for word", value, 0.96, "higher"))
     needing_two = [name for name in KINDS if name in own]
     for name in needing_two:
         lines.append(line(f"{name}: share of the gap closed", own[name]["gap_closed"], 0.82, "higher"))
@@ -211,7 +216,7 @@ def _keep(row: Row, file: Path, fingerprint: str) -> None:
         f"{part}/{name}/{what}": getattr(own, what).contiguous()
         for part in ("sets", "single")
         for name, own in getattr(row, part).items()
-        for what in ("loss", "tokens")
+        for what in ("loss", "tokens", "asked", "exact")
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(f".{os.getpid()}.partial")
@@ -232,6 +237,6 @@ def _kept(file: Path, fingerprint: str) -> Row | None:
         for key in stored.keys():
             part, name, what = key.split("/")
             if what == "loss":
-                own = Losses(stored.get_tensor(key), stored.get_tensor(f"{part}/{name}/tokens"))
-                getattr(row, part)[name] = own
+                others = (stored.get_tensor(f"{part}/{name}/{of}") for of in ("tokens", "asked", "exact"))
+                getattr(row, part)[name] = Losses(stored.get_tensor(key), *others)
         return row
