@@ -159,6 +159,7 @@ def test_an_interrupted_table_goes_on_and_processes_share_it(
     assert fill(table, out, "molora eval quality", "mark", share=(0, 2)) is None
     report = fill(table, out, "molora eval quality", "mark", share=(1, 2))
     assert report is not None and json.loads(out.read_text()) == report
+    assert all(list(row["sets"]) == list(table.sets.mixed) for row in report["rows"])
     assert len(measured) == len(set(measured)) + 1  # only the interrupted one began twice
     assert {line["name"] for line in report["must"]} and all(
         set(line) == {"name", "value", "bar", "better", "holds", "note"} for line in report["must"]

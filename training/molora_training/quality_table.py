@@ -93,6 +93,9 @@ def fill(
     if any(row is None for row in rows):
         return None
     found = [row for row in rows if row is not None]
+    for row in found:  # in the order of the sets, which a file does not keep
+        row.sets = {name: row.sets[name] for name in contenders.sets.mixed if name in row.sets}
+        row.single = {name: row.single[name] for name in contenders.sets.single if name in row.single}
     found.insert(3, best_of([row for row in found if row.kind == "adapter"]))
     report = {
         **heading(command, f"test split by sha256 of the task or document id: {contenders.sets.described()}"),
