@@ -38,7 +38,7 @@ def section(report: Row, adding: Row | None) -> list[str]:
     parts += ["", "### By domain", "", f"![Loss by domain](images/{PICTURES[1]})", "", *_by_domain(report)]
     parts += ["", "### Variants of the router", "", f"![Variants of the router](images/{PICTURES[2]})", ""]
     parts += ["Share of tokens that go to their own domain, by position in a question or an answer (turns):", ""]
-    parts += _positions(report)
+    parts += positions(report["rows"], "right")
     if adding:
         parts += ["", *_adding(adding)]
     return [*parts, ""]
@@ -52,7 +52,7 @@ def draw(report: Row, folder: Path) -> None:
     shown = [row for row in report["rows"] if row["kind"] in kinds or row is first]
     _bars(shown, sets, folder / PICTURES[0], "% of the gap from base to label oracle")
     routers = [row for row in report["rows"] if row["kind"] == "router"]
-    _bars(routers, sets, folder / PICTURES[2], "% of the gap from base to label oracle", low=60)
+    _bars(routers, sets, folder / PICTURES[2], "% of the gap from base to label oracle")
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 3.2))
     domains = list(report["rows"][0]["single"])
@@ -72,7 +72,7 @@ def draw(report: Row, folder: Path) -> None:
     save(figure, folder / PICTURES[1])
 
 
-def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path, label: str, low: float = 0) -> None:
+def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path, label: str) -> None:
     plt = pyplot()
     rows = sorted(rows, key=lambda row: row["sets"][sets[0]]["gap_closed"])
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
@@ -80,10 +80,10 @@ def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path, label: str, low:
     for number, name in enumerate(sets):
         places = [index + 0.4 - height * (number + 0.5) for index in range(len(rows))]
         values = [100 * row["sets"][name]["gap_closed"] for row in rows]
-        axes.barh(places, [max(value, low) - low for value in values], height, low, label=name, color=PALETTE[number])
+        axes.barh(places, values, height, label=name, color=PALETTE[number])
     axes.set_yticks(range(len(rows)), [row["contender"] for row in rows])
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.set(xlabel=label, xlim=(low, 105))
+    axes.set(xlabel=label, xlim=(0, 105))
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, file)
@@ -126,12 +126,13 @@ def _by_domain(report: Row) -> list[str]:
     return lines
 
 
-def _positions(report: Row) -> list[str]:
-    rows = [row for row in report["rows"] if row["right"] and "top-1" in row["contender"]]
-    names = list(rows[0]["right"])
+def positions(rows: Sequence[Row], key: str) -> list[str]:
+    """The table of right tokens by position, for the routers that have it under ``key`` and run one adapter a token."""
+    rows = [row for row in rows if row[key] and "top-2" not in row["contender"]]
+    names = list(rows[0][key])
     lines = [f"| router | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for row in rows:
-        values = " | ".join(f"{row['right'][name]:.1%}" for name in names)
+        values = " | ".join(f"{row[key][name]:.1%}" for name in names)
         lines.append(f"| {row['contender']} | {values} |")
     return lines
 

@@ -100,7 +100,13 @@ def page(
         "",
     ]
     parts += ["### What had to be reached", "", *render_kernels.bars([*report["must"], *speed["must"]])]
-    parts += ["", "### Tokens that go to their own domain, by position", "", *positions(report), ""]
+    parts += [
+        "",
+        "### Tokens that go to their own domain, by position",
+        "",
+        *render_quality.positions(report["rows"], "right_by_position"),
+        "",
+    ]
     parts += ["### Prompt forms that training never saw", "", *unseen(report), ""]
     parts += [
         "### One conversation, token by token",
@@ -138,17 +144,6 @@ def row_line(row: dict[str, Any], domains: list[str], default: str) -> str:
         f"| {name} | {row['mixed']:.4f} | {row['gap_closed']:.1%} [{low:.1%}, {high:.1%}] "
         f"| {row['gap_closed_domain_mean']:.1%} | {single} |"
     )
-
-
-def positions(report: dict[str, Any]) -> list[str]:
-    """The table of right tokens by position, for the routers at top-1."""
-    rows = [row for row in report["rows"] if row["right_by_position"] and "top-1" in row["contender"]]
-    names = list(rows[0]["right_by_position"])
-    lines = [f"| router | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for row in rows:
-        values = " | ".join(f"{row['right_by_position'][name]:.1%}" for name in names)
-        lines.append(f"| {row['contender']} | {values} |")
-    return lines
 
 
 def unseen(report: dict[str, Any]) -> list[str]:

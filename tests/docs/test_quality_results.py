@@ -22,6 +22,8 @@ def report() -> dict[str, Any]:
         row("base", "base", 2.0), row("label oracle", "oracle", 1.0), row("math alone", "adapter", 1.0),
         row("code alone", "adapter", 1.0), row("uniform merge", "merge", 1.5),
         row("MoLoRA saved, top-1 unit", "router", 1.025, {"answer 17+": 0.97}),
+        row("MoLoRA saved, held by 2 nats", "router", 1.02, {"answer 17+": 0.98}),
+        row("MoLoRA saved, top-2 softmax", "router", 1.02, {"answer 17+": 0.99}),
     ]  # fmt: skip
     line = {"name": "turns: closed", "value": 0.975, "bar": 0.965, "better": "higher", "holds": True, "note": ""}
     about = {"command": "molora eval quality", "machine": "A GPU", "commit": "abc", "date": "2026-01-01", "seed": 0}
@@ -35,6 +37,7 @@ def test_a_table_says_what_was_measured() -> None:
     assert "| math | 2.000 | 1.000 | 1.025 | +0.0250 |" in text
     assert "| turns: closed | 0.975 | ≥ 0.965 | reached |" in text
     assert "| MoLoRA saved, top-1 unit | 97.0% |" in text
+    assert "| MoLoRA saved, held by 2 nats | 98.0% |" in text and "top-2 softmax | 99.0% |" not in text
 
 
 def test_later_adapters_are_told() -> None:
