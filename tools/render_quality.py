@@ -50,9 +50,9 @@ def draw(report: Row, folder: Path) -> None:
     kinds = ("oracle", "multitask", "merge", "peft router", "by sequence", "by turn", "sequence-oracle", "prompt")
     first = _first(report)
     shown = [row for row in report["rows"] if row["kind"] in kinds or row is first]
-    _bars(shown, sets, folder / PICTURES[0], "% of the gap from base to label oracle")
+    _bars(shown, sets, folder / PICTURES[0])
     routers = [row for row in report["rows"] if row["kind"] == "router"]
-    _bars(routers, sets, folder / PICTURES[2], "% of the gap from base to label oracle")
+    _bars(routers, sets, folder / PICTURES[2])
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 3.2))
     domains = list(report["rows"][0]["single"])
@@ -72,7 +72,7 @@ def draw(report: Row, folder: Path) -> None:
     save(figure, folder / PICTURES[1])
 
 
-def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path, label: str) -> None:
+def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
     plt = pyplot()
     rows = sorted(rows, key=lambda row: row["sets"][sets[0]]["gap_closed"])
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
@@ -83,7 +83,7 @@ def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path, label: str) -> N
         axes.barh(places, values, height, label=name, color=PALETTE[number])
     axes.set_yticks(range(len(rows)), [row["contender"] for row in rows])
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.set(xlabel=label, xlim=(0, 105))
+    axes.set(xlabel="% of the gap from base to label oracle", xlim=(0, 105))
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, file)
