@@ -64,13 +64,23 @@ def table(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cont
 
 
 @pytest.fixture(scope="module")
-def rows(table: Contenders) -> dict[str, Row]:
+def before(table: Contenders) -> dict[str, torch.Tensor]:
+    """The model's weights before anything was measured."""
+    return {name: tensor.clone() for name, tensor in table.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def rows(table: Contenders, before: dict[str, torch.Tensor]) -> dict[str, Row]:
     found = [contender.measure() for contender in table.all()]
     return {row.name: row for row in [*found, best_of([row for row in found if row.kind == "adapter"])]}
 
 
-def test_every_contender_is_there_and_the_model_as_before(table: Contenders, rows: dict[str, Row]) -> None:
+def test_every_contender_is_there_and_the_model_as_before(
+    table: Contenders, rows: dict[str, Row], before: dict[str, torch.Tensor]
+) -> None:
     names = list(rows)
+    after = table.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert names[:2] == ["base", "label oracle"]
     assert {"math alone", "code alone", "base, one example of each domain"} <= set(names)
     rivals = {f"{what} by {scope}" for what in ("classifier", "nearest centroid") for scope in ("sequence", "turn")}
