@@ -61,8 +61,8 @@ class RoutingState:
         self._real: torch.Tensor | None = None
         self._memories: list[Memory] | None = None
         self._current: ResolvedSelection | None = None
+        self._placed: tuple[ResolvedSelection, int, torch.device] | None = None  # what it was made from
         self._true: torch.Tensor | None = None  # [1, 1] bool
-        self._placed: tuple[ResolvedSelection, int, torch.device] | None = None  # what these two were made from
         self._tables: tuple[object, list[LayerTable]] | None = None
         self._flat: tuple[object, Any] | None = None  # the candidates for kernels, and what they were made from
         self._hooks: list[Any] = [base.register_forward_pre_hook(self._before_base, with_kwargs=True)]
@@ -136,6 +136,7 @@ class RoutingState:
         placed = (self.selection, batch, source.device)
         if self._placed != placed:
             self._placed, self._current = placed, self.selection.expand(batch).to(source.device)
+        if self._true is None or self._true.device != source.device:
             self._true = torch.ones(1, 1, dtype=torch.bool, device=source.device)
         assert self._current is not None and self._true is not None
         self._real = real_tokens(kwargs.get("attention_mask"), batch, tokens, cache, self._true)

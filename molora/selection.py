@@ -104,7 +104,8 @@ class ResolvedSelection:
         return self._map(lambda tensor: tensor.repeat_interleave(batch // count, 0))
 
     def to(self, device: torch.device) -> "ResolvedSelection":
-        return self._map(lambda tensor: tensor.to(device))
+        """On ``device``: itself if it is there, so that what was made from it lasts as long as it does."""
+        return self if self.allowed.device == device else self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ResolvedSelection":
         return ResolvedSelection(

@@ -117,11 +117,12 @@ def test_a_base_that_needs_masks_keeps_them() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hot", [1024, 0], ids=["hot", "by slot"])
 @pytest.mark.parametrize("reads", [0, (0, 2)], ids=str)
+@pytest.mark.parametrize("weights", [WEIGHTS, LossWeights()], ids=["tokens", "labels"])
 def test_captured_steps_are_eager_ones(
-    reads: Any, hot: int, base: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    weights: LossWeights, reads: Any, hot: int, base: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("molora_kernels.forms.HOT_TRAINED", hot)
-    objective = make_objective(base, adapters, reads=reads)
+    objective = make_objective(base, adapters, weights, reads=reads)
     assert attend_causally(objective.model.base, 128)
     steps = CapturedSteps(objective, objective.parameters(), 256)
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.01)
@@ -130,7 +131,10 @@ def test_captured_steps_are_eager_ones(
         batch = make_batch(shapes[number % 3], seed=number)
         expected = stepped(objective, batch)
         objective.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        taken = [torch.full((128,), 10**9, dtype=torch.int32, device=DEVICE) for _ in range(4096)]  # what was freed
         found = steps(batch)
+        del taken
         same((found, gradients(objective)), expected)
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
@@ -175,3 +179,15 @@ def test_what_cannot_be_captured_runs_as_it_is(
     assert torch.rand(3, device=DEVICE).isfinite().all()  # a capture that fails leaves the generator unusable
     assert torch.cuda.get_sync_debug_mode() == 0
     assert not steps.able and len([r for r in caplog.records if "not captured" in r.message]) == 1
+
+
+def test_what_a_captured_step_reads_lasts_as_long_as_its_objective(base: Any, adapters: dict[str, Path]) -> None:
+    """A graph reads the selection where it lay when it was captured, whatever batches came since."""
+    objective = make_objective(base, adapters, LossWeights(), reads=(0, 2))
+    routing = objective.model.routing
+    objective(make_batch((17, 9, 30)))
+    first = routing._current
+    objective(make_batch((17, 9)))
+    assert routing._current is not first
+    objective(make_batch((30, 20, 10)))
+    assert routing._current is first is objective.selection(3)
