@@ -56,6 +56,16 @@ def test_losses_are_the_models_own(model: MoLoRAModel) -> None:
 
 
 @torch.no_grad()
+def test_logits_are_made_where_answers_are_alone(model: MoLoRAModel) -> None:
+    rows, made = [row(model, "math", "code"), row(model, "code")], []
+    hook = model.base.lm_head.register_forward_hook(lambda *seen: made.append(seen[2].shape[:-1]))
+    found = losses(model, rows, {LAYER: "auto"}, 2)
+    hook.remove()
+    assert made == [(int(found.tokens.sum()),)]
+    assert not model.base.lm_head._forward_pre_hooks
+
+
+@torch.no_grad()
 def test_the_uniform_merge_is_the_mean_of_the_deltas(model: MoLoRAModel) -> None:
     merge = LabelRouter(model, DOMAINS, share=True)
     one = row(model, "math", "code")

@@ -118,11 +118,12 @@ class Contenders:
                 found.append(Contender(shown, "router", self._held(name, margin), digest))
         return found
 
-    def by_logits(self, name: str, kind: str, logits: Callable[[Batch], torch.Tensor]) -> Row:
-        """A contender that is no MoLoRA."""
+    def by_logits(self, name: str, kind: str, logits: Callable[[Batch], torch.Tensor], base: Any) -> Row:
+        """A contender that is no MoLoRA, on a base of its own."""
 
         def of(rows: Sequence[Encoded]) -> Losses:
-            return losses_of(logits, rows, len(self.domains), self.pad, self.model.device, self.batch_tokens)
+            head = base.get_output_embeddings()
+            return losses_of(logits, rows, len(self.domains), self.pad, self.model.device, self.batch_tokens, head)
 
         row = Row(name, kind, {s: of(rows) for s, rows in self.sets.mixed.items()})
         row.single = {domain: of(rows) for domain, rows in self.sets.single.items()}
@@ -178,17 +179,18 @@ class Contenders:
 
     def _arrow(self, top_k: int) -> Callable[[], Row]:
         def measure() -> Row:
-            with arrow(own_base(self.model), self.paths, top_k) as logits:
-                return self.by_logits(f"Arrow, top-{top_k}", "peft router", logits)
+            base = own_base(self.model)
+            with arrow(base, self.paths, top_k) as logits:
+                return self.by_logits(f"Arrow, top-{top_k}", "peft router", logits, base)
 
         return measure
 
     def _xlora(self) -> Row:
+        base = own_base(self.model)
         with train_xlora(
-            own_base(self.model), self.paths, self.sets.training(), self.pad, steps=LEARNT_STEPS,
-            batch_tokens=LEARNT_TOKENS,
-        ) as logits:  # fmt: skip
-            return self.by_logits("X-LoRA", "peft router", logits)
+            base, self.paths, self.sets.training(), self.pad, steps=LEARNT_STEPS, batch_tokens=LEARNT_TOKENS
+        ) as logits:
+            return self.by_logits("X-LoRA", "peft router", logits, base)
 
     @property
     def pad(self) -> int:

@@ -68,13 +68,14 @@ def losses(
     """Runs ``rows`` under ``selection``; ``before`` is called with each batch."""
 
     def logits(batch: Batch) -> torch.Tensor:
-        if before is not None:
-            before(batch)
         found = model(batch.input_ids, batch.attention_mask, selection=selection, use_cache=False).logits
         assert found is not None
         return found
 
-    return losses_of(logits, rows, domains, model.tokenizer.pad_token_id or 0, model.device, batch_tokens)
+    head: Any = model.base.get_output_embeddings()
+    head = head if type(head) is nn.Linear else None  # one that is adapted is to see every token, as its plan does
+    pad_id = model.tokenizer.pad_token_id or 0
+    return losses_of(logits, rows, domains, pad_id, model.device, batch_tokens, head, before)
 
 
 @torch.no_grad()
@@ -85,15 +86,25 @@ def losses_of(
     pad_id: int,
     device: torch.device | str,
     batch_tokens: int = 8192,
+    head: nn.Module | None = None,
+    before: Callable[[Batch], None] | None = None,
 ) -> Losses:
-    """Losses of the answer tokens of ``rows`` under any ``logits`` [B, T, vocabulary] of a batch."""
+    """Losses of the answer tokens of ``rows`` under any ``logits`` [B, T, vocabulary] of a batch.
+
+    head: what makes the logits of hidden states; given, it gets only those that answer tokens are predicted from.
+    before: called with each batch.
+    """
     total, count = torch.zeros(len(rows), domains, dtype=torch.float64), torch.zeros(len(rows), domains)
     asked, exact = torch.zeros_like(count), torch.zeros_like(count)
     for indices in plan_pass([row.input_ids.numel() for row in rows], batch_tokens):
         batch = collate([rows[index] for index in indices], pad_id).to(device)
         labels = batch.labels[:, 1:]
         answered = labels != IGNORED  # [B, T - 1]
-        found, wanted = logits(batch)[:, :-1][answered].float(), labels[answered]
+        if before is not None:
+            before(batch)
+        with _seeing(head, answered):
+            found = logits(batch)
+        found, wanted = (found if head is not None else found[:, :-1][answered]).float(), labels[answered]
         each = nn.functional.cross_entropy(found, wanted, reduction="none")  # [answer tokens]
         missed = (found.argmax(-1) != wanted).cpu()
         sequence = torch.tensor(indices, device=labels.device).unsqueeze(1).expand_as(labels)[answered].cpu()
@@ -109,6 +120,20 @@ def losses_of(
         asked.view(-1).index_add_(0, where[short], torch.ones(int(short.sum())))
         exact.view(-1).index_add_(0, where[short], (misses[short] == 0).float())
     return Losses(total, count, asked, exact)
+
+
+@contextmanager
+def _seeing(head: nn.Module | None, answered: torch.Tensor) -> Iterator[None]:
+    """``head`` sees hidden states where ``answered`` [B, T - 1] alone: a vocabulary's logits of all are what fills a
+    device."""
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][answered],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def batches(model: MoLoRAModel, rows: Sequence[Encoded], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
