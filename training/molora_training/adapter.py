@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from molora import MoLoRAModel
 from molora.base import load_base
 from molora.errors import DataError
 from molora_training.adapter_run import Run, answer_count
 from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
-from molora_training.data import Encoded, encode_within, read_examples
+from molora_training.data import Encoded, encode_within, read_conversations
+from molora_training.on_stack import OnStack
 
 
 def train(
@@ -50,8 +52,8 @@ def train(
     accelerator = Accelerator()
     # The main process fetches the base first; the others then find it in the cache.
     with accelerator.main_process_first():
-        model, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
-    unmasked = attend_causally(model, rounded(settings.data.max_length))
+        model, tokenizer = _load(settings)
+    unmasked = attend_causally(getattr(model, "base", model), rounded(settings.data.max_length))
     rows = _read_rows(settings.data.train, tokenizer, settings.data.max_length)
     held_out = _read_rows(settings.data.validation, tokenizer, settings.data.max_length)
     steps = plan_steps(
@@ -64,7 +66,7 @@ def train(
     run = Run(
         settings=settings,
         accelerator=accelerator,
-        model=accelerator.prepare_model(_with_lora(model, settings)),
+        model=accelerator.prepare_model(_with_lora(model, settings, accelerator.device)),
         rows=rows,
         held_out=held_out,
         steps=steps[: settings.max_steps],
@@ -77,7 +79,16 @@ def train(
     return run.finish(time.monotonic() - started, command)
 
 
-def _with_lora(model: Any, settings: AdapterTrainSettings) -> Any:
+def _load(settings: AdapterTrainSettings) -> tuple[Any, Any]:
+    """The base, or the MoLoRA on top of which is trained, and the tokenizer."""
+    dtype = getattr(torch, settings.dtype)
+    if settings.stack is None:
+        return load_base(settings.base, dtype=dtype)
+    model = MoLoRAModel.from_pretrained(settings.stack, base=settings.base, dtype=dtype)
+    return model, model.tokenizer
+
+
+def _with_lora(model: Any, settings: AdapterTrainSettings, device: torch.device) -> Any:
     """The base with a fresh adapter: base frozen in its dtype, adapter in float32."""
     from peft import LoraConfig, get_peft_model
 
@@ -91,12 +102,15 @@ def _with_lora(model: Any, settings: AdapterTrainSettings) -> Any:
         lora_dropout=shape.dropout,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    if not isinstance(model, MoLoRAModel):
+        return get_peft_model(model, config)
+    model.to(device)  # where the kernels serve it, and before PEFT looks at its modules
+    return OnStack(model, config)
 
 
 def _read_rows(file: Path, tokenizer: Any, max_length: int) -> list[Encoded]:
     """The encoded examples of a file that fit into `max_length` tokens and have an answer."""
-    examples = read_examples(file)
+    examples = read_conversations(file)
     names = sorted({domain for example in examples for domain in example.domains})
     fitting = encode_within(examples, tokenizer, max_length, names)
     rows = [row for row in fitting if answer_count(row)]

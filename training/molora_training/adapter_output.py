@@ -11,6 +11,7 @@ import torch
 
 from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.checkpoint import place_folder, save_tensors
+from molora_training.on_stack import as_plain
 
 
 def write_adapter(model: Any, settings: AdapterTrainSettings, metrics: dict[str, Any], command: str | None) -> None:
@@ -25,6 +26,8 @@ def write_adapter(model: Any, settings: AdapterTrainSettings, metrics: dict[str,
     config = model.peft_config["default"]
     # The local path of a cached base means nothing to others; a sorted list makes equal runs equal files.
     config.base_model_name_or_path = settings.base
+    if settings.stack is not None:
+        config.target_modules = {name.removesuffix(".base_layer").rpartition(".")[2] for name in config.target_modules}
     config.target_modules = sorted(config.target_modules)
     config.inference_mode = True
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as scratch:
@@ -32,8 +35,8 @@ def write_adapter(model: Any, settings: AdapterTrainSettings, metrics: dict[str,
         made.mkdir()
         os.chmod(made, 0o755)
         # Left to itself PEFT asks the Hub whether the vocabulary grew; a LoRA adapter holds no embeddings.
-        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-        weights = {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()}
+        trained = get_peft_model_state_dict(model, dict(model.named_parameters()), save_embedding_layers=False)
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in as_plain(trained).items()}
         save_tensors(made / "adapter_model.safetensors", weights, {"format": "pt"})
         config.save_pretrained(made)
         (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -44,6 +47,7 @@ def write_adapter(model: Any, settings: AdapterTrainSettings, metrics: dict[str,
 def model_card(settings: AdapterTrainSettings, metrics: dict[str, Any], command: str | None) -> str:
     """The adapter's README.md: front matter, data and licence, how it was made, what was measured."""
     data, lora = settings.data, settings.lora
+    on = f", trained on top of the stack `{settings.stack.name}` and to be used with it" if settings.stack else ""
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     lines = [
         "---",
@@ -57,7 +61,7 @@ def model_card(settings: AdapterTrainSettings, metrics: dict[str, Any], command:
         f"# {settings.out.name}",
         "",
         f"A LoRA adapter (rank {lora.rank}, alpha {lora.alpha:g}, {'rsLoRA' if lora.rslora else 'LoRA'}, {targets}) "
-        f"for `{settings.base}`.",
+        f"for `{settings.base}`{on}.",
         "",
         "## Data",
         f"- Source: {data.source}",
@@ -86,5 +90,6 @@ def settings_record(settings: AdapterTrainSettings) -> dict[str, Any]:
     """The settings as plain values, file names without their folders."""
     record = dataclasses.asdict(settings)
     record["out"] = settings.out.name
+    record["stack"] = settings.stack and settings.stack.name
     record["data"] |= {"train": settings.data.train.name, "validation": settings.data.validation.name}
     return record

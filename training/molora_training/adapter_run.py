@@ -41,8 +41,8 @@ class Run:
     counters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.peft_model = self.accelerator.unwrap_model(self.model)
-        self.parameters = {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+        self.alone = self.accelerator.unwrap_model(self.model)
+        self.parameters = {name: p for name, p in self.alone.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.state_file = self.settings.work / "state.safetensors"
         self.best_file = self.settings.work / "best.safetensors"
@@ -129,7 +129,7 @@ class Run:
             "settings": settings_record(self.settings),
         }
         if self.is_main:
-            write_adapter(self.peft_model, self.settings, metrics, command)
+            write_adapter(getattr(self.alone, "peft", self.alone), self.settings, metrics, command)
             self.state_file.unlink()
             self.best_file.unlink()
         self.accelerator.wait_for_everyone()
@@ -191,7 +191,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for indices in batches[accelerator.process_index :: accelerator.num_processes]:
             # The unwrapped model: processes may have different numbers of batches here.
-            total += self.summed_loss(self.peft_model, self._batch(self.held_out, indices))
+            total += self.summed_loss(self.alone, self._batch(self.held_out, indices))
         count = sum(answer_count(row) for row in self.held_out)
         return float(accelerator.reduce(total, "sum")) / count
 
@@ -228,7 +228,10 @@ class Run:
         settings, digest = self.settings, hashlib.sha256()
         record = settings_record(settings) | {"out": str(settings.out), "processes": self.accelerator.num_processes}
         digest.update(json.dumps(record, sort_keys=True).encode())
-        for file in (settings.data.train, settings.data.validation):
+        files = [settings.data.train, settings.data.validation]
+        if settings.stack is not None:
+            files += [file for file in sorted(settings.stack.rglob("*")) if file.suffix in (".json", ".safetensors")]
+        for file in files:
             digest.update(file.read_bytes())
         return digest.hexdigest()
 

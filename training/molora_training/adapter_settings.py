@@ -11,7 +11,7 @@ from molora_training.settings import work_folder
 
 @dataclass(frozen=True)
 class DataFiles:
-    """What to learn from: JSON Lines of `Example`s. `source` and `licence` go into the model card."""
+    """What to learn from: JSON Lines of conversations. `source` and `licence` go into the model card."""
 
     train: Path
     validation: Path
@@ -43,12 +43,17 @@ class LoraShape:
 
 @dataclass(frozen=True)
 class AdapterTrainSettings:
-    """One training. Batches hold up to `batch_tokens` padded tokens in each process."""
+    """One training. Batches hold up to `batch_tokens` padded tokens in each process.
+
+    stack: a saved MoLoRA for that base, whose adapters and router act, as they do when nothing is selected, while the
+    new one is trained on top of them.
+    """
 
     out: Path
     data: DataFiles
     lora: LoraShape = field(default_factory=LoraShape)
     base: str = DEFAULT_BASE
+    stack: Path | None = None
     learning_rate: float = 2e-4
     warmup: float = 0.05  # share of the steps
     epochs: int = 3

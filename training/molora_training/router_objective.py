@@ -13,6 +13,7 @@ from molora.routing import decoder_layers
 from molora.selection import ResolvedSelection
 from molora_training.data import IGNORED, Batch
 from molora_training.router_settings import LossWeights
+from molora_training.selections import KeptSelections
 
 
 class Labels:
@@ -70,7 +71,7 @@ class RouterObjective(nn.Module):
         self.class_weights = {layer: weight.to(device) for layer, weight in class_weights.items()}  # [rows of a layer]
         self.targets = {layer: target.to(device) for layer, target in labels.targets.items()}
         self.rows = {layer: torch.tensor(rows, device=device) for layer, rows in labels.rows.items()}
-        self._selections: dict[int, ResolvedSelection] = {}  # by sequences
+        self.selection = KeptSelections(model, labels.selection(model))  # what is left to the router
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
@@ -112,13 +113,6 @@ class RouterObjective(nn.Module):
             terms["z"] = terms["z"] + z_loss(own, real)
             terms[f"right/{layer}"] = (own.argmax(-1) == target).sum() / real.sum()
         return terms
-
-    def selection(self, sequences: int) -> ResolvedSelection:
-        """What is left to the router, on its device. Kept: a captured step reads it where it lies."""
-        if sequences not in self._selections:
-            resolved = self.model._resolve(self.labels.selection(self.model)).expand(sequences)
-            self._selections[sequences] = resolved.to(next(iter(self.targets.values())).device)
-        return self._selections[sequences]
 
     def _logits(self, batch: Batch, real: torch.Tensor) -> list[torch.Tensor]:
         """Each part's logits without a forward of more layers than the parts read."""

@@ -118,32 +118,40 @@ def write_examples(path: Path, examples: Iterable[Example | MixedExample]) -> No
 
 def read_examples(path: Path) -> list[Example]:
     """Reads `<domain>.<split>.jsonl`. Raises DataError naming the line that is not an example."""
-    return [
-        Example(
-            id=row["id"],
-            domain=row["domain"],
-            split=row["split"],
-            messages=row["messages"],
-            form=row.get("form", ""),
-            unseen=row.get("unseen", False),
-        )
-        for row in _rows(path, ("id", "domain", "split", "messages"))
-    ]
+    return [_example(row) for row in _rows(path, ("id", "domain", "split", "messages"))]
 
 
 def read_mixed(path: Path) -> list[MixedExample]:
     """Reads `mixed.<split>.jsonl`. Raises DataError naming the line that is not a mixed example."""
-    return [
-        MixedExample(
-            id=row["id"],
-            split=row["split"],
-            messages=row["messages"],
-            domains=tuple(row["domains"]),
-            parts=tuple(tuple(Part(*part) for part in turn) for turn in row.get("parts", ())),
-            result=row.get("result", ""),
-        )
-        for row in _rows(path, ("id", "split", "messages", "domains"))
-    ]
+    return [_mixed(row) for row in _rows(path, ("id", "split", "messages", "domains"))]
+
+
+def read_conversations(path: Path) -> list[Example | MixedExample]:
+    """Reads a file with rows of either kind. Raises DataError naming the line that is of neither."""
+    rows = _rows(path, ("id", "split", "messages"), ("domain", "domains"))
+    return [_mixed(row) if "domains" in row else _example(row) for row in rows]
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    return Example(
+        id=row["id"],
+        domain=row["domain"],
+        split=row["split"],
+        messages=row["messages"],
+        form=row.get("form", ""),
+        unseen=row.get("unseen", False),
+    )
+
+
+def _mixed(row: Mapping[str, Any]) -> MixedExample:
+    return MixedExample(
+        id=row["id"],
+        split=row["split"],
+        messages=row["messages"],
+        domains=tuple(row["domains"]),
+        parts=tuple(tuple(Part(*part) for part in turn) for turn in row.get("parts", ())),
+        result=row.get("result", ""),
+    )
 
 
 def _as_row(example: Example | MixedExample) -> dict[str, Any]:
@@ -161,7 +169,7 @@ def _as_row(example: Example | MixedExample) -> dict[str, Any]:
     return {**row, "messages": list(example.messages)}
 
 
-def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(path: Path, keys: tuple[str, ...], one_of: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path} is not there: prepare the data first, or name another folder")
     rows = []
@@ -175,6 +183,8 @@ def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise DataError(f"{where}: not a JSON object")
             missing = [key for key in keys if key not in row]
+            if one_of and not any(key in row for key in one_of):
+                missing.append("' and no '".join(one_of))
             if missing:
                 raise DataError(f"{where}: no '{missing[0]}'")
             if row["split"] not in SPLITS:
