@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from molora.model import MoLoRAModel
     from molora.outputs import MoLoRAOutput, Routes, StreamedToken
     from molora.plan import RoutingPlan
-    from molora.router import Router, RouterConfig, VocabularyRouter
+    from molora.router import Router, RouterConfig
     from molora.selection import Selection
     from molora.stack import Stack, StackLayer
+    from molora.vocabulary import VocabularyRouter
 
 # Imported when first asked for: torch and transformers take seconds, and `molora --help` needs neither.
 _PLACES = {
@@ -29,7 +30,7 @@ _PLACES = {
     "Stack": "stack",
     "StackLayer": "stack",
     "StreamedToken": "outputs",
-    "VocabularyRouter": "router",
+    "VocabularyRouter": "vocabulary",
 }
 
 __all__ = [

@@ -7,10 +7,11 @@ from molora.adapter import Adapter
 from molora.backend import backend_for
 from molora.errors import UnsupportedAdapterError
 from molora.layer import linear_size
-from molora.router import Router, VocabularyRouter
+from molora.router import Router
 from molora.routing import decoder_layers
 from molora.selection import router_rows
 from molora.stack import Stack
+from molora.vocabulary import VocabularyRouter
 from molora_kernels.pages import MAX_RANK
 
 

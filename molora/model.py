@@ -17,11 +17,12 @@ from molora.chat import render
 from molora.checks import check_fits, check_router
 from molora.errors import BaseModelError, SelectionError, StackError
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
-from molora.router import Router, RouterConfig, VocabularyRouter
+from molora.router import Router, RouterConfig
 from molora.routing import RoutingState
 from molora.selection import Selection, candidates, resolve, router_rows
 from molora.stack import SlotTable, Stack, check_name
 from molora.streaming import stream
+from molora.vocabulary import VocabularyRouter
 
 
 class MoLoRAModel(nn.Module):
@@ -258,9 +259,7 @@ class MoLoRAModel(nn.Module):
             self.stack[layer].adapters[name] = path
             self._put(f"{layer}/{name}", adapter)
             if isinstance(self.router, Router):
-                for row in router_rows(self.stack):
-                    if row not in self.router.rows:
-                        self.router.add_row(row)
+                self.router.add_missing(router_rows(self.stack))
             self.set_router(self._vocabulary_again())
             if encoded and isinstance(self.router, Router) and not self.stack[layer].shared:
                 # Part after part: what a deeper one reads depends on what the first one chooses.

@@ -22,8 +22,9 @@ from molora.plan import (
     route,
     route_by_kernel,
 )
-from molora.router import Router, VocabularyRouter
+from molora.router import Router
 from molora.selection import LayerCandidates, ResolvedSelection
+from molora.vocabulary import VocabularyRouter
 
 
 def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:

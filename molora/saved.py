@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from molora.errors import RouterError, StackError
-from molora.router import Router, RouterConfig, VocabularyRouter
+from molora.router import Router, RouterConfig
 from molora.stack import Stack
+from molora.vocabulary import VocabularyRouter
 
 FORMAT = 1
 MANIFEST = "molora.json"

@@ -11,9 +11,9 @@ from molora import MoLoRAModel, StackLayer
 from molora.errors import DataError
 from molora_training import contenders as module
 from molora_training import quality_sets
-from molora_training.contenders import TOGETHER, Contenders, Row, best_of
+from molora_training.contenders import Contenders, Row, best_of
 from molora_training.data import IGNORED, Example, write_examples
-from molora_training.evaluate import LAYER, losses
+from molora_training.evaluate import LAYER, TOGETHER, losses
 from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets, after
 from molora_training.quality_table import figures, fill, must
 from tests.unit.spoken import make_spoken

@@ -1,5 +1,6 @@
 """The recipe of a whole stack on a tiny base: rates are tuned where it says, data is put together, routers go on."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from molora import MoLoRAModel
 from molora_training import starter
 from molora_training.settings import from_mapping
-from molora_training.starter import StarterSettings
+from molora_training.starter import StarterLayer, StarterSettings
 from tests.training.test_router_trainer import settings as router_settings  # noqa: F401 - a fixture
 
 
@@ -58,6 +59,32 @@ def test_a_recipe_makes_its_stack_and_goes_on_where_it_was(recipe: StarterSettin
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     starter.train(recipe)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+
+
+def test_an_integration_adapter_is_trained_on_the_first_router_and_always_acts(
+    recipe: StarterSettings, tmp_path: Path
+) -> None:
+    how = {"rank": 2, "learning_rate": 1e-2, "epochs": 3}
+    starter.train(dataclasses.replace(recipe, integration=how))
+    work = tmp_path / "work"
+    texts = [json.loads(line) for line in (work / "data" / "integration.train.jsonl").read_text().splitlines()]
+    assert len(texts) == 24 and all(len(text["domains"]) > 1 for text in texts)
+    model = MoLoRAModel.from_pretrained(tmp_path / "stack", base=recipe.base, dtype=torch.float32)
+    first = MoLoRAModel.from_pretrained(work / "routers" / "later", base=recipe.base, dtype=torch.float32)
+    assert model.stack["integration"].default == "integration" and "integration" not in first.stack
+    rows = len(first.router.rows)
+    for own, theirs in zip(model.router.parts, first.router.parts, strict=True):
+        assert torch.equal(own.output.weight[:rows], theirs.output.weight)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        off = model(ids, selection={"integration": None}).logits
+        assert torch.equal(off, first(ids).logits) and not torch.allclose(model(ids).logits, off, rtol=1e-3)
+
+
+def test_some_adapters_take_more_epochs(recipe: StarterSettings) -> None:
+    layer = from_mapping(StarterLayer, {**recipe.layers[0], "epochs_of": {"code": 4}}, "")
+    epochs = {name: starter._adapter_settings(recipe, layer, name, 1e-3).epochs for name in layer.adapters}
+    assert epochs == {"math": 1, "code": 4}
 
 
 def _validation_loss(folder: Path, adapter: str) -> float:

@@ -16,7 +16,9 @@ from molora import MoLoRAModel, Router
 from molora.adapter import Adapter
 from molora_training.data import Batch, Encoded
 from molora_training.evaluate import (
+    INTEGRATION,
     LAYER,
+    TOGETHER,
     Holding,
     LabelRouter,
     Losses,
@@ -32,11 +34,11 @@ from molora_training.quality_sets import TURNS, QualitySets, after
 from molora_training.rivals import Centroids, Classifier, Features, Rival, Scope
 from molora_training.soup import train_soup
 
-TOGETHER = "together"  # the layer of adapters that learnt all domains' data at once
 MERGES: dict[str, tuple[Method, float]] = {  # way and density
     "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
     "magnitude merge": ("magnitude_prune", 0.5),
 }  # fmt: skip
+WEIGHTS = (("unit", 1), ("softmax", 2))  # and top-k
 MARGINS = (1.0, 2.0)  # nats by which another adapter must be better to be turned to
 LEARNT_STEPS, LEARNT_TOKENS = 100, 4096  # of what learns on the same mixed text as a router, and tokens in a step
 Before = Callable[[Batch], None]
@@ -105,9 +107,14 @@ class Contenders:
         for scope in scopes:
             found.append(Contender(f"classifier by {scope}", f"by {scope}", self._rival(Classifier, scope)))
             found.append(Contender(f"nearest centroid by {scope}", f"by {scope}", self._rival(Centroids, scope)))
+        if self.routers and INTEGRATION in self.off:
+            (name, router), (weights, top_k) = next(iter(self.routers.items())), WEIGHTS[0]
+            shown = f"MoLoRA {name}, integrated, top-{top_k} {weights}"
+            measure = self._router(name, weights, top_k, integrated=True)
+            found.append(Contender(shown, "router", measure, _digest(router)))
         for name, router in self.routers.items():
             digest = _digest(router)
-            for weights, top_k in (("unit", 1), ("softmax", 2)):
+            for weights, top_k in WEIGHTS:
                 shown = f"MoLoRA {name}, top-{top_k} {weights}"
                 found.append(Contender(shown, "router", self._router(name, weights, top_k), digest))
         if self.routers:
@@ -234,10 +241,14 @@ class Contenders:
 
         return measure
 
-    def _router(self, name: str, weights: str, top_k: int) -> Callable[[], Row]:
+    def _router(self, name: str, weights: str, top_k: int, integrated: bool = False) -> Callable[[], Row]:
         def measure() -> Row:
+            shown = f"MoLoRA {name}, {'integrated, ' * integrated}top-{top_k} {weights}"
+            choice = {LAYER: "auto"}
+            if integrated:
+                choice[INTEGRATION] = next(iter(self.model.stack[INTEGRATION].adapters))
             with routed_by(self.model, self.routers[name], top_k, weights):
-                row = self.measured(f"MoLoRA {name}, top-{top_k} {weights}", "router", {LAYER: "auto"})
+                row = self.measured(shown, "router", choice)
                 row.right = right_by_position(self.model, self.sets.mixed[TURNS], self.domains, self.batch_tokens)
                 return row
 

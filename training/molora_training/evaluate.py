@@ -15,6 +15,8 @@ from molora_training.batches import plan_pass
 from molora_training.data import IGNORED, Batch, Encoded, collate
 
 LAYER = "domain"
+TOGETHER = "together"  # the layer of adapters that learnt all domains' data at once
+INTEGRATION = "integration"  # the layer of an adapter that acts beside every choice of the router
 POSITIONS = ("1-4", "5-16", "17+")
 SHORT = 24  # tokens of an answer that may be compared word for word, its end among them
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from molora import MoLoRAModel, Router
 from molora.errors import ConfigError
 from molora.saved import load
+from molora.stack import NONE
 from molora_training.contenders import Contenders, Row, best_of
 from molora_training.data import KINDS
 from molora_training.evaluate import LAYER, Losses, bootstrap
@@ -62,8 +63,9 @@ def run(
     if routers is not None:
         folders = [path for path in sorted(routers.iterdir()) if (path / "molora.json").is_file()]
         found = {path.name: load(path).router for path in folders}
-        rows = sorted(model.router.rows)  # one that was trained for fewer adapters is no contender
-        variants = {n: one for n, one in found.items() if isinstance(one, Router) and sorted(one.rows) == rows}
+        variants = {n: one for n, one in found.items() if isinstance(one, Router) and _for(one, model)}
+        for one in variants.values():
+            one.add_missing(model.router.rows)  # of a layer that came after it was trained
         own = next((name for name, router in variants.items() if _same(router, model.router)), None)
         if own is None:
             raise ConfigError(f"None of the routers in {routers} is the one of {folder}.")
@@ -191,6 +193,13 @@ def _below(mine: Row, other: Row, name: str, bar: float, clearly: bool = False) 
 def _share(index: torch.Tensor, base: Losses, oracle: Losses, own: Losses) -> torch.Tensor:
     b, o, x = (one.loss.sum(1)[index].sum(-1) for one in (base, oracle, own))
     return (b - x) / (b - o)
+
+
+def _for(router: Router, model: MoLoRAModel) -> bool:
+    """Whether it was trained for all the adapters among which it is to choose."""
+    return {f"{LAYER}/{name}" for name in model.stack[LAYER].adapters} == {
+        row for row in router.rows if row.startswith(f"{LAYER}/") and not row.endswith(f"/{NONE}")
+    }
 
 
 def _same(one: Router, other: Router) -> bool:

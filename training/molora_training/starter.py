@@ -5,6 +5,7 @@ Each step is skipped when its result is there, so an interrupted run goes on whe
 
 import copy
 import json
+import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +16,24 @@ from typing import Any
 
 import torch
 
-from molora import Stack, StackLayer
+from molora import Router, Stack, StackLayer
+from molora.saved import load, save
+from molora.selection import router_rows
 from molora_training import adapter, personas, router
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
-from molora_training.data import Split, data_dir, read_examples, write_examples
+from molora_training.data import (
+    KINDS,
+    Split,
+    both_file,
+    data_dir,
+    mix,
+    mix_documents,
+    mix_in_a_turn,
+    read_examples,
+    read_mixed,
+    write_examples,
+)
+from molora_training.evaluate import INTEGRATION
 from molora_training.router_settings import LossWeights, RouterShape, RouterTrainSettings
 
 CONFIG = Path(__file__).parent / "configs" / "starter.yaml"
@@ -30,6 +45,7 @@ class StarterLayer:
     """One layer and how its adapters are trained; of several learning rates the best on validation is kept: for each
     adapter, or for all of them the one that is best on those in ``tuned_on``.
 
+    epochs_of: of adapters that take more or fewer than the others.
     learns: each of its adapters learns the data of all of these together; left out, that of its own name.
     """
 
@@ -38,6 +54,7 @@ class StarterLayer:
     rank: int
     learning_rates: tuple[float, ...]
     epochs: int
+    epochs_of: dict[str, int] = field(default_factory=dict)
     checkpoint_every: int = 40
     max_steps: int | None = None
     default: str | None = "auto"
@@ -67,13 +84,28 @@ class RouterVariant:
 
 
 @dataclass(frozen=True)
+class Integration:
+    """An adapter that acts beside every choice of the first router, trained on top of them on its mixed text
+    (arXiv 2606.31413)."""
+
+    rank: int
+    learning_rate: float
+    epochs: int = 1
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True)
 class StarterSettings:
-    """The whole stack. routers: by name, each a :class:`RouterVariant`; the first is the stack's own."""
+    """The whole stack. routers: by name, each a :class:`RouterVariant`; the first is the stack's own.
+
+    integration: an :class:`Integration`, in a layer of that name; None for none.
+    """
 
     base: str
     layers: tuple[Any, ...]
     routers: dict[str, Any]
     sources: dict[str, Any]
+    integration: Any = None
     out: Path = Path("starter")
     work: Path = Path("runs/starter")
     data: Path = field(default_factory=data_dir)
@@ -127,8 +159,12 @@ def train(settings: StarterSettings) -> None:
         runs = [(_router_settings(settings, name, one),) for name, one in some.items()]
         todo = [run for run in runs if not (run[0].out / "router.metrics.json").is_file()]
         _parallel(settings.router_processes, _train_router, todo)
-    shutil.rmtree(settings.out, ignore_errors=True)
-    shutil.copytree(settings.work / "routers" / next(iter(variants)), settings.out)
+    first = settings.work / "routers" / next(iter(variants))
+    if settings.integration is None:
+        shutil.rmtree(settings.out, ignore_errors=True)
+        shutil.copytree(first, settings.out)
+    else:
+        _integrate(settings, from_mapping(Integration, settings.integration, "integration."), first)
 
 
 def _train_adapters(
@@ -163,7 +199,7 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
         lora=LoraShape(rank=layer.rank, alpha=2.0 * layer.rank),
         base=settings.base,
         learning_rate=rate,
-        epochs=layer.epochs,
+        epochs=layer.epochs_of.get(name, layer.epochs),
         batch_tokens=settings.batch_tokens,
         checkpoint_every=layer.checkpoint_every,
         max_steps=layer.max_steps,
@@ -205,6 +241,55 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),
     )
+
+
+def _integrate(settings: StarterSettings, how: Integration, first: Path) -> None:
+    """Trains the integration adapter on top of a saved MoLoRA, and saves that with it."""
+    files = {split: settings.work / "data" / f"{INTEGRATION}.{split}.jsonl" for split in ("train", "validation")}
+    base, stack, router = load(first)
+    domains = [name for layer in stack.layers for name in layer.adapters]
+    for split, file in files.items():
+        if not file.is_file():
+            write_examples(file, _mixed_text(settings, domains, split))  # type: ignore[arg-type]
+    run = AdapterTrainSettings(
+        out=settings.work / "adapters" / INTEGRATION,
+        data=DataFiles(files["train"], files["validation"], 2048, "the other adapters' data, mixed", "see them"),
+        lora=LoraShape(rank=how.rank, alpha=2.0 * how.rank),
+        base=settings.base,
+        stack=first,
+        learning_rate=how.learning_rate,
+        epochs=how.epochs,
+        batch_tokens=settings.batch_tokens,
+        checkpoint_every=how.checkpoint_every,
+        seed=settings.seed,
+    )
+    if not (run.out / "metrics.json").is_file():
+        _parallel(2, _train_adapter, [(run,)])
+    stack.layers.append(StackLayer(INTEGRATION, {INTEGRATION: run.out}, default=INTEGRATION))
+    if isinstance(router, Router):
+        router.add_missing(router_rows(stack))
+    paths = {f"{layer.name}/{name}": Path(path) for layer in stack.layers for name, path in layer.adapters.items()}
+    save(settings.out, base, stack, router, paths)
+
+
+def _mixed_text(settings: StarterSettings, domains: Sequence[str], split: Split) -> list[Any]:
+    """As the first router learns from; of the validation split a tenth of it."""
+
+    def some(count: int) -> int:
+        return count if split == "train" else math.ceil(count / 10)
+
+    counts = {
+        mix: settings.router_mixed,
+        mix_documents: settings.router_documents,
+        mix_in_a_turn: settings.router_in_a_turn,
+    }
+    examples = {
+        name: read_examples(file) for name in domains if (file := settings.data / f"{name}.{split}.jsonl").is_file()
+    }
+    rows: list[Any] = [row for way, n in counts.items() if n for row in way(examples, split, some(n), settings.seed)]
+    for kind in KINDS if settings.router_both else ():
+        rows += read_mixed(settings.data / both_file(kind, split))[: some(settings.router_both)]
+    return rows
 
 
 def _stack_file(settings: StarterSettings, variant: RouterVariant) -> Path:
