@@ -127,6 +127,37 @@ def adding(
     _show(report, as_json)
 
 
+@app.command()
+def scale(
+    routers: Annotated[Path, typer.Argument(help="A folder of saved MoLoRAs for fewer and for more adapters.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/scale.json"),
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in one forward.")] = 8192,
+    limit: Annotated[int, typer.Option(min=0, help="Conversations of each set; 0: all.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """How does routing scale? Accuracy and loss of routers for more and more adapters.
+
+    In: saved MoLoRAs, each with the adapters of the smallest and more. Out: a JSON file with the share of the gap to
+    the label oracle that each router closes, on text of all its domains and on that of the smallest one's, and the
+    share of tokens that go to their own domain and to one of its family.
+
+    Example: molora eval scale runs/many/routers
+    """
+    with extra("train"):
+        from molora_training.data import data_dir
+        from molora_training.scale import run
+
+        command = f"molora eval scale {routers}" + (f" --limit {limit}" if limit else "")
+        report = run(routers, data or data_dir(), out, command, limit, batch_tokens)
+    if as_json:
+        write_json(report)
+        return
+    for row in report["rows"]:
+        closed, right = row["own"]["gap_closed"], row["right"]
+        typer.echo(f"{row['adapters']} adapters: {closed:.1%} of the gap closed, {right:.1%} of answer tokens right")
+
+
 def _parse_share(text: str) -> tuple[int, int]:
     mine, slash, of = text.partition("/")
     if not (slash and mine.isdigit() and of.isdigit() and int(mine) < int(of)):

@@ -32,6 +32,7 @@ def recipe(router_settings: object, tmp_path: Path) -> StarterSettings:  # noqa:
             "later": {"start": "first", "epochs": 1, "loss": {"lm": 1.0, "label": 0.0}},
             "first": {"router": {"width": 8, "hidden": 16}},
             "fewer": {"router": {"width": 8, "hidden": 16}, "without": ["code"]},
+            "one": {"router": {"width": 8, "hidden": 16}, "first": 1},
         },
     }  # fmt: skip
     return from_mapping(StarterSettings, values)
@@ -56,6 +57,8 @@ def test_a_recipe_makes_its_stack_and_goes_on_where_it_was(recipe: StarterSettin
     assert model.stack["together"].default is None and list(model.stack["together"].adapters) == ["both"]
     fewer = MoLoRAModel.from_pretrained(routers / "fewer", base=recipe.base, dtype=torch.float32)
     assert list(fewer.stack["domain"].adapters) == ["math"] and "domain/code" not in fewer.router.rows
+    one = MoLoRAModel.from_pretrained(routers / "one", base=recipe.base, dtype=torch.float32)
+    assert one.stack.names == ["domain/math", "together/both"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     starter.train(recipe)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}

@@ -10,7 +10,7 @@ from molora import MoLoRAModel
 from molora.chat import render
 from molora.errors import ConfigError
 from molora_training.data import Encoded, Example, encode_within, mix, read_examples
-from molora_training.evaluate import LAYER, batches, losses
+from molora_training.evaluate import LAYER, batches, chosen_domains, losses
 from molora_training.quality_sets import COUNT, MAX_TOKENS
 from molora_training.report import heading, line, write_report
 
@@ -99,16 +99,7 @@ class _Test:
     def _right(self, model: MoLoRAModel, rows: Sequence[Encoded], choice: dict[str, Any]) -> float:
         right = count = 0
         for _, batch in batches(model, rows, self.batch_tokens):
-            routes = model(
-                batch.input_ids, batch.attention_mask, selection=choice, output_routes=True, use_cache=False
-            ).routes
-            assert routes is not None
-            own = [
-                self.domains.index(name.split("/")[1]) if name.startswith(f"{LAYER}/") else -2 for name in routes.names
-            ]
-            chosen = torch.tensor([*own, -2], device=batch.domain_ids.device)[
-                routes.slots[..., routes.columns.index(LAYER)]
-            ]
+            chosen = chosen_domains(model, batch, choice, self.domains)
             real = batch.attention_mask.bool()
             right += int((chosen == batch.domain_ids)[real].sum())
             count += int(real.sum())

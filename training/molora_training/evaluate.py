@@ -51,6 +51,12 @@ class Losses:
         return float((self.loss.sum(0)[present] / self.tokens.sum(0)[present]).mean())
 
 
+def gap_closed(index: torch.Tensor, base: Losses, oracle: Losses, own: Losses) -> torch.Tensor:
+    """[...]: of sequences ``index`` [..., N] the share of the way from the base to the oracle, by their summed loss."""
+    b, o, x = (one.loss.sum(1)[index].sum(-1) for one in (base, oracle, own))
+    return (b - x) / (b - o)
+
+
 def best_by_sequence(many: Sequence[Losses]) -> Losses:
     """The contender with the lowest loss on each sequence, in hindsight."""
     best = torch.stack([one.loss.sum(1) for one in many]).argmin(0)
@@ -245,20 +251,24 @@ def routed_by(model: MoLoRAModel, router: Any, top_k: int = 1, weights: str | No
 
 
 @torch.no_grad()
+def chosen_domains(model: MoLoRAModel, batch: Batch, selection: dict[str, Any], domains: Sequence[str]) -> torch.Tensor:
+    """[B, T] int64: the place in ``domains`` of the adapter that each token was given, -2 for none of them."""
+    options: dict[str, Any] = {"output_routes": True, "use_cache": False, "logits_to_keep": 1}
+    routes = model(batch.input_ids, batch.attention_mask, selection=selection, **options).routes
+    assert routes is not None
+    place = {f"{LAYER}/{domain}": index for index, domain in enumerate(domains)}
+    to_domain = torch.tensor([place.get(name, -2) for name in routes.names] + [-2], device=batch.labels.device)
+    return to_domain[routes.slots[..., routes.columns.index(LAYER)]]
+
+
+@torch.no_grad()
 def right_by_position(
     model: MoLoRAModel, rows: Sequence[Encoded], domains: Sequence[str], batch_tokens: int = 8192
 ) -> dict[str, float]:
     """Share of tokens that go to their own domain, by position in the question and in the answer."""
     hits: dict[str, list[float]] = {f"{part} {span}": [0, 0] for part in ("question", "answer") for span in POSITIONS}
-    names = {f"{LAYER}/{domain}": index for index, domain in enumerate(domains)}
     for _, batch in batches(model, rows, batch_tokens):
-        routes = model(
-            batch.input_ids, batch.attention_mask, selection={LAYER: "auto"}, output_routes=True, use_cache=False
-        ).routes
-        assert routes is not None
-        column = routes.columns.index(LAYER)
-        to_domain = torch.tensor([names.get(name, -2) for name in routes.names] + [-2], device=batch.labels.device)
-        right = to_domain[routes.slots[..., column]] == batch.domain_ids
+        right = chosen_domains(model, batch, {LAYER: "auto"}, domains) == batch.domain_ids
         answer = batch.labels != IGNORED
         position = _position(batch, answer)
         for part, where in (("question", ~answer), ("answer", answer)):

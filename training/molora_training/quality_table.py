@@ -23,7 +23,7 @@ from molora.saved import load
 from molora.stack import NONE
 from molora_training.contenders import Contenders, Row, best_of
 from molora_training.data import KINDS
-from molora_training.evaluate import LAYER, Losses, bootstrap
+from molora_training.evaluate import LAYER, Losses, bootstrap, gap_closed
 from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets
 from molora_training.report import heading, line, write_report
 
@@ -114,7 +114,7 @@ def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:
     for name, own in row.sets.items():
         b, o = base.sets[name], oracle.sets[name]
         everything = torch.arange(len(own.loss))[None]
-        share = partial(_share, base=b, oracle=o, own=own)
+        share = partial(gap_closed, base=b, oracle=o, own=own)
         sets[name] = {
             "loss": own.mean,
             "domain_mean": own.domain_mean,
@@ -188,11 +188,6 @@ def _below(mine: Row, other: Row, name: str, bar: float, clearly: bool = False) 
     low, high = bootstrap(difference, len(a.loss))
     found = line(f"{name}: below {other.name}, nats a token", value, bar, "higher", f"95% [{low:.3f}, {high:.3f}]")
     return {**found, "holds": found["holds"] and (low > 0 or not (clearly or bar))}
-
-
-def _share(index: torch.Tensor, base: Losses, oracle: Losses, own: Losses) -> torch.Tensor:
-    b, o, x = (one.loss.sum(1)[index].sum(-1) for one in (base, oracle, own))
-    return (b - x) / (b - o)
 
 
 def _for(router: Router, model: MoLoRAModel) -> bool:

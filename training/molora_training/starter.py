@@ -38,6 +38,7 @@ from molora_training.router_settings import LossWeights, RouterShape, RouterTrai
 
 CONFIG = Path(__file__).parent / "configs" / "starter.yaml"
 COMMAND = "molora train starter"
+OTHERS = "*"
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,15 @@ class StarterLayer:
 class RouterVariant:
     """One router of the table; what is None is as the whole stack's.
 
-    start: another one, from which it goes on. without: adapters that are not there yet when it is trained.
+    start: another one, from which it goes on. without: adapters that are not there yet when it is trained. first: only
+    so many of each layer are there.
     """
 
     router: RouterShape = field(default_factory=RouterShape)
     loss: LossWeights = field(default_factory=LossWeights)
     start: str | None = None
     without: tuple[str, ...] = ()
+    first: int | None = None
     mixed: int | None = None
     documents: int | None = None
     in_a_turn: int | None = None
@@ -98,6 +101,7 @@ class Integration:
 class StarterSettings:
     """The whole stack. routers: by name, each a :class:`RouterVariant`; the first is the stack's own.
 
+    sources: source and licence of the data, by the adapter's name, or by "*" of those that are not named.
     integration: an :class:`Integration`, in a layer of that name; None for none.
     """
 
@@ -152,7 +156,8 @@ def train(settings: StarterSettings) -> None:
     for variant in variants.values():
         fewer = copy.deepcopy(stack)
         for layer in fewer.layers:
-            layer.adapters = {name: path for name, path in layer.adapters.items() if name not in variant.without}
+            kept = list(layer.adapters.items())[: variant.first]
+            layer.adapters = {name: path for name, path in kept if name not in variant.without}
         fewer.save(_stack_file(settings, variant))
     for later in (False, True):  # those that go on from another one
         some = {name: one for name, one in variants.items() if (one.start is not None) == later}
@@ -191,7 +196,7 @@ def _best_rate(settings: StarterSettings, layer: StarterLayer) -> float:
 
 
 def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str, rate: float) -> AdapterTrainSettings:
-    source, licence = settings.sources[name]
+    source, licence = settings.sources.get(name) or settings.sources[OTHERS]
     train, validation = (_data_file(settings, layer, name, split) for split in ("train", "validation"))
     return AdapterTrainSettings(
         out=settings.work / "adapters" / f"{name}-{rate:g}",
@@ -293,7 +298,8 @@ def _mixed_text(settings: StarterSettings, domains: Sequence[str], split: Split)
 
 
 def _stack_file(settings: StarterSettings, variant: RouterVariant) -> Path:
-    return settings.work / ("-without-".join(["stack", *variant.without]) + ".yaml")
+    some = [] if variant.first is None else [f"-first-{variant.first}"]
+    return settings.work / ("".join(["stack", *some, *(f"-without-{name}" for name in variant.without)]) + ".yaml")
 
 
 def _keep_best(settings: StarterSettings, layer: StarterLayer, name: str) -> str:

