@@ -106,7 +106,8 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch and prepare conversations for the domains (math, code, medicine, law, ukrainian) and the two users; where
-    they are named also for science, reading, commonsense and puzzles, and questions that need two adapters (both).
+    they are named also for science, reading, commonsense and puzzles, questions that need two adapters (both), and 128
+    small domains within all of these (many).
 
     In: nothing; the sources are fetched once. Out: NAME.train.jsonl, .validation.jsonl and .test.jsonl for each, and
     mixed conversations where all domains are asked for. What is there already is kept.

@@ -48,6 +48,7 @@ class StarterLayer:
 
     epochs_of: of adapters that take more or fewer than the others.
     learns: each of its adapters learns the data of all of these together; left out, that of its own name.
+    batch_tokens: None: the whole recipe's.
     """
 
     name: str
@@ -62,6 +63,7 @@ class StarterLayer:
     shared: bool = False
     tuned_on: tuple[str, ...] = ()
     learns: tuple[str, ...] = ()
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
         base=settings.base,
         learning_rate=rate,
         epochs=layer.epochs_of.get(name, layer.epochs),
-        batch_tokens=settings.batch_tokens,
+        batch_tokens=layer.batch_tokens or settings.batch_tokens,
         checkpoint_every=layer.checkpoint_every,
         max_steps=layer.max_steps,
         seed=settings.seed,
