@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from tools import render_kernels, render_quality
+from tools import render_kernels, render_quality, render_scale
 from tools.pictures import PALETTE, pyplot, save
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -20,8 +20,8 @@ def main(docs: Path = DOCS) -> None:
     report = json.loads((docs / "results" / "main.json").read_text(encoding="utf-8"))
     speed = json.loads((docs / "results" / "decode.json").read_text(encoding="utf-8"))
     kernels = read_report("kernels", docs)
-    quality, adding = (read_report(name, docs) for name in ("quality", "adding"))
-    (docs / "results.md").write_text(page(report, speed, kernels, quality, adding), encoding="utf-8")
+    quality, adding, scale = (read_report(name, docs) for name in ("quality", "adding", "scale"))
+    (docs / "results.md").write_text(page(report, speed, kernels, quality, adding, scale), encoding="utf-8")
     readme = docs.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
@@ -31,6 +31,8 @@ def main(docs: Path = DOCS) -> None:
     draw_gap(report, docs / "images" / "gap.svg")
     if quality:
         render_quality.draw(quality, docs / "images")
+    if scale:
+        render_scale.draw(scale, docs / "images")
     if kernels:
         plots.draw(kernels["rows"], docs / "images")
 
@@ -70,6 +72,7 @@ def page(
     kernels: dict[str, Any] | None,
     quality: dict[str, Any] | None = None,
     adding: dict[str, Any] | None = None,
+    scale: dict[str, Any] | None = None,
 ) -> str:
     """The Markdown of docs/results.md."""
     domains = list(report["rows"][0]["single"])
@@ -116,6 +119,8 @@ def page(
     ]
     if quality:
         parts += render_quality.section(quality, adding)
+    if scale:
+        parts += render_scale.section(scale)
     parts += [
         "## Decoding on two CPU cores",
         "",
