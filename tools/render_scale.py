@@ -17,9 +17,9 @@ def section(report: Row) -> list[str]:
         "## How does routing scale with the number of adapters?",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
-        f"{report['seed']}. Data: {report['data']}. Small domains cut out of the others, many of them near to one another; "
-        "a family is what is named alike up to the first dash (speeches, languages of one set of tasks, subjects of "
-        "medicine). Brackets hold 95% bootstrap intervals over conversations; seconds are those of the router's training.",
+        f"{report['seed']}. Data: {report['data']}. Small domains cut out of the others, many of them near to one "
+        "another; a family is what is named alike up to the first dash (speeches, languages of one task, subjects of "
+        "medicine). Brackets hold 95% bootstrap intervals over conversations; seconds are of the router's training.",
         "",
         f"![Share of the gap closed, and tokens that go right, by number of adapters](images/{PICTURE})",
         "",
