@@ -47,7 +47,17 @@ def section(report: Row, adding: Row | None) -> list[str]:
 def draw(report: Row, folder: Path) -> None:
     """The pictures of :func:`section`."""
     sets = list(report["rows"][0]["sets"])
-    kinds = ("oracle", "multitask", "merge", "peft router", "by sequence", "by turn", "sequence-oracle", "prompt")
+    kinds = (
+        "oracle",
+        "multitask",
+        "full",
+        "merge",
+        "peft router",
+        "by sequence",
+        "by turn",
+        "sequence-oracle",
+        "prompt",
+    )
     first = _first(report)
     shown = [row for row in report["rows"] if row["kind"] in kinds or row is first]
     _bars(shown, sets, folder / PICTURES[0])

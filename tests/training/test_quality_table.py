@@ -139,6 +139,20 @@ def test_an_adapter_on_all_data_is_measured_as_what_it_is(model: MoLoRAModel, da
     assert not torch.allclose(row.sets[TURNS].loss, base.loss, rtol=1e-3)
 
 
+def test_all_weights_learn_in_a_copy(
+    model: MoLoRAModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FULL_TOKENS", 256)
+    monkeypatch.setattr(module, "FULL_RATE", 1e-2)
+    sets = QualitySets(model, data, limit=3)
+    assert len(sets.questions(most=None)) == 2 * 8
+    before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+    row = next(one for one in Contenders(model, sets, {}, tmp_path).all() if one.kind == "full").measure()
+    base = losses(model, sets.mixed[TURNS], {LAYER: None}, 2)
+    assert row.sets[TURNS].mean < base.mean - 0.3 and row.sets[TURNS].tokens.sum() == base.tokens.sum()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.base.state_dict().items())
+
+
 def test_shots_go_before_and_are_not_counted(table: Contenders) -> None:
     shots, row = table.sets.shots(), table.sets.mixed[TURNS][0]
     both = after(shots, row)

@@ -14,6 +14,8 @@ import torch
 
 from molora import MoLoRAModel, Router
 from molora.adapter import Adapter
+from molora_training.attention import attend_causally
+from molora_training.batches import plan_steps, rounded
 from molora_training.data import Batch, Encoded
 from molora_training.evaluate import (
     INTEGRATION,
@@ -30,9 +32,9 @@ from molora_training.evaluate import (
 )
 from molora_training.merge import Method, merge
 from molora_training.peft_routers import arrow, train_xlora
-from molora_training.quality_sets import TURNS, QualitySets, after
+from molora_training.quality_sets import MAX_TOKENS, TURNS, QualitySets, after
 from molora_training.rivals import Centroids, Classifier, Features, Rival, Scope
-from molora_training.soup import train_soup
+from molora_training.soup import learn, train_soup
 
 MERGES: dict[str, tuple[Method, float]] = {  # way and density
     "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
@@ -40,6 +42,7 @@ MERGES: dict[str, tuple[Method, float]] = {  # way and density
 }  # fmt: skip
 WEIGHTS = (("unit", 1), ("softmax", 2))  # and top-k
 MARGINS = (1.0, 2.0)  # nats by which another adapter must be better to be turned to
+FULL_TOKENS, FULL_RATE = 8192, 1e-4  # of a step that trains all weights
 LEARNT_STEPS, LEARNT_TOKENS = 100, 4096  # of what learns on the same mixed text as a router, and tokens in a step
 Before = Callable[[Batch], None]
 
@@ -58,7 +61,7 @@ class Row:
 @dataclass(frozen=True)
 class Contender:
     name: str
-    kind: str  # base, prompt, oracle, adapter, multitask, merge, peft router, by sequence, by turn, router
+    kind: str  # base, prompt, oracle, adapter, multitask, full, merge, peft router, by sequence, by turn, router
     measure: Callable[[], Row]
     weights: str = ""  # of what was trained for it: another one is to be measured anew
 
@@ -97,6 +100,7 @@ class Contenders:
         if TOGETHER in self.off:
             for name in self.model.stack[TOGETHER].adapters:
                 found.append(self._plain(f"{name}: one LoRA on all data", "multitask", {LAYER: None, TOGETHER: name}))
+            found.append(Contender("all weights on all data", "full", self._full))
         found.append(Contender("uniform merge", "merge", self._uniform))
         found += [Contender(name, "merge", self._merge(name)) for name in MERGES]
         found.append(Contender("LoRA Soups, CAT", "merge", self._soup))
@@ -173,6 +177,24 @@ class Contenders:
                 return self.measured(name, "merge", {LAYER: adapter})
 
         return measure
+
+    def _full(self) -> Row:
+        """All weights of the base, trained for an epoch on what all adapters learnt."""
+        base = own_base(self.model, torch.float32).requires_grad_(True)
+        kind, rows = self.model.device.type, self.sets.questions(most=None)
+
+        def logits(batch: Batch) -> torch.Tensor:
+            with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+                found: torch.Tensor = base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return found
+
+        captured = attend_causally(base, rounded(MAX_TOKENS)) and kind == "cuda"
+        steps = len(plan_steps([len(row.input_ids) for row in rows], FULL_TOKENS, 1, 1, seed=0))
+        learn(
+            logits, list(base.parameters()), rows, self.pad, self.model.device, steps=steps, learning_rate=FULL_RATE,
+            batch_tokens=FULL_TOKENS, seed=0, captured=captured, name="all weights",
+        )  # fmt: skip
+        return self.by_logits("all weights on all data", "full", logits, base)
 
     def _soup(self) -> Row:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -281,9 +303,9 @@ def best_of(singles: Sequence[Row]) -> Row:
     return row
 
 
-def own_base(model: MoLoRAModel) -> Any:
+def own_base(model: MoLoRAModel, dtype: torch.dtype | None = None) -> Any:
     """A copy of the base in a model of its own, on its device, which others may wrap and change."""
     base = model.base
-    plain = type(base)(copy.deepcopy(base.config)).to(base.dtype)
+    plain = type(base)(copy.deepcopy(base.config)).to(dtype or base.dtype)
     plain.load_state_dict(base.state_dict())
     return plain.to(model.device).eval().requires_grad_(False)

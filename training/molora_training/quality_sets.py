@@ -73,9 +73,10 @@ class QualitySets:
     def encode(self, rows: Sequence[Any]) -> list[Encoded]:
         return encode_within(rows, self.tokenizer, MAX_TOKENS, self.domains)
 
-    def questions(self) -> list[Encoded]:
-        """Single training conversations, from which a classifier learns."""
-        most = min(TRAINED, 4 * self.limit) if self.limit else TRAINED
+    def questions(self, most: int | None = TRAINED) -> list[Encoded]:
+        """Single training conversations, up to ``most`` of each domain: a classifier learns from few."""
+        if self.limit:
+            most = min(most or 4 * self.limit, 4 * self.limit)
         return self.encode([one for rows in self.examples("train").values() for one in rows[:most]])
 
     def training(self, seed: int = 0) -> list[Encoded]:
