@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from tools import render_kernels, render_quality, render_scale
+from tools import render_headline, render_kernels, render_quality, render_scale
 from tools.pictures import PALETTE, pyplot, save
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -20,8 +20,9 @@ def main(docs: Path = DOCS) -> None:
     report = json.loads((docs / "results" / "main.json").read_text(encoding="utf-8"))
     speed = json.loads((docs / "results" / "decode.json").read_text(encoding="utf-8"))
     kernels = read_report("kernels", docs)
-    quality, adding, scale = (read_report(name, docs) for name in ("quality", "adding", "scale"))
-    (docs / "results.md").write_text(page(report, speed, kernels, quality, adding, scale), encoding="utf-8")
+    quality, adding, scale, headline = (read_report(name, docs) for name in ("quality", "adding", "scale", "headline"))
+    text = page(report, speed, kernels, quality, adding, scale, headline)
+    (docs / "results.md").write_text(text, encoding="utf-8")
     readme = docs.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
@@ -73,6 +74,7 @@ def page(
     quality: dict[str, Any] | None = None,
     adding: dict[str, Any] | None = None,
     scale: dict[str, Any] | None = None,
+    headline: dict[str, Any] | None = None,
 ) -> str:
     """The Markdown of docs/results.md."""
     domains = list(report["rows"][0]["single"])
@@ -121,6 +123,8 @@ def page(
         parts += render_quality.section(quality, adding)
     if scale:
         parts += render_scale.section(scale)
+    if headline:
+        parts += render_headline.section(headline)
     parts += [
         "## Decoding on two CPU cores",
         "",

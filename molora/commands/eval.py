@@ -200,3 +200,31 @@ def harness(
     for name, row in found.items():
         metric = "acc" if "acc" in row else "exact_match"
         typer.echo(f"{name:14} {row[metric]:.3f} +- {row.get(metric + '_stderr', float('nan')):.3f}  of {row['n']:.0f}")
+
+
+@app.command()
+def headline(
+    model: Annotated[Path, typer.Argument(help="A saved MoLoRA, whose stack's defaults act.")],
+    other: Annotated[Path, typer.Argument(help="A larger model for transformers, a folder.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/headline.json"),
+    tasks: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the task files go.")] = Path("runs/benchmarks"),
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each benchmark; 0: all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """Is a small model with a stack better than a larger one without? Six benchmarks, through lm-evaluation-harness.
+
+    Needs the extra "eval". In: a saved MoLoRA and another model. Out: a JSON file with the accuracies of the base, of
+    the MoLoRA and of the other model, asked with the same prompts and through its own chat template, and the
+    difference on the same questions with its 95% interval.
+
+    Example: molora eval headline runs/quality/stack Qwen2.5-Coder-0.5B-Instruct
+    """
+    with extra("eval"):
+        from molora_training.data.benchmarks import write_benchmarks
+        from molora_training.headline import BENCHMARKS, run
+
+        write_benchmarks(tasks, BENCHMARKS)
+        command = f"molora eval headline {model} {other.name}" + (f" --limit {limit}" if limit else "")
+        report = run(model, other, tasks, out, command, limit, batch_size)
+    _show(report, as_json)

@@ -15,7 +15,7 @@ def read(name: str) -> dict:
 
 
 def test_the_results_page_is_rendered_from_the_files() -> None:
-    later = (read_report(name) for name in ("kernels", "quality", "adding", "scale"))
+    later = (read_report(name) for name in ("kernels", "quality", "adding", "scale", "headline"))
     expected = page(read("main.json"), read("decode.json"), *later)
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == expected
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
@@ -82,9 +83,14 @@ class MoLoRALM(HFLM):
         return render(self.tokenizer, chat_history, add_generation_prompt)
 
 
-def evaluate(
-    model: MoLoRALM, folder: Path, names: Sequence[str], limit: int | None = None
-) -> dict[str, dict[str, float]]:
+class AskedAsOurs(HFLM):
+    """Another model, asked with our prompts: in its chat format, without the system message that its template adds."""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return render(self.tokenizer, chat_history, add_generation_prompt)
+
+
+def evaluate(model: LM, folder: Path, names: Sequence[str], limit: int | None = None) -> dict[str, dict[str, float]]:
     """Runs benchmarks of :func:`molora_training.data.benchmarks.write_benchmarks`.
 
     Args:
@@ -96,19 +102,34 @@ def evaluate(
     Returns:
         By benchmark: its metrics with their standard errors, and ``n``.
     """
+    found, rows = _run(model, folder, names, limit), {}
+    for name in names:
+        row = found["results"][f"{PREFIX}{name}"]
+        values = {key.split(",")[0]: float(value) for key, value in row.items() if isinstance(value, int | float)}
+        rows[name] = values | {"n": float(found["n-samples"][f"{PREFIX}{name}"]["effective"])}
+    return rows
+
+
+def right_answers(model: LM, folder: Path, names: Sequence[str], limit: int | None = None) -> dict[str, torch.Tensor]:
+    """By benchmark whose options are compared: bool [questions], which the model answers right (``acc``), in the order
+    of the file."""
+    samples = _run(model, folder, names, limit, log_samples=True)["samples"]
+    found = {}
+    for name in names:
+        rows = sorted(samples[f"{PREFIX}{name}"], key=lambda row: int(row["doc_id"]))
+        found[name] = torch.tensor([bool(row["acc"]) for row in rows])
+    return found
+
+
+def _run(model: LM, folder: Path, names: Sequence[str], limit: int | None, log_samples: bool = False) -> dict[str, Any]:
     found = simple_evaluate(
         model,
         tasks=[f"{PREFIX}{name}" for name in names],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         apply_chat_template=True,
         limit=limit,
-        log_samples=False,
+        log_samples=log_samples,
         bootstrap_iters=1000,  # of a mean the error has a closed form
     )
     assert found is not None
-    rows = {}
-    for name in names:
-        row = found["results"][f"{PREFIX}{name}"]
-        values = {key.split(",")[0]: float(value) for key, value in row.items() if isinstance(value, int | float)}
-        rows[name] = values | {"n": float(found["n-samples"][f"{PREFIX}{name}"]["effective"])}
-    return rows
+    return dict(found)
