@@ -4,14 +4,22 @@ python -m tools.render_results
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks import plots
-from tools import render_headline, render_kernels, render_quality, render_scale
+from tools import render_headline, render_kernels, render_memory, render_quality, render_scale
 from tools.pictures import PALETTE, pyplot, save
 
 DOCS = Path(__file__).parent.parent / "docs"
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "router-memory": render_memory.section,
+    "scale": render_scale.section,
+    "headline": render_headline.section,
+}
+LATER = ("quality", "adding", *SECTIONS)
 MARKS = ("<!-- results -->", "<!-- /results -->")
 
 
@@ -20,9 +28,9 @@ def main(docs: Path = DOCS) -> None:
     report = json.loads((docs / "results" / "main.json").read_text(encoding="utf-8"))
     speed = json.loads((docs / "results" / "decode.json").read_text(encoding="utf-8"))
     kernels = read_report("kernels", docs)
-    quality, adding, scale, headline = (read_report(name, docs) for name in ("quality", "adding", "scale", "headline"))
-    text = page(report, speed, kernels, quality, adding, scale, headline)
-    (docs / "results.md").write_text(text, encoding="utf-8")
+    later = {name: read_report(name, docs) for name in LATER}
+    quality, scale = later["quality"], later["scale"]
+    (docs / "results.md").write_text(page(report, speed, kernels, later), encoding="utf-8")
     readme = docs.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
@@ -71,12 +79,9 @@ def page(
     report: dict[str, Any],
     speed: dict[str, Any],
     kernels: dict[str, Any] | None,
-    quality: dict[str, Any] | None = None,
-    adding: dict[str, Any] | None = None,
-    scale: dict[str, Any] | None = None,
-    headline: dict[str, Any] | None = None,
+    later: Mapping[str, dict[str, Any] | None] = MappingProxyType({}),
 ) -> str:
-    """The Markdown of docs/results.md."""
+    """The Markdown of docs/results.md; ``later``: reports of LATER, those that there are."""
     domains = list(report["rows"][0]["single"])
     paces = speed["tokens_per_second"]
     parts = [
@@ -119,12 +124,11 @@ def page(
         "![Router probabilities along a mixed conversation](images/routes.svg)",
         "",
     ]
-    if quality:
-        parts += render_quality.section(quality, adding)
-    if scale:
-        parts += render_scale.section(scale)
-    if headline:
-        parts += render_headline.section(headline)
+    if quality := later.get("quality"):
+        parts += render_quality.section(quality, later.get("adding"))
+    for name, section in SECTIONS.items():
+        if found := later.get(name):
+            parts += section(found)
     parts += [
         "## Decoding on two CPU cores",
         "",
