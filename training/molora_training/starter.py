@@ -84,6 +84,7 @@ class RouterVariant:
     in_a_turn: int | None = None
     both: int | None = None
     epochs: int | None = None
+    batch_tokens: int = 16384
     learning_rate: float = 1e-3
     seed: int | None = None
 
@@ -245,6 +246,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         documents=chosen(variant.documents, settings.router_documents),
         in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
         both=chosen(variant.both, settings.router_both),
+        batch_tokens=variant.batch_tokens,
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),
     )
