@@ -312,6 +312,12 @@ def z_loss(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return _mean(logits.logsumexp(-1).square(), real)
 
 
+def entropy(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean entropy, in nats, of the candidates' probabilities at the real tokens: 0 where the router is certain."""
+    log = logits.log_softmax(-1)
+    return _mean(-(log.exp() * log).sum(-1), real)
+
+
 def _mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """[...] of values [batch, tokens, ...] over the real tokens, whose number is not asked of the device."""
     kept = values.masked_fill(~real.view(*real.shape, *[1] * (values.dim() - 2)), 0)

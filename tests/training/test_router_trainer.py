@@ -100,7 +100,7 @@ def test_the_next_token_loss_reaches_the_router(settings: RouterTrainSettings) -
     loss = LossWeights(lm=1.0, label=0.0, balance=0.01)
     settings = dataclasses.replace(settings, loss=loss, max_steps=4, checkpoint_every=2)
     metrics = train(settings)
-    assert {"lm", "label", "balance", "z"} <= set(metrics["validation"])
+    assert {"lm", "label", "balance", "z", "entropy"} <= set(metrics["validation"])
     weights = load_file(settings.out / "router.safetensors")
     again = train(dataclasses.replace(settings, out=settings.out.with_name("longer"), max_steps=8))
     other = load_file(settings.out.with_name("longer") / "router.safetensors")
@@ -190,7 +190,7 @@ def _write_both(data: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_it(settings: RouterTrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     train(dataclasses.replace(settings, out=settings.out.with_name("good")))
-    monkeypatch.setattr(router_objective, "z_loss", lambda logits, real: logits.sum() * float("nan"))
+    monkeypatch.setitem(router_objective._SIDE, "z", lambda logits, real: logits.sum() * float("nan"))
     with pytest.raises(NonFiniteError, match="step 1"):
         train(settings)
     assert not settings.out.exists()

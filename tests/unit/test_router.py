@@ -11,7 +11,7 @@ import torch
 from molora import Router, RouterConfig
 from molora.errors import ConfigError, RouterError
 from molora.memory import Memory
-from molora.router import NEVER, RouterPart, balance_loss, z_loss
+from molora.router import NEVER, RouterPart, balance_loss, entropy, z_loss
 from tests.parity.test_equalities import make_routed
 
 ROWS = ["domain/math", "domain/code", "domain/none"]
@@ -219,6 +219,15 @@ def test_losses_ignore_padding() -> None:
     poisoned = logits.masked_fill(~real.unsqueeze(-1), 1e4)
     assert torch.equal(balance_loss(poisoned, real), balance_loss(logits, real))
     assert torch.equal(z_loss(poisoned, real), z_loss(logits, real))
+    assert torch.equal(entropy(poisoned, real), entropy(logits, real))
+
+
+def test_entropy_is_that_of_the_probabilities() -> None:
+    logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, 6, dtype=torch.bool)
+    expected = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert math.isclose(float(entropy(logits, real)), float(expected), rel_tol=1e-5)
+    assert float(entropy(logits * 1e3, real)) < 1e-3
 
 
 def test_z_loss_is_the_squared_logsumexp() -> None:

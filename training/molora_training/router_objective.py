@@ -8,12 +8,14 @@ from torch import nn
 
 from molora import MoLoRAModel, Router
 from molora.errors import DataError
-from molora.router import balance_loss, z_loss
+from molora.router import balance_loss, entropy, z_loss
 from molora.routing import decoder_layers
 from molora.selection import ResolvedSelection
 from molora_training.data import IGNORED, Batch
 from molora_training.router_settings import LossWeights
 from molora_training.selections import KeptSelections
+
+_SIDE = {"balance": balance_loss, "z": z_loss, "entropy": entropy}  # of one layer's logits, at the real tokens
 
 
 class Labels:
@@ -94,23 +96,21 @@ class RouterObjective(nn.Module):
             terms[name] = torch.stack([part[name] for part in parts]).mean()
         for index, part in enumerate(parts):
             terms |= {f"{name}.{index}": value for name, value in part.items() if name.startswith("right/")}
-        weighted = [
-            getattr(self.weights, name) * terms[name] for name in ("lm", "label", "balance", "z") if name in terms
-        ]
+        weighted = [getattr(self.weights, name) * terms[name] for name in ("lm", "label", *_SIDE) if name in terms]
         terms["loss"] = torch.stack(weighted).sum()
         return terms
 
     def _part(self, logits: torch.Tensor, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor]:
-        """label, balance and z terms and the share of right tokens, of one part's logits [B, T, rows]."""
-        terms: dict[str, Any] = {"label": 0.0, "balance": 0.0, "z": 0.0}
+        """label, balance, z and entropy terms and the share of right tokens, of one part's logits [B, T, rows]."""
+        terms: dict[str, Any] = {"label": 0.0, **dict.fromkeys(_SIDE, 0.0)}
         for layer, rows in self.rows.items():
             own = logits.index_select(-1, rows)
             target = self.targets[layer][batch.domain_ids.clamp_min(0)].masked_fill(~real, IGNORED)
             terms["label"] = terms["label"] + nn.functional.cross_entropy(
                 own.flatten(0, 1), target.flatten(), weight=self.class_weights[layer], ignore_index=IGNORED
             )
-            terms["balance"] = terms["balance"] + balance_loss(own, real)
-            terms["z"] = terms["z"] + z_loss(own, real)
+            for name, side in _SIDE.items():
+                terms[name] = terms[name] + side(own, real)
             terms[f"right/{layer}"] = (own.argmax(-1) == target).sum() / real.sum()
         return terms
 

@@ -22,15 +22,16 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """loss = lm * next token + label * cross-entropy to the domain + balance * balance + z * z."""
+    """loss = lm * next token + label * cross-entropy to the domain + balance * balance + z * z + entropy * entropy."""
 
     lm: float = 0.0
     label: float = 1.0
     balance: float = 0.0
     z: float = 1e-4
+    entropy: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.lm, self.label, self.balance, self.z) < 0:
+        if min(self.lm, self.label, self.balance, self.z, self.entropy) < 0:
             raise ConfigError("Loss weights must not be negative.")
         if self.lm == self.label == 0:
             raise ConfigError("loss.lm and loss.label are both 0: there is nothing to learn from.")
