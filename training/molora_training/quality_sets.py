@@ -1,6 +1,6 @@
 """Held-out text that changes its domain in several ways, and the training text that rivals of the router learn from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from molora_training.data import (
     both_file,
     encode_within,
     mix,
+    mix_all_ways,
     mix_documents,
     mix_in_a_turn,
     read_examples,
@@ -27,7 +28,7 @@ from molora_training.evaluate import LAYER
 
 COUNT = 300  # sequences of each set
 TRAINED = 400  # training examples of each domain that rivals learn from
-MIXED = {mix: 300, mix_documents: 200, mix_in_a_turn: 200}  # training texts of several domains, by how they are mixed
+MIXED = (300, 200, 200)  # training texts of several domains: by turns, documents, two in a turn
 MAX_TOKENS = 2048
 SHOT_TOKENS = 100  # of an example in a prompt
 TURNS, UNSEEN, DOCUMENTS, IN_A_TURN = "turns", "turns, unseen forms", "documents", "two in a turn"
@@ -81,12 +82,8 @@ class QualitySets:
 
     def training(self, seed: int = 0) -> list[Encoded]:
         """Training texts of several domains, as a router learns from."""
-        train = self.examples("train")
-
-        def some(way: Callable[..., Any], count: int) -> Any:
-            return way(train, "train", min(count, 4 * self.limit) if self.limit else count, seed)
-
-        return self.encode([one for way, count in MIXED.items() for one in some(way, count)])
+        counts = [min(count, 4 * self.limit) if self.limit else count for count in MIXED]
+        return self.encode(mix_all_ways(self.examples("train"), "train", counts, seed))
 
     def shots(self) -> Encoded:
         """One short training example of each domain, as a conversation that goes before another."""

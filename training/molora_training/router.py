@@ -40,9 +40,7 @@ from molora_training.data import (
     both_file,
     collate,
     encode_within,
-    mix,
-    mix_documents,
-    mix_in_a_turn,
+    mix_all_ways,
     read_examples,
     read_mixed,
 )
@@ -117,21 +115,21 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
             f"make it with `molora train data`."
         )
 
-    ways = {mix: settings.mixed, mix_documents: settings.documents, mix_in_a_turn: settings.in_a_turn}
+    wanted = (settings.mixed, settings.documents, settings.in_a_turn)
 
     def read(split: Split, most: int | None = None) -> list[Encoded]:
         examples: dict[str, Sequence[Example]] = {
             domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains
         }
-        counts = {way: count if most is None else min(count, most) for way, count in ways.items()}
+        counts = [count if most is None else min(count, most) for count in wanted]
         mixed: list[Any] = []
         if len(domains) > 1:
-            mixed = [one for way, n in counts.items() if n for one in way(examples, split, n, settings.seed)]
+            mixed += mix_all_ways(examples, split, counts, settings.seed)
         for kind, needed in KINDS.items() if settings.both else ():
             if not set(needed) <= set(domains):
                 raise DataError(f"Questions of '{kind}' need adapters for {' and '.join(needed)}: set both to 0.")
             mixed += read_mixed(settings.data / both_file(kind, split))[: min(settings.both, most or settings.both)]
-        share = max(1, counts[mix] // 8)
+        share = max(1, counts[0] // 8)
         singles = [example for rows in examples.values() for example in rows[:share]]
         return encode_within([*mixed, *singles], model.tokenizer, settings.max_length, domains)
 

@@ -26,9 +26,7 @@ from molora_training.data import (
     Split,
     both_file,
     data_dir,
-    mix,
-    mix_documents,
-    mix_in_a_turn,
+    mix_all_ways,
     read_examples,
     read_mixed,
     write_examples,
@@ -287,15 +285,11 @@ def _mixed_text(settings: StarterSettings, domains: Sequence[str], split: Split)
     def some(count: int) -> int:
         return count if split == "train" else math.ceil(count / 10)
 
-    counts = {
-        mix: settings.router_mixed,
-        mix_documents: settings.router_documents,
-        mix_in_a_turn: settings.router_in_a_turn,
-    }
+    counts = map(some, (settings.router_mixed, settings.router_documents, settings.router_in_a_turn))
     examples = {
         name: read_examples(file) for name in domains if (file := settings.data / f"{name}.{split}.jsonl").is_file()
     }
-    rows: list[Any] = [row for way, n in counts.items() if n for row in way(examples, split, some(n), settings.seed)]
+    rows: list[Any] = list(mix_all_ways(examples, split, counts, settings.seed))
     for kind in KINDS if settings.router_both else ():
         rows += read_mixed(settings.data / both_file(kind, split))[: some(settings.router_both)]
     return rows

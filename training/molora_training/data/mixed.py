@@ -5,7 +5,7 @@ problems with their answers, one after the other, in one text.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from molora.errors import DataError
 
@@ -80,6 +80,15 @@ def mix_documents(
         asked = (Part(deck.random.choice(REQUESTS[split == "test"]), 0, False),)
         found.append(_of_parts(f"document-{split}-{number}", split, chosen, (asked, tuple(parts))))
     return found
+
+
+def mix_all_ways(
+    examples: Mapping[str, Sequence[Example]], split: Split, counts: Iterable[int], seed: int = 0
+) -> list[MixedExample]:
+    """Of :func:`mix`, :func:`mix_documents` and :func:`mix_in_a_turn` so many as ``counts`` says, in this order; errors
+    as of them."""
+    ways = zip((mix, mix_documents, mix_in_a_turn), counts, strict=True)
+    return [one for way, count in ways if count for one in way(examples, split, count, seed)]
 
 
 class _Deck:
