@@ -1,4 +1,4 @@
-"""What a router should remember: running averages, averages whose decays are learnt, or a small GRU.
+"""What a router should remember: running averages, averages that a gate steers, or a small GRU.
 
 python -m benchmarks.router_memory            # about 20 minutes on two CPU cores; --steps 20 for a look
 
@@ -43,8 +43,9 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "two averages": {"decays": (0.8, 0.95)},
     "five averages": {"decays": FIVE},
     "five averages, learnt decays": {"decays": FIVE, "learn_decays": True},
+    "gated averages, 128 units": {"gated": 128},
+    "gated averages, two layers of 128": {"gated": 128, "layers": 2},
     "GRU, 128 units": {"gru": 128},
-    "GRU, 256 units": {"gru": 256},
 }
 
 
@@ -61,6 +62,41 @@ class GruPart(nn.Module):
         z = self.part.read(x)
         state = self.gru(z)[0]  # padding is on the right: it reaches no real token
         return self.part(nn.functional.silu(self.part.input(torch.cat([z, state], -1))))
+
+
+class GatedPart(nn.Module):
+    """A router's part whose averages forget by a gate that the token itself opens (minGRU, arXiv 2410.01201, eq. 8):
+    h_t = (1 - g_t) h_{t-1} + g_t c_t with g_t and c_t of z_t alone, so that a prompt is one scan. In two layers the
+    second one's gates read the first one's state."""
+
+    def __init__(self, units: int, layers: int, rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.part = RouterPart(RouterConfig(width=WIDTH, hidden=HIDDEN, decays=()), 0, rows, hidden_size)
+        self.part.input = nn.Linear(WIDTH + layers * units, HIDDEN)
+        sizes = [WIDTH] + [WIDTH + units] * (layers - 1)
+        self.layers = nn.ModuleList(nn.Linear(size, 2 * units) for size in sizes)
+        for layer in self.layers:  # from gates that forget half within 3 tokens to such that keep half over 70
+            layer.bias.data[:units] = torch.linspace(-1.4, -4.6, units)
+
+    def forward(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        z = self.part.read(x)
+        states = []
+        for layer in self.layers:
+            gate, candidate = layer(torch.cat([z, *states[-1:]], -1)).chunk(2, -1)
+            gate = gate.sigmoid()
+            states.append(_scan(1 - gate, gate * candidate))
+        return self.part(nn.functional.silu(self.part.input(torch.cat([z, *states], -1))))
+
+
+def _scan(keep: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """h_t = keep_t h_{t-1} + new_t, [B, T, units], in log2 T steps."""
+    shift = 1
+    while shift < keep.shape[1]:
+        before = nn.functional.pad(new[:, :-shift], (0, 0, shift, 0))
+        new = new + keep * before
+        keep = keep * nn.functional.pad(keep[:, :-shift], (0, 0, shift, 0))
+        shift *= 2
+    return new
 
 
 class AveragesPart(nn.Module):
@@ -112,8 +148,12 @@ def measure(
     torch.manual_seed(seed)
     device, size = embedding.weight.device, embedding.embedding_dim
     settings = dict(MEMORIES[name])
-    units = settings.pop("gru", 0)
-    model: Any = GruPart(units, len(DOMAINS), size) if units else AveragesPart(len(DOMAINS), size, **settings)
+    layers, gated, units = (settings.pop(of, default) for of, default in (("layers", 1), ("gated", 0), ("gru", 0)))
+    model: Any
+    if gated:
+        model = GatedPart(gated, layers, len(DOMAINS), size)
+    else:
+        model = GruPart(units, len(DOMAINS), size) if units else AveragesPart(len(DOMAINS), size, **settings)
     model.to(device).train()
     model.part.mean.copy_(embedding.weight.mean(0))
     model.part.std.copy_(embedding.weight.std(0))
@@ -136,7 +176,7 @@ def measure(
     right = {name: accuracy(model.eval(), embedding, rows) for name, rows in test.items()}
     return {
         "memory": name, "seed": seed, "right": right, "parameters": sum(p.numel() for p in parameters),
-        "state": (units or len(settings["decays"]) * WIDTH), "seconds": round(seconds, 1),
+        "state": units or gated * layers or len(settings["decays"]) * WIDTH, "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
