@@ -44,6 +44,8 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "five averages": {"decays": FIVE},
     "five averages, learnt decays": {"decays": FIVE, "learn_decays": True},
     "gated averages, 128 units": {"gated": 128},
+    "gated averages, 256 units": {"gated": 256},
+    "gated averages, 128 units, gates of four tokens": {"gated": 128, "reach": 4},
     "gated averages, two layers of 128": {"gated": 128, "layers": 2},
     "GRU, 128 units": {"gru": 128},
 }
@@ -66,23 +68,25 @@ class GruPart(nn.Module):
 
 class GatedPart(nn.Module):
     """A router's part whose averages forget by a gate that the token itself opens (minGRU, arXiv 2410.01201, eq. 8):
-    h_t = (1 - g_t) h_{t-1} + g_t c_t with g_t and c_t of z_t alone, so that a prompt is one scan. In two layers the
-    second one's gates read the first one's state."""
+    h_t = (1 - g_t) h_{t-1} + g_t c_t with g_t and c_t of the last ``reach`` tokens' z alone, so that a prompt is one
+    scan. In two layers the second one's gates read the first one's state."""
 
-    def __init__(self, units: int, layers: int, rows: int, hidden_size: int) -> None:
+    def __init__(self, units: int, layers: int, reach: int, rows: int, hidden_size: int) -> None:
         super().__init__()
+        self.reach = reach
         self.part = RouterPart(RouterConfig(width=WIDTH, hidden=HIDDEN, decays=()), 0, rows, hidden_size)
         self.part.input = nn.Linear(WIDTH + layers * units, HIDDEN)
-        sizes = [WIDTH] + [WIDTH + units] * (layers - 1)
+        sizes = [reach * WIDTH] + [reach * WIDTH + units] * (layers - 1)
         self.layers = nn.ModuleList(nn.Linear(size, 2 * units) for size in sizes)
         for layer in self.layers:  # from gates that forget half within 3 tokens to such that keep half over 70
             layer.bias.data[:units] = torch.linspace(-1.4, -4.6, units)
 
     def forward(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         z = self.part.read(x)
-        states = []
+        seen = torch.cat([nn.functional.pad(z, (0, 0, back, 0))[:, : z.shape[1]] for back in range(self.reach)], -1)
+        states: list[torch.Tensor] = []
         for layer in self.layers:
-            gate, candidate = layer(torch.cat([z, *states[-1:]], -1)).chunk(2, -1)
+            gate, candidate = layer(torch.cat([seen, *states[-1:]], -1)).chunk(2, -1)
             gate = gate.sigmoid()
             states.append(_scan(1 - gate, gate * candidate))
         return self.part(nn.functional.silu(self.part.input(torch.cat([z, *states], -1))))
@@ -148,10 +152,11 @@ def measure(
     torch.manual_seed(seed)
     device, size = embedding.weight.device, embedding.embedding_dim
     settings = dict(MEMORIES[name])
-    layers, gated, units = (settings.pop(of, default) for of, default in (("layers", 1), ("gated", 0), ("gru", 0)))
+    wanted = (("layers", 1), ("reach", 1), ("gated", 0), ("gru", 0))
+    layers, reach, gated, units = (settings.pop(of, default) for of, default in wanted)
     model: Any
     if gated:
-        model = GatedPart(gated, layers, len(DOMAINS), size)
+        model = GatedPart(gated, layers, reach, len(DOMAINS), size)
     else:
         model = GruPart(units, len(DOMAINS), size) if units else AveragesPart(len(DOMAINS), size, **settings)
     model.to(device).train()
