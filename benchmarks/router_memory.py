@@ -1,6 +1,6 @@
 """What a router should remember: running averages, averages that a gate steers, or a small GRU.
 
-python -m benchmarks.router_memory            # about 20 minutes on two CPU cores; --steps 20 for a look
+python -m benchmarks.router_memory            # about 35 minutes on two CPU cores; --steps 20 for a look
 
 Routers that read embeddings alone learn which domain a token is of, from the mixed text of the nine domains of
 `configs/quality.yaml`; no adapter runs. Printed: the share of held-out answer tokens that go to their own domain.
@@ -44,9 +44,9 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "five averages": {"decays": FIVE},
     "five averages, learnt decays": {"decays": FIVE, "learn_decays": True},
     "gated averages, 128 units": {"gated": 128},
-    "gated averages, 256 units": {"gated": 256},
     "gated averages, 128 units, gates of four tokens": {"gated": 128, "reach": 4},
     "gated averages, two layers of 128": {"gated": 128, "layers": 2},
+    "gated averages, two layers of 128, gates of four tokens": {"gated": 128, "layers": 2, "reach": 4},
     "GRU, 128 units": {"gru": 128},
 }
 
