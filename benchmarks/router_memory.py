@@ -3,7 +3,8 @@
 python -m benchmarks.router_memory            # about 35 minutes on two CPU cores; --steps 20 for a look
 
 Routers that read embeddings alone learn which domain a token is of, from the mixed text of the nine domains of
-`configs/quality.yaml`; no adapter runs. Printed: the share of held-out answer tokens that go to their own domain.
+`configs/quality.yaml`; no adapter runs. Printed: the share of answer tokens that go to their own domain, on the
+validation split, by which a memory is to be chosen, and on the test split ("right").
 """
 
 import argparse
@@ -67,7 +68,7 @@ class GruPart(nn.Module):
 
 
 class GatedPart(nn.Module):
-    """A router's part whose averages forget by a gate that the token itself opens (minGRU, arXiv 2410.01201, eq. 8):
+    """A router's part whose averages forget by a gate that the token itself opens (after minGRU, arXiv 2410.01201):
     h_t = (1 - g_t) h_{t-1} + g_t c_t with g_t and c_t of the last ``reach`` tokens' z alone, so that a prompt is one
     scan. In two layers the second one's gates read the first one's state."""
 
@@ -125,14 +126,14 @@ def main() -> None:
     embedding = base.requires_grad_(False).get_input_embeddings().to(device)
     folder = options.data or data_dir()
     train = [row for rows in texts(folder, "train", tokenizer).values() for row in rows]
-    test = texts(folder, "test", tokenizer)
+    held_out = {split: texts(folder, split, tokenizer) for split in ("validation", "test")}
     found = []
     for name in options.memories:
         for seed in options.seeds:
-            found.append(measure(name, seed, embedding, train, test, options.steps))
+            found.append(measure(name, seed, embedding, train, held_out, options.steps))
             print(json.dumps(found[-1]), flush=True)
     command = "python -m benchmarks.router_memory" + (f" --steps {options.steps}" if options.steps else "")
-    counts = ", ".join(f"{len(rows)} {name}" for name, rows in test.items())
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in held_out["test"].items())
     about = f"test split by sha256 of the task or document id: {counts}; trained on {len(train)} texts, one epoch"
     write_report({**heading(command, about), "seeds": options.seeds, "rows": found}, options.out)
 
@@ -146,7 +147,12 @@ def texts(folder: Path, split: Any, tokenizer: Any) -> dict[str, list[Encoded]]:
 
 
 def measure(
-    name: str, seed: int, embedding: Any, train: Sequence[Encoded], test: dict[str, list[Encoded]], most: int | None
+    name: str,
+    seed: int,
+    embedding: Any,
+    train: Sequence[Encoded],
+    held_out: dict[str, dict[str, list[Encoded]]],
+    most: int | None,
 ) -> dict[str, Any]:
     """Trains one router and returns its figures."""
     torch.manual_seed(seed)
@@ -178,9 +184,13 @@ def measure(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     seconds = time.monotonic() - started
-    right = {name: accuracy(model.eval(), embedding, rows) for name, rows in test.items()}
+    model.eval()
+    right = {
+        split: {of: accuracy(model, embedding, rows) for of, rows in texts.items()} for split, texts in held_out.items()
+    }
     return {
-        "memory": name, "seed": seed, "right": right, "parameters": sum(p.numel() for p in parameters),
+        "memory": name, "seed": seed, "validation": right["validation"], "right": right["test"],
+        "parameters": sum(p.numel() for p in parameters),
         "state": units or gated * layers or len(settings["decays"]) * WIDTH, "seconds": round(seconds, 1),
     }  # fmt: skip
 

@@ -89,8 +89,10 @@ class RouterVariant:
 
 @dataclass(frozen=True)
 class Integration:
-    """An adapter that acts beside every choice of the first router, trained on top of them on its mixed text
-    (arXiv 2606.31413)."""
+    """An adapter that acts beside every choice of the first router, trained on top of them on its mixed text.
+
+    The idea is that of arXiv 2606.31413; whether it is trained there in this way was not checked.
+    """
 
     rank: int
     learning_rate: float
