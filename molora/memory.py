@@ -1,6 +1,8 @@
-"""The router's causal memory: exponential moving averages of its input, for each sequence, beside the KV cache."""
+"""The router's causal memory of its input, for each sequence, beside the KV cache."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -56,26 +58,45 @@ def _chunk(z: torch.Tensor, real: torch.Tensor, decays: torch.Tensor, start: tor
     return (weight @ z.unsqueeze(1) + carried).transpose(1, 2)
 
 
+class Rule(Protocol):
+    """What a memory keeps of the tokens that it reads."""
+
+    def empty(self, batch: int) -> torch.Tensor:
+        """The state [batch, ...] float32 in which nothing is remembered."""
+
+    def __call__(self, z: torch.Tensor, real: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is remembered at each of the tokens z [batch, tokens, width] float32, [batch, tokens, size], and the
+        state after the last. Where ``real`` [batch, tokens] is False, z is not read and nothing changes."""
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Moving averages: see :func:`moving_averages`. decays: [decays] float32."""
+
+    decays: torch.Tensor
+    width: int
+
+    def empty(self, batch: int) -> torch.Tensor:
+        return self.decays.new_zeros(batch, len(self.decays), self.width)
+
+    def __call__(self, z: torch.Tensor, real: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        averages, state = moving_averages(z, real, self.decays, state)
+        return averages.flatten(2), state
+
+
 class Memory:
     """One router's memory for a batch of sequences. It follows its cache: see :mod:`molora.cache`.
 
-    The inputs seen so far are kept beside the averages (``width`` float32 numbers a token, about 1% of the keys and
-    values), so that a cache that is cropped gets the averages of its shorter past back.
+    The inputs seen so far are kept beside the state (``width`` float32 numbers a token, about 1% of the keys and
+    values), so that a cache that is cropped gets the state of its shorter past back.
     """
 
-    def __init__(self, batch: int, width: int, decays: torch.Tensor, owner: object = None) -> None:
+    def __init__(self, batch: int, width: int, rule: Rule, owner: object = None) -> None:
         self.owner = owner  # what filled it: another router's memory means nothing
-        self.z = torch.empty(batch, 0, width, device=decays.device)  # [B, T, width]
-        self.real = torch.empty(batch, 0, dtype=torch.bool, device=decays.device)  # [B, T]
-        self.decays = decays
-        self._state: torch.Tensor | None = None  # None: nothing is remembered
-
-    @property
-    def state(self) -> torch.Tensor:
-        """[B, decays, width] float32, m after the last token."""
-        if self._state is None:
-            self._state = self.z.new_zeros(self.batch, len(self.decays), self.z.shape[2])
-        return self._state
+        self.rule = rule
+        self.state = rule.empty(batch)  # after the last token
+        self.z = self.state.new_empty(batch, 0, width)  # [B, T, width]
+        self.real = torch.empty(batch, 0, dtype=torch.bool, device=self.z.device)  # [B, T]
 
     def __len__(self) -> int:
         return self.z.shape[1]
@@ -85,24 +106,24 @@ class Memory:
         return self.z.shape[0]
 
     def append(self, z: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Reads new tokens z [batch, tokens, width]; returns the averages at them [batch, tokens, decays, width]."""
-        averages, state = moving_averages(z, real, self.decays, self.state)
+        """Reads new tokens z [batch, tokens, width]; returns what is remembered at them [batch, tokens, size]."""
+        remembered, state = self.rule(z, real, self.state)
         self.keep(z, real, state)
-        return averages
+        return remembered
 
     def keep(self, z: torch.Tensor, real: torch.Tensor, state: torch.Tensor) -> None:
         """Takes in new tokens, and the state after them, which was computed from this memory's."""
         self.z, self.real = (torch.cat([self.z, z], 1), torch.cat([self.real, real], 1)) if len(self) else (z, real)
-        self._state = state
+        self.state = state
 
     def crop(self, length: int) -> None:
         """Forgets the tokens from position ``length`` on."""
         if length >= len(self):
             return
         self.z, self.real = self.z[:, :length], self.real[:, :length]
-        self._state = None
+        self.state = self.rule.empty(self.batch)
         if length:
-            self._state = moving_averages(self.z, self.real, self.decays, self.state)[1]
+            self.state = self.rule(self.z, self.real, self.state)[1]
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps (and reorders) the sequences at ``indices``."""
@@ -114,4 +135,4 @@ class Memory:
         self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.z, self.real, self._state = (change(tensor) for tensor in (self.z, self.real, self.state))
+        self.z, self.real, self.state = (change(tensor) for tensor in (self.z, self.real, self.state))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from molora.errors import ConfigError, RouterError
-from molora.memory import Memory, moving_averages
+from molora.gates import REACH, Gates
+from molora.memory import Averages, Memory, Rule
 from molora.row_fit import Samples, fit_row
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ NEVER = -1e4
 
 SAMPLES = 128
 """Tokens of each row's training text whose features a router keeps."""
+
+UNITS = 128
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class RouterConfig:
         weights: "unit" (the chosen adapters at weight 1) or "softmax" (top-k, renormalised over the chosen).
         width: dimensions to which the standardised input is projected.
         hidden: width of the MLP.
-        decays: of the moving averages that are its memory; () for none.
+        units: of its gated memory (:mod:`molora.gates`), 0 for none; by default 128, or 0 where ``decays`` are given.
+        decays: of moving averages as its memory instead; () for none.
         learn_decays: train them.
     """
 
@@ -39,13 +43,16 @@ class RouterConfig:
     weights: Literal["unit", "softmax"] = "unit"
     width: int = 128
     hidden: int = 256
-    decays: tuple[float, ...] = (0.8, 0.95)
+    units: int | None = None
+    decays: tuple[float, ...] | None = None
     learn_decays: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.reads, list | tuple):
             object.__setattr__(self, "reads", tuple(self.reads))
-        object.__setattr__(self, "decays", tuple(self.decays))
+        if self.units is None:
+            object.__setattr__(self, "units", UNITS if self.decays is None else 0)
+        object.__setattr__(self, "decays", tuple(self.decays or ()))
         points = self.points
         if not points or not all(isinstance(point, int) and not isinstance(point, bool) for point in points):
             raise ConfigError(f"reads must be 0, a layer, or (0, layer), not {self.reads!r}.")
@@ -55,8 +62,12 @@ class RouterConfig:
             raise ConfigError(f"reads takes at most two points, not {self.reads!r}.")
         if self.weights not in ("unit", "softmax"):
             raise ConfigError(f"weights must be 'unit' or 'softmax', not {self.weights!r}.")
-        if not all(isinstance(decay, int | float) and 0 < decay < 1 for decay in self.decays):
+        if not all(isinstance(decay, int | float) and 0 < decay < 1 for decay in self.decays or ()):
             raise ConfigError(f"decays must lie between 0 and 1, not {self.decays!r}.")
+        if not isinstance(self.units, int) or isinstance(self.units, bool) or self.units < 0:
+            raise ConfigError(f"units must be a whole number from 0, not {self.units!r}.")
+        if self.units and self.decays:
+            raise ConfigError(f"A router's memory has units or decays, not both: {self.units} and {self.decays!r}.")
         if not all(isinstance(size, int) and size >= 1 for size in (self.width, self.hidden)):
             raise ConfigError(f"width and hidden must be whole numbers from 1, not {self.width!r}, {self.hidden!r}.")
 
@@ -93,7 +104,7 @@ class _Linear32(nn.Linear, Float32):
 class RouterPart(Float32):
     """One two-layer MLP that reads at one point of the model.
 
-    z = P (x - mean) / std;  u = [z, averages of z];  q = SiLU(W1 u + b1);  logits = W2 q + b2.
+    z = P (x - mean) / std;  u = [z, memory of z];  q = SiLU(W1 u + b1);  logits = W2 q + b2.
     """
 
     def __init__(self, config: RouterConfig, reads: int, rows: int, hidden_size: int) -> None:
@@ -103,8 +114,12 @@ class RouterPart(Float32):
         self.mean = nn.Buffer(torch.zeros(hidden_size))
         self.std = nn.Buffer(torch.ones(hidden_size))
         self.project = _Linear32(hidden_size, config.width, bias=False)
-        self.decay_logits = nn.Parameter(torch.logit(torch.tensor(config.decays)), requires_grad=config.learn_decays)
-        self.input = _Linear32((1 + len(config.decays)) * config.width, config.hidden)
+        units, decays = config.units or 0, config.decays or ()
+        self.decay_logits = nn.Parameter(torch.logit(torch.tensor(decays)), requires_grad=config.learn_decays)
+        self.gates = _Linear32(REACH * config.width, 2 * units) if units else None
+        if self.gates is not None:  # from gates that forget half within 3 tokens to such that keep half over 70
+            self.gates.bias.data[:units] = torch.linspace(-1.4, -4.6, units)
+        self.input = _Linear32((1 + len(decays)) * config.width + units, config.hidden)
         self.output = _Linear32(config.hidden, rows)
         self.samples = Samples(config.hidden)
         self.table: torch.Tensor | None = None  # [vocabulary, width], folded projection of every embedding
@@ -148,7 +163,8 @@ class RouterPart(Float32):
 
     def signature(self) -> object:
         """What a memory must have been filled by to be gone on with."""
-        return self.reads, self.width, tuple(self.decays.tolist())
+        gates = () if self.gates is None else tuple(self.gates.bias.tolist())
+        return self.reads, self.width, tuple(self.decays.tolist()), gates
 
     @torch.no_grad()
     def fixed_decays(self) -> torch.Tensor:
@@ -164,19 +180,25 @@ class RouterPart(Float32):
         from molora_kernels.route import RouterWeights  # needs Triton
 
         mlp = (self.input.weight, self.input.bias, self.output.weight, self.output.bias)
-        return RouterWeights(table, self.fixed_decays(), *mlp)
+        gates = () if self.gates is None else (self.gates.weight, self.gates.bias)
+        return RouterWeights(table, self.fixed_decays(), *mlp, *gates)
+
+    def _rule(self, decays: torch.Tensor) -> Rule:
+        if self.gates is not None:
+            return Gates(self.gates.weight, self.gates.bias, self.width)
+        return Averages(decays, self.width)
 
     def new_memory(self, batch: int, owner: object) -> Memory:
-        return Memory(batch, self.width, self.fixed_decays(), owner)
+        return Memory(batch, self.width, self._rule(self.fixed_decays()), owner)
 
     def features(self, z: torch.Tensor, real: torch.Tensor, memory: Memory | None) -> torch.Tensor:
         """q [batch, tokens, hidden] of z [batch, tokens, width] and of ``memory`` (None: empty), which is advanced."""
         if memory is not None:
-            averages = memory.append(z, real)
+            remembered = memory.append(z, real)
         else:
-            start = z.new_zeros(z.shape[0], len(self.decay_logits), z.shape[2])
-            averages = moving_averages(z, real, self.decays, start)[0]
-        return nn.functional.silu(self.input(torch.cat([z.unsqueeze(2), averages], 2).flatten(2)))
+            rule = self._rule(self.decays)
+            remembered = rule(z, real, rule.empty(len(z)))[0]
+        return nn.functional.silu(self.input(torch.cat([z, remembered], 2)))
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         """Logits [batch, tokens, rows] of q."""

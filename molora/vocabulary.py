@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from molora.errors import RouterError
-from molora.memory import Memory
+from molora.memory import Averages, Memory
 from molora.router import NEVER, Float32
 
 
@@ -30,7 +30,8 @@ class VocabularyPart(Float32):
         return "vocabulary", self.table.shape[1]
 
     def new_memory(self, batch: int, owner: object) -> Memory:
-        return Memory(batch, self.table.shape[1], self.table.new_zeros(0), owner)
+        rule = Averages(self.table.new_zeros(0), self.table.shape[1])
+        return Memory(batch, rule.width, rule, owner)
 
     def features(self, z: torch.Tensor, real: torch.Tensor, memory: Memory | None) -> torch.Tensor:
         if memory is not None:

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from molora_kernels.affine import precision
+
 CHUNK = 32  # tokens
 _LENGTHS = ["tokens", "chunks", "real_n", "real_t"]  # a prompt of another length compiles nothing
 
@@ -143,8 +145,3 @@ def moving_averages(
     :func:`remember`."""
     _, u, state = remember(z.flatten(0, 1), None, real, decays, start)
     return u.unflatten(2, (-1, z.shape[2]))[:, :, 1:], state
-
-
-def precision(device: torch.device) -> str:
-    """How float32 is multiplied: on NVIDIA's tensor cores as three products of TF32, which is about as exact."""
-    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"

@@ -1,9 +1,9 @@
 """A router in Triton: memory, MLP, and the choice of slots, for a decode step or a whole prompt of each sequence.
 
-u = [z, m_1, ..., m_D] with m_d = decay_d m_d + (1 - decay_d) z;  q = SiLU(W1 u + b1);  logits = W2 q + b2; then, in
-each layer of the stack that the router decides, the top-k of the candidates that the sequence allows. Nothing is asked
-of the device by the host, so both can be captured. A step writes every tensor where it is, and the next one goes on
-from it.
+u = [z, memory], of moving averages (:mod:`molora_kernels.averages`) or of gated ones (:mod:`molora_kernels.gates`);
+q = SiLU(W1 u + b1);  logits = W2 q + b2; then, in each layer of the stack that the router decides, the top-k of the
+candidates that the sequence allows. Nothing is asked of the device by the host, so both can be captured. A step writes
+every tensor where it is, and the next one goes on from it.
 """
 
 from dataclasses import dataclass
@@ -13,25 +13,34 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from molora_kernels.averages import precision, remember
-
-FEW = 16  # tokens below which each goes through the MLP by itself
-PROGRAMS = 128  # that a product is cut into at least, where it can be: about as many as a GPU runs side by side
+from molora_kernels.affine import affine
+from molora_kernels.averages import remember
+from molora_kernels.gates import remember_gated, step_gated
 
 
 @dataclass
 class RouterWeights:
     """One part of a router; float32, contiguous.
 
-    table: [V, W], z of each token id. w1: [H, (1 + D) W]. w2: [rows, H].
+    table: [V, W], z of each token id. decays: [D]. w1: [H, (1 + D) W], or [H, W + U]. w2: [rows, H]. gates: [2 U, R W],
+    of a gated memory that has no decays, and gates_bias: [2 U].
     """
 
     table: torch.Tensor
-    decays: torch.Tensor  # [D]
+    decays: torch.Tensor
     w1: torch.Tensor
     b1: torch.Tensor
     w2: torch.Tensor
     b2: torch.Tensor
+    gates: torch.Tensor | None = None
+    gates_bias: torch.Tensor | None = None
+
+    def new_memory(self, batch: int) -> torch.Tensor:
+        """[batch, D, W], or of a gated memory [batch, (R - 1) W + U]: the last z, newest first, and h. Zeros."""
+        width = self.table.shape[1]
+        if self.gates is None:
+            return self.w1.new_zeros(batch, len(self.decays), width)
+        return self.w1.new_zeros(batch, self.gates.shape[1] - width + len(self.gates) // 2)
 
 
 @dataclass
@@ -60,8 +69,9 @@ class Choice:
 
 @dataclass
 class StepState:
-    """Written by a step. memory: [N, D, W], u: [N, (1 + D) W], q: [N, H], logits: [N, rows] float32. slots: [N, S]
-    int32. weights: [N, S] float32."""
+    """Written by a step. memory: as :meth:`RouterWeights.new_memory`, u: [N, W + memory's], q: [N, H], logits:
+    [N, rows] float32. slots: [N, S] int32. weights: [N, S] float32. seen: [N, R W] and opened: [N, 2 U], what the gates
+    read and gave."""
 
     memory: torch.Tensor
     u: torch.Tensor
@@ -69,24 +79,28 @@ class StepState:
     logits: torch.Tensor
     slots: torch.Tensor
     weights: torch.Tensor
+    seen: torch.Tensor | None = None
+    opened: torch.Tensor | None = None
 
     @classmethod
     def new(cls, batch: int, router: RouterWeights, columns: int) -> "StepState":
-        device, width = router.w1.device, router.table.shape[1]
+        device = router.w1.device
+        gates = () if router.gates is None else (router.w1.new_zeros(batch, n) for n in reversed(router.gates.shape))
         return cls(
-            torch.zeros(batch, len(router.decays), width, device=device),
+            router.new_memory(batch),
             torch.zeros(batch, router.w1.shape[1], device=device),
             torch.zeros(batch, router.w1.shape[0], device=device),
             torch.zeros(batch, router.w2.shape[0], device=device),
             torch.full((batch, columns), -1, dtype=torch.int32, device=device),
             torch.ones(batch, columns, device=device),
+            *gates,
         )
 
 
 @dataclass
 class PromptRoutes:
-    """What routing N sequences of T tokens gives. z: [N, T, W], memory: [N, D, W] after the last token, q: [N, T, H],
-    logits: [N, T, rows] float32. slots: [N, T, S] int32. weights: [N, T, S] float32."""
+    """What routing N sequences of T tokens gives. z: [N, T, W], memory: after the last token, q: [N, T, H], logits:
+    [N, T, rows] float32. slots: [N, T, S] int32. weights: [N, T, S] float32."""
 
     z: torch.Tensor
     memory: torch.Tensor
@@ -117,55 +131,6 @@ def _remember_kernel(
         new = tl.where(real, decay * old + (1.0 - decay) * z, old)
         tl.store(cell, new, mask=w < width)
         tl.store(u + (1 + d) * width, new, mask=w < width)
-
-
-@triton.jit
-def _affine_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, tokens, width_in, width_out,
-    SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """y = W x + b in float32: a few rows of W, read before x is there, for one token or for a block of them."""
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    d = tl.arange(0, BLOCK_D)
-    b = tl.load(b_ptr + o, mask=o < width_out, other=0.0)
-    if BLOCK_T == 1:
-        w = tl.load(
-            w_ptr + o[:, None] * width_in + d[None, :],
-            mask=(o < width_out)[:, None] & (d < width_in)[None, :], other=0.0,
-        )  # fmt: skip
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        t = tl.program_id(1)
-        x = tl.load(x_ptr + t * width_in + d, mask=d < width_in, other=0.0)
-        y = tl.sum(w * x[None, :], 1) + b
-        if SILU:
-            y = y / (1.0 + tl.exp(-y))
-        tl.store(y_ptr + t * width_out + o, y, mask=o < width_out)
-    else:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        t = (tl.program_id(1) * BLOCK_T).to(tl.int64) + tl.arange(0, BLOCK_T)
-        acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-        for start in range(0, width_in, BLOCK_D):
-            at = start + d
-            x = tl.load(
-                x_ptr + t[:, None] * width_in + at[None, :],
-                mask=(t < tokens)[:, None] & (at < width_in)[None, :], other=0.0,
-            )  # fmt: skip
-            w = tl.load(
-                w_ptr + o[None, :] * width_in + at[:, None],
-                mask=(o < width_out)[None, :] & (at < width_in)[:, None], other=0.0,
-            )  # fmt: skip
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        many = acc + b[None, :]
-        if SILU:
-            many = many / (1.0 + tl.exp(-many))
-        tl.store(
-            y_ptr + t[:, None] * width_out + o[None, :], many, mask=(t < tokens)[:, None] & (o < width_out)[None, :]
-        )
 
 
 @triton.jit
@@ -256,12 +221,19 @@ def route_step(
         raise ValueError(f"{N} token ids, and masks, selections or a state for another number of sequences.")
     launch = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
     width = router.table.shape[1]
-    _remember_kernel[(N,)](
-        ids, real, router.table, router.decays, state.memory, state.u, width,
-        DECAYS=len(router.decays), BLOCK_W=triton.next_power_of_2(width), num_warps=1, **launch,
-    )  # fmt: skip
-    _affine(state.u, router.w1, router.b1, state.q, True, launch)
-    _affine(state.q, router.w2, router.b2, state.logits, False, launch)
+    if router.gates is None:
+        _remember_kernel[(N,)](
+            ids, real, router.table, router.decays, state.memory, state.u, width,
+            DECAYS=len(router.decays), BLOCK_W=triton.next_power_of_2(width), num_warps=1, **launch,
+        )  # fmt: skip
+    else:
+        assert router.gates_bias is not None and state.seen is not None and state.opened is not None
+        step_gated(
+            ids, real, router.table, router.gates, router.gates_bias, state.memory, state.seen, state.opened, state.u,
+            launch,
+        )  # fmt: skip
+    affine(state.u, router.w1, router.b1, state.q, True, launch)
+    affine(state.q, router.w2, router.b2, state.logits, False, launch)
     _choose(state.logits, candidates, choice, state.slots, state.weights, softmax, 1, launch)
     return state
 
@@ -275,14 +247,14 @@ def route_prompt(
     memory: torch.Tensor | None,
     softmax: bool,
 ) -> PromptRoutes:
-    """Routes all tokens of N sequences in five launches.
+    """Routes all tokens of N sequences in five launches, or with a gated memory in six.
 
     Args:
         ids: [N, T] int, token ids, all below V: they are not looked at on the host. None: ``router.table`` is
             [N * T, W], z of each token.
         real: [N, T] bool, False at padding, which the memory does not take in; of any strides.
         router, candidates, choice, softmax: as for :func:`route_step`.
-        memory: [N, D, W] float32, what is remembered of tokens before; None: nothing.
+        memory: float32, as :meth:`RouterWeights.new_memory`, what is remembered of tokens before; None: nothing.
 
     Raises:
         ValueError: ``choice`` is of another number of sequences.
@@ -290,11 +262,15 @@ def route_prompt(
     N, T = real.shape
     if len(choice.allowed) != N:
         raise ValueError(f"{N} sequences, and selections for {len(choice.allowed)}.")
-    z, u, memory = remember(router.table, ids, real, router.decays, memory)
+    if router.gates is None:
+        z, u, memory = remember(router.table, ids, real, router.decays, memory)
+    else:
+        assert router.gates_bias is not None
+        z, u, memory = remember_gated(router.table, ids, real, router.gates, router.gates_bias, memory)
     q, logits = u.new_empty(N, T, len(router.w1)), u.new_empty(N, T, len(router.w2))
     launch = {"PDL": False}
-    _affine(u.flatten(0, 1), router.w1, router.b1, q, True, launch)
-    _affine(q.flatten(0, 1), router.w2, router.b2, logits, False, launch)
+    affine(u.flatten(0, 1), router.w1, router.b1, q, True, launch)
+    affine(q.flatten(0, 1), router.w2, router.b2, logits, False, launch)
     return PromptRoutes(z, memory, q, logits, *choose(logits, candidates, choice, softmax))
 
 
@@ -332,27 +308,3 @@ def _choose(
         LAYERS=len(candidates.firsts) - 1, MOST=triton.next_power_of_2(columns), SOFTMAX=softmax, BLOCK_C=64,
         num_warps=1, **launch,
     )  # fmt: skip
-
-
-def _affine(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, silu: bool, launch: dict[str, bool]
-) -> None:
-    """y = W x + b, with SiLU if ``silu``. x: [T, D], y: [..., O] for as many tokens; float32."""
-    block_t, block_o, block_d = _affine_blocks(len(x), *w.shape)
-    _affine_kernel[(triton.cdiv(len(w), block_o), triton.cdiv(len(x), block_t))](
-        x, w, b, y, len(x), w.shape[1], w.shape[0],
-        SILU=silu, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_T=block_t, PRECISION=precision(x.device), num_warps=4,
-        **launch,
-    )  # fmt: skip
-
-
-def _affine_blocks(tokens: int, width_out: int, width_in: int) -> tuple[int, int, int]:
-    """How many tokens, outputs and inputs a program takes at once: so few that there are programs enough."""
-    if tokens < FEW:
-        return 1, 16, triton.next_power_of_2(width_in)
-    block_t, block_o = 64, max(16, min(64, triton.next_power_of_2(width_out)))
-    while block_t > 16 and triton.cdiv(tokens, block_t) * triton.cdiv(width_out, block_o) < PROGRAMS:
-        block_t //= 2
-    while block_o > 16 and triton.cdiv(tokens, block_t) * triton.cdiv(width_out, block_o) < PROGRAMS:
-        block_o //= 2
-    return block_t, block_o, 32 if block_t * block_o >= 1024 else 64  # registers are few

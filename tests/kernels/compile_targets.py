@@ -8,12 +8,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from molora_kernels import (
+    affine,
     attention,
     averages,
     blocks,
     epilogue_block,
     epilogue_token,
     expand,
+    gates,
     linear,
     outer,
     route,
@@ -66,7 +68,12 @@ KERNELS = {
     averages._ends_kernel: {"DECAYS": 2, "CHUNK": 32, "BLOCK_W": 32},
     averages._averages_kernel: {"DECAYS": 2, "CHUNK": 32, "BLOCK_C": 64, "BLOCK_W": 32},
     route._remember_kernel: {"DECAYS": 2, "BLOCK_W": 128},
-    route._affine_kernel: {"SILU": True, "BLOCK_O": 64, "BLOCK_D": 32, "BLOCK_T": 64},
+    affine._affine_kernel: {"SILU": True, "BLOCK_O": 64, "BLOCK_D": 32, "BLOCK_T": 64},
+    gates._places_kernel: {"BLOCK_T": 1024},
+    gates._chunks_kernel: {"REACH": 4, "CHUNK": 16, "BLOCK_W": 64, "BLOCK_U": 32},
+    gates._carry_kernel: {"REACH": 4, "CHUNK": 16, "BLOCK_C": 64, "BLOCK_W": 128, "BLOCK_U": 32},
+    gates._see_kernel: {"REACH": 4, "BLOCK_W": 128},
+    gates._open_kernel: {"BLOCK_U": 128},
     route._choose_kernel: {"LAYERS": 3, "MOST": 4, "SOFTMAX": True, "BLOCK_C": 64},
 }
 ROUTE = {  # of integers and float32 alone
@@ -75,13 +82,20 @@ ROUTE = {  # of integers and float32 alone
     averages._ends_kernel,
     averages._averages_kernel,
     route._remember_kernel,
-    route._affine_kernel,
+    affine._affine_kernel,
+    gates._places_kernel,
+    gates._chunks_kernel,
+    gates._carry_kernel,
+    gates._see_kernel,
+    gates._open_kernel,
     route._choose_kernel,
 }
 POINTERS = {
     **dict.fromkeys(["order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
     **dict.fromkeys(["slots_ptr", "lists_ptr", "counts_ptr"], "i32"),
-    **dict.fromkeys(["first_ptr", "count_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),
+    **dict.fromkeys(
+        ["first_ptr", "count_ptr", "places_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"
+    ),
     **dict.fromkeys(["forced_ptr"], "i32"),
     **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
     **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr", "parts_ptr", "best_ptr", "total_ptr"], "fp32"),

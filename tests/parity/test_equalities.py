@@ -26,7 +26,7 @@ def make_stack(adapters: dict[str, Path], **layer: Any) -> Stack:
 def make_routed(base: Any, adapters: dict[str, Path], seed: int = 3, top_k: int = 1, **config: Any) -> MoLoRAModel:
     """A routed model whose router is random enough that its choices change from token to token."""
     torch.manual_seed(seed)
-    settings = RouterConfig(width=8, hidden=16, **config)
+    settings = RouterConfig(**{"width": 8, "hidden": 16, **({} if "decays" in config else {"units": 12}), **config})
     model = MoLoRAModel.from_base(copy.deepcopy(base), make_stack(adapters, top_k=top_k), settings)
     assert isinstance(model.router, Router)
     for part in model.router.parts:
@@ -38,6 +38,7 @@ def make_routed(base: Any, adapters: dict[str, Path], seed: int = 3, top_k: int 
 ROUTED: dict[str, dict[str, Any]] = {
     "embedding": {"reads": 0},
     "no-memory": {"reads": 0, "decays": ()},
+    "averages": {"reads": 0, "decays": (0.8, 0.95)},
     "layer-1": {"reads": 1},
     "two-routers": {"reads": (0, 2)},
     "softmax-top2": {"reads": 0, "weights": "softmax", "top_k": 2},

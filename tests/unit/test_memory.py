@@ -3,9 +3,21 @@
 import pytest
 import torch
 
-from molora.memory import CHUNK, Memory, moving_averages
+from molora.gates import Gates
+from molora.memory import CHUNK, Averages, Memory, Rule, moving_averages
 
 DECAYS = torch.tensor([0.5, 0.8, 0.95, 0.999])
+
+
+def rule(kind: str) -> Rule:
+    """A memory of tokens of width 5."""
+    if kind == "averages":
+        return Averages(DECAYS, 5)
+    generator = torch.Generator().manual_seed(3)
+    return Gates(torch.randn(6, 20, generator=generator), torch.randn(6, generator=generator), 5)
+
+
+RULES = ["averages", "gates"]
 
 
 def loop(
@@ -76,10 +88,14 @@ def test_no_decays() -> None:
 
 @pytest.mark.parametrize("pieces", [[1] * 5 + [CHUNK + 40], [CHUNK + 44, 1], [20, 60, 1, CHUNK - 36]])
 @pytest.mark.parametrize("padding", ["none", "left", "middle"])
-def test_appended_pieces_are_the_whole(pieces: list[int], padding: str) -> None:
+@pytest.mark.parametrize("kind", RULES)
+def test_appended_pieces_are_the_whole(kind: str, pieces: list[int], padding: str) -> None:
     z, real = inputs(sum(pieces), padding)
-    expected = loop(z, real, DECAYS, torch.zeros(3, len(DECAYS), 5))
-    memory = Memory(3, 5, DECAYS)
+    expected = rule(kind)(z, real, rule(kind).empty(3))
+    if kind == "averages":
+        averages, state = loop(z, real, DECAYS, torch.zeros(3, len(DECAYS), 5))
+        expected = averages.flatten(2), state
+    memory = Memory(3, 5, rule(kind))
     found = [memory.append(a, b) for a, b in zip(z.split(pieces, 1), real.split(pieces, 1), strict=True)]
     assert len(memory) == sum(pieces) and memory.batch == 3
     assert (torch.cat(found, 1) - expected[0]).abs().max() < 1e-5
@@ -87,9 +103,10 @@ def test_appended_pieces_are_the_whole(pieces: list[int], padding: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 30, CHUNK + 20, CHUNK + 70, 10_000])
-def test_cropped_is_never_seen(length: int) -> None:
+@pytest.mark.parametrize("kind", RULES)
+def test_cropped_is_never_seen(kind: str, length: int) -> None:
     z, real = inputs(CHUNK + 70, "middle")
-    memory, shorter = Memory(3, 5, DECAYS), Memory(3, 5, DECAYS)
+    memory, shorter = Memory(3, 5, rule(kind)), Memory(3, 5, rule(kind))
     memory.append(z, real)
     memory.crop(length)
     if length:
@@ -101,16 +118,17 @@ def test_cropped_is_never_seen(length: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["select", "repeat"])
-def test_sequences_move(how: str) -> None:
+@pytest.mark.parametrize("kind", RULES)
+def test_sequences_move(kind: str, how: str) -> None:
     z, real = inputs(33, "left")
-    memory = Memory(3, 5, DECAYS)
+    memory = Memory(3, 5, rule(kind))
     memory.append(z, real)
     order = torch.tensor([2, 0, 0, 1]) if how == "select" else torch.tensor([0, 0, 1, 1, 2, 2])
     if how == "select":
         memory.select(order)
     else:
         memory.repeat(2)
-    direct = Memory(len(order), 5, DECAYS)
+    direct = Memory(len(order), 5, rule(kind))
     direct.append(z[order], real[order])
     assert memory.batch == len(order)
     for name in ("z", "real", "state"):

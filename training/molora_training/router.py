@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from molora import MoLoRAModel, Router, RouterConfig, Stack
+from molora import MoLoRAModel, Router, Stack
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, DataError, NonFiniteError
 from molora.router import NEVER, SAMPLES
@@ -100,7 +100,7 @@ def load_model(settings: RouterTrainSettings, device: torch.device) -> MoLoRAMod
     else:
         torch.manual_seed(settings.seed)
         rows, hidden = router_rows(model.stack), model.config.get_text_config().hidden_size
-        model.set_router(Router(RouterConfig(**asdict(settings.router)), rows, hidden))
+        model.set_router(Router(settings.router, rows, hidden))
     return model
 
 

@@ -4,20 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from molora import RouterConfig
 from molora.errors import ConfigError
 from molora_training.settings import work_folder
-
-
-@dataclass(frozen=True)
-class RouterShape:
-    """The router: see :class:`molora.RouterConfig`. ``reads``: [0], [m] or [0, m]."""
-
-    reads: tuple[int, ...] = (0,)
-    weights: Literal["unit", "softmax"] = "unit"
-    width: int = 128
-    hidden: int = 256
-    decays: tuple[float, ...] = (0.8, 0.95)
-    learn_decays: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +47,7 @@ class RouterTrainSettings:
     data: Path
     base: str | None = None
     start: Literal["new", "saved"] = "new"
-    router: RouterShape = field(default_factory=RouterShape)
+    router: RouterConfig = field(default_factory=RouterConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     mixed: int = 6000
     documents: int = 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from molora import Router, Stack, StackLayer
+from molora import Router, RouterConfig, Stack, StackLayer
 from molora.saved import load, save
 from molora.selection import router_rows
 from molora_training import adapter, personas, router
@@ -32,7 +32,7 @@ from molora_training.data import (
     write_examples,
 )
 from molora_training.evaluate import INTEGRATION
-from molora_training.router_settings import LossWeights, RouterShape, RouterTrainSettings
+from molora_training.router_settings import LossWeights, RouterTrainSettings
 
 CONFIG = Path(__file__).parent / "configs" / "starter.yaml"
 COMMAND = "molora train starter"
@@ -72,7 +72,7 @@ class RouterVariant:
     so many of each layer are there.
     """
 
-    router: RouterShape = field(default_factory=RouterShape)
+    router: RouterConfig = field(default_factory=RouterConfig)
     loss: LossWeights = field(default_factory=LossWeights)
     start: str | None = None
     without: tuple[str, ...] = ()

@@ -1,0 +1,293 @@
+"""A router's gated memory in Triton, for a whole prompt in three launches and for a decode step in three.
+
+(g~_t, c_t) = V s_t + b with s_t the z of the last R real tokens, newest first, and g_t = sigmoid(g~_t);
+h_t = (1 - g_t) h_{t-1} + g_t c_t at each real token, h_t = h_{t-1} at padding. The state of a sequence is the z of its
+last R - 1 real tokens, newest first, and h.
+
+In a prompt, chunks of tokens are scanned side by side from nothing; then each adds what those before it leave.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from molora_kernels.affine import affine, precision
+from molora_kernels.averages import _is_real
+
+CHUNK = 16  # tokens
+_LENGTHS = ["tokens", "chunks", "real_n", "real_t"]  # a prompt of another length compiles nothing
+
+
+@triton.jit(do_not_specialize=["tokens", "real_n", "real_t"])
+def _places_kernel(real_ptr, places_ptr, count_ptr, tokens, real_n, real_t, BLOCK_T: tl.constexpr):
+    """The places of a sequence's real tokens, one after the other, and how many there are up to each token."""
+    n = tl.program_id(0).to(tl.int64)
+    before = 0
+    for first in range(0, tokens, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        real = (tl.load(real_ptr + n * real_n + t * real_t, mask=t < tokens, other=0) != 0).to(tl.int32)
+        count = before + tl.cumsum(real, 0)
+        tl.store(count_ptr + n * tokens + t, count, mask=t < tokens)
+        tl.store(places_ptr + n * tokens + count - 1, t, mask=real != 0)
+        before += tl.sum(real, 0)
+
+
+@triton.jit
+def _place(n, number, places_ptr, tokens, there):
+    """Where in the prompt a sequence's real token of this number is; without places all are real."""
+    if places_ptr is None:
+        return number
+    return tl.load(places_ptr + n * tokens + number, mask=there, other=0)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _chunks_kernel(
+    table_ptr, ids_ptr, z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, gates_ptr, bias_ptr,
+    u_ptr, keep_ptr, kept_ptr, ends_ptr,
+    tokens, width, units, chunks, real_n, real_t,
+    REACH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A chunk's h from nothing, into u, and how much of what was before each token keeps. z is copied from the table,
+    if there are ids, and into u."""
+    n = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    i = tl.arange(0, CHUNK)
+    t = chunk * CHUNK + i
+    inside = t < tokens
+    unit = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
+    mine = unit < units
+    token = n * tokens + t
+    state = start_ptr
+    if start_ptr is not None:
+        state += n * ((REACH - 1) * width + units)
+    real = _is_real(n, t, real_ptr, tokens, real_n, real_t)
+    count = tl.where(real != 0, t + 1, 0) if count_ptr is None else tl.load(count_ptr + token, mask=inside, other=0)
+    gate = tl.zeros((CHUNK, BLOCK_U), tl.float32)
+    candidate = tl.zeros((CHUNK, BLOCK_U), tl.float32)
+    for k in tl.static_range(REACH):
+        number = count - 1 - k
+        there = inside & (number >= 0)
+        if k == 0:
+            place = t
+            there = inside
+        else:
+            place = _place(n, number, places_ptr, tokens, there)
+        row = n * tokens + place
+        if ids_ptr is not None:
+            row = tl.load(ids_ptr + row, mask=there, other=0).to(tl.int64)
+        for first in range(0, width, BLOCK_W):
+            w = first + tl.arange(0, BLOCK_W)
+            if ids_ptr is None:
+                z = tl.load(
+                    z_ptr + row[:, None] * width + w[None, :], mask=there[:, None] & (w < width)[None, :], other=0.0
+                )
+            else:
+                z = tl.load(
+                    table_ptr + row[:, None] * width + w[None, :], mask=there[:, None] & (w < width)[None, :], other=0.0
+                )
+            if k == 0:
+                if tl.program_id(2) == 0:
+                    here = inside[:, None] & (w < width)[None, :]
+                    tl.store(u_ptr + token[:, None] * (width + units) + w[None, :], z, mask=here)
+                    if ids_ptr is not None:
+                        tl.store(z_ptr + token[:, None] * width + w[None, :], z, mask=here)
+                z = tl.where(real[:, None] != 0, z, 0.0)  # whatever padding holds
+            elif start_ptr is not None:
+                old = inside & (number < 0) & (number >= 1 - REACH)
+                z += tl.load(
+                    state + (-1 - number)[:, None] * width + w[None, :],
+                    mask=old[:, None] & (w < width)[None, :], other=0.0,
+                )  # fmt: skip
+            at = unit[None, :] * (REACH * width) + (k * width + w)[:, None]
+            takes = mine[None, :] & (w < width)[:, None]
+            gate = tl.dot(z, tl.load(gates_ptr + at, mask=takes, other=0.0), gate, input_precision=PRECISION)
+            at += units * (REACH * width)
+            candidate = tl.dot(z, tl.load(gates_ptr + at, mask=takes, other=0.0), candidate, input_precision=PRECISION)
+    gate += tl.load(bias_ptr + unit, mask=mine, other=0.0)[None, :]
+    candidate += tl.load(bias_ptr + units + unit, mask=mine, other=0.0)[None, :]
+    # log of 1 - sigmoid, without overflow; 0 at padding, where all is kept
+    log = -(tl.maximum(gate, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(gate)))) * real[:, None]
+    new = candidate / (1.0 + tl.exp(-gate)) * real[:, None]
+    kept = tl.cumsum(log, 0)
+    between = kept[:, None, :] - kept[None, :, :]
+    visible = (i[:, None] >= i[None, :])[:, :, None]
+    h = tl.sum(tl.where(visible, tl.exp(tl.minimum(between, 0.0)), 0.0) * new[None, :, :], 1)
+    here = inside[:, None] & mine[None, :]
+    tl.store(u_ptr + token[:, None] * (width + units) + width + unit[None, :], h, mask=here)
+    tl.store(keep_ptr + token[:, None] * units + unit[None, :], tl.exp(kept), mask=here)
+    end = (n * chunks + chunk) * units + unit
+    tl.store(kept_ptr + end, tl.sum(log, 0), mask=mine)
+    # rows past the last token are like padding: the last row is the chunk's end
+    last = (i == CHUNK - 1)[:, None]
+    tl.store(ends_ptr + end, tl.sum(tl.where(last, h, 0.0), 0), mask=mine)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _carry_kernel(
+    z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, keep_ptr, kept_ptr, ends_ptr, u_ptr, state_ptr,
+    tokens, width, units, chunks, real_n, real_t,
+    REACH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """Adds to a chunk's h what is left of before it; the last chunk writes the state."""
+    n = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    t = chunk * CHUNK + tl.arange(0, CHUNK)
+    unit = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
+    mine = unit < units
+    state = n * ((REACH - 1) * width + units)
+    carried = tl.zeros((BLOCK_U,), tl.float32)
+    if start_ptr is not None:
+        carried = tl.load(start_ptr + state + (REACH - 1) * width + unit, mask=mine, other=0.0)
+    for first in range(0, chunk, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        at = (n * chunks + c)[:, None] * units + unit[None, :]
+        before = (c < chunk)[:, None] & mine[None, :]
+        log = tl.load(kept_ptr + at, mask=before, other=0.0)
+        ends = tl.load(ends_ptr + at, mask=before, other=0.0)
+        total = tl.sum(log, 0)
+        carried = carried * tl.exp(total) + tl.sum(ends * tl.exp(total[None, :] - tl.cumsum(log, 0)), 0)
+    here = (t < tokens)[:, None] & mine[None, :]
+    token = n * tokens + t
+    at = token[:, None] * (width + units) + width + unit[None, :]
+    keep = tl.load(keep_ptr + token[:, None] * units + unit[None, :], mask=here, other=0.0)
+    h = tl.load(u_ptr + at, mask=here, other=0.0) + keep * carried[None, :]
+    tl.store(u_ptr + at, h, mask=here)
+    if chunk == chunks - 1:
+        last = tl.sum(tl.where((t == tokens - 1)[:, None], h, 0.0), 0)
+        tl.store(state_ptr + state + (REACH - 1) * width + unit, last, mask=mine)
+        if tl.program_id(2) == 0:
+            if count_ptr is None:
+                total = tl.where(tl.load(real_ptr + n * real_n) != 0, tokens, 0)
+            else:
+                total = tl.load(count_ptr + n * tokens + tokens - 1)
+            for k in tl.static_range(REACH - 1):
+                number = total - 1 - k
+                place = _place(n, number, places_ptr, tokens, number >= 0)
+                for first in range(0, width, BLOCK_W):
+                    w = first + tl.arange(0, BLOCK_W)
+                    row = (n * tokens + place) * width + w
+                    z = tl.load(z_ptr + row, mask=(number >= 0) & (w < width), other=0.0)
+                    if start_ptr is not None:
+                        old = start_ptr + state + (-1 - number) * width + w
+                        z += tl.load(old, mask=(number < 0) & (w < width), other=0.0)
+                    tl.store(state_ptr + state + k * width + w, z, mask=w < width)
+
+
+def remember_gated(
+    source: torch.Tensor,
+    ids: torch.Tensor | None,
+    real: torch.Tensor,
+    gates: torch.Tensor,
+    bias: torch.Tensor,
+    start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """u_t = [z_t, h_t] of every token, by the recurrence of this module.
+
+    Args:
+        source: float32: [V, W], z of each token id; without ids [N * T, W], z of each token.
+        ids: [N, T] int, all below V: they are not looked at on the host; or None.
+        real: [N, T] bool, False at padding, T from 1; of any strides.
+        gates: V, [2 U, R W] float32. bias: b, [2 U] float32.
+        start: [N, (R - 1) W + U] float32, the state before the first token; None: zeros.
+
+    Returns:
+        z [N, T, W], u [N, T, W + U], and [N, (R - 1) W + U], the state after the last token; float32, without
+        gradients.
+    """
+    (N, T), W, U = real.shape, source.shape[1], len(gates) // 2
+    source, gates, bias = source.contiguous(), gates.contiguous(), bias.contiguous()
+    start = None if start is None else start.contiguous()
+    chunks, reach = triton.cdiv(T, CHUNK), gates.shape[1] // W
+    z = source.view(N, T, W) if ids is None else source.new_empty(N, T, W)
+    u, state = source.new_empty(N, T, W + U), source.new_empty(N, (reach - 1) * W + U)
+    keep = source.new_empty(N, T, U)
+    kept, ends = source.new_empty(N, chunks, U), source.new_empty(N, chunks, U)
+    places = count = None
+    if real.stride(1):  # else a sequence is real or padding as a whole, and the tokens are in their order
+        places, count = torch.empty(2, N, T, dtype=torch.int32, device=real.device)
+        _places_kernel[(N,)](real, places, count, T, *real.stride(), BLOCK_T=1024, num_warps=4)
+    table = None if ids is None else source
+    ids = None if ids is None else ids.contiguous()
+    block = max(16, min(32, triton.next_power_of_2(U)))
+    grid, sizes = (N, chunks, triton.cdiv(U, block)), (T, W, U, chunks, *real.stride())
+    shape = {"REACH": reach, "CHUNK": CHUNK, "BLOCK_U": block, "num_warps": 4}
+    _chunks_kernel[grid](
+        table, ids, z, real, places, count, start, gates, bias, u, keep, kept, ends, *sizes,
+        BLOCK_W=max(16, min(64, triton.next_power_of_2(W))), PRECISION=precision(u.device), **shape,
+    )  # fmt: skip
+    _carry_kernel[grid](
+        z, real, places, count, start, keep, kept, ends, u, state, *sizes,
+        BLOCK_C=64, BLOCK_W=triton.next_power_of_2(W), **shape,
+    )  # fmt: skip
+    return z, u, state
+
+
+@triton.jit
+def _see_kernel(
+    ids_ptr, real_ptr, table_ptr, state_ptr, seen_ptr, u_ptr, width, units,
+    REACH: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Puts a token's z before those that the state remembers, for the gates to read, and into the state if real."""
+    n = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, BLOCK_W)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    z = tl.load(table_ptr + tl.load(ids_ptr + n).to(tl.int64) * width + w, mask=w < width, other=0.0)
+    real = tl.load(real_ptr + n) != 0
+    tl.store(u_ptr + n * (width + units) + w, z, mask=w < width)
+    for k in tl.static_range(REACH):
+        tl.store(seen_ptr + (n * REACH + k) * width + w, z, mask=w < width)
+        if k < REACH - 1:
+            cell = state_ptr + n * ((REACH - 1) * width + units) + k * width + w
+            older = tl.load(cell, mask=w < width, other=0.0)
+            tl.store(cell, z, mask=real & (w < width))
+            z = older
+
+
+@triton.jit
+def _open_kernel(
+    opened_ptr, real_ptr, state_ptr, u_ptr, width, units, past,
+    BLOCK_U: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    unit = tl.arange(0, BLOCK_U)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    mine = unit < units
+    gate = tl.load(opened_ptr + n * 2 * units + unit, mask=mine, other=0.0)
+    candidate = tl.load(opened_ptr + n * 2 * units + units + unit, mask=mine, other=0.0)
+    gate = 1.0 / (1.0 + tl.exp(-gate))
+    cell = state_ptr + n * (past + units) + past + unit
+    h = tl.load(cell, mask=mine, other=0.0)
+    h = tl.where(tl.load(real_ptr + n) != 0, h + gate * (candidate - h), h)
+    tl.store(cell, h, mask=mine)
+    tl.store(u_ptr + n * (width + units) + width + unit, h, mask=mine)
+
+
+def step_gated(
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    table: torch.Tensor,
+    gates: torch.Tensor,
+    bias: torch.Tensor,
+    state: torch.Tensor,
+    seen: torch.Tensor,
+    opened: torch.Tensor,
+    u: torch.Tensor,
+    launch: dict[str, bool],
+) -> None:
+    """One token of each of N sequences: writes ``state`` in place, ``u``, and the scratch ``seen`` [N, R W] and
+    ``opened`` [N, 2 U]. Others as for :func:`remember_gated`, ``launch`` as for :func:`molora_kernels.affine.affine`.
+    """
+    N, W, U = len(ids), table.shape[1], len(gates) // 2
+    reach = gates.shape[1] // W
+    _see_kernel[(N,)](
+        ids, real, table, state, seen, u, W, U, REACH=reach, BLOCK_W=triton.next_power_of_2(W), num_warps=1, **launch
+    )
+    affine(seen, gates, bias, opened, False, launch)
+    _open_kernel[(N,)](
+        opened, real, state, u, W, U, (reach - 1) * W, BLOCK_U=triton.next_power_of_2(U), num_warps=1, **launch
+    )

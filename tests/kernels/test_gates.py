@@ -1,0 +1,74 @@
+"""The gated memory of a whole prompt in Triton against the recurrence in float64."""
+
+import pytest
+import torch
+
+from molora_kernels.gates import remember_gated
+from tests.conftest import DEVICE
+from tests.kernels.test_averages import PADDING, close
+from tests.unit.test_gates import loop
+
+
+def given(N: int, T: int, W: int, U: int, padding: str, reach: int = 4, begun: bool = True) -> list[torch.Tensor]:
+    """z, real, gates, bias, state; where nothing has begun the state is zeros."""
+    generator = torch.Generator().manual_seed(0)
+    real = PADDING[padding](torch.ones(N, T, dtype=torch.bool))
+    gates = torch.randn(2 * U, reach * W, generator=generator) / (reach * W) ** 0.5
+    state = torch.randn(N, (reach - 1) * W + U, generator=generator) * begun
+    z = torch.randn(N, T, W, generator=generator)
+    return [z, real, gates, torch.randn(2 * U, generator=generator) - 1, state]
+
+
+def check(z: torch.Tensor, *rest: torch.Tensor, ids: torch.Tensor | None = None, begun: bool = True) -> None:
+    """``z``: of the tokens, or with ids the table. Padding holds NaN where it can."""
+    real, gates, bias, state = rest
+    tokens = z if ids is None else z[ids]
+    h, after = loop(tokens, real, gates, bias, state)
+    source = z if ids is not None else tokens.masked_fill(~real.unsqueeze(2), torch.nan).flatten(0, 1)
+    arguments = (source, ids, real, gates, bias, state if begun else None)
+    mine, u, found = remember_gated(*(None if tensor is None else tensor.to(DEVICE) for tensor in arguments))
+    W = tokens.shape[2]
+    assert torch.equal(mine[real.to(DEVICE)].cpu(), tokens[real]) and torch.equal(u[..., :W].cpu()[real], tokens[real])
+    close(u[..., W:], h)
+    close(found, after)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (2, 2, 12, 5), (2, 64, 12, 40), (2, 150, 100, 33)], ids=str)
+def test_it_is_the_recurrence(shape: tuple[int, int, int, int], padding: str, begun: bool) -> None:
+    check(*given(*shape, padding, begun=begun), begun=begun)
+
+
+@pytest.mark.parametrize("padding", ["none", "holes"])
+@pytest.mark.parametrize("shape", [(1, 1, 128, 128), (3, 1, 20, 8), (2, 70, 33, 17)], ids=str)
+def test_by_token_ids(shape: tuple[int, int, int, int], padding: str) -> None:
+    N, T, W, U = shape
+    generator = torch.Generator().manual_seed(1)
+    table, ids = torch.randn(50, W, generator=generator), torch.randint(50, (N, T), generator=generator)
+    check(table, *given(N, T, W, U, padding)[1:], ids=ids)
+
+
+@pytest.mark.parametrize("reach", [1, 2, 7])
+def test_gates_that_see_more_or_less(reach: int) -> None:
+    check(*given(2, 40, 16, 8, "holes", reach))
+
+
+@pytest.mark.parametrize("layout", ["one for all", "one for each", "a slice"])
+def test_masks_of_any_strides(layout: str) -> None:
+    z, real, *rest = given(2, 40, 16, 8, "none")
+    if layout == "one for all":
+        real = torch.ones(1, 1, dtype=torch.bool).expand(2, 40)
+    elif layout == "one for each":
+        real = torch.tensor([[True], [False]]).expand(2, 40)
+    else:
+        real = PADDING["holes"](torch.ones(2, 90, dtype=torch.bool))[:, -40:]
+    assert not real.is_contiguous()
+    check(z, real, *rest)
+
+
+def test_more_chunks_than_are_summed_at_once() -> None:
+    z, real, *rest = given(1, 2100, 16, 8, "none")
+    real[:, 1000:1040] = False
+    rest[1][:4] = -9  # gates that keep what was long ago
+    check(z, real, *rest)
