@@ -33,14 +33,6 @@ def _places_kernel(real_ptr, places_ptr, count_ptr, tokens, real_n, real_t, BLOC
         before += tl.sum(real, 0)
 
 
-@triton.jit
-def _place(n, number, places_ptr, tokens, there):
-    """Where in the prompt a sequence's real token of this number is; without places all are real."""
-    if places_ptr is None:
-        return number
-    return tl.load(places_ptr + n * tokens + number, mask=there, other=0)
-
-
 @triton.jit(do_not_specialize=_LENGTHS)
 def _chunks_kernel(
     table_ptr, ids_ptr, z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, gates_ptr, bias_ptr,
@@ -72,7 +64,7 @@ def _chunks_kernel(
             place = t
             there = inside
         else:
-            place = _place(n, number, places_ptr, tokens, there)
+            place = number if places_ptr is None else tl.load(places_ptr + n * tokens + number, mask=there, other=0)
         row = n * tokens + place
         if ids_ptr is not None:
             row = tl.load(ids_ptr + row, mask=there, other=0).to(tl.int64)
@@ -106,8 +98,10 @@ def _chunks_kernel(
             candidate = tl.dot(z, tl.load(gates_ptr + at, mask=takes, other=0.0), candidate, input_precision=PRECISION)
     gate += tl.load(bias_ptr + unit, mask=mine, other=0.0)[None, :]
     candidate += tl.load(bias_ptr + units + unit, mask=mine, other=0.0)[None, :]
-    # log of 1 - sigmoid, without overflow; 0 at padding, where all is kept
-    log = -(tl.maximum(gate, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(gate)))) * real[:, None]
+    # log of 1 - sigmoid, without overflow, and exact where little is forgotten; 0 at padding, where all is kept
+    e = tl.exp(-tl.abs(gate))
+    log1p = tl.where(e < 0.01, e * (1.0 - e * (0.5 - e / 3.0)), tl.log(1.0 + e))
+    log = -(tl.maximum(gate, 0.0) + log1p) * real[:, None]
     new = candidate / (1.0 + tl.exp(-gate)) * real[:, None]
     kept = tl.cumsum(log, 0)
     between = kept[:, None, :] - kept[None, :, :]
@@ -163,7 +157,9 @@ def _carry_kernel(
                 total = tl.load(count_ptr + n * tokens + tokens - 1)
             for k in tl.static_range(REACH - 1):
                 number = total - 1 - k
-                place = _place(n, number, places_ptr, tokens, number >= 0)
+                place = number
+                if places_ptr is not None:
+                    place = tl.load(places_ptr + n * tokens + number, mask=number >= 0, other=0)
                 for first in range(0, width, BLOCK_W):
                     w = first + tl.arange(0, BLOCK_W)
                     row = (n * tokens + place) * width + w
