@@ -188,10 +188,11 @@ def measure(
     right = {
         split: {of: accuracy(model, embedding, rows) for of, rows in texts.items()} for split, texts in held_out.items()
     }
+    kept = units or gated * layers + (reach - 1) * WIDTH or len(settings["decays"]) * WIDTH
     return {
         "memory": name, "seed": seed, "validation": right["validation"], "right": right["test"],
         "parameters": sum(p.numel() for p in parameters),
-        "state": units or gated * layers or len(settings["decays"]) * WIDTH, "seconds": round(seconds, 1),
+        "state": kept, "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
