@@ -68,6 +68,8 @@ class RouterConfig:
             raise ConfigError(f"units must be a whole number from 0, not {self.units!r}.")
         if self.units and self.decays:
             raise ConfigError(f"A router's memory has units or decays, not both: {self.units} and {self.decays!r}.")
+        if self.learn_decays and not self.decays:
+            raise ConfigError("learn_decays asks for decays to start from.")
         if not all(isinstance(size, int) and size >= 1 for size in (self.width, self.hidden)):
             raise ConfigError(f"width and hidden must be whole numbers from 1, not {self.width!r}, {self.hidden!r}.")
 

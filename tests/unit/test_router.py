@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_a_change_of_mode_folds_anew(base: Any, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def test_decays_are_kept_until_they_may_change() -> None:
-    router, other = make_router().eval(), make_router(decays=(0.5, 0.6)).eval()
+    router, other = (make_router(decays=decays).eval() for decays in ((0.8, 0.95), (0.5, 0.6)))
     part = part_of(router)
     assert part.fixed_decays() is part.fixed_decays()
     for change in (lambda: part.decay_logits.add_(1), lambda: router.load_state_dict(other.state_dict())):
@@ -252,6 +253,10 @@ def test_z_loss_is_the_squared_logsumexp() -> None:
         {"decays": (0.0,)},
         {"decays": (1.0,)},
         {"decays": (float("nan"),)},
+        {"units": -1},
+        {"units": 1.5},
+        {"units": 8, "decays": (0.5,)},
+        {"learn_decays": True},
         {"width": 0},
         {"hidden": -3},
         {"hidden": "many"},
@@ -268,6 +273,34 @@ def test_settings_from_a_dict() -> None:
     assert config == RouterConfig(reads=(0, 2), decays=(0.5,), weights="softmax") and config.points == (0, 2)
     with pytest.raises(ConfigError, match="Unknown router setting depth"):
         RouterConfig.from_dict({"depth": 3})
+
+
+def test_a_memory_by_default_and_on_demand() -> None:
+    assert (RouterConfig().units, RouterConfig().decays) == (128, ())
+    assert (RouterConfig(decays=(0.8,)).units, RouterConfig(decays=(0.8,)).decays) == (0, (0.8,))
+    assert (RouterConfig(decays=()).units, RouterConfig(units=0).decays) == (0, ())
+    old = {"reads": 0, "weights": "unit", "width": 8, "hidden": 16, "decays": [0.8, 0.95], "learn_decays": False}
+    assert RouterConfig.from_dict(old).units == 0  # as routers were saved before there were gates
+    assert RouterConfig.from_dict(asdict(RouterConfig())) == RouterConfig()
+
+
+@torch.no_grad()
+def test_gated_features_are_the_formula() -> None:
+    part = part_of(make_router(units=6))
+    z, real = torch.randn(1, 2, 8), torch.ones(1, 2, dtype=torch.bool)
+    h = torch.zeros(6)
+    for seen in (torch.cat([z[0, 0], torch.zeros(24)]), torch.cat([z[0, 1], z[0, 0], torch.zeros(16)])):
+        gate, candidate = (part.gates.weight @ seen + part.gates.bias).chunk(2)
+        h = (1 - gate.sigmoid()) * h + gate.sigmoid() * candidate
+    q = torch.nn.functional.silu(part.input.weight @ torch.cat([z[0, 1], h]) + part.input.bias)
+    assert torch.allclose(part.features(z, real, None)[0, 1], q, atol=1e-5)
+
+
+def test_gates_get_a_gradient(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
+    model = make_routed(base, adapters).train()
+    model(ids, labels=ids).loss.backward()
+    for parameter in model.router.parts[0].gates.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
 
 
 def test_a_router_for_something_else() -> None:
@@ -290,7 +323,17 @@ def test_training_routes_are_evaluation_routes(base: Any, adapters: dict[str, Pa
     assert (found.logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", [{}, {"reads": 1}, {"weights": "softmax", "top_k": 2}, {"top_k": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"reads": 1, "decays": (0.8, 0.95)},
+        {"weights": "softmax", "top_k": 2},
+        {"top_k": 2},
+        {"decays": (0.8, 0.95)},
+    ],
+    ids=str,
+)
 def test_router_gradients_are_those_of_a_dense_mixture(
     kind: dict[str, Any], base: Any, adapters: dict[str, Path], ids: torch.Tensor
 ) -> None:
@@ -353,7 +396,7 @@ def dense_loss(model: Any, base: Any, ids: torch.Tensor, top_k: int) -> torch.Te
 def test_learned_decays_get_a_gradient(
     use_cache: bool | None, base: Any, adapters: dict[str, Path], ids: torch.Tensor
 ) -> None:
-    model = make_routed(base, adapters, learn_decays=True).train()
+    model = make_routed(base, adapters, decays=(0.8, 0.95), learn_decays=True).train()
     model(ids, labels=ids, use_cache=use_cache).loss.backward()
     grad = model.router.parts[0].decay_logits.grad
     assert grad is not None and grad.abs().max() > 0
