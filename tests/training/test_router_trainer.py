@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molora import MoLoRAModel
+from molora import MoLoRAModel, RouterConfig
 from molora.errors import ConfigError, DataError, NonFiniteError
 from molora.router import NEVER, SAMPLES
 from molora_training import router_objective
 from molora_training.router import train
-from molora_training.router_settings import LossWeights, RouterShape, RouterTrainSettings
+from molora_training.router_settings import LossWeights, RouterTrainSettings
 from tests.unit.spoken import make_spoken
 
 TEXTS = {"math": "12+34=46 78*9=702 0123", "code": "def f(x): return x", "general": "hello you, good day"}
@@ -42,7 +42,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RouterTrainSett
         out=tmp_path / "out",
         data=data,
         base=str(tmp_path / "base"),
-        router=RouterShape(width=16, hidden=32),
+        router=RouterConfig(width=16, hidden=32, units=16),
         mixed=24,
         epochs=4,
         max_steps=12,

@@ -20,7 +20,7 @@ FOLDERS = {"math-a": "math", "code": "code", "math-b": "law"}
 
 
 def make(folder: Path, names: tuple[str, ...]) -> MoLoRAModel:
-    model = make_spoken(folder, ())
+    model = make_spoken(folder, (), decays=(0.8, 0.95))
     for name in names:
         model.add_adapter("domain", name, folder / FOLDERS[name])
     with torch.no_grad():
