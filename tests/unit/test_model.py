@@ -106,6 +106,7 @@ def test_a_scaled_embedding_routes_as_ids(tmp_path: Path, ids: torch.Tensor) -> 
     base = make_base("gemma3")
     stack = Stack([StackLayer("a", {"x": write_adapter(base, tmp_path / "x", 1)})])
     model = MoLoRAModel.from_base(base, stack, RouterConfig(width=8, hidden=16)).eval()
+    model.router.parts[0].std.fill_(0.05)  # so that the choice changes from token to token
     torch.nn.init.normal_(model.router.parts[0].output.weight, std=3.0)
     found = model(inputs_embeds=base.get_input_embeddings()(ids), output_routes=True)
     expected = model(ids, output_routes=True)
