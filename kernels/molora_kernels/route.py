@@ -247,7 +247,7 @@ def route_prompt(
     memory: torch.Tensor | None,
     softmax: bool,
 ) -> PromptRoutes:
-    """Routes all tokens of N sequences in five launches, or with a gated memory in six.
+    """Routes all tokens of N sequences in five launches, or in six with a gated memory and padding.
 
     Args:
         ids: [N, T] int, token ids, all below V: they are not looked at on the host. None: ``router.table`` is
