@@ -200,6 +200,9 @@ def test_a_models_prompts(
 ) -> None:
     """Turns of a conversation, padded or not, a cache that is cropped and reordered: all as by torch."""
     model = make_routed(base, adapters, **ROUTED[kind])
+    for part in model.router.parts:  # type: ignore[union-attr]
+        part.output.weight.data *= 0.1  # the same choices, by logits that are not in the hundreds
+        part.output.bias.data *= 0.1
     selection, (mine, theirs) = SELECTED[selected], (Routed(model, kernels, monkeypatch) for kernels in (True, False))
     mask = torch.ones_like(ids)
     mask[1, :4] = mask[2, 6:8] = 0
@@ -222,8 +225,7 @@ def test_a_models_prompts(
         assert own.slots.dtype == torch.int64 and torch.equal(own.slots, other.slots)
         assert len(numbers) == len(wanted)
         for a, b in zip(numbers, wanted, strict=True):
-            rounding = 1e-6 * max([100, *b.abs().flatten().tolist()])  # of the largest number
-            assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=rounding)
+            assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_another_number_of_sequences_is_refused() -> None:
