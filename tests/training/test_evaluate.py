@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from molora import MoLoRAModel
-from molora_training.data import Encoded, encode
+from molora_training.data import Encoded, collate, encode
 from molora_training.evaluate import (
     LAYER,
+    Deciding,
     Holding,
     LabelRouter,
     bootstrap,
@@ -136,6 +137,23 @@ def test_holding_by_nothing_is_the_router_and_by_much_stays(model: MoLoRAModel) 
         first = routes.slots[0, 0, 0]
         assert (routes.slots[0, :, 0] == first).all()
     assert all(torch.equal(model.router.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@torch.no_grad()
+def test_deciding_once_an_answer_is_the_routers_choice_where_the_question_ends(model: MoLoRAModel) -> None:
+    batch = collate([row(model, "math", "code"), row(model, "code", "math", "math")], 0)
+    router = Deciding(model.router)
+    router.see(batch)
+    asked = {"selection": {LAYER: "auto"}, "output_routes": True, "use_cache": False}
+    free = model(batch.input_ids, batch.attention_mask, **asked).routes.slots[..., 0]
+    with routed_by(model, router):
+        slots = model(batch.input_ids, batch.attention_mask, **asked).routes.slots[..., 0]
+    answers = batch.labels != -100
+    wanted = free.clone()
+    for n, t in answers.nonzero().tolist():
+        wanted[n, t] = wanted[n, t - 1]
+    real = batch.attention_mask.bool()
+    assert torch.equal(slots[real], wanted[real]) and not torch.equal(free[real], wanted[real])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from molora import MoLoRAModel, RouterConfig
 from molora.errors import ConfigError, DataError, NonFiniteError
 from molora.router import NEVER, SAMPLES
 from molora_training import router_objective
-from molora_training.router import train
+from molora_training.data import IGNORED, collate, encode
+from molora_training.distillation import Teacher
+from molora_training.router import load_model, train
 from molora_training.router_settings import LossWeights, RouterTrainSettings
 from tests.unit.spoken import make_spoken
 
@@ -106,6 +109,47 @@ def test_the_next_token_loss_reaches_the_router(settings: RouterTrainSettings) -
     other = load_file(settings.out.with_name("longer") / "router.safetensors")
     assert not torch.equal(weights["parts.0.output.weight"], other["parts.0.output.weight"])
     assert again["steps"] == 8
+
+
+def test_it_learns_from_what_each_adapter_writes_best(settings: RouterTrainSettings) -> None:
+    loss = LossWeights(label=0.0, distil=1.0)
+    settings = dataclasses.replace(settings, loss=loss, epochs=60, max_steps=60, checkpoint_every=60)
+    metrics = train(settings)
+    assert metrics["validation"]["distil"] < math.log(3)  # of a router that finds all three equally likely
+    model = MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
+    messages = [{"role": "user", "content": TEXTS["code"]}, {"role": "assistant", "content": TEXTS["code"][::-1]}]
+    row = collate([encode(messages, model.tokenizer, ["code"])], 0)
+    taught = Teacher(model, ["domain"])(row)["domain"][0]
+    rows = [model.router.rows.index(f"domain/{name}") for name in ("math", "code", "none")]
+    with torch.no_grad():
+        logits = model(row.input_ids, output_routes=True).routes.logits[0][0, :, rows]
+    said = taught.sum(-1) > 0
+    assert (logits.argmax(-1) == taught.argmax(-1))[said].float().mean() > 0.6
+
+
+def test_what_each_adapter_writes_best_is_its_own_loss_alone(settings: RouterTrainSettings) -> None:
+    model = load_model(settings, torch.device("cpu"))
+    messages = [{"role": "user", "content": "12+34?"}, {"role": "assistant", "content": "46, def f(x)"}]
+    row = collate([encode(messages, model.tokenizer, ["math"])], 0)
+    taught = Teacher(model, ["domain", "user"])(row)["domain"]
+    losses = []
+    for name in ("math", "code", None):
+        chosen = {layer.name: None for layer in model.stack.layers} | {"domain": name}
+        with torch.no_grad():
+            logits = model(row.input_ids, row.attention_mask, selection=chosen).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.mT, row.input_ids[:, 1:], reduction="none"))
+    wanted = (-torch.stack(losses, -1)).softmax(-1)
+    asked = row.labels[:, 1:] == IGNORED
+    torch.testing.assert_close(taught[:, :-1][~asked], wanted[~asked])
+    assert bool((taught[:, :-1][asked] == 0).all()) and bool((taught[:, -1] == 0).all())
+
+
+def test_text_that_belongs_to_none_can_be_left_out(settings: RouterTrainSettings) -> None:
+    assert train(settings)["domains"] == ["math", "code", "general"]
+    assert train(dataclasses.replace(settings, general=False, out=settings.out.with_name("other")))["domains"] == [
+        "math",
+        "code",
+    ]
 
 
 def test_resumed_equals_uninterrupted(settings: RouterTrainSettings) -> None:

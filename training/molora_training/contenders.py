@@ -21,6 +21,7 @@ from molora_training.evaluate import (
     INTEGRATION,
     LAYER,
     TOGETHER,
+    Deciding,
     Holding,
     LabelRouter,
     Losses,
@@ -127,6 +128,8 @@ class Contenders:
             for margin in MARGINS:
                 shown = f"MoLoRA {name}, held by {margin:g} nats"
                 found.append(Contender(shown, "router", self._held(name, margin), digest))
+            shown = f"MoLoRA {name}, decided once an answer"
+            found.append(Contender(shown, "router", self._decided(name), digest))
         return found
 
     def by_logits(self, name: str, kind: str, logits: Callable[[Batch], torch.Tensor], base: Any) -> Row:
@@ -284,6 +287,14 @@ class Contenders:
                 row = self.measured(f"MoLoRA {name}, held by {margin:g} nats", "router", {LAYER: "auto"})
                 row.right = right_by_position(self.model, self.sets.mixed[TURNS], self.domains, self.batch_tokens)
                 return row
+
+        return measure
+
+    def _decided(self, name: str) -> Callable[[], Row]:
+        def measure() -> Row:
+            router = Deciding(self.routers[name])
+            with routed_by(self.model, router):
+                return self.measured(f"MoLoRA {name}, decided once an answer", "router", {LAYER: "auto"}, router.see)
 
         return measure
 

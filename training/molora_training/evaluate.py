@@ -222,6 +222,35 @@ class _HoldingPart(nn.Module):
         return logits
 
 
+class Deciding(nn.Module):
+    """A router that decides once for an answer: where its question ends. It is told where answers are."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.rows, self.points, self.weights, self.check = router.rows, router.points, router.weights, router.check
+        self.parts = nn.ModuleList(_DecidingPart(part) for part in router.parts)
+
+    def see(self, batch: Batch) -> None:
+        """The answers of the next forward."""
+        for part in self.parts:
+            part.answers = batch.labels != IGNORED
+
+
+class _DecidingPart(nn.Module):
+    answers: torch.Tensor  # [B, T] bool
+
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.part = part
+        self.reads, self.signature, self.new_memory = part.reads, part.signature, part.new_memory
+        self.read, self.read_ids, self.features = part.read, part.read_ids, part.features
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        logits = self.part(q)  # [B, T, rows]
+        asked = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2]).masked_fill(self.answers, 0)
+        return logits.gather(1, asked.cummax(1).values.unsqueeze(2).expand_as(logits))
+
+
 def held(logits: torch.Tensor, margin: float) -> torch.Tensor:
     """[B, T] int64: of logits [B, T, C] the best at the first token, and then only one that is better by ``margin``."""
     now = logits[:, 0].argmax(-1)

@@ -12,6 +12,7 @@ from molora.router import balance_loss, entropy, z_loss
 from molora.routing import decoder_layers
 from molora.selection import ResolvedSelection
 from molora_training.data import IGNORED, Batch
+from molora_training.distillation import Teacher
 from molora_training.router_settings import LossWeights
 from molora_training.selections import KeptSelections
 
@@ -74,9 +75,11 @@ class RouterObjective(nn.Module):
         self.targets = {layer: target.to(device) for layer, target in labels.targets.items()}
         self.rows = {layer: torch.tensor(rows, device=device) for layer, rows in labels.rows.items()}
         self.selection = KeptSelections(model, labels.selection(model))  # what is left to the router
+        self.teacher = Teacher(model, labels.rows) if weights.distil else None
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
+        taught = self.teacher(batch) if self.teacher else {}
         self.model.routing.forget()  # before this forward, or its gradients would go through nodes of the last one's
         real = batch.attention_mask.bool()
         terms: dict[str, torch.Tensor] = {}
@@ -91,17 +94,23 @@ class RouterObjective(nn.Module):
             )
         else:
             all_logits = self._logits(batch, real)
-        parts = [self._part(one, batch, real) for one in all_logits if one is not None]
+        parts = [self._part(one, batch, real, taught) for one in all_logits if one is not None]
         for name in parts[0]:
             terms[name] = torch.stack([part[name] for part in parts]).mean()
         for index, part in enumerate(parts):
             terms |= {f"{name}.{index}": value for name, value in part.items() if name.startswith("right/")}
-        weighted = [getattr(self.weights, name) * terms[name] for name in ("lm", "label", *_SIDE) if name in terms]
+        names = [name for name in ("lm", "label", "distil", *_SIDE) if name in terms]
+        weighted = [getattr(self.weights, name) * terms[name] for name in names]
         terms["loss"] = torch.stack(weighted).sum()
         return terms
 
-    def _part(self, logits: torch.Tensor, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor]:
-        """label, balance, z and entropy terms and the share of right tokens, of one part's logits [B, T, rows]."""
+    def _part(
+        self, logits: torch.Tensor, batch: Batch, real: torch.Tensor, taught: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """label, distil, balance, z and entropy terms and the share of right tokens, of one part's logits [B, T, rows].
+
+        taught: by layer, as :class:`Teacher` gives it.
+        """
         terms: dict[str, Any] = {"label": 0.0, **dict.fromkeys(_SIDE, 0.0)}
         for layer, rows in self.rows.items():
             own = logits.index_select(-1, rows)
@@ -109,6 +118,9 @@ class RouterObjective(nn.Module):
             terms["label"] = terms["label"] + nn.functional.cross_entropy(
                 own.flatten(0, 1), target.flatten(), weight=self.class_weights[layer], ignore_index=IGNORED
             )
+            if layer in taught:
+                each = -(taught[layer] * own.log_softmax(-1)).sum(-1)
+                terms["distil"] = terms.get("distil", 0.0) + each.sum() / taught[layer].sum().clamp_min(1)
             for name, side in _SIDE.items():
                 terms[name] = terms[name] + side(own, real)
             terms[f"right/{layer}"] = (own.argmax(-1) == target).sum() / real.sum()

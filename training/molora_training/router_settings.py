@@ -11,19 +11,21 @@ from molora_training.settings import work_folder
 
 @dataclass(frozen=True)
 class LossWeights:
-    """loss = lm * next token + label * cross-entropy to the domain + balance * balance + z * z + entropy * entropy."""
+    """loss = lm * next token + label * cross-entropy to the domain + distil * cross-entropy to the adapters that write
+    the next token best + balance * balance + z * z + entropy * entropy."""
 
     lm: float = 0.0
     label: float = 1.0
+    distil: float = 0.0
     balance: float = 0.0
     z: float = 1e-4
     entropy: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.lm, self.label, self.balance, self.z, self.entropy) < 0:
+        if min(self.lm, self.label, self.distil, self.balance, self.z, self.entropy) < 0:
             raise ConfigError("Loss weights must not be negative.")
-        if self.lm == self.label == 0:
-            raise ConfigError("loss.lm and loss.label are both 0: there is nothing to learn from.")
+        if self.lm == self.label == self.distil == 0:
+            raise ConfigError("loss.lm, loss.label and loss.distil are all 0: there is nothing to learn from.")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class RouterTrainSettings:
         model: a saved MoLoRA, or a stack.yaml.
         out: where the saved MoLoRA with the trained router goes (may be ``model``).
         data: folder of prepared data: ``<domain>.train.jsonl`` and ``.validation.jsonl`` for each adapter that the
-            router shall choose, named like the adapter; ``general`` holds text for which none is right.
+            router shall choose, named like the adapter.
+        general: learn from ``general`` too, text for which none is right, where the folder has it.
         base: of a stack.yaml; a saved MoLoRA names its own.
         start: "new", or "saved": go on from the router that ``model`` has.
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
@@ -53,6 +56,7 @@ class RouterTrainSettings:
     documents: int = 0
     in_a_turn: int = 0
     both: int = 0
+    general: bool = True
     max_length: int = 1024
     epochs: int = 4
     max_steps: int | None = None

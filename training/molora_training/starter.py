@@ -81,6 +81,7 @@ class RouterVariant:
     documents: int | None = None
     in_a_turn: int | None = None
     both: int | None = None
+    general: bool | None = None
     epochs: int | None = None
     batch_tokens: int = 16384
     learning_rate: float = 1e-3
@@ -122,6 +123,7 @@ class StarterSettings:
     router_documents: int = 0
     router_in_a_turn: int = 0
     router_both: int = 0
+    router_general: bool = True
     router_epochs: int = 4
     router_processes: int = 1
     seed: int = 0
@@ -246,6 +248,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         documents=chosen(variant.documents, settings.router_documents),
         in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
         both=chosen(variant.both, settings.router_both),
+        general=chosen(variant.general, settings.router_general),
         batch_tokens=variant.batch_tokens,
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),
