@@ -71,36 +71,7 @@ def encode(
         DataError: the number of domains is not the number of pairs, a domain is not in `names`, or the parts of a turn
             are not its content.
     """
-    if parts:
-        turns = _checked(messages, parts)
-        pairs = 1 + max(part.pair for turn in turns for part in turn)
-    else:
-        pair_of_turn = _pairs(messages)
-        turns = [
-            [Part(str(message["content"]), pair, True)] for message, pair in zip(messages, pair_of_turn, strict=True)
-        ]
-        pairs = pair_of_turn[-1] + 1
-    if pairs != len(domains):
-        raise DataError(f"The conversation has {pairs} pairs, but {len(domains)} domains were given.")
-    unknown = [domain for domain in domains if domain not in names]
-    if unknown:
-        raise DataError(f"Domain '{unknown[0]}' is not one of {', '.join(names)}.")
-    ids: list[int] = []
-    labels: list[int] = []
-    segments: list[int] = []
-    for piece in pieces(tokenizer, messages):
-        for part in _cut(piece.text, turns[piece.turn]):
-            tokens = tokenizer(part.text, add_special_tokens=False)["input_ids"]
-            ids += tokens
-            labels += tokens if piece.answer and part.answer else [IGNORED] * len(tokens)
-            segments += [part.pair] * len(tokens)
-    index = [list(names).index(domain) for domain in domains]
-    return Encoded(
-        input_ids=torch.tensor(ids, dtype=torch.int64),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        segments=torch.tensor(segments, dtype=torch.int64),
-        domain_ids=torch.tensor([index[segment] for segment in segments], dtype=torch.int64),
-    )
+    return _encoded([_cuts(messages, tokenizer, domains, names, parts)], tokenizer)[0]
 
 
 def encode_within(
@@ -109,12 +80,15 @@ def encode_within(
     max_tokens: int,
     names: Sequence[str] = (*DOMAINS, *USERS),
 ) -> list[Encoded]:
-    """Encodes examples and leaves out those longer than `max_tokens`, so that no answer is cut."""
-    encoded = [
-        encode(example.messages, tokenizer, example.domains, names, getattr(example, "parts", ()))
+    """Encodes examples and leaves out those longer than `max_tokens`, so that no answer is cut.
+
+    Each text is encoded once, however many examples it is in.
+    """
+    cuts = [
+        _cuts(example.messages, tokenizer, example.domains, names, getattr(example, "parts", ()))
         for example in examples
     ]
-    return [one for one in encoded if one.input_ids.numel() <= max_tokens]
+    return [one for one in _encoded(cuts, tokenizer) if one.input_ids.numel() <= max_tokens]
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
@@ -135,6 +109,63 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         segments=padded("segments", -1),
         domain_ids=padded("domain_ids", -1),
     )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A text that is encoded for itself. domain: its index."""
+
+    text: str
+    answer: bool
+    pair: int
+    domain: int
+
+
+def _cuts(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    domains: Sequence[str],
+    names: Sequence[str],
+    parts: Sequence[Sequence[Part]],
+) -> list[_Cut]:
+    """A conversation in pieces; arguments and errors as of `encode`."""
+    if parts:
+        turns = _checked(messages, parts)
+        pairs = 1 + max(part.pair for turn in turns for part in turn)
+    else:
+        pair_of_turn = _pairs(messages)
+        turns = [
+            [Part(str(message["content"]), pair, True)] for message, pair in zip(messages, pair_of_turn, strict=True)
+        ]
+        pairs = pair_of_turn[-1] + 1
+    if pairs != len(domains):
+        raise DataError(f"The conversation has {pairs} pairs, but {len(domains)} domains were given.")
+    unknown = [domain for domain in domains if domain not in names]
+    if unknown:
+        raise DataError(f"Domain '{unknown[0]}' is not one of {', '.join(names)}.")
+    index = [list(names).index(domain) for domain in domains]
+    return [
+        _Cut(part.text, piece.answer and part.answer, part.pair, index[part.pair])
+        for piece in pieces(tokenizer, messages)
+        for part in _cut(piece.text, turns[piece.turn])
+    ]
+
+
+def _encoded(conversations: Sequence[Sequence[_Cut]], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
+    texts = list(dict.fromkeys(cut.text for cuts in conversations for cut in cuts))
+    if not texts:
+        return []
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ids = {text: torch.tensor(tokens, dtype=torch.int64) for text, tokens in zip(texts, found, strict=True)}
+
+    def one(cuts: Sequence[_Cut]) -> Encoded:
+        tokens = [ids[cut.text] for cut in cuts]
+        lengths = torch.tensor([len(some) for some in tokens])
+        of = torch.tensor([(cut.answer, cut.pair, cut.domain) for cut in cuts]).repeat_interleave(lengths, 0)  # [T, 3]
+        input_ids = torch.cat(tokens)
+        return Encoded(input_ids, input_ids.where(of[:, 0] > 0, IGNORED), of[:, 1].clone(), of[:, 2].clone())
+
+    return [one(cuts) for cuts in conversations]
 
 
 def _cut(text: str, turn: Sequence[Part]) -> list[Part]:
