@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from molora import MoLoRAModel, RouterConfig
 from molora.errors import ConfigError, DataError, NonFiniteError
 from molora.router import NEVER, SAMPLES
-from molora_training import router_objective
+from molora_training import router, router_objective
 from molora_training.data import IGNORED, collate, encode
 from molora_training.distillation import Teacher
 from molora_training.router import load_model, train
@@ -152,6 +152,24 @@ def test_text_that_belongs_to_none_can_be_left_out(settings: RouterTrainSettings
     ]
 
 
+def test_each_epoch_mixes_anew_and_all_examples_come_round(settings: RouterTrainSettings) -> None:
+    model = load_model(settings, torch.device("cpu"))
+    _, epochs, held_out = router._data(settings, model)
+    texts = [[model.tokenizer.decode(row.input_ids) for row in rows] for rows in epochs]
+    mixed, singles = [rows[:24] for rows in texts], [rows[24:] for rows in texts]
+    assert len(texts) == settings.epochs and {len(rows) for rows in texts} == {24 + 3 * 3}
+    assert all(len(set(mixed[0]) & set(rows)) < 6 for rows in mixed[1:])  # of 24; by chance a few are the same
+    assert len({text for rows in singles for text in rows}) == len({*_texts(settings)})
+    _, again, same = router._data(dataclasses.replace(settings, epochs=1), model)
+    assert [row.input_ids.tolist() for row in again[0]] == [row.input_ids.tolist() for row in epochs[0]]
+    assert [row.input_ids.tolist() for row in same] == [row.input_ids.tolist() for row in held_out]
+
+
+def _texts(settings: RouterTrainSettings) -> list[str]:
+    files = settings.data.glob("*.train.jsonl")
+    return [json.loads(line)["messages"][0]["content"] for file in files for line in file.read_text().splitlines()]
+
+
 def test_resumed_equals_uninterrupted(settings: RouterTrainSettings) -> None:
     whole = train(dataclasses.replace(settings, out=settings.out.with_name("whole")))
 
@@ -220,7 +238,7 @@ def test_questions_that_need_two_adapters_are_learnt(
     without = train(dataclasses.replace(settings, out=settings.out.with_name("without"), max_steps=1))
     _write_both(settings.data)
     assert train(dataclasses.replace(settings, both=2, max_steps=1))["train_conversations"] == (
-        without["train_conversations"] + 1
+        without["train_conversations"] + settings.epochs
     )
 
 

@@ -1,6 +1,7 @@
 """Train the router of a stack whose adapters and base stay frozen.
 
-- conversations that change their domain from question to question, mixed from the training examples, and single ones
+- conversations that change their domain from question to question, mixed from the training examples anew for each
+  epoch, and single ones
 - cross-entropy of each token to its domain, next-token loss through the chosen adapters (straight-through), balance, z
 - where only labels are learnt, nothing above the layers that the router reads is computed
 - resumable; `accelerate launch` for several processes; curves for TensorBoard
@@ -51,6 +52,7 @@ from molora_training.schedule import warm_cosine
 GENERAL = "general"
 _VALIDATION_MIXED = 200
 _STATISTICS_BATCHES = 32
+_SEEDS_APART = 1000  # of two epochs: what they mix is not the same
 
 
 def train(
@@ -78,8 +80,8 @@ def train(
     started = time.monotonic()
     with accelerator.main_process_first():
         model = load_model(settings, accelerator.device)
-    domains, rows, held_out = _data(settings, model)
-    run = _Run(settings, accelerator, model, domains, rows, held_out)
+    domains, epochs, held_out = _data(settings, model)
+    run = _Run(settings, accelerator, model, domains, epochs, held_out)
     run.start(resume)
     run.train(on_step)
     return run.finish(time.monotonic() - started, command)
@@ -104,8 +106,8 @@ def load_model(settings: RouterTrainSettings, device: torch.device) -> MoLoRAMod
     return model
 
 
-def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str], list[Encoded], list[Encoded]]:
-    """Names of the domains, training and validation conversations."""
+def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str], list[list[Encoded]], list[Encoded]]:
+    """Names of the domains, training conversations by epoch, and those for validation."""
     # A layer that is off unless it is named (how to speak) is a choice of the person, which no text foretells.
     known = [n for layer in model.stack.layers if layer.default == AUTO or layer.shared for n in layer.adapters]
     known += [GENERAL] * settings.general
@@ -116,25 +118,36 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
             f"make it with `molora train data`."
         )
 
-    wanted = (settings.mixed, settings.documents, settings.in_a_turn)
+    counts = (settings.mixed, settings.documents, settings.in_a_turn)
 
-    def read(split: Split, most: int | None = None) -> list[Encoded]:
-        examples: dict[str, Sequence[Example]] = {
-            domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains
-        }
-        counts = [count if most is None else min(count, most) for count in wanted]
+    def examples_of(split: Split) -> dict[str, Sequence[Example]]:
+        return {domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains}
+
+    def encoded(
+        examples: dict[str, Sequence[Example]], split: Split, counts: Sequence[int], both: int, epoch: int = 0
+    ) -> list[Encoded]:
         mixed: list[Any] = []
         if len(domains) > 1:
-            mixed += mix_all_ways(examples, split, counts, settings.seed)
-        for kind, needed in KINDS.items() if settings.both else ():
+            mixed += mix_all_ways(examples, split, counts, settings.seed + _SEEDS_APART * epoch)
+        for kind, needed in KINDS.items() if both else ():
             if not set(needed) <= set(domains):
                 raise DataError(f"Questions of '{kind}' need adapters for {' and '.join(needed)}: set both to 0.")
-            mixed += read_mixed(settings.data / both_file(kind, split))[: min(settings.both, most or settings.both)]
+            mixed += read_mixed(settings.data / both_file(kind, split))[:both]
         share = max(1, counts[0] // 8)
-        singles = [example for rows in examples.values() for example in rows[:share]]
+        singles = [example for rows in examples.values() for example in _turn(rows, share, epoch)]
         return encode_within([*mixed, *singles], model.tokenizer, settings.max_length, domains)
 
-    return domains, read("train"), read("validation", _VALIDATION_MIXED)
+    train = examples_of("train")
+    epochs = [encoded(train, "train", counts, settings.both, epoch) for epoch in range(settings.epochs)]
+    few = [min(count, _VALIDATION_MIXED) for count in counts]
+    held_out = encoded(examples_of("validation"), "validation", few, min(settings.both, _VALIDATION_MIXED))
+    return domains, epochs, held_out
+
+
+def _turn(rows: Sequence[Example], share: int, epoch: int) -> list[Example]:
+    """An epoch's share of the examples, which go round."""
+    first = share * epoch % len(rows)
+    return [*rows[first:], *rows[:first]][:share]
 
 
 class _Run:
@@ -146,11 +159,11 @@ class _Run:
         accelerator: Accelerator,
         model: MoLoRAModel,
         domains: list[str],
-        rows: list[Encoded],
+        epochs: list[list[Encoded]],
         held_out: list[Encoded],
     ) -> None:
         self.settings, self.accelerator, self.model = settings, accelerator, model
-        self.rows, self.held_out = rows, held_out
+        self.rows, self.held_out = [row for rows in epochs for row in rows], held_out
         self.labels = Labels(model, domains)
         router: Any = model.router
         self.router = router
@@ -167,11 +180,20 @@ class _Run:
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
             settings.learning_rate,
         )
-        lengths = [row.input_ids.numel() for row in rows]
-        steps = plan_steps(lengths, settings.batch_tokens, settings.epochs, accelerator.num_processes, settings.seed)
-        self.steps = steps[: settings.max_steps]
+        self.steps = self._planned(epochs)[: settings.max_steps]
         self.state_file = settings.work / "state.safetensors"
         self.counters: dict[str, Any] = {}
+
+    def _planned(self, epochs: list[list[Encoded]]) -> list[list[list[int]]]:
+        steps: list[list[list[int]]] = []
+        first, settings = 0, self.settings
+        for number, rows in enumerate(epochs):
+            lengths = [row.input_ids.numel() for row in rows]
+            seed = settings.seed + _SEEDS_APART * number
+            own = plan_steps(lengths, settings.batch_tokens, 1, self.accelerator.num_processes, seed)
+            steps += [[[first + index for index in batch] for batch in batches] for batches in own]
+            first += len(rows)
+        return steps
 
     def start(self, resume: bool) -> None:
         if self.accelerator.is_main_process and not resume:

@@ -43,6 +43,7 @@ class RouterTrainSettings:
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
         documents, in_a_turn: how many documents of several domains' problems, and turns that ask two questions.
         both: how many questions of each kind that need two adapters at once (`molora train data both`).
+        epochs: passes over so many texts; each one mixes them anew.
     """
 
     model: Path
