@@ -152,6 +152,21 @@ def test_text_that_belongs_to_none_can_be_left_out(settings: RouterTrainSettings
     ]
 
 
+@pytest.mark.parametrize("general", [True, False], ids=["with text of none", "without"])
+def test_it_learns_that_none_is_right_at_the_start(general: bool, settings: RouterTrainSettings) -> None:
+    settings = dataclasses.replace(settings, null_start=3, general=general, epochs=60, max_steps=100)
+    train(settings)
+    model = MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
+    for domain in ("math", "code"):
+        asked = model.encode([{"role": "user", "content": TEXTS[domain]}])
+        with torch.no_grad():
+            slots = model(**asked, output_routes=True).routes.slots[0, :, 0]
+        assert slots[:3].tolist() == [-1] * 3
+        assert (slots[-len(TEXTS[domain]) :] == model.slots[f"domain/{domain}"]).float().mean() > 0.8
+    null = model.router.rows.index("domain/none")
+    assert int((model.router.parts[0].samples.rows == null).sum()) == SAMPLES
+
+
 def test_each_epoch_mixes_anew_and_all_examples_come_round(settings: RouterTrainSettings) -> None:
     model = load_model(settings, torch.device("cpu"))
     _, epochs, held_out = router._data(settings, model)

@@ -25,6 +25,7 @@ from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
 from molora_training.data import Encoded, encode_within, read_conversations
 from molora_training.on_stack import OnStack
+from molora_training.start_dropout import StartDropout
 
 
 def train(
@@ -102,10 +103,13 @@ def _with_lora(model: Any, settings: AdapterTrainSettings, device: torch.device)
         lora_dropout=shape.dropout,
         task_type="CAUSAL_LM",
     )
-    if not isinstance(model, MoLoRAModel):
-        return get_peft_model(model, config)
-    model.to(device)  # where the kernels serve it, and before PEFT looks at its modules
-    return OnStack(model, config)
+    if isinstance(model, MoLoRAModel):
+        model.to(device)  # where the kernels serve it, and before PEFT looks at its modules
+        found: Any = OnStack(model, config)
+    else:
+        found = get_peft_model(model, config)
+    StartDropout(found, shape.start_dropout)
+    return found
 
 
 def _read_rows(file: Path, tokenizer: Any, max_length: int) -> list[Encoded]:

@@ -26,19 +26,26 @@ class DataFiles:
 
 @dataclass(frozen=True)
 class LoraShape:
-    """The adapter. `targets` is PEFT's: "all-linear" or module names."""
+    """The adapter. `targets` is PEFT's: "all-linear" or module names.
+
+    start_dropout: how many tokens at the start of a text the adapter does not act at in half of the examples: a router
+    has read nothing there, and leaves them to the base (its `null_start`).
+    """
 
     rank: int = 16
     alpha: float = 32.0
     rslora: bool = False
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
+    start_dropout: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
             raise ConfigError(f"lora.rank and lora.alpha must be positive, not {self.rank} and {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout must lie in [0, 1), not {self.dropout}.")
+        if self.start_dropout < 0:
+            raise ConfigError(f"lora.start_dropout must not be negative, not {self.start_dropout}.")
 
 
 @dataclass(frozen=True)

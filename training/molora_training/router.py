@@ -167,7 +167,8 @@ class _Run:
         self.labels = Labels(model, domains)
         router: Any = model.router
         self.router = router
-        objective = RouterObjective(model.train(), self.labels, settings.loss, self._class_weights())
+        weights = self._class_weights()
+        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.null_start)
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
         unmasked = attend_causally(model.base, rounded(settings.max_length))
@@ -339,12 +340,14 @@ class _Run:
             q = [
                 part.features(part.read(x), real, None)[real] for part, x in zip(self.router.parts, inputs, strict=True)
             ]
-            seen.append((q, batch.domain_ids[real]))
-        domains = torch.cat([of for _, of in seen])
+            start = (torch.arange(real.shape[1], device=real.device) < self.settings.null_start).expand_as(real)
+            seen.append((q, torch.stack([batch.domain_ids[real], start[real]])))
+        domains, starts = torch.cat([of for _, of in seen], 1)
         chance = torch.Generator().manual_seed(self.settings.seed)
         chosen, rows = [], []
         for layer, own in self.labels.rows.items():
             row = torch.tensor(own)[self.labels.targets[layer]].to(domains.device)[domains]  # of each token
+            row[starts.bool()] = own[-1]
             for index in own:
                 tokens = (row == index).nonzero()[:, 0]
                 some = tokens[torch.randperm(len(tokens), generator=chance)[:SAMPLES].to(tokens.device)]
@@ -363,6 +366,8 @@ class _Run:
         for layer, rows in self.labels.rows.items():
             share = torch.zeros(len(rows)).index_add(0, self.labels.targets[layer], tokens)
             weights[layer] = torch.where(share > 0, share.sum() / share.clamp_min(1), 0.0)
+            if self.settings.null_start and not share[-1]:  # the null has no text but the starts
+                weights[layer][-1] = weights[layer][:-1].mean()
             weights[layer] /= weights[layer].max()
         return weights
 

@@ -65,8 +65,17 @@ class RouterObjective(nn.Module):
     Nothing in it waits for the device, and its tensors have the same shapes for all batches of one shape.
     """
 
-    def __init__(self, model: MoLoRAModel, labels: Labels, weights: LossWeights, class_weights: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: MoLoRAModel,
+        labels: Labels,
+        weights: LossWeights,
+        class_weights: dict[str, Any],
+        null_start: int = 0,
+    ) -> None:
+        """null_start: tokens at the start of a text that are the null's, in every layer that is taught."""
         super().__init__()
+        self.null_start = null_start
         self.model = model
         self.labels = labels
         self.weights = weights
@@ -114,7 +123,9 @@ class RouterObjective(nn.Module):
         terms: dict[str, Any] = {"label": 0.0, **dict.fromkeys(_SIDE, 0.0)}
         for layer, rows in self.rows.items():
             own = logits.index_select(-1, rows)
-            target = self.targets[layer][batch.domain_ids.clamp_min(0)].masked_fill(~real, IGNORED)
+            target = self.targets[layer][batch.domain_ids.clamp_min(0)]
+            target[:, : self.null_start] = len(rows) - 1
+            target = target.masked_fill(~real, IGNORED)
             terms["label"] = terms["label"] + nn.functional.cross_entropy(
                 own.flatten(0, 1), target.flatten(), weight=self.class_weights[layer], ignore_index=IGNORED
             )

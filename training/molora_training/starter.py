@@ -47,6 +47,7 @@ class StarterLayer:
     epochs_of: of adapters that take more or fewer than the others.
     learns: each of its adapters learns the data of all of these together; left out, that of its own name.
     batch_tokens: None: the whole recipe's.
+    start_dropout: see :class:`LoraShape`.
     """
 
     name: str
@@ -62,6 +63,7 @@ class StarterLayer:
     tuned_on: tuple[str, ...] = ()
     learns: tuple[str, ...] = ()
     batch_tokens: int | None = None
+    start_dropout: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class RouterVariant:
     in_a_turn: int | None = None
     both: int | None = None
     general: bool | None = None
+    null_start: int | None = None
     epochs: int | None = None
     batch_tokens: int = 16384
     learning_rate: float = 1e-3
@@ -124,6 +127,7 @@ class StarterSettings:
     router_in_a_turn: int = 0
     router_both: int = 0
     router_general: bool = True
+    router_null_start: int = 0
     router_epochs: int = 4
     router_processes: int = 1
     seed: int = 0
@@ -206,7 +210,7 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
     return AdapterTrainSettings(
         out=settings.work / "adapters" / f"{name}-{rate:g}",
         data=DataFiles(train, validation, 1024, source, licence),
-        lora=LoraShape(rank=layer.rank, alpha=2.0 * layer.rank),
+        lora=LoraShape(rank=layer.rank, alpha=2.0 * layer.rank, start_dropout=layer.start_dropout),
         base=settings.base,
         learning_rate=rate,
         epochs=layer.epochs_of.get(name, layer.epochs),
@@ -249,6 +253,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
         both=chosen(variant.both, settings.router_both),
         general=chosen(variant.general, settings.router_general),
+        null_start=chosen(variant.null_start, settings.router_null_start),
         batch_tokens=variant.batch_tokens,
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),

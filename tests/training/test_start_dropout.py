@@ -1,0 +1,58 @@
+"""An adapter that learns to do without itself at the start acts there like the base in every other example."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from molora import MoLoRAModel
+from molora.errors import ConfigError
+from molora_training.adapter_settings import LoraShape
+from molora_training.evaluate import LAYER, LabelRouter, routed_by
+from molora_training.start_dropout import StartDropout
+from tests.unit.spoken import make_spoken
+
+TOKENS = 3
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[MoLoRAModel, PeftModel]:
+    """A MoLoRA, and its base with PEFT's adapter "math" that leaves out the first tokens."""
+    routed = make_spoken(tmp_path)
+    base = type(routed.base)(copy.deepcopy(routed.base.config))
+    base.load_state_dict(routed.base.state_dict())
+    peft = PeftModel.from_pretrained(base, tmp_path / "math", is_trainable=True)
+    StartDropout(peft, TOKENS)
+    return routed, peft
+
+
+@torch.no_grad()
+def test_every_other_example_starts_as_the_base(models: tuple[MoLoRAModel, PeftModel]) -> None:
+    routed, peft = models
+    ids = torch.arange(5, 29).view(2, 12)
+    learning, alone = peft.train()(input_ids=ids).logits, peft.eval()(input_ids=ids).logits
+    torch.testing.assert_close(learning[0], alone[0])
+    torch.testing.assert_close(alone, routed(ids, selection={LAYER: "math"}).logits, rtol=1e-4, atol=1e-5)
+    oracle = LabelRouter(routed, ["math", "none"])
+    labels = torch.zeros_like(ids)
+    labels[1, :TOKENS] = 1
+    oracle.parts[0].labels = labels
+    with routed_by(routed, oracle):
+        expected = routed(ids, selection={LAYER: "auto"}, use_cache=False).logits
+    torch.testing.assert_close(learning, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(learning[1], alone[1], atol=1e-3)
+
+
+def test_its_gradient_is_of_the_tokens_at_which_it_acts(models: tuple[MoLoRAModel, PeftModel]) -> None:
+    _, peft = models
+    ids = torch.arange(5, 5 + TOKENS).expand(2, TOKENS)
+    peft.train()(input_ids=ids).logits[1].sum().backward()
+    gradients = [p.grad for p in peft.parameters() if p.requires_grad]
+    assert gradients and all(float(gradient.abs().max()) == 0 for gradient in gradients)
+
+
+def test_it_is_a_number_of_tokens() -> None:
+    with pytest.raises(ConfigError, match="start_dropout must not be negative"):
+        LoraShape(start_dropout=-1)
