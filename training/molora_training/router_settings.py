@@ -63,7 +63,7 @@ class RouterTrainSettings:
     max_length: int = 1024
     epochs: int = 4
     max_steps: int | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int = 8192
     learning_rate: float = 1e-3
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01

@@ -86,7 +86,7 @@ class RouterVariant:
     general: bool | None = None
     null_start: int | None = None
     epochs: int | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int | None = None
     learning_rate: float = 1e-3
     seed: int | None = None
 
@@ -129,6 +129,7 @@ class StarterSettings:
     router_general: bool = True
     router_null_start: int = 0
     router_epochs: int = 4
+    router_batch_tokens: int = 8192
     router_processes: int = 1
     seed: int = 0
 
@@ -254,7 +255,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         both=chosen(variant.both, settings.router_both),
         general=chosen(variant.general, settings.router_general),
         null_start=chosen(variant.null_start, settings.router_null_start),
-        batch_tokens=variant.batch_tokens,
+        batch_tokens=chosen(variant.batch_tokens, settings.router_batch_tokens),
         learning_rate=variant.learning_rate,
         seed=chosen(variant.seed, settings.seed),
     )
