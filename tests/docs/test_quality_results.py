@@ -43,11 +43,16 @@ def test_a_table_says_what_was_measured() -> None:
 def test_later_adapters_are_told() -> None:
     about = {key: value for key, value in report().items() if key not in ("rows", "must")}
     rows = [
-        {"contender": name, "right": {"math": 0.9, "law": right}, "mixed": {"all": 1.5, "old": 1.25}}
+        {
+            "contender": name,
+            "right": {"math": 0.9, "law": right},
+            "mixed": {"all": 1.5, "old": 1.25},
+            "mixed_right": {"all": 0.91},
+        }
         for name, right in (("trained on all", 0.95), ("before", 0.0), ("128 examples", 0.925))
     ]
     text = "\n".join(section(report(), {**about, "new": ["law"], "rows": rows, "must": []}))
-    assert "| 128 examples | 92.5% | 90.0% | 1.2500 | 1.5000 |" in text
+    assert "| 128 examples | 92.5% | 90.0% | 91.0% | 1.2500 | 1.5000 |" in text
     assert "trained without law;" in text
 
 
