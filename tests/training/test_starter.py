@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,3 +94,14 @@ def test_some_adapters_take_more_epochs(recipe: StarterSettings) -> None:
 
 def _validation_loss(folder: Path, adapter: str) -> float:
     return float(json.loads((folder / "work" / "adapters" / adapter / "metrics.json").read_text())["validation_loss"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "worker", "own"), [(2, 1, "7"), (2, 2, "4"), (2, 3, "7"), (1, 1, "4,7"), (0, 1, "4,7")]
+)
+def test_workers_take_the_gpus_in_turn(gpus: int, worker: int, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(starter.multiprocessing, "current_process", lambda: SimpleNamespace(_identity=(worker,)))
+    starter._settle(gpus)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -120,7 +121,7 @@ class StarterSettings:
     out: Path = Path("starter")
     work: Path = Path("runs/starter")
     data: Path = field(default_factory=data_dir)
-    processes: int = 1  # trainings at once
+    processes: int = 1  # trainings at once, on all GPUs in turn
     batch_tokens: int = 8192
     router_mixed: int = 6000
     router_documents: int = 0
@@ -345,11 +346,22 @@ def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[
         for some in arguments:
             print(function(*some), flush=True)
         return
-    # Threads of several trainings would get into each other's way.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_calm) as pool:
+    context = multiprocessing.get_context("spawn")
+    gpus = torch.cuda.device_count()
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_settle, initargs=(gpus,)) as pool:
         for done in as_completed([pool.submit(function, *some) for some in arguments]):
             print(done.result(), flush=True)
 
 
-def _calm() -> None:
+def _settle(gpus: int) -> None:
+    """A worker's place: few threads, since those of several trainings would get into each other's way, and one GPU."""
     torch.set_num_threads(2)
+    if gpus > 1:
+        number = multiprocessing.current_process()._identity[-1]
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible()[number % gpus]
+
+
+def _visible() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
