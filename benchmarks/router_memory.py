@@ -1,6 +1,6 @@
 """What a router should remember: running averages, averages that a gate steers, or a small GRU.
 
-python -m benchmarks.router_memory            # about 35 minutes on two CPU cores; --steps 20 for a look
+python -m benchmarks.router_memory            # hours on two CPU cores, minutes on a GPU; --steps 20 for a look
 
 Routers that read embeddings alone learn which domain a token is of, from the mixed text of the nine domains of
 `configs/quality.yaml`; no adapter runs. Printed: the share of answer tokens that go to their own domain, on the
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="prepared data; default: the cache's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--memories", nargs="+", default=list(MEMORIES), choices=list(MEMORIES))
+    parser.add_argument("--texts", type=int, default=3, help="times 3,000, 2,000 and 2,000 of a kind to learn from")
     parser.add_argument("--steps", type=int, default=None, help="fewer steps than the one epoch")
     parser.add_argument("--out", type=Path, default=Path("runs/router-memory.json"))
     options = parser.parse_args()
@@ -125,23 +126,24 @@ def main() -> None:
     base, tokenizer = load_base(DEFAULT_BASE, dtype=torch.float32)
     embedding = base.requires_grad_(False).get_input_embeddings().to(device)
     folder = options.data or data_dir()
-    train = [row for rows in texts(folder, "train", tokenizer).values() for row in rows]
+    train = [row for rows in texts(folder, "train", tokenizer, options.texts).values() for row in rows]
     held_out = {split: texts(folder, split, tokenizer) for split in ("validation", "test")}
     found = []
     for name in options.memories:
         for seed in options.seeds:
             found.append(measure(name, seed, embedding, train, held_out, options.steps))
             print(json.dumps(found[-1]), flush=True)
-    command = "python -m benchmarks.router_memory" + (f" --steps {options.steps}" if options.steps else "")
+    command = f"python -m benchmarks.router_memory --texts {options.texts}"
+    command += f" --steps {options.steps}" if options.steps else ""
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in held_out["test"].items())
     about = f"test split by sha256 of the task or document id: {counts}; trained on {len(train)} texts, one epoch"
     write_report({**heading(command, about), "seeds": options.seeds, "rows": found}, options.out)
 
 
-def texts(folder: Path, split: Any, tokenizer: Any) -> dict[str, list[Encoded]]:
+def texts(folder: Path, split: Any, tokenizer: Any, times: int = 1) -> dict[str, list[Encoded]]:
     examples = {name: read_examples(folder / f"{name}.{split}.jsonl") for name in DOMAINS}
     return {
-        name: encode_within(way(examples, split, count if split == "train" else TEST), tokenizer, 1024, DOMAINS)
+        name: encode_within(way(examples, split, count * times if split == "train" else TEST), tokenizer, 1024, DOMAINS)
         for name, (way, count) in WAYS.items()
     }
 

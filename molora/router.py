@@ -21,7 +21,7 @@ NEVER = -1e4
 SAMPLES = 128
 """Tokens of each row's training text whose features a router keeps."""
 
-UNITS = 128
+UNITS, DEPTH = 128, 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class RouterConfig:
         weights: "unit" (the chosen adapters at weight 1) or "softmax" (top-k, renormalised over the chosen).
         width: dimensions to which the standardised input is projected.
         hidden: width of the MLP.
-        units: of its gated memory (:mod:`molora.gates`), 0 for none; by default 128, or 0 where ``decays`` are given.
+        units: of each layer of its gated memory (:mod:`molora.gates`), 0 for none; by default 128, or 0 where
+            ``decays`` are given.
+        depth: layers of its gated memory.
         decays: of moving averages as its memory instead; () for none.
         learn_decays: train them.
     """
@@ -44,6 +46,7 @@ class RouterConfig:
     width: int = 128
     hidden: int = 256
     units: int | None = None
+    depth: int = DEPTH
     decays: tuple[float, ...] | None = None
     learn_decays: bool = False
 
@@ -70,8 +73,11 @@ class RouterConfig:
             raise ConfigError(f"A router's memory has units or decays, not both: {self.units} and {self.decays!r}.")
         if self.learn_decays and not self.decays:
             raise ConfigError("learn_decays asks for decays to start from.")
-        if not all(isinstance(size, int) and size >= 1 for size in (self.width, self.hidden)):
-            raise ConfigError(f"width and hidden must be whole numbers from 1, not {self.width!r}, {self.hidden!r}.")
+        sizes = (self.width, self.hidden, self.depth)
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes):
+            raise ConfigError(
+                f"width, hidden and depth must be whole numbers from 1, not {', '.join(map(repr, sizes))}."
+            )
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -118,10 +124,11 @@ class RouterPart(Float32):
         self.project = _Linear32(hidden_size, config.width, bias=False)
         units, decays = config.units or 0, config.decays or ()
         self.decay_logits = nn.Parameter(torch.logit(torch.tensor(decays)), requires_grad=config.learn_decays)
-        self.gates = _Linear32(REACH * config.width, 2 * units) if units else None
-        if self.gates is not None:  # from gates that forget half within 3 tokens to such that keep half over 70
-            self.gates.bias.data[:units] = torch.linspace(-1.4, -4.6, units)
-        self.input = _Linear32((1 + len(decays)) * config.width + units, config.hidden)
+        layers = range(config.depth if units else 0)
+        self.gates = nn.ModuleList(_Linear32(REACH * config.width + units * bool(n), 2 * units) for n in layers)
+        for layer in self.gates:  # from gates that forget half within 3 tokens to such that keep half over 70
+            layer.bias.data[:units] = torch.linspace(-1.4, -4.6, units)  # type: ignore[operator]
+        self.input = _Linear32((1 + len(decays)) * config.width + units * len(layers), config.hidden)
         self.output = _Linear32(config.hidden, rows)
         self.samples = Samples(config.hidden)
         self.table: torch.Tensor | None = None  # [vocabulary, width], folded projection of every embedding
@@ -165,7 +172,7 @@ class RouterPart(Float32):
 
     def signature(self) -> object:
         """What a memory must have been filled by to be gone on with."""
-        gates = () if self.gates is None else tuple(self.gates.bias.tolist())
+        gates = tuple(tuple(bias.tolist()) for _, bias in self._gates)
         return self.reads, self.width, tuple(self.decays.tolist()), gates
 
     @torch.no_grad()
@@ -182,13 +189,14 @@ class RouterPart(Float32):
         from molora_kernels.route import RouterWeights  # needs Triton
 
         mlp = (self.input.weight, self.input.bias, self.output.weight, self.output.bias)
-        gates = () if self.gates is None else (self.gates.weight, self.gates.bias)
-        return RouterWeights(table, self.fixed_decays(), *mlp, *gates)
+        return RouterWeights(table, self.fixed_decays(), *mlp, self._gates)
+
+    @property
+    def _gates(self) -> tuple[tuple[Any, Any], ...]:
+        return tuple((layer.weight, layer.bias) for layer in self.gates)
 
     def _rule(self, decays: torch.Tensor) -> Rule:
-        if self.gates is not None:
-            return Gates(self.gates.weight, self.gates.bias, self.width)
-        return Averages(decays, self.width)
+        return Gates(self._gates, self.width) if len(self.gates) else Averages(decays, self.width)
 
     def new_memory(self, batch: int, owner: object) -> Memory:
         return Memory(batch, self.width, self._rule(self.fixed_decays()), owner)

@@ -1,21 +1,24 @@
-"""A router's gated memory in Triton, for a whole prompt in three launches and for a decode step in three.
+"""A router's gated memory in Triton: each layer takes two launches for a whole prompt, and one for a decode step.
 
-(g~_t, c_t) = V s_t + b with s_t the z of the last R real tokens, newest first, and g_t = sigmoid(g~_t);
-h_t = (1 - g_t) h_{t-1} + g_t c_t at each real token, h_t = h_{t-1} at padding. The state of a sequence is the z of its
-last R - 1 real tokens, newest first, and h.
+(g~_t, c_t) = V x_t + b and g_t = sigmoid(g~_t), where x_t is the z of the last R real tokens, newest first, and above
+the first layer also the h_t of the one below; h_t = (1 - g_t) h_{t-1} + g_t c_t at each real token, h_t = h_{t-1} at
+padding. The state of a sequence is the z of its last R - 1 real tokens, newest first, and each layer's h.
 
 In a prompt, chunks of tokens are scanned side by side from nothing; then each adds what those before it leave.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from molora_kernels.affine import affine, precision
+from molora_kernels.affine import FEW, precision
 from molora_kernels.averages import _is_real
 
 CHUNK = 16  # tokens
+FEW_UNITS = 8  # that a program opens at once, of few tokens
 _LENGTHS = ["tokens", "chunks", "real_n", "real_t"]  # a prompt of another length compiles nothing
 
 
@@ -37,11 +40,11 @@ def _places_kernel(real_ptr, places_ptr, count_ptr, tokens, real_n, real_t, BLOC
 def _chunks_kernel(
     table_ptr, ids_ptr, z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, gates_ptr, bias_ptr,
     u_ptr, keep_ptr, kept_ptr, ends_ptr,
-    tokens, width, units, chunks, real_n, real_t,
+    tokens, width, units, below, column, stride_u, stride_state, chunks, real_n, real_t,
     REACH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's h from nothing, into u, and how much of what was before each token keeps. z is copied from the table,
-    if there are ids, and into u."""
+    """A chunk's h from nothing, into u at ``column``, and how much of what was before each token keeps. The layer below
+    has ``below`` units, before that column. The first layer copies z from the table, if there are ids, and into u."""
     n = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     i = tl.arange(0, CHUNK)
@@ -52,7 +55,8 @@ def _chunks_kernel(
     token = n * tokens + t
     state = start_ptr
     if start_ptr is not None:
-        state += n * ((REACH - 1) * width + units)
+        state += n * stride_state
+    inputs = REACH * width + below
     real = _is_real(n, t, real_ptr, tokens, real_n, real_t)
     count = tl.where(real != 0, t + 1, 0) if count_ptr is None else tl.load(count_ptr + token, mask=inside, other=0)
     gate = tl.zeros((CHUNK, BLOCK_U), tl.float32)
@@ -79,9 +83,9 @@ def _chunks_kernel(
                     table_ptr + row[:, None] * width + w[None, :], mask=there[:, None] & (w < width)[None, :], other=0.0
                 )
             if k == 0:
-                if tl.program_id(2) == 0:
+                if below == 0 and tl.program_id(2) == 0:
                     here = inside[:, None] & (w < width)[None, :]
-                    tl.store(u_ptr + token[:, None] * (width + units) + w[None, :], z, mask=here)
+                    tl.store(u_ptr + token[:, None] * stride_u + w[None, :], z, mask=here)
                     if ids_ptr is not None:
                         tl.store(z_ptr + token[:, None] * width + w[None, :], z, mask=here)
                 z = tl.where(real[:, None] != 0, z, 0.0)  # whatever padding holds
@@ -91,11 +95,20 @@ def _chunks_kernel(
                     state + (-1 - number)[:, None] * width + w[None, :],
                     mask=old[:, None] & (w < width)[None, :], other=0.0,
                 )  # fmt: skip
-            at = unit[None, :] * (REACH * width) + (k * width + w)[:, None]
+            at = unit[None, :] * inputs + (k * width + w)[:, None]
             takes = mine[None, :] & (w < width)[:, None]
             gate = tl.dot(z, tl.load(gates_ptr + at, mask=takes, other=0.0), gate, input_precision=PRECISION)
-            at += units * (REACH * width)
+            at += units * inputs
             candidate = tl.dot(z, tl.load(gates_ptr + at, mask=takes, other=0.0), candidate, input_precision=PRECISION)
+    for first in range(0, below, BLOCK_W):
+        w = first + tl.arange(0, BLOCK_W)
+        lower = u_ptr + token[:, None] * stride_u + (column - below + w)[None, :]
+        h = tl.load(lower, mask=inside[:, None] & (w < below)[None, :], other=0.0)
+        at = unit[None, :] * inputs + (REACH * width + w)[:, None]
+        takes = mine[None, :] & (w < below)[:, None]
+        gate = tl.dot(h, tl.load(gates_ptr + at, mask=takes, other=0.0), gate, input_precision=PRECISION)
+        at += units * inputs
+        candidate = tl.dot(h, tl.load(gates_ptr + at, mask=takes, other=0.0), candidate, input_precision=PRECISION)
     gate += tl.load(bias_ptr + unit, mask=mine, other=0.0)[None, :]
     candidate += tl.load(bias_ptr + units + unit, mask=mine, other=0.0)[None, :]
     # log of 1 - sigmoid, without overflow, and exact where little is forgotten; 0 at padding, where all is kept
@@ -108,7 +121,7 @@ def _chunks_kernel(
     visible = (i[:, None] >= i[None, :])[:, :, None]
     h = tl.sum(tl.where(visible, tl.exp(tl.minimum(between, 0.0)), 0.0) * new[None, :, :], 1)
     here = inside[:, None] & mine[None, :]
-    tl.store(u_ptr + token[:, None] * (width + units) + width + unit[None, :], h, mask=here)
+    tl.store(u_ptr + token[:, None] * stride_u + column + unit[None, :], h, mask=here)
     tl.store(keep_ptr + token[:, None] * units + unit[None, :], tl.exp(kept), mask=here)
     end = (n * chunks + chunk) * units + unit
     tl.store(kept_ptr + end, tl.sum(log, 0), mask=mine)
@@ -120,19 +133,20 @@ def _chunks_kernel(
 @triton.jit(do_not_specialize=_LENGTHS)
 def _carry_kernel(
     z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, keep_ptr, kept_ptr, ends_ptr, u_ptr, state_ptr,
-    tokens, width, units, chunks, real_n, real_t,
+    tokens, width, units, below, column, stride_u, stride_state, chunks, real_n, real_t,
     REACH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Adds to a chunk's h what is left of before it; the last chunk writes the state."""
+    """Adds to a chunk's h what is left of before it; the last chunk writes the state, the first layer's also its z."""
     n = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     t = chunk * CHUNK + tl.arange(0, CHUNK)
     unit = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
     mine = unit < units
-    state = n * ((REACH - 1) * width + units)
+    state = n * stride_state
+    own = state + (REACH - 2) * width + column  # of this layer's h: u begins with one z, the state with R - 1
     carried = tl.zeros((BLOCK_U,), tl.float32)
     if start_ptr is not None:
-        carried = tl.load(start_ptr + state + (REACH - 1) * width + unit, mask=mine, other=0.0)
+        carried = tl.load(start_ptr + own + unit, mask=mine, other=0.0)
     for first in range(0, chunk, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         at = (n * chunks + c)[:, None] * units + unit[None, :]
@@ -143,14 +157,14 @@ def _carry_kernel(
         carried = carried * tl.exp(total) + tl.sum(ends * tl.exp(total[None, :] - tl.cumsum(log, 0)), 0)
     here = (t < tokens)[:, None] & mine[None, :]
     token = n * tokens + t
-    at = token[:, None] * (width + units) + width + unit[None, :]
+    at = token[:, None] * stride_u + column + unit[None, :]
     keep = tl.load(keep_ptr + token[:, None] * units + unit[None, :], mask=here, other=0.0)
     h = tl.load(u_ptr + at, mask=here, other=0.0) + keep * carried[None, :]
     tl.store(u_ptr + at, h, mask=here)
     if chunk == chunks - 1:
         last = tl.sum(tl.where((t == tokens - 1)[:, None], h, 0.0), 0)
-        tl.store(state_ptr + state + (REACH - 1) * width + unit, last, mask=mine)
-        if tl.program_id(2) == 0:
+        tl.store(state_ptr + own + unit, last, mask=mine)
+        if below == 0 and tl.program_id(2) == 0:
             if count_ptr is None:
                 total = tl.where(tl.load(real_ptr + n * real_n) != 0, tokens, 0)
             else:
@@ -174,54 +188,60 @@ def remember_gated(
     source: torch.Tensor,
     ids: torch.Tensor | None,
     real: torch.Tensor,
-    gates: torch.Tensor,
-    bias: torch.Tensor,
+    gates: Sequence[tuple[torch.Tensor, torch.Tensor]],
     start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """u_t = [z_t, h_t] of every token, by the recurrence of this module.
+    """u_t = [z_t, h_t of each layer] of every token, by the recurrence of this module.
 
     Args:
         source: float32: [V, W], z of each token id; without ids [N * T, W], z of each token.
         ids: [N, T] int, all below V: they are not looked at on the host; or None.
         real: [N, T] bool, False at padding, T from 1; of any strides.
-        gates: V, [2 U, R W] float32. bias: b, [2 U] float32.
-        start: [N, (R - 1) W + U] float32, the state before the first token; None: zeros.
+        gates: of each layer V, [2 U, R W] and above the first [2 U, R W + U of the one below], and b, [2 U]; float32.
+        start: [N, (R - 1) W + all U] float32, the state before the first token; None: zeros.
 
     Returns:
-        z [N, T, W], u [N, T, W + U], and [N, (R - 1) W + U], the state after the last token; float32, without
+        z [N, T, W], u [N, T, W + all U], and [N, (R - 1) W + all U], the state after the last token; float32, without
         gradients.
     """
-    (N, T), W, U = real.shape, source.shape[1], len(gates) // 2
-    source, gates, bias = source.contiguous(), gates.contiguous(), bias.contiguous()
+    (N, T), W = real.shape, source.shape[1]
+    source = source.contiguous()
     start = None if start is None else start.contiguous()
-    chunks, reach = triton.cdiv(T, CHUNK), gates.shape[1] // W
+    chunks, reach = triton.cdiv(T, CHUNK), gates[0][0].shape[1] // W
+    every = sum(len(b) // 2 for _, b in gates)
     z = source.view(N, T, W) if ids is None else source.new_empty(N, T, W)
-    u, state = source.new_empty(N, T, W + U), source.new_empty(N, (reach - 1) * W + U)
-    keep = source.new_empty(N, T, U)
-    kept, ends = source.new_empty(N, chunks, U), source.new_empty(N, chunks, U)
+    u, state = source.new_empty(N, T, W + every), source.new_empty(N, (reach - 1) * W + every)
     places = count = None
     if real.stride(1):  # else a sequence is real or padding as a whole, and the tokens are in their order
         places, count = torch.empty(2, N, T, dtype=torch.int32, device=real.device)
         _places_kernel[(N,)](real, places, count, T, *real.stride(), BLOCK_T=1024, num_warps=4)
     table = None if ids is None else source
     ids = None if ids is None else ids.contiguous()
-    block = max(16, min(32, triton.next_power_of_2(U)))
-    grid, sizes = (N, chunks, triton.cdiv(U, block)), (T, W, U, chunks, *real.stride())
-    shape = {"REACH": reach, "CHUNK": CHUNK, "BLOCK_U": block, "num_warps": 4}
-    _chunks_kernel[grid](
-        table, ids, z, real, places, count, start, gates, bias, u, keep, kept, ends, *sizes,
-        BLOCK_W=max(16, min(64, triton.next_power_of_2(W))), PRECISION=precision(u.device), **shape,
-    )  # fmt: skip
-    _carry_kernel[grid](
-        z, real, places, count, start, keep, kept, ends, u, state, *sizes,
-        BLOCK_C=64, BLOCK_W=triton.next_power_of_2(W), **shape,
-    )  # fmt: skip
+    below, column = 0, W
+    for v, b in gates:
+        U = len(b) // 2
+        keep = source.new_empty(N, T, U)
+        kept, ends = source.new_empty(N, chunks, U), source.new_empty(N, chunks, U)
+        block = max(16, min(32, triton.next_power_of_2(U)))
+        grid = (N, chunks, triton.cdiv(U, block))
+        sizes = (T, W, U, below, column, u.shape[2], state.shape[1], chunks, *real.stride())
+        shape = {"REACH": reach, "CHUNK": CHUNK, "BLOCK_U": block, "num_warps": 4}
+        _chunks_kernel[grid](
+            table, ids, z, real, places, count, start, v.contiguous(), b.contiguous(), u, keep, kept, ends, *sizes,
+            BLOCK_W=max(16, min(64, triton.next_power_of_2(W))), PRECISION=precision(u.device), **shape,
+        )  # fmt: skip
+        _carry_kernel[grid](
+            z, real, places, count, start, keep, kept, ends, u, state, *sizes,
+            BLOCK_C=64, BLOCK_W=triton.next_power_of_2(W), **shape,
+        )  # fmt: skip
+        table = ids = None  # the first layer has copied z
+        below, column = U, column + U
     return z, u, state
 
 
 @triton.jit
 def _see_kernel(
-    ids_ptr, real_ptr, table_ptr, state_ptr, seen_ptr, u_ptr, width, units,
+    ids_ptr, real_ptr, table_ptr, state_ptr, seen_ptr, u_ptr, width, stride_u, stride_state,
     REACH: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Puts a token's z before those that the state remembers, for the gates to read, and into the state if real."""
@@ -232,11 +252,11 @@ def _see_kernel(
         gdc_launch_dependents()
     z = tl.load(table_ptr + tl.load(ids_ptr + n).to(tl.int64) * width + w, mask=w < width, other=0.0)
     real = tl.load(real_ptr + n) != 0
-    tl.store(u_ptr + n * (width + units) + w, z, mask=w < width)
+    tl.store(u_ptr + n * stride_u + w, z, mask=w < width)
     for k in tl.static_range(REACH):
         tl.store(seen_ptr + (n * REACH + k) * width + w, z, mask=w < width)
         if k < REACH - 1:
-            cell = state_ptr + n * ((REACH - 1) * width + units) + k * width + w
+            cell = state_ptr + n * stride_state + k * width + w
             older = tl.load(cell, mask=w < width, other=0.0)
             tl.store(cell, z, mask=real & (w < width))
             z = older
@@ -244,46 +264,101 @@ def _see_kernel(
 
 @triton.jit
 def _open_kernel(
-    opened_ptr, real_ptr, state_ptr, u_ptr, width, units, past,
-    BLOCK_U: tl.constexpr, PDL: tl.constexpr,
+    seen_ptr, real_ptr, gates_ptr, bias_ptr, state_ptr, u_ptr,
+    tokens, seen, units, below, column, own, stride_u, stride_state,
+    BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    unit = tl.arange(0, BLOCK_U)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    """A layer's gates and candidates for one token of each sequence, and its h: in the state at ``own``, into u at
+    ``column``. For one sequence or for a block of them; a few units of V are read before the rest is there."""
+    unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
     mine = unit < units
-    gate = tl.load(opened_ptr + n * 2 * units + unit, mask=mine, other=0.0)
-    candidate = tl.load(opened_ptr + n * 2 * units + units + unit, mask=mine, other=0.0)
-    gate = 1.0 / (1.0 + tl.exp(-gate))
-    cell = state_ptr + n * (past + units) + past + unit
-    h = tl.load(cell, mask=mine, other=0.0)
-    h = tl.where(tl.load(real_ptr + n) != 0, h + gate * (candidate - h), h)
-    tl.store(cell, h, mask=mine)
-    tl.store(u_ptr + n * (width + units) + width + unit, h, mask=mine)
+    d = tl.arange(0, BLOCK_D)
+    inputs = seen + below
+    gate_bias = tl.load(bias_ptr + unit, mask=mine, other=0.0)
+    candidate_bias = tl.load(bias_ptr + units + unit, mask=mine, other=0.0)
+    if BLOCK_T == 1:
+        takes = mine[:, None] & (d < seen)[None, :]
+        at = gates_ptr + unit[:, None] * inputs + d[None, :]
+        v = tl.load(at, mask=takes, other=0.0)
+        c = tl.load(at + units * inputs, mask=takes, other=0.0)
+        e = tl.arange(0, BLOCK_B)
+        takes = mine[:, None] & (e < below)[None, :]
+        at = gates_ptr + unit[:, None] * inputs + (seen + e)[None, :]
+        lower_v = tl.load(at, mask=takes, other=0.0)
+        lower_c = tl.load(at + units * inputs, mask=takes, other=0.0)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        n = tl.program_id(1).to(tl.int64)
+        x = tl.load(seen_ptr + n * seen + d, mask=d < seen, other=0.0)
+        h = tl.load(u_ptr + n * stride_u + column - below + e, mask=e < below, other=0.0)
+        gate = tl.sum(v * x[None, :], 1) + tl.sum(lower_v * h[None, :], 1) + gate_bias
+        candidate = tl.sum(c * x[None, :], 1) + tl.sum(lower_c * h[None, :], 1) + candidate_bias
+        cell = state_ptr + n * stride_state + own + unit
+        old = tl.load(cell, mask=mine, other=0.0)
+        real = tl.load(real_ptr + n) != 0
+        new = tl.where(real, old + (candidate - old) / (1.0 + tl.exp(-gate)), old)
+        tl.store(cell, new, mask=mine)
+        tl.store(u_ptr + n * stride_u + column + unit, new, mask=mine)
+    else:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        t = (tl.program_id(1) * BLOCK_T).to(tl.int64) + tl.arange(0, BLOCK_T)
+        there = t < tokens
+        gates = tl.zeros((BLOCK_T, BLOCK_U), tl.float32)
+        candidates = tl.zeros((BLOCK_T, BLOCK_U), tl.float32)
+        for first in range(0, inputs, BLOCK_D):
+            i = first + d
+            lower = i - seen  # in what the layer below holds
+            x = tl.load(seen_ptr + t[:, None] * seen + i[None, :], mask=there[:, None] & (i < seen)[None, :], other=0.0)
+            x += tl.load(
+                u_ptr + t[:, None] * stride_u + (column - below + lower)[None, :],
+                mask=there[:, None] & ((lower >= 0) & (lower < below))[None, :], other=0.0,
+            )  # fmt: skip
+            at = gates_ptr + unit[None, :] * inputs + i[:, None]
+            takes = mine[None, :] & (i < inputs)[:, None]
+            gates = tl.dot(x, tl.load(at, mask=takes, other=0.0), gates, input_precision=PRECISION)
+            c = tl.load(at + units * inputs, mask=takes, other=0.0)
+            candidates = tl.dot(x, c, candidates, input_precision=PRECISION)
+        gates += gate_bias[None, :]
+        candidates += candidate_bias[None, :]
+        here = there[:, None] & mine[None, :]
+        cells = state_ptr + t[:, None] * stride_state + own + unit[None, :]
+        olds = tl.load(cells, mask=here, other=0.0)
+        reals = tl.load(real_ptr + t, mask=there, other=0) != 0
+        news = tl.where(reals[:, None], olds + (candidates - olds) / (1.0 + tl.exp(-gates)), olds)
+        tl.store(cells, news, mask=here)
+        tl.store(u_ptr + t[:, None] * stride_u + column + unit[None, :], news, mask=here)
 
 
 def step_gated(
     ids: torch.Tensor,
     real: torch.Tensor,
     table: torch.Tensor,
-    gates: torch.Tensor,
-    bias: torch.Tensor,
+    gates: Sequence[tuple[torch.Tensor, torch.Tensor]],
     state: torch.Tensor,
     seen: torch.Tensor,
-    opened: torch.Tensor,
     u: torch.Tensor,
     launch: dict[str, bool],
 ) -> None:
-    """One token of each of N sequences: writes ``state`` in place, ``u``, and the scratch ``seen`` [N, R W] and
-    ``opened`` [N, 2 U]. Others as for :func:`remember_gated`, ``launch`` as for :func:`molora_kernels.affine.affine`.
-    """
-    N, W, U = len(ids), table.shape[1], len(gates) // 2
-    reach = gates.shape[1] // W
+    """One token of each of N sequences: writes ``state`` in place, ``u``, and the scratch ``seen`` [N, R W]. Others as
+    for :func:`remember_gated`, ``launch`` as for :func:`molora_kernels.affine.affine`."""
+    N, W = len(ids), table.shape[1]
+    reach = seen.shape[1] // W
+    strides = u.shape[1], state.shape[1]
+    block_w = triton.next_power_of_2(W)
     _see_kernel[(N,)](
-        ids, real, table, state, seen, u, W, U, REACH=reach, BLOCK_W=triton.next_power_of_2(W), num_warps=1, **launch
+        ids, real, table, state, seen, u, W, *strides, REACH=reach, BLOCK_W=block_w, num_warps=1, **launch
     )
-    affine(seen, gates, bias, opened, False, launch)
-    _open_kernel[(N,)](
-        opened, real, state, u, W, U, (reach - 1) * W, BLOCK_U=triton.next_power_of_2(U), num_warps=1, **launch
-    )
+    below, column = 0, W
+    for v, b in gates:
+        U = len(b) // 2
+        block_t, block_u, block_d = (1, FEW_UNITS, triton.next_power_of_2(seen.shape[1])) if N < FEW else (16, 16, 64)
+        _open_kernel[(triton.cdiv(U, block_u), triton.cdiv(N, block_t))](
+            seen, real, v, b, state, u, N, seen.shape[1], U, below, column, (reach - 2) * W + column, *strides,
+            BLOCK_U=block_u, BLOCK_D=block_d, BLOCK_B=triton.next_power_of_2(max(1, below)), BLOCK_T=block_t,
+            PRECISION=precision(u.device), num_warps=4, **launch,
+        )  # fmt: skip
+        below, column = U, column + U

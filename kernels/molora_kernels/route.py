@@ -22,8 +22,8 @@ from molora_kernels.gates import remember_gated, step_gated
 class RouterWeights:
     """One part of a router; float32, contiguous.
 
-    table: [V, W], z of each token id. decays: [D]. w1: [H, (1 + D) W], or [H, W + U]. w2: [rows, H]. gates: [2 U, R W],
-    of a gated memory that has no decays, and gates_bias: [2 U].
+    table: [V, W], z of each token id. decays: [D]. w1: [H, (1 + D) W], or [H, W + all U]. w2: [rows, H]. gates: of each
+    layer of a gated memory, which has no decays, as for :func:`molora_kernels.gates.remember_gated`.
     """
 
     table: torch.Tensor
@@ -32,15 +32,15 @@ class RouterWeights:
     b1: torch.Tensor
     w2: torch.Tensor
     b2: torch.Tensor
-    gates: torch.Tensor | None = None
-    gates_bias: torch.Tensor | None = None
+    gates: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
     def new_memory(self, batch: int) -> torch.Tensor:
-        """[batch, D, W], or of a gated memory [batch, (R - 1) W + U]: the last z, newest first, and h. Zeros."""
+        """[batch, D, W], or of a gated memory [batch, (R - 1) W + all U]: the last z, newest first, and each layer's h.
+        Zeros."""
         width = self.table.shape[1]
-        if self.gates is None:
+        if not self.gates:
             return self.w1.new_zeros(batch, len(self.decays), width)
-        return self.w1.new_zeros(batch, self.gates.shape[1] - width + len(self.gates) // 2)
+        return self.w1.new_zeros(batch, self.gates[0][0].shape[1] - width + self.w1.shape[1] - width)
 
 
 @dataclass
@@ -70,8 +70,7 @@ class Choice:
 @dataclass
 class StepState:
     """Written by a step. memory: as :meth:`RouterWeights.new_memory`, u: [N, W + memory's], q: [N, H], logits:
-    [N, rows] float32. slots: [N, S] int32. weights: [N, S] float32. seen: [N, R W] and opened: [N, 2 U], what the gates
-    read and gave."""
+    [N, rows] float32. slots: [N, S] int32. weights: [N, S] float32. seen: [N, R W], the z that gates read."""
 
     memory: torch.Tensor
     u: torch.Tensor
@@ -80,12 +79,10 @@ class StepState:
     slots: torch.Tensor
     weights: torch.Tensor
     seen: torch.Tensor | None = None
-    opened: torch.Tensor | None = None
 
     @classmethod
     def new(cls, batch: int, router: RouterWeights, columns: int) -> "StepState":
         device = router.w1.device
-        gates = () if router.gates is None else (router.w1.new_zeros(batch, n) for n in reversed(router.gates.shape))
         return cls(
             router.new_memory(batch),
             torch.zeros(batch, router.w1.shape[1], device=device),
@@ -93,7 +90,7 @@ class StepState:
             torch.zeros(batch, router.w2.shape[0], device=device),
             torch.full((batch, columns), -1, dtype=torch.int32, device=device),
             torch.ones(batch, columns, device=device),
-            *gates,
+            router.w1.new_zeros(batch, router.gates[0][0].shape[1]) if router.gates else None,
         )
 
 
@@ -221,17 +218,14 @@ def route_step(
         raise ValueError(f"{N} token ids, and masks, selections or a state for another number of sequences.")
     launch = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
     width = router.table.shape[1]
-    if router.gates is None:
+    if not router.gates:
         _remember_kernel[(N,)](
             ids, real, router.table, router.decays, state.memory, state.u, width,
             DECAYS=len(router.decays), BLOCK_W=triton.next_power_of_2(width), num_warps=1, **launch,
         )  # fmt: skip
     else:
-        assert router.gates_bias is not None and state.seen is not None and state.opened is not None
-        step_gated(
-            ids, real, router.table, router.gates, router.gates_bias, state.memory, state.seen, state.opened, state.u,
-            launch,
-        )  # fmt: skip
+        assert state.seen is not None
+        step_gated(ids, real, router.table, router.gates, state.memory, state.seen, state.u, launch)
     affine(state.u, router.w1, router.b1, state.q, True, launch)
     affine(state.q, router.w2, router.b2, state.logits, False, launch)
     _choose(state.logits, candidates, choice, state.slots, state.weights, softmax, 1, launch)
@@ -247,7 +241,8 @@ def route_prompt(
     memory: torch.Tensor | None,
     softmax: bool,
 ) -> PromptRoutes:
-    """Routes all tokens of N sequences in five launches, or in six with a gated memory and padding.
+    """Routes all tokens of N sequences in five launches; each further layer of a gated memory takes two more, padding
+    one.
 
     Args:
         ids: [N, T] int, token ids, all below V: they are not looked at on the host. None: ``router.table`` is
@@ -262,11 +257,10 @@ def route_prompt(
     N, T = real.shape
     if len(choice.allowed) != N:
         raise ValueError(f"{N} sequences, and selections for {len(choice.allowed)}.")
-    if router.gates is None:
+    if not router.gates:
         z, u, memory = remember(router.table, ids, real, router.decays, memory)
     else:
-        assert router.gates_bias is not None
-        z, u, memory = remember_gated(router.table, ids, real, router.gates, router.gates_bias, memory)
+        z, u, memory = remember_gated(router.table, ids, real, router.gates, memory)
     q, logits = u.new_empty(N, T, len(router.w1)), u.new_empty(N, T, len(router.w2))
     launch = {"PDL": False}
     affine(u.flatten(0, 1), router.w1, router.b1, q, True, launch)

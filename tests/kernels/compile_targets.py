@@ -73,7 +73,7 @@ KERNELS = {
     gates._chunks_kernel: {"REACH": 4, "CHUNK": 16, "BLOCK_W": 64, "BLOCK_U": 32},
     gates._carry_kernel: {"REACH": 4, "CHUNK": 16, "BLOCK_C": 64, "BLOCK_W": 128, "BLOCK_U": 32},
     gates._see_kernel: {"REACH": 4, "BLOCK_W": 128},
-    gates._open_kernel: {"BLOCK_U": 128},
+    gates._open_kernel: {"BLOCK_U": 16, "BLOCK_D": 64, "BLOCK_B": 128, "BLOCK_T": 16},
     route._choose_kernel: {"LAYERS": 3, "MOST": 4, "SOFTMAX": True, "BLOCK_C": 64},
 }
 ROUTE = {  # of integers and float32 alone

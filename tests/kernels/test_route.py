@@ -77,7 +77,9 @@ class Case:
 
 
 @pytest.mark.parametrize(("top_k", "weights"), [(1, "unit"), (2, "unit"), (2, "softmax"), (3, "softmax")])
-@pytest.mark.parametrize("memory", [{"decays": (0.8, 0.95)}, {"decays": ()}, {"units": 24}], ids=str)
+@pytest.mark.parametrize(
+    "memory", [{"decays": (0.8, 0.95)}, {"decays": ()}, {"units": 24}, {"units": 9, "depth": 1}], ids=str
+)
 @pytest.mark.parametrize("copies", [1, 5])
 @torch.no_grad()
 def test_every_step_is_the_routers(copies: int, memory: dict[str, Any], top_k: int, weights: str) -> None:
@@ -118,7 +120,9 @@ def test_a_prompt_is_chosen_for_in_one_launch(top_k: int, weights: str) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "weights"), [(1, "unit"), (2, "unit"), (3, "softmax")])
-@pytest.mark.parametrize("kind", [{"decays": (0.8, 0.95)}, {"decays": ()}, {"units": 24}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{"decays": (0.8, 0.95)}, {"decays": ()}, {"units": 24}, {"units": 9, "depth": 1}], ids=str
+)
 @pytest.mark.parametrize("by_id", [True, False])
 @torch.no_grad()
 def test_prompts_are_the_routers(by_id: bool, kind: dict[str, Any], top_k: int, weights: str) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from molora.gates import Gates
 from molora.memory import CHUNK, Averages, Memory, Rule, moving_averages
+from tests.unit.test_gates import random_gates
 
 DECAYS = torch.tensor([0.5, 0.8, 0.95, 0.999])
 
@@ -14,7 +15,7 @@ def rule(kind: str) -> Rule:
     if kind == "averages":
         return Averages(DECAYS, 5)
     generator = torch.Generator().manual_seed(3)
-    return Gates(torch.randn(6, 20, generator=generator), torch.randn(6, generator=generator), 5)
+    return Gates(random_gates(5, (3, 2), 4, generator), 5)
 
 
 RULES = ["averages", "gates"]

@@ -260,6 +260,8 @@ def test_z_loss_is_the_squared_logsumexp() -> None:
         {"width": 0},
         {"hidden": -3},
         {"hidden": "many"},
+        {"depth": 0},
+        {"depth": True},
     ],
     ids=str,
 )
@@ -271,12 +273,12 @@ def test_bad_settings(settings: dict[str, Any]) -> None:
 def test_settings_from_a_dict() -> None:
     config = RouterConfig.from_dict({"reads": [0, 2], "decays": [0.5], "weights": "softmax"})
     assert config == RouterConfig(reads=(0, 2), decays=(0.5,), weights="softmax") and config.points == (0, 2)
-    with pytest.raises(ConfigError, match="Unknown router setting depth"):
-        RouterConfig.from_dict({"depth": 3})
+    with pytest.raises(ConfigError, match="Unknown router setting height"):
+        RouterConfig.from_dict({"height": 3})
 
 
 def test_a_memory_by_default_and_on_demand() -> None:
-    assert (RouterConfig().units, RouterConfig().decays) == (128, ())
+    assert (RouterConfig().units, RouterConfig().depth, RouterConfig().decays) == (128, 2, ())
     assert (RouterConfig(decays=(0.8,)).units, RouterConfig(decays=(0.8,)).decays) == (0, (0.8,))
     assert (RouterConfig(decays=()).units, RouterConfig(units=0).decays) == (0, ())
     old = {"reads": 0, "weights": "unit", "width": 8, "hidden": 16, "decays": [0.8, 0.95], "learn_decays": False}
@@ -288,11 +290,12 @@ def test_a_memory_by_default_and_on_demand() -> None:
 def test_gated_features_are_the_formula() -> None:
     part = part_of(make_router(units=6))
     z, real = torch.randn(1, 2, 8), torch.ones(1, 2, dtype=torch.bool)
-    h = torch.zeros(6)
+    h = [torch.zeros(6), torch.zeros(6)]
     for seen in (torch.cat([z[0, 0], torch.zeros(24)]), torch.cat([z[0, 1], z[0, 0], torch.zeros(16)])):
-        gate, candidate = (part.gates.weight @ seen + part.gates.bias).chunk(2)
-        h = (1 - gate.sigmoid()) * h + gate.sigmoid() * candidate
-    q = torch.nn.functional.silu(part.input.weight @ torch.cat([z[0, 1], h]) + part.input.bias)
+        for layer in (0, 1):
+            gate, candidate = part.gates[layer](torch.cat([seen, *h[:layer]])).chunk(2)
+            h[layer] = (1 - gate.sigmoid()) * h[layer] + gate.sigmoid() * candidate
+    q = torch.nn.functional.silu(part.input.weight @ torch.cat([z[0, 1], *h]) + part.input.bias)
     assert torch.allclose(part.features(z, real, None)[0, 1], q, atol=1e-5)
 
 
