@@ -72,7 +72,7 @@ CHANGES: dict[str, tuple[type[MoLoRAError], str, Callable[[Path], Any]]] = {
     "router of an unknown kind": (RouterError, "oracle", manifest(lambda m: m["router"].update(kind="oracle"))),
     "router without config": (RouterError, "config", manifest(lambda m: m["router"].pop("config"))),
     "router without rows": (RouterError, "rows", manifest(lambda m: m["router"].pop("rows"))),
-    "unknown setting": (ConfigError, "height", manifest(lambda m: m["router"]["config"].update(depth=2))),
+    "unknown setting": (ConfigError, "height", manifest(lambda m: m["router"]["config"].update(height=2))),
     "setting of no kind": (ConfigError, "width", manifest(lambda m: m["router"]["config"].update(width="x"))),
     "other width": (RouterError, "does not fit", manifest(lambda m: m["router"]["config"].update(width=9))),
     "other candidates": (
