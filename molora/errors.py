@@ -57,5 +57,9 @@ class RouterError(MoLoRAError, ValueError):
     """A router is missing, or was saved for other candidates or another base."""
 
 
+class VersionError(MoLoRAError, ValueError):
+    """There is no such version, or it may not serve."""
+
+
 class CacheError(MoLoRAError, RuntimeError):
     """A key-value cache cannot be continued: it lacks the router's memory, or its batch differs."""

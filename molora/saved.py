@@ -1,4 +1,4 @@
-"""A saved MoLoRA on disk: molora.json, router.safetensors, adapters/<layer>/<name>/."""
+"""A saved MoLoRA on disk: molora.json, router.safetensors, adapters/<layer>/<name>/, and versions/ of them."""
 
 import json
 import os
@@ -23,6 +23,7 @@ from molora.vocabulary import VocabularyRouter
 FORMAT = 1
 MANIFEST = "molora.json"
 ROUTER = "router.safetensors"
+VERSIONS = "versions"
 _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "metrics.json")
 
 
@@ -39,10 +40,21 @@ def load(folder: str | Path) -> Saved:
         StackError: it is none, or of another format. RouterError: its router is damaged.
     """
     path = _find(folder)
+    manifest = read_manifest(path)
+    stack = Stack.from_dict(manifest["stack"], path)
+    return Saved(manifest["base"]["name"], stack, load_router(path, manifest["router"]))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """molora.json of a folder.
+
+    Raises:
+        StackError: it is not there, or of another format.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: Any = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StackError(f"{folder} is not a saved MoLoRA: {MANIFEST} is not readable ({error}).") from error
+        raise StackError(f"{path} is not a saved MoLoRA: {MANIFEST} is not readable ({error}).") from error
     known = {"format", "base", "stack", "router"}
     if not isinstance(manifest, dict) or set(manifest) != known:
         raise StackError(f"{path / MANIFEST} must have the keys {', '.join(sorted(known))}.")
@@ -51,8 +63,7 @@ def load(folder: str | Path) -> Saved:
         raise StackError(f"{path / MANIFEST}: base must be {{name: ..., revision: ...}}, not {base!r}.")
     if manifest["format"] != FORMAT:
         raise StackError(f"{path / MANIFEST} has format {manifest['format']!r}; this version reads {FORMAT}.")
-    stack = Stack.from_dict(manifest["stack"], path)
-    return Saved(base["name"], stack, _load_router(path, manifest["router"]))
+    return manifest
 
 
 def _find(folder: str | Path) -> Path:
@@ -70,12 +81,25 @@ def _find(folder: str | Path) -> Path:
         raise StackError(f"There is no folder {folder}, and the Hub could not bring it ({error}).") from error
 
 
-def _load_router(path: Path, entry: Any) -> Router | VocabularyRouter | None:
+def router_file(entry: Mapping[str, Any]) -> str:
+    """Where a router's weights lie, from the saved folder."""
+    file = entry.get("file", ROUTER)
+    if not isinstance(file, str) or not re.fullmatch(rf"({VERSIONS}/router/\d+/)?{re.escape(ROUTER)}", file):
+        raise RouterError(f"{MANIFEST}: a router's file is {ROUTER} or one of its versions, not {file!r}.")
+    return file
+
+
+def load_router(path: Path, entry: Any) -> Router | VocabularyRouter | None:
+    """The router of molora.json's ``entry`` in the folder ``path``.
+
+    Raises:
+        RouterError: it is damaged. ConfigError: its settings are.
+    """
     if entry is None:
         return None
     kinds = {"vocabulary": {"kind", "rules", "rows", "vocabulary"}, "mlp": {"kind", "config", "rows", "hidden_size"}}
     kind = entry.get("kind") if isinstance(entry, dict) else None
-    if kind not in kinds or set(entry) != kinds[kind]:
+    if kind not in kinds or set(entry) - ({"file"} if kind == "mlp" else set()) != kinds[kind]:
         known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in kinds.items())
         raise RouterError(
             f"{path / MANIFEST}: the router, of kind {kind!r}, must be null or have the keys of its kind ({known})."
@@ -83,16 +107,17 @@ def _load_router(path: Path, entry: Any) -> Router | VocabularyRouter | None:
     if kind == "vocabulary":
         return VocabularyRouter(entry["rules"], entry["rows"], entry["vocabulary"])
     router = Router(RouterConfig.from_dict(entry["config"]), entry["rows"], entry["hidden_size"])
+    file = path / router_file(entry)
     try:
-        weights = load_file(path / ROUTER)
+        weights = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise RouterError(f"{path / ROUTER} is missing or damaged ({error}).") from error
+        raise RouterError(f"{file} is missing or damaged ({error}).") from error
     if any(not torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise RouterError(f"{path / ROUTER} holds NaN or infinite values.")
+        raise RouterError(f"{file} holds NaN or infinite values.")
     try:
         router.load_state_dict(weights)
     except RuntimeError as error:
-        raise RouterError(f"{path / ROUTER} does not fit the settings in {MANIFEST} ({error}).") from error
+        raise RouterError(f"{file} does not fit the settings in {MANIFEST} ({error}).") from error
     return router.eval()
 
 
@@ -109,9 +134,11 @@ def save(
         sources: "layer/adapter" -> the PEFT folder that is copied.
 
     Raises:
-        StackError: ``folder`` holds something else.
+        StackError: ``folder`` holds something else, or versions.
     """
     target = Path(folder)
+    if (target / VERSIONS).exists():
+        raise StackError(f"{target} holds versions, which would be lost: nothing was written. Choose another folder.")
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise StackError(f"{target} exists and is no saved MoLoRA: nothing was written. Choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,23 +164,33 @@ def _write(
     for layer in description["layers"]:
         for name in layer["adapters"]:
             place = Path("adapters") / layer["name"] / name
-            source = sources[f"{layer['name']}/{name}"]
             (target / place).mkdir(parents=True)
-            for file in _ADAPTER_FILES:
-                if (source / file).is_file():
-                    shutil.copyfile(source / file, target / place / file)
+            copy_adapter(sources[f"{layer['name']}/{name}"], target / place)
             layer["adapters"][name] = place.as_posix()
     entry: dict[str, Any] | None = None
     if isinstance(router, VocabularyRouter):
         entry = {"kind": "vocabulary", "rules": router.rules, "rows": router.rows, "vocabulary": router.vocabulary}
     elif router is not None:
-        config = asdict(router.config)
-        entry = {"kind": "mlp", "config": config, "rows": router.rows, "hidden_size": router.hidden_size}
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
-        save_file(weights, target / ROUTER)
+        target.mkdir(parents=True, exist_ok=True)
+        entry = save_router(router, target / ROUTER)
     manifest = {"format": FORMAT, "base": {"name": base, "revision": None}, "stack": description, "router": entry}
     target.mkdir(parents=True, exist_ok=True)
     (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """The files of a PEFT folder that belong to the adapter."""
+    for file in _ADAPTER_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)
+
+
+def save_router(router: Router, file: Path) -> dict[str, Any]:
+    """Writes a router's weights; returns its entry in molora.json."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in router.state_dict().items()}
+    save_file(weights, file)
+    config = asdict(router.config)
+    return {"kind": "mlp", "config": config, "rows": list(router.rows), "hidden_size": router.hidden_size}
 
 
 def push(write: Callable[[Path], None], repo_id: str, *, private: bool, token: str | None) -> str:
