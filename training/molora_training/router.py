@@ -110,8 +110,7 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
     """Names of the domains, training conversations by epoch, and those for validation."""
     # A layer that is off unless it is named (how to speak) is a choice of the person, which no text foretells.
     known = [n for layer in model.stack.layers if layer.default == AUTO or layer.shared for n in layer.adapters]
-    known += [GENERAL] * settings.general
-    domains = [n for n in dict.fromkeys(known) if (settings.data / f"{n}.train.jsonl").is_file()]
+    domains = [n for n in dict.fromkeys([*known, GENERAL]) if (settings.data / f"{n}.train.jsonl").is_file()]
     if not set(domains) - {GENERAL}:
         raise DataError(
             f"{settings.data} holds no <adapter>.train.jsonl for any of {', '.join(known)}; "

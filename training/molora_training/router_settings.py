@@ -36,8 +36,7 @@ class RouterTrainSettings:
         model: a saved MoLoRA, or a stack.yaml.
         out: where the saved MoLoRA with the trained router goes (may be ``model``).
         data: folder of prepared data: ``<domain>.train.jsonl`` and ``.validation.jsonl`` for each adapter that the
-            router shall choose, named like the adapter.
-        general: learn from ``general`` too, text for which none is right, where the folder has it.
+            router shall choose, named like the adapter; ``general`` holds text for which none is right.
         base: of a stack.yaml; a saved MoLoRA names its own.
         start: "new", or "saved": go on from the router that ``model`` has.
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
@@ -58,7 +57,6 @@ class RouterTrainSettings:
     documents: int = 0
     in_a_turn: int = 0
     both: int = 0
-    general: bool = True
     null_start: int = 0
     max_length: int = 1024
     epochs: int = 4

@@ -84,7 +84,6 @@ class RouterVariant:
     documents: int | None = None
     in_a_turn: int | None = None
     both: int | None = None
-    general: bool | None = None
     null_start: int | None = None
     epochs: int | None = None
     batch_tokens: int | None = None
@@ -127,7 +126,6 @@ class StarterSettings:
     router_documents: int = 0
     router_in_a_turn: int = 0
     router_both: int = 0
-    router_general: bool = True
     router_null_start: int = 0
     router_epochs: int = 4
     router_batch_tokens: int = 8192
@@ -254,7 +252,6 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         documents=chosen(variant.documents, settings.router_documents),
         in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
         both=chosen(variant.both, settings.router_both),
-        general=chosen(variant.general, settings.router_general),
         null_start=chosen(variant.null_start, settings.router_null_start),
         batch_tokens=chosen(variant.batch_tokens, settings.router_batch_tokens),
         learning_rate=variant.learning_rate,
