@@ -364,8 +364,13 @@ class MoLoRAModel(nn.Module):
     def _features(self, encoded: Sequence[dict[str, torch.Tensor]], part: int) -> torch.Tensor:
         """A part's features q [tokens, hidden] over texts, routed by the parts before it."""
         choices = {layer.name: list(layer.adapters) for layer in self.stack.layers if not layer.shared}
+        own: Any = self.router.parts[part]  # type: ignore[union-attr]
         found = []
         for inputs in encoded:
+            if own.reads == 0:  # nothing of the base is run for it
+                z = own.read_ids(inputs["input_ids"], self.base.get_input_embeddings())
+                found.append(own.features(z, inputs["attention_mask"].bool(), None)[0])
+                continue
             with self.routing.active(lambda: self._resolve(choices)):
                 self.base(**inputs, use_cache=False)
                 q = self.routing.features[part]
