@@ -45,9 +45,9 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "five averages": {"decays": FIVE},
     "five averages, learnt decays": {"decays": FIVE, "learn_decays": True},
     "gated averages, 128 units": {"gated": 128},
-    "gated averages, 128 units, gates of four tokens": {"gated": 128, "reach": 4},
+    "gated averages, 128 units, gates of four tokens": {"units": 128, "depth": 1},
     "gated averages, two layers of 128": {"gated": 128, "layers": 2},
-    "gated averages, two layers of 128, gates of four tokens": {"gated": 128, "layers": 2, "reach": 4},
+    "gated averages, two layers of 128, gates of four tokens": {"units": 128, "depth": 2},
     "GRU, 128 units": {"gru": 128},
 }
 
@@ -69,25 +69,23 @@ class GruPart(nn.Module):
 
 class GatedPart(nn.Module):
     """A router's part whose averages forget by a gate that the token itself opens (after minGRU, arXiv 2410.01201):
-    h_t = (1 - g_t) h_{t-1} + g_t c_t with g_t and c_t of the last ``reach`` tokens' z alone, so that a prompt is one
-    scan. In two layers the second one's gates read the first one's state."""
+    h_t = (1 - g_t) h_{t-1} + g_t c_t with g_t and c_t of the token's own z alone: what a router has, but for the three
+    tokens before. In two layers the second one's gates read the first one's state."""
 
-    def __init__(self, units: int, layers: int, reach: int, rows: int, hidden_size: int) -> None:
+    def __init__(self, units: int, layers: int, rows: int, hidden_size: int) -> None:
         super().__init__()
-        self.reach = reach
         self.part = RouterPart(RouterConfig(width=WIDTH, hidden=HIDDEN, decays=()), 0, rows, hidden_size)
         self.part.input = nn.Linear(WIDTH + layers * units, HIDDEN)
-        sizes = [reach * WIDTH] + [reach * WIDTH + units] * (layers - 1)
+        sizes = [WIDTH] + [WIDTH + units] * (layers - 1)
         self.layers = nn.ModuleList(nn.Linear(size, 2 * units) for size in sizes)
         for layer in self.layers:  # from gates that forget half within 3 tokens to such that keep half over 70
             layer.bias.data[:units] = torch.linspace(-1.4, -4.6, units)
 
     def forward(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         z = self.part.read(x)
-        seen = torch.cat([nn.functional.pad(z, (0, 0, back, 0))[:, : z.shape[1]] for back in range(self.reach)], -1)
         states: list[torch.Tensor] = []
         for layer in self.layers:
-            gate, candidate = layer(torch.cat([seen, *states[-1:]], -1)).chunk(2, -1)
+            gate, candidate = layer(torch.cat([z, *states[-1:]], -1)).chunk(2, -1)
             gate = gate.sigmoid()
             states.append(_scan(1 - gate, gate * candidate))
         return self.part(nn.functional.silu(self.part.input(torch.cat([z, *states], -1))))
@@ -104,7 +102,9 @@ def _scan(keep: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return new
 
 
-class AveragesPart(nn.Module):
+class OwnPart(nn.Module):
+    """A router's part as it is."""
+
     def __init__(self, rows: int, hidden_size: int, **config: Any) -> None:
         super().__init__()
         self.part = RouterPart(RouterConfig(width=WIDTH, hidden=HIDDEN, **config), 0, rows, hidden_size)
@@ -160,13 +160,12 @@ def measure(
     torch.manual_seed(seed)
     device, size = embedding.weight.device, embedding.embedding_dim
     settings = dict(MEMORIES[name])
-    wanted = (("layers", 1), ("reach", 1), ("gated", 0), ("gru", 0))
-    layers, reach, gated, units = (settings.pop(of, default) for of, default in wanted)
+    layers, gated, units = (settings.pop(of, default) for of, default in (("layers", 1), ("gated", 0), ("gru", 0)))
     model: Any
     if gated:
-        model = GatedPart(gated, layers, reach, len(DOMAINS), size)
+        model = GatedPart(gated, layers, len(DOMAINS), size)
     else:
-        model = GruPart(units, len(DOMAINS), size) if units else AveragesPart(len(DOMAINS), size, **settings)
+        model = GruPart(units, len(DOMAINS), size) if units else OwnPart(len(DOMAINS), size, **settings)
     model.to(device).train()
     model.part.mean.copy_(embedding.weight.mean(0))
     model.part.std.copy_(embedding.weight.std(0))
@@ -190,7 +189,7 @@ def measure(
     right = {
         split: {of: accuracy(model, embedding, rows) for of, rows in texts.items()} for split, texts in held_out.items()
     }
-    kept = units or gated * layers + (reach - 1) * WIDTH or len(settings["decays"]) * WIDTH
+    kept = units or gated * layers or model.part.new_memory(1, None).state.numel()
     return {
         "memory": name, "seed": seed, "validation": right["validation"], "right": right["test"],
         "parameters": sum(p.numel() for p in parameters),
