@@ -17,9 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from molora_kernels.affine import FEW, precision
 from molora_kernels.averages import _is_real
 
-CHUNK = 16  # tokens
+CHUNK = 64  # tokens: all of V is read for each
 FEW_UNITS = 8  # that a program opens at once, of few tokens
 _LENGTHS = ["tokens", "chunks", "real_n", "real_t"]  # a prompt of another length compiles nothing
+
+
+@triton.jit
+def _then(keep, h, later_keep, later_h):
+    """Two stretches of tokens as one: what it keeps of before it, and what it adds."""
+    return keep * later_keep, h * later_keep + later_h
 
 
 @triton.jit(do_not_specialize=["tokens", "real_n", "real_t"])
@@ -111,22 +117,15 @@ def _chunks_kernel(
         candidate = tl.dot(h, tl.load(gates_ptr + at, mask=takes, other=0.0), candidate, input_precision=PRECISION)
     gate += tl.load(bias_ptr + unit, mask=mine, other=0.0)[None, :]
     candidate += tl.load(bias_ptr + units + unit, mask=mine, other=0.0)[None, :]
-    # log of 1 - sigmoid, without overflow, and exact where little is forgotten; 0 at padding, where all is kept
-    e = tl.exp(-tl.abs(gate))
-    log1p = tl.where(e < 0.01, e * (1.0 - e * (0.5 - e / 3.0)), tl.log(1.0 + e))
-    log = -(tl.maximum(gate, 0.0) + log1p) * real[:, None]
-    new = candidate / (1.0 + tl.exp(-gate)) * real[:, None]
-    kept = tl.cumsum(log, 0)
-    between = kept[:, None, :] - kept[None, :, :]
-    visible = (i[:, None] >= i[None, :])[:, :, None]
-    h = tl.sum(tl.where(visible, tl.exp(tl.minimum(between, 0.0)), 0.0) * new[None, :, :], 1)
+    opens = real[:, None] / (1.0 + tl.exp(-gate))  # at padding, and past the last token, all is kept
+    keeps = tl.where(real[:, None] != 0, 1.0 / (1.0 + tl.exp(gate)), 1.0)  # not 1 - opens: exact where little is kept
+    keeps, h = tl.associative_scan((keeps, opens * candidate), 0, _then)
     here = inside[:, None] & mine[None, :]
     tl.store(u_ptr + token[:, None] * stride_u + column + unit[None, :], h, mask=here)
-    tl.store(keep_ptr + token[:, None] * units + unit[None, :], tl.exp(kept), mask=here)
+    tl.store(keep_ptr + token[:, None] * units + unit[None, :], keeps, mask=here)
     end = (n * chunks + chunk) * units + unit
-    tl.store(kept_ptr + end, tl.sum(log, 0), mask=mine)
-    # rows past the last token are like padding: the last row is the chunk's end
     last = (i == CHUNK - 1)[:, None]
+    tl.store(kept_ptr + end, tl.sum(tl.where(last, keeps, 0.0), 0), mask=mine)
     tl.store(ends_ptr + end, tl.sum(tl.where(last, h, 0.0), 0), mask=mine)
 
 
@@ -151,10 +150,12 @@ def _carry_kernel(
         c = first + tl.arange(0, BLOCK_C)
         at = (n * chunks + c)[:, None] * units + unit[None, :]
         before = (c < chunk)[:, None] & mine[None, :]
-        log = tl.load(kept_ptr + at, mask=before, other=0.0)
+        kept = tl.load(kept_ptr + at, mask=before, other=1.0)
         ends = tl.load(ends_ptr + at, mask=before, other=0.0)
-        total = tl.sum(log, 0)
-        carried = carried * tl.exp(total) + tl.sum(ends * tl.exp(total[None, :] - tl.cumsum(log, 0)), 0)
+        kept, ends = tl.associative_scan((kept, ends), 0, _then)
+        last = (c == first + BLOCK_C - 1)[:, None]
+        kept, ends = tl.sum(tl.where(last, kept, 0.0), 0), tl.sum(tl.where(last, ends, 0.0), 0)
+        carried = carried * kept + ends
     here = (t < tokens)[:, None] & mine[None, :]
     token = n * tokens + t
     at = token[:, None] * stride_u + column + unit[None, :]
