@@ -34,6 +34,8 @@ def section(report: Row, adding: Row | None) -> list[str]:
         shown = "" if alone is None else f"{alone:.1%}"
         accuracy = f"{row['sets'][sets[0]]['accuracy']:.1%}"
         parts.append(f"| {_name(row, report)} | {' | '.join(cells)} | {shown} | {accuracy} |")
+    if report["missing"]:
+        parts += ["", f"Not measured: {', '.join(report['missing'])}."]
     parts += ["", "### What had to be reached", "", *bars(report["must"])]
     parts += ["", "### By domain", "", f"![Loss by domain](images/{PICTURES[1]})", "", *_by_domain(report)]
     parts += ["", "### Variants of the router", "", f"![Variants of the router](images/{PICTURES[2]})", ""]
@@ -64,7 +66,7 @@ def draw(report: Row, folder: Path) -> None:
     routers = [row for row in report["rows"] if row["kind"] == "router"]
     _bars(routers, sets, folder / PICTURES[2])
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = plt.subplots(figsize=(9.5, 3.2))
     domains = list(report["rows"][0]["single"])
     own = {name: _own(report, name) for name in domains}
     columns = {
@@ -95,7 +97,7 @@ def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
     axes.axvline(100, color="black", linewidth=0.8)
     most = max(row["sets"][name]["gap_closed"] for row in rows for name in sets)
     axes.set(xlabel="% of the gap from base to label oracle", xlim=(0, max(105, 100 * most + 5)))
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above, where no bar is
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, file)
 

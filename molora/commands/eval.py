@@ -80,7 +80,8 @@ def quality(
     In: a saved MoLoRA, and the data of every adapter in its domain layer (`molora train data`). Out: a JSON file with
     a row for the base, each adapter alone, the label oracle, one adapter on all data where the stack has it, merges
     (uniform, linear, TIES, DARE, by magnitude), a classifier and centroids by sequence and by turn, and the router(s);
-    and whether each bar is reached. Rows lie in a hidden folder beside it, so an interrupted table goes on.
+    and whether each bar is reached. Rows lie in a hidden folder beside it, so an interrupted table goes on; it
+    is written with the rows so far, and the names of those that are missing.
 
     Example: molora eval quality --limit 20
     """
@@ -96,9 +97,11 @@ def quality(
             batch_tokens=batch_tokens, share=_parse_share(share),
         )  # fmt: skip
     if report is None:
-        typer.echo("This process has done its share; the table is written when all have.")
-    else:
-        _show(report, as_json)
+        typer.echo("This process has done its share; the base or the label oracle is another one's.")
+        return
+    _show(report, as_json)
+    if report["missing"]:
+        typer.echo(f"Not measured yet: {', '.join(report['missing'])}.", err=True)
 
 
 @app.command()

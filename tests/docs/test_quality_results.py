@@ -27,13 +27,14 @@ def report() -> dict[str, Any]:
     ]  # fmt: skip
     line = {"name": "turns: closed", "value": 0.975, "bar": 0.965, "better": "higher", "holds": True, "note": ""}
     about = {"command": "molora eval quality", "machine": "A GPU", "commit": "abc", "date": "2026-01-01", "seed": 0}
-    return {**about, "data": "some", "rows": rows, "must": [line]}
+    return {**about, "data": "some", "missing": ["X-LoRA"], "rows": rows, "must": [line]}
 
 
 def test_a_table_says_what_was_measured() -> None:
     text = "\n".join(section(report(), None))
     assert "| **MoLoRA saved, top-1 unit** | 97.5% [96.5%, 98.5%] | 97.5% [96.5%, 98.5%] | 97.5% | 25.0% |" in text
     assert "| uniform merge | 50.0% [49.0%, 51.0%] | 50.0% [49.0%, 51.0%] | 50.0% | 25.0% |" in text
+    assert "\nNot measured: X-LoRA.\n" in text
     assert "| math | 2.000 | 1.000 | 1.025 | +0.0250 |" in text
     assert "| turns: closed | 0.975 | ≥ 0.965 | reached |" in text
     assert "| MoLoRA saved, top-1 unit | 97.0% |" in text

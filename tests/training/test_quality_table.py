@@ -180,15 +180,20 @@ def test_an_interrupted_table_goes_on_and_processes_share_it(
     with pytest.raises(KeyboardInterrupt):
         fill(table, out, "molora eval quality", "mark")
     assert not out.exists()
-    assert fill(table, out, "molora eval quality", "mark", share=(0, 2)) is None
+    half = fill(table, out, "molora eval quality", "mark", share=(0, 2))
+    assert half is not None and json.loads(out.read_text()) == half
+    names = [contender.name for contender in table.all()]
+    assert half["missing"] == [name for name in names[3::2] if name not in measured[:2]]
+    assert {row["contender"] for row in half["rows"]} == set(names) - set(half["missing"])
     report = fill(table, out, "molora eval quality", "mark", share=(1, 2))
     assert report is not None and json.loads(out.read_text()) == report
+    assert report["missing"] == [] and {row["contender"] for row in report["rows"]} > set(names)
     assert all(list(row["sets"]) == list(table.sets.mixed) for row in report["rows"])
     assert len(measured) == len(set(measured)) + 1  # only the interrupted one began twice
     assert {line["name"] for line in report["must"]} and all(
         set(line) == {"name", "value", "bar", "better", "holds", "note"} for line in report["must"]
     )
-    fill(table, out, "molora eval quality", "another mark", share=(0, 99))
+    assert fill(table, out, "molora eval quality", "another mark", share=(0, 99)) is None
     assert measured[-1] == "base"  # of other adapters or text nothing is kept
 
 

@@ -21,7 +21,7 @@ from molora import MoLoRAModel, Router
 from molora.errors import ConfigError
 from molora.saved import load
 from molora.stack import NONE
-from molora_training.contenders import Contenders, Row, best_of
+from molora_training.contenders import Contender, Contenders, Row, best_of
 from molora_training.data import KINDS
 from molora_training.evaluate import LAYER, Losses, bootstrap, gap_closed
 from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets
@@ -79,10 +79,11 @@ def run(
 def fill(
     contenders: Contenders, out: Path, command: str, fingerprint: str, share: tuple[int, int] = (0, 1)
 ) -> dict[str, Any] | None:
-    """Measures what is not measured yet, and writes ``out`` (the project's results format) when all rows are there.
+    """Measures what is not measured yet, and writes ``out`` (the project's results format): all rows that are there,
+    and under "missing" the names of those that are not.
 
     Returns:
-        The report; None where other processes have not measured all of theirs.
+        The report; None where the base or the label oracle, by which the others are told, is not measured yet.
     """
     everything = contenders.all()
     for index, contender in enumerate(everything):
@@ -92,20 +93,28 @@ def fill(
             _keep(row, file, mark)
             print(f"{row.name}: {', '.join(f'{name} {own.mean:.4f}' for name, own in row.sets.items())}", flush=True)
     rows = [_kept(_file(contenders.work, one.name), fingerprint + one.weights) for one in everything]
-    if any(row is None for row in rows):
+    if rows[0] is None or rows[1] is None:
         return None
     found = [row for row in rows if row is not None]
     for row in found:  # in the order of the sets, which a file does not keep
         row.sets = {name: row.sets[name] for name in contenders.sets.mixed if name in row.sets}
         row.single = {name: row.single[name] for name in contenders.sets.single if name in row.single}
-    found.insert(3, best_of([row for row in found if row.kind == "adapter"]))
+    adapters = [row for row in found if row.kind == "adapter"]
+    if len(adapters) == len(contenders.domains):
+        found.insert(found.index(adapters[0]), best_of(adapters))
     report = {
         **heading(command, f"test split by sha256 of the task or document id: {contenders.sets.described()}"),
+        "missing": [one.name for one, row in zip(everything, rows, strict=True) if row is None],
         "rows": [figures(one, found[0], found[1]) for one in found],
-        "must": must(found),
+        "must": must(found) if _first(everything) in {row.name for row in found} else [],
     }
     write_report(report, out)
     return report
+
+
+def _first(contenders: Sequence[Contender]) -> str | None:
+    """The router that the lines are about."""
+    return next((one.name for one in contenders if one.kind == "router"), None)
 
 
 def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:
