@@ -16,6 +16,7 @@ from molora_training.data import (
     MixedExample,
     mix,
     mix_documents,
+    mix_asides,
     mix_in_a_turn,
     packages,
     read_examples,
@@ -472,6 +473,23 @@ def test_mixes_within_one_turn(make, tmp_path: Path) -> None:  # type: ignore[no
         assert all(part.text.rstrip().endswith(f"in {one.domains[part.pair]}") for part in answers)
     write_examples(tmp_path / "mixed.test.jsonl", made)
     assert read_mixed(tmp_path / "mixed.test.jsonl") == made
+
+
+def test_an_aside_is_a_sentence_of_another_domain_that_is_not_answered() -> None:
+    pools = {domain: [example(f"{domain}-{n}", domain) for n in range(30)] for domain in DOMAINS}
+    made = mix_asides(pools, "test", 30)
+    assert made == mix_asides(pools, "test", 30) != mix_asides(pools, "test", 30, seed=1)
+    for number, one in enumerate(made):
+        (asked, (answer,)) = one.parts
+        asides = [part for part in asked if part.pair != answer.pair]
+        assert len(one.domains) == 2 and len(set(one.domains)) == 2
+        assert [part.pair for part in asked] == [0, 1] and answer.pair == (0 if number % 3 == 2 else 1)
+        assert answer.answer and answer.text.endswith(f"in {one.domains[answer.pair]}")
+        assert len(asides) == 1 and 0 < len(asides[0].text.split()) <= 16
+        assert asides[0].text.strip(" :-\n") in {
+            row.messages[0]["content"] for row in pools[one.domains[asides[0].pair]]
+        }
+        assert "".join(part.text for part in asked) == one.messages[0]["content"]
 
 
 def test_the_test_split_joins_questions_in_ways_that_training_has_not() -> None:

@@ -22,7 +22,7 @@ from molora_training.router_settings import RouterTrainSettings
 EXAMPLES = (32, 128, 512)
 BARRED = 128  # the number of examples that the lines are about
 REPLAYED = 64  # examples of each old domain in a short training
-SHORT = (300, 200, 200)  # conversations, documents and double questions of that training
+SHORT = (300, 200, 200, 100)  # conversations, documents, double questions and asides of that training
 TRAINED = f"trained on with {REPLAYED} of each other domain"
 
 
@@ -82,7 +82,7 @@ def _trained(model: MoLoRAModel, new: Sequence[str], data: Path, count: int, wor
             write_examples(work / "data" / f"{name}.{split}.jsonl", some)
     settings = RouterTrainSettings(
         model=work / "added", out=work / "trained", data=work / "data", start="saved", epochs=1, batch_tokens=4096,
-        mixed=SHORT[0], documents=SHORT[1], in_a_turn=SHORT[2],
+        mixed=SHORT[0], documents=SHORT[1], in_a_turn=SHORT[2], asides=SHORT[3],
     )  # fmt: skip
     router.train(settings)
     shutil.rmtree(settings.work, ignore_errors=True)

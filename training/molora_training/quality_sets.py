@@ -28,7 +28,7 @@ from molora_training.evaluate import LAYER
 
 COUNT = 300  # sequences of each set
 TRAINED = 400  # training examples of each domain that rivals learn from
-MIXED = (300, 200, 200)  # training texts of several domains: by turns, documents, two in a turn
+MIXED = (300, 200, 200, 100)  # training texts of several domains: by turns, documents, two in a turn, asides
 MAX_TOKENS = 2048
 SHOT_TOKENS = 100  # of an example in a prompt
 TURNS, UNSEEN, DOCUMENTS, IN_A_TURN = "turns", "turns, unseen forms", "documents", "two in a turn"

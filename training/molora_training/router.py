@@ -117,7 +117,7 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
             f"make it with `molora train data`."
         )
 
-    counts = (settings.mixed, settings.documents, settings.in_a_turn)
+    counts = (settings.mixed, settings.documents, settings.in_a_turn, settings.asides)
 
     def examples_of(split: Split) -> dict[str, Sequence[Example]]:
         return {domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains}

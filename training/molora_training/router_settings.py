@@ -41,6 +41,7 @@ class RouterTrainSettings:
         start: "new", or "saved": go on from the router that ``model`` has.
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
         documents, in_a_turn: how many documents of several domains' problems, and turns that ask two questions.
+        asides: how many questions beside a sentence of another domain, which asks for nothing.
         both: how many questions of each kind that need two adapters at once (`molora train data both`).
         null_start: how many tokens at the start of a text none is right for: of adapters with as much `start_dropout`.
         epochs: passes over so many texts; each one mixes them anew.
@@ -56,6 +57,7 @@ class RouterTrainSettings:
     mixed: int = 6000
     documents: int = 0
     in_a_turn: int = 0
+    asides: int = 0
     both: int = 0
     null_start: int = 0
     max_length: int = 1024
@@ -73,8 +75,8 @@ class RouterTrainSettings:
         for name in ("mixed", "max_length", "epochs", "batch_tokens", "learning_rate", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
-        if min(self.documents, self.in_a_turn, self.both, self.null_start) < 0:
-            raise ConfigError("documents, in_a_turn, both and null_start must not be negative.")
+        if min(self.documents, self.in_a_turn, self.asides, self.both, self.null_start) < 0:
+            raise ConfigError("documents, in_a_turn, asides, both and null_start must not be negative.")
 
     @property
     def work(self) -> Path:

@@ -1,4 +1,4 @@
-"""An adapter learns to do without itself at the first tokens of a text, where no router can know that it is right."""
+"""An adapter learns to do without itself at the start of a text, where no router can know that it is right."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from torch import nn
 
 
 class StartDropout:
-    """While ``model`` trains, its LoRA adapter does not act at the first ``tokens`` of every other example of a batch:
-    so it comes to serve both where it acts alone and where the first tokens are the base's.
+    """While ``model`` trains, its LoRA adapter does not act at the first tokens of every other example of a batch: so it
+    comes to serve both where it acts alone and where the first tokens are the base's.
 
     Args:
         model: PEFT's; called with ``input_ids`` [B, T].
-        tokens: 0 for none.
+        tokens: from 1 to how many; an example and its place in the batch say how many, so that a resumed training and
+            a captured one do the same. 0: the adapter acts everywhere.
     """
 
     def __init__(self, model: nn.Module, tokens: int) -> None:
@@ -27,7 +28,8 @@ class StartDropout:
     def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs["input_ids"]
         row, place = (torch.arange(size, device=ids.device) for size in ids.shape)
-        self.acts = ((row % 2 == 0).unsqueeze(1) | (place >= self.tokens)).unsqueeze(2)
+        without = torch.where(row % 2 == 1, 1 + (ids.sum(1) + row // 2) % self.tokens, 0)
+        self.acts = (place >= without.unsqueeze(1)).unsqueeze(2)
 
     def _cut(self, module: nn.Module, _: Any, shrunk: torch.Tensor) -> torch.Tensor:
         return shrunk * self.acts if module.training and self.acts is not None else shrunk

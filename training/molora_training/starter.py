@@ -83,6 +83,7 @@ class RouterVariant:
     mixed: int | None = None
     documents: int | None = None
     in_a_turn: int | None = None
+    asides: int | None = None
     both: int | None = None
     null_start: int | None = None
     epochs: int | None = None
@@ -125,6 +126,7 @@ class StarterSettings:
     router_mixed: int = 6000
     router_documents: int = 0
     router_in_a_turn: int = 0
+    router_asides: int = 0
     router_both: int = 0
     router_null_start: int = 0
     router_epochs: int = 4
@@ -251,6 +253,7 @@ def _router_settings(settings: StarterSettings, name: str, variant: RouterVarian
         mixed=chosen(variant.mixed, settings.router_mixed),
         documents=chosen(variant.documents, settings.router_documents),
         in_a_turn=chosen(variant.in_a_turn, settings.router_in_a_turn),
+        asides=chosen(variant.asides, settings.router_asides),
         both=chosen(variant.both, settings.router_both),
         null_start=chosen(variant.null_start, settings.router_null_start),
         batch_tokens=chosen(variant.batch_tokens, settings.router_batch_tokens),
@@ -294,7 +297,8 @@ def _mixed_text(settings: StarterSettings, domains: Sequence[str], split: Split)
     def some(count: int) -> int:
         return count if split == "train" else math.ceil(count / 10)
 
-    counts = map(some, (settings.router_mixed, settings.router_documents, settings.router_in_a_turn))
+    ways = (settings.router_mixed, settings.router_documents, settings.router_in_a_turn, settings.router_asides)
+    counts = map(some, ways)
     examples = {
         name: read_examples(file) for name in domains if (file := settings.data / f"{name}.{split}.jsonl").is_file()
     }

@@ -16,7 +16,7 @@ from .items import (
     read_mixed,
     write_examples,
 )
-from .mixed import mix, mix_all_ways, mix_documents, mix_in_a_turn
+from .mixed import mix, mix_all_ways, mix_asides, mix_documents, mix_in_a_turn
 from .prepare import data_dir, prepare
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "encode_within",
     "mix",
     "mix_all_ways",
+    "mix_asides",
     "mix_documents",
     "mix_in_a_turn",
     "prepare",

@@ -1,7 +1,8 @@
 """Conversations and texts that change their domain: what routing is trained and judged on.
 
 By turns: a question of another domain each time. In a turn: two questions at once, and both answers. As a document:
-problems with their answers, one after the other, in one text.
+problems with their answers, one after the other, in one text. With an aside: a question beside a sentence of another
+domain, which asks for nothing.
 """
 
 import random
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from molora.errors import DataError
 
 from .items import Example, MixedExample, Part, Split
-from .text import approx_tokens
+from .text import approx_tokens, sentences
 
 MAX_TOKENS = 1024
 # ChatML's marks and roles around one question and its answer.
@@ -20,6 +21,9 @@ JOINTS = (
     ("\n\n", "\n\n", "\n\nAlso: ", "\n\nAnd another one: ", " Second question: ", "\n---\n", "\n\n2. ", "\n\nThen: "),
     ("\n\nWhile you are at it: ", "\n\nPS: ", " || "),
 )
+ASIDE_WORDS = 16
+# Between an aside and what follows it.
+PAUSES = (" ", "\n", "\n\n", ": ", " - ")
 REQUESTS = (
     ("Write out the worksheet.", "Continue the notes.", "My revision notes:", "Show me the collection.", "Page 1"),
     ("Type up the notebook for me.", "From the archive:"),
@@ -82,12 +86,38 @@ def mix_documents(
     return found
 
 
+def mix_asides(
+    examples: Mapping[str, Sequence[Example]], split: Split, count: int, seed: int = 0
+) -> list[MixedExample]:
+    """`count` questions with their answers; before each question, or after every third, a sentence of another domain's
+    question: so that how a question is introduced does not decide who answers it.
+
+    Arguments and errors as of :func:`mix`.
+    """
+    deck = _Deck(examples, split, random.Random(f"aside:{split}:{seed}"))
+    found = []
+    for number in range(count):
+        other = deck.draw(())
+        example = deck.draw((other.domain,))
+        words = deck.random.choice(sentences(_question(other))).split()[:ASIDE_WORDS]
+        pause = deck.random.choice(PAUSES)
+        if number % 3 == 2:
+            chosen = (example, other)
+            asked = (Part(_question(example) + pause, 0, False), Part(" ".join(words), 1, False))
+        else:
+            chosen = (other, example)
+            asked = (Part(" ".join(words) + pause, 0, False), Part(_question(example), 1, False))
+        answers = (Part(_answer(example), chosen.index(example), True),)
+        found.append(_of_parts(f"aside-{split}-{number}", split, chosen, (asked, answers)))
+    return found
+
+
 def mix_all_ways(
     examples: Mapping[str, Sequence[Example]], split: Split, counts: Iterable[int], seed: int = 0
 ) -> list[MixedExample]:
-    """Of :func:`mix`, :func:`mix_documents` and :func:`mix_in_a_turn` so many as ``counts`` says, in this order; errors
-    as of them."""
-    ways = zip((mix, mix_documents, mix_in_a_turn), counts, strict=True)
+    """Of :func:`mix`, :func:`mix_documents`, :func:`mix_in_a_turn` and :func:`mix_asides` so many as ``counts`` says, in
+    this order; errors as of them."""
+    ways = zip((mix, mix_documents, mix_in_a_turn, mix_asides), counts, strict=True)
     return [one for way, count in ways if count for one in way(examples, split, count, seed)]
 
 
