@@ -47,7 +47,7 @@ def test_a_later_adapter_against_a_retrained_router(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(adding, "SHORT", (8, 4, 4))
+    monkeypatch.setattr(adding, "SHORT", (8, 4, 4, 2))
     few, full = saved(tmp_path / "a"), saved(tmp_path / "b", ("math", "code", "law"))
     report = run(few, full, data, tmp_path / "adding.json", "molora eval adding", limit=24)
     assert json.loads((tmp_path / "adding.json").read_text()) == report and report["new"] == ["law"]

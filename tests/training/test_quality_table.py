@@ -57,7 +57,7 @@ def table(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cont
     model = make_spoken(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality_sets, "COUNT", 5)
-        patch.setattr(quality_sets, "MIXED", (4, 4, 4))
+        patch.setattr(quality_sets, "MIXED", (4, 4, 4, 2))
         patch.setattr(module, "LEARNT_STEPS", 2)
         sets = QualitySets(model, data)
         yield Contenders(model, sets, {"saved": model.router}, folder / "work")  # type: ignore[dict-item]

@@ -162,6 +162,14 @@ def test_it_learns_that_none_is_right_at_the_start(general: bool, settings: Rout
     assert int((model.router.parts[0].samples.rows == null).sum()) == SAMPLES
 
 
+def test_what_goes_on_from_a_saved_router_leaves_as_many_starts_to_the_base(settings: RouterTrainSettings) -> None:
+    assert settings.starts == 0
+    train(dataclasses.replace(settings, null_start=3, max_steps=1))
+    later = dataclasses.replace(settings, model=settings.out, start="saved", out=settings.out / "later", max_steps=1)
+    assert later.starts == 3 and dataclasses.replace(later, null_start=0).starts == 0
+    assert train(later)["settings"]["null_start"] == 3
+
+
 def test_each_epoch_mixes_anew_and_all_examples_come_round(settings: RouterTrainSettings) -> None:
     model = load_model(settings, torch.device("cpu"))
     _, epochs, held_out = router._data(settings, model)

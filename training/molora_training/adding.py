@@ -17,7 +17,7 @@ from molora_training.data import Encoded, Example, encode_within, mix, read_exam
 from molora_training.evaluate import LAYER, batches, chosen_domains, losses
 from molora_training.quality_sets import COUNT, MAX_TOKENS
 from molora_training.report import heading, line, write_report
-from molora_training.router_settings import RouterTrainSettings
+from molora_training.router_settings import RouterTrainSettings, learnt_null_start
 
 EXAMPLES = (32, 128, 512)
 BARRED = 128  # the number of examples that the lines are about
@@ -59,7 +59,7 @@ def run(
             model.add_adapter(LAYER, name, paths[name], examples=[_text(model, example) for example in examples])
         rows.append(test.measure(f"{count} examples", model))
         with tempfile.TemporaryDirectory() as work:
-            trained = _trained(model, new, data, count, Path(work)).to(device)
+            trained = _trained(model, new, data, count, Path(work), learnt_null_start(few)).to(device)
             rows.append(test.measure(f"{count} examples, {TRAINED}", trained))
         for name in new:
             model.remove_adapter(LAYER, name)
@@ -73,7 +73,9 @@ def run(
     return report
 
 
-def _trained(model: MoLoRAModel, new: Sequence[str], data: Path, count: int, work: Path) -> MoLoRAModel:
+def _trained(
+    model: MoLoRAModel, new: Sequence[str], data: Path, count: int, work: Path, null_start: int
+) -> MoLoRAModel:
     """``model`` with its router trained on for a little, on the new domains' examples and a few of the others'."""
     model.save_pretrained(work / "added")
     for name in model.stack[LAYER].adapters:
@@ -82,7 +84,7 @@ def _trained(model: MoLoRAModel, new: Sequence[str], data: Path, count: int, wor
             write_examples(work / "data" / f"{name}.{split}.jsonl", some)
     settings = RouterTrainSettings(
         model=work / "added", out=work / "trained", data=work / "data", start="saved", epochs=1, batch_tokens=4096,
-        mixed=SHORT[0], documents=SHORT[1], in_a_turn=SHORT[2], asides=SHORT[3],
+        mixed=SHORT[0], documents=SHORT[1], in_a_turn=SHORT[2], asides=SHORT[3], null_start=null_start,
     )  # fmt: skip
     router.train(settings)
     shutil.rmtree(settings.work, ignore_errors=True)

@@ -46,7 +46,7 @@ from molora_training.data import (
     read_mixed,
 )
 from molora_training.router_objective import Labels, RouterObjective, reading_inputs
-from molora_training.router_settings import RouterTrainSettings
+from molora_training.router_settings import METRICS, RouterTrainSettings
 from molora_training.schedule import warm_cosine
 
 GENERAL = "general"
@@ -167,7 +167,7 @@ class _Run:
         router: Any = model.router
         self.router = router
         weights = self._class_weights()
-        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.null_start)
+        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.starts)
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
         unmasked = attend_causally(model.base, rounded(settings.max_length))
@@ -249,15 +249,19 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "command": command,
             # Paths mean nothing elsewhere; names do.
-            "settings": json.loads(json.dumps(asdict(self.settings), default=lambda value: value.name)),
+            "settings": json.loads(
+                json.dumps(
+                    asdict(self.settings) | {"null_start": self.settings.starts}, default=lambda value: value.name
+                )
+            ),
         }
         if self.accelerator.is_main_process:
             self.model.eval()
             self._keep_samples()
             self.model.save_pretrained(self.settings.out)
-            partial = self.settings.out / ".router.metrics.json"
+            partial = self.settings.out / f".{METRICS}"
             partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self.settings.out / "router.metrics.json")
+            os.replace(partial, self.settings.out / METRICS)
             self.state_file.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return metrics
@@ -339,7 +343,7 @@ class _Run:
             q = [
                 part.features(part.read(x), real, None)[real] for part, x in zip(self.router.parts, inputs, strict=True)
             ]
-            start = (torch.arange(real.shape[1], device=real.device) < self.settings.null_start).expand_as(real)
+            start = (torch.arange(real.shape[1], device=real.device) < self.settings.starts).expand_as(real)
             seen.append((q, torch.stack([batch.domain_ids[real], start[real]])))
         domains, starts = torch.cat([of for _, of in seen], 1)
         chance = torch.Generator().manual_seed(self.settings.seed)
@@ -365,7 +369,7 @@ class _Run:
         for layer, rows in self.labels.rows.items():
             share = torch.zeros(len(rows)).index_add(0, self.labels.targets[layer], tokens)
             weights[layer] = torch.where(share > 0, share.sum() / share.clamp_min(1), 0.0)
-            if self.settings.null_start and not share[-1]:  # the null has no text but the starts
+            if self.settings.starts and not share[-1]:  # the null has no text but the starts
                 weights[layer][-1] = weights[layer][:-1].mean()
             weights[layer] /= weights[layer].max()
         return weights

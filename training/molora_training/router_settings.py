@@ -1,12 +1,15 @@
 """Settings of the router trainer."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from molora import RouterConfig
 from molora.errors import ConfigError
 from molora_training.settings import work_folder
+
+METRICS = "router.metrics.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class RouterTrainSettings:
         documents, in_a_turn: how many documents of several domains' problems, and turns that ask two questions.
         asides: how many questions beside a sentence of another domain, which asks for nothing.
         both: how many questions of each kind that need two adapters at once (`molora train data both`).
-        null_start: how many tokens at the start of a text none is right for: of adapters with as much `start_dropout`.
+        null_start: how many tokens at the start of a text none is right for: of adapters with `start_dropout`. None: as
+            many as the saved router has learnt, of a new one 0.
         epochs: passes over so many texts; each one mixes them anew.
     """
 
@@ -59,7 +63,7 @@ class RouterTrainSettings:
     in_a_turn: int = 0
     asides: int = 0
     both: int = 0
-    null_start: int = 0
+    null_start: int | None = None
     max_length: int = 1024
     epochs: int = 4
     max_steps: int | None = None
@@ -75,10 +79,26 @@ class RouterTrainSettings:
         for name in ("mixed", "max_length", "epochs", "batch_tokens", "learning_rate", "checkpoint_every"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}.")
-        if min(self.documents, self.in_a_turn, self.asides, self.both, self.null_start) < 0:
+        if min(self.documents, self.in_a_turn, self.asides, self.both, self.null_start or 0) < 0:
             raise ConfigError("documents, in_a_turn, asides, both and null_start must not be negative.")
+
+    @property
+    def starts(self) -> int:
+        """``null_start``, or that of the saved router."""
+        if self.null_start is not None:
+            return self.null_start
+        return learnt_null_start(self.model) if self.start == "saved" else 0
 
     @property
     def work(self) -> Path:
         """Where checkpoints and curves of this training lie."""
         return work_folder("router", self.out)
+
+
+def learnt_null_start(folder: Path) -> int:
+    """The ``null_start`` with which a saved router was trained; 0 if it does not say."""
+    file = folder / METRICS
+    if not file.is_file():
+        return 0
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    return int(found.get("null_start") or 0)

@@ -7,8 +7,8 @@ from torch import nn
 
 
 class StartDropout:
-    """While ``model`` trains, its LoRA adapter does not act at the first tokens of every other example of a batch: so it
-    comes to serve both where it acts alone and where the first tokens are the base's.
+    """While ``model`` trains, its LoRA adapter does not act at the first tokens of every other example of a batch: so
+    it comes to serve both where it acts alone and where the first tokens are the base's.
 
     Args:
         model: PEFT's; called with ``input_ids`` [B, T].

@@ -115,8 +115,8 @@ def mix_asides(
 def mix_all_ways(
     examples: Mapping[str, Sequence[Example]], split: Split, counts: Iterable[int], seed: int = 0
 ) -> list[MixedExample]:
-    """Of :func:`mix`, :func:`mix_documents`, :func:`mix_in_a_turn` and :func:`mix_asides` so many as ``counts`` says, in
-    this order; errors as of them."""
+    """Of :func:`mix`, :func:`mix_documents`, :func:`mix_in_a_turn` and :func:`mix_asides`, in this order, so many as
+    ``counts`` says; errors as of them."""
     ways = zip((mix, mix_documents, mix_in_a_turn, mix_asides), counts, strict=True)
     return [one for way, count in ways if count for one in way(examples, split, count, seed)]
 
