@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from molora.errors import ConfigError, NonFiniteError
+from molora.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, NonFiniteError
 from molora_training import adapter_run
 from molora_training.adapter import train
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
@@ -183,3 +183,31 @@ def test_two_processes_learn_the_same_adapter(settings: AdapterTrainSettings, tm
     assert metrics["processes"] == 2 and metrics["steps"] == 4
     assert metrics["train_losses"] == pytest.approx(expected["train_losses"], abs=1e-5)
     assert metrics["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-5)
+
+
+def test_goes_on_from_an_adapter(settings: AdapterTrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    first = train(dataclasses.replace(settings, out=settings.out.with_name("first")))
+    later = dataclasses.replace(settings, start=settings.out.with_name("first"), lora=LoraShape(dropout=0.0))
+    found = train(later)
+    assert found["base_validation_loss"] == pytest.approx(first["validation_loss"], abs=5e-3)  # it was saved in bf16
+    assert found["validation_loss"] < found["base_validation_loss"]
+    config = json.loads((later.out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.0)
+    assert "`first`, which it went on from" in (later.out / "README.md").read_text()
+    assert found["settings"]["start"] == "first" and found["settings"]["lora"]["rank"] == 4
+    still = train(dataclasses.replace(later, out=settings.out.with_name("still"), learning_rate=1e-12))
+    kept, was = (load_file(settings.out.with_name(name) / "adapter_model.safetensors") for name in ("still", "first"))
+    assert kept.keys() == was.keys() and all(torch.equal(kept[name], was[name]) for name in was)
+    assert still["best_step"] == 0 and "than the adapter that it went on from" in capsys.readouterr().err
+
+
+def test_an_adapter_to_go_on_from_has_to_fit(settings: AdapterTrainSettings, tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFoundError):
+        train(dataclasses.replace(settings, start=tmp_path / "nothing"))
+    other = LlamaForCausalLM(LlamaConfig(**{**AutoConfig.from_pretrained(settings.base).to_dict(), "hidden_size": 64}))
+    get_peft_model(other, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "wide")
+    with pytest.raises(AdapterMismatchError, match="was trained for another base"):
+        train(dataclasses.replace(settings, start=tmp_path / "wide"))
+    with pytest.raises(ConfigError, match="leave out start, or stack"):
+        dataclasses.replace(settings, start=tmp_path / "wide", stack=tmp_path)
+    assert not settings.out.exists()

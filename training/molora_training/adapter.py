@@ -10,6 +10,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from accelerate import Accelerator
 
 from molora import MoLoRAModel
+from molora.adapter import Adapter
 from molora.base import load_base
-from molora.errors import DataError
+from molora.checks import check_fits
+from molora.errors import DataError, UnsupportedAdapterError
 from molora_training.adapter_run import Run, answer_count
-from molora_training.adapter_settings import AdapterTrainSettings
+from molora_training.adapter_settings import AdapterTrainSettings, LoraShape
 from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
 from molora_training.data import Encoded, encode_within, read_conversations
@@ -47,10 +50,13 @@ def train(
 
     Raises:
         ConfigError: settings that do not fit, or a checkpoint of other settings.
+        AdapterError: the adapter to go on from cannot be read, or is not the base's.
         DataError: no usable examples.
         NonFiniteError: the loss or the gradient is not finite.
     """
     accelerator = Accelerator()
+    if settings.start is not None:
+        settings = replace(settings, lora=_shape_of(settings.start, settings.lora))
     # The main process fetches the base first; the others then find it in the cache.
     with accelerator.main_process_first():
         model, tokenizer = _load(settings)
@@ -89,11 +95,33 @@ def _load(settings: AdapterTrainSettings) -> tuple[Any, Any]:
     return model, model.tokenizer
 
 
+def _shape_of(folder: Path, asked: LoraShape) -> LoraShape:
+    """The shape of a saved adapter, with the dropouts that are asked for."""
+    config = Adapter.load(folder).config
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise UnsupportedAdapterError(f"The adapter at {folder} has ranks that differ by module: start anew.")
+    targets = config["target_modules"]
+    return replace(
+        asked,
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora")),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+    )
+
+
 def _with_lora(model: Any, settings: AdapterTrainSettings, device: torch.device) -> Any:
-    """The base with a fresh adapter: base frozen in its dtype, adapter in float32."""
-    from peft import LoraConfig, get_peft_model
+    """The base with a fresh adapter, or the one to go on from: base frozen in its dtype, adapter in float32."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     shape = settings.lora
+    if settings.start is not None:
+        check_fits(Adapter.load(settings.start), model, settings.base)
+        config = LoraConfig.from_pretrained(settings.start)
+        config.lora_dropout, config.inference_mode = shape.dropout, False
+        going_on = PeftModel.from_pretrained(model, settings.start, is_trainable=True, config=config)
+        StartDropout(going_on, shape.start_dropout)
+        return going_on
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=shape.rank,

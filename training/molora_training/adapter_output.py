@@ -48,6 +48,7 @@ def model_card(settings: AdapterTrainSettings, metrics: dict[str, Any], command:
     """The adapter's README.md: front matter, data and licence, how it was made, what was measured."""
     data, lora = settings.data, settings.lora
     on = f", trained on top of the stack `{settings.stack.name}` and to be used with it" if settings.stack else ""
+    before = f"`{settings.start.name}`, which it went on from" if settings.start else "base without the adapter"
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     lines = [
         "---",
@@ -78,7 +79,7 @@ def model_card(settings: AdapterTrainSettings, metrics: dict[str, Any], command:
         "## Loss for each answer token (natural logarithm)",
         "| | validation |",
         "|---|---|",
-        f"| base without the adapter | {metrics['base_validation_loss']:.4f} |",
+        f"| {before} | {metrics['base_validation_loss']:.4f} |",
         f"| this adapter (step {metrics['best_step']}) | {metrics['validation_loss']:.4f} |",
         "",
         "The base's licence applies as well. Nothing but this loss was measured: no evaluation of safety was made.",
@@ -90,6 +91,7 @@ def settings_record(settings: AdapterTrainSettings) -> dict[str, Any]:
     """The settings as plain values, file names without their folders."""
     record = dataclasses.asdict(settings)
     record["out"] = settings.out.name
+    record["start"] = settings.start and settings.start.name
     record["stack"] = settings.stack and settings.stack.name
     record["data"] |= {"train": settings.data.train.name, "validation": settings.data.validation.name}
     return record

@@ -53,7 +53,7 @@ class Run:
             self.captured = CapturedSteps(_Mean(self), self.parameters.values(), self.settings.batch_tokens)
 
     def start(self, resume: bool) -> None:
-        """Restore the checkpoint, or measure the base and write the first one."""
+        """Restore the checkpoint, or measure what it begins with and write the first one."""
         fingerprint = self._fingerprint()
         if self.is_main and not resume:
             shutil.rmtree(self.settings.work, ignore_errors=True)
@@ -108,7 +108,8 @@ class Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(best[name])
         if self.is_main and self.counters["best_step"] == 0:
-            print("No step did better than the base: the adapter that is written changes nothing.", file=sys.stderr)
+            before = "the base" if self.settings.start is None else "the adapter that it went on from"
+            print(f"No step did better than {before}: the adapter that is written changes nothing.", file=sys.stderr)
         device = self.accelerator.device
         losses = self.counters["train_losses"]
         metrics = {
@@ -229,8 +230,9 @@ class Run:
         record = settings_record(settings) | {"out": str(settings.out), "processes": self.accelerator.num_processes}
         digest.update(json.dumps(record, sort_keys=True).encode())
         files = [settings.data.train, settings.data.validation]
-        if settings.stack is not None:
-            files += [file for file in sorted(settings.stack.rglob("*")) if file.suffix in (".json", ".safetensors")]
+        for folder in (settings.start, settings.stack):
+            if folder is not None:
+                files += [file for file in sorted(folder.rglob("*")) if file.suffix in (".json", ".safetensors")]
         for file in files:
             digest.update(file.read_bytes())
         return digest.hexdigest()

@@ -52,6 +52,7 @@ class LoraShape:
 class AdapterTrainSettings:
     """One training. Batches hold up to `batch_tokens` padded tokens in each process.
 
+    start: a PEFT adapter of that base to go on from, whose rank, alpha and targets then are what `lora` says.
     stack: a saved MoLoRA for that base, whose adapters and router act, as they do when nothing is selected, while the
     new one is trained on top of them.
     """
@@ -60,6 +61,7 @@ class AdapterTrainSettings:
     data: DataFiles
     lora: LoraShape = field(default_factory=LoraShape)
     base: str = DEFAULT_BASE
+    start: Path | None = None
     stack: Path | None = None
     learning_rate: float = 2e-4
     warmup: float = 0.05  # share of the steps
@@ -78,6 +80,8 @@ class AdapterTrainSettings:
             raise ConfigError(f"max_steps must be positive or null, not {self.max_steps}.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup must lie in [0, 1), not {self.warmup}.")
+        if self.start is not None and self.stack is not None:
+            raise ConfigError("An adapter on top of a stack begins anew: leave out start, or stack.")
 
     @property
     def work(self) -> Path:
