@@ -15,6 +15,7 @@ from molora.commands.generate import generate
 from molora.commands.info import info
 from molora.commands.routes import routes
 from molora.commands.train import app as train
+from molora.commands.update import update
 from molora.commands.versions import rollback, versions
 from molora.errors import MoLoRAError
 
@@ -31,6 +32,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(routes)
 app.command()(info)
+app.command()(update)
 app.command()(versions)
 app.command()(rollback)
 app.add_typer(train, name="train")

@@ -10,7 +10,7 @@ from molora.errors import ConfigError
 from molora_training import adding
 from molora_training.adding import must, run
 from molora_training.data import Example, write_examples
-from tests.unit.spoken import make_spoken
+from tests.unit.spoken import make_spoken, save_spoken
 
 TEXTS = {"math": "12+34=46 78*9", "code": "def f(x): return", "law": "THE PARTY SHALL"}
 
@@ -32,15 +32,11 @@ def _messages(text: str, n: int) -> tuple[dict[str, str], ...]:
 def saved(folder: Path, domains: tuple[str, ...] = ("math", "code")) -> Path:
     """A model on disk, whose base is there too."""
     model = make_spoken(folder / "adapters", domains)
-    model.base.save_pretrained(folder / "base")
-    model.tokenizer.save_pretrained(folder / "base")
-    model.base_name = str(folder / "base")
     if "law" in domains:
         with torch.no_grad():
             for part in model.router.parts:
                 part.output.bias[model.router.rows.index("domain/law")] += 4
-    model.save_pretrained(folder / "model")
-    return folder / "model"
+    return save_spoken(model, folder)
 
 
 def test_a_later_adapter_against_a_retrained_router(

@@ -48,6 +48,15 @@ def make_spoken(folder: Path, domains: tuple[str, ...] = ("math", "code"), **con
     return balance(model.eval(), torch.arange(5, 261).view(1, -1))
 
 
+def save_spoken(model: MoLoRAModel, folder: Path) -> Path:
+    """Saves the model with its base beside it."""
+    model.base.save_pretrained(folder / "base")
+    model.tokenizer.save_pretrained(folder / "base")  # type: ignore[union-attr]
+    model.base_name = str(folder / "base")
+    model.save_pretrained(folder / "model")
+    return folder / "model"
+
+
 @torch.no_grad()
 def balance(model: MoLoRAModel, ids: torch.Tensor) -> MoLoRAModel:
     """Shifts a random router's biases so that over ``ids`` no candidate wins everywhere."""

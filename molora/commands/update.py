@@ -1,0 +1,72 @@
+"""``molora update``: a new version of an adapter from new conversations."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from molora.commands.common import JsonOption, extra, write_json
+
+if TYPE_CHECKING:
+    from molora_training.continual.update import Change, Updated
+
+
+def update(
+    layer: Annotated[str, typer.Argument(help="The adapter's layer.")],
+    name: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its name.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help='New conversations, a {"messages": [...]} a line.')],
+    model: Annotated[Path, typer.Option(metavar="FOLDER", help="A saved MoLoRA.")],
+    general: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Conversations that have nothing to do with it.")
+    ] = None,
+    max_forgetting: Annotated[
+        float, typer.Option(min=0, help="How much the loss on old conversations may grow, as a share.")
+    ] = 0.02,
+    memory: Annotated[int, typer.Option(min=0, help="Bytes of conversations to remember; 0: keep no text.")] = 2**20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the new conversations.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-4,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an adapter a new version that has learnt from new conversations, if it loses little of what it knew.
+
+    In: a saved MoLoRA and a file of conversations, about twenty or more. A fifth of them is held out, to judge by; the
+    others are learnt, beside as many that were remembered at earlier updates. Out: a new version in the saved MoLoRA,
+    and what was learnt and lost. It serves from the next load on if the loss on old conversations stays within bounds;
+    otherwise it is kept to be looked at, what serves stays, and the command ends with 1.
+
+    Example: molora update user ada --data new_chats.jsonl --model my-molora
+    """
+    with extra("train"):
+        from molora_training.continual.update import UpdateSettings
+        from molora_training.continual.update import update as run
+
+        settings = UpdateSettings(
+            model, layer, name, data, general=general, max_forgetting=max_forgetting,
+            memory=memory, epochs=epochs, learning_rate=learning_rate,
+        )  # fmt: skip
+        found = run(settings, command=f"molora update {layer} {name} --data {data.name}")
+    if as_json:
+        write_json(asdict(found))
+    else:
+        _show(found, max_forgetting)
+    if not found.promoted:
+        raise typer.Exit(1)
+
+
+def _show(found: "Updated", most: float) -> None:
+    typer.echo(_line("learnt", found.learnt, ""))
+    for name, change, missing in (
+        ("kept", found.kept, "nothing was remembered yet"),
+        ("general", found.general, "not measured: --general names conversations that have nothing to do with it"),
+    ):
+        typer.echo(_line(name, change, f", at most {most:+.1%}") if change else f"{name:<8} {missing}")
+    state = "serves" if found.promoted else "is kept and does not serve"
+    typer.echo(f"Version {found.version} {state}: {found.why}. {found.seconds:.0f} s")
+
+
+def _line(name: str, change: "Change", bound: str) -> str:
+    return (
+        f"{name:<8} {change.before:.4f} -> {change.after:.4f} nats a token ({change.growth:+.1%}{bound}), "
+        f"{change.conversations} held-out conversations"
+    )

@@ -1,0 +1,175 @@
+"""`molora update` on a tiny model: what it learnt and lost is what PEFT says, and only what passed its gate serves."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from molora import MoLoRAModel
+from molora.chat import render
+from molora.cli import app
+from molora.errors import ConfigError, DataError, VersionError
+from molora.versions import Versions
+from molora_training.continual.memory import Memory, held_out, key
+from molora_training.continual.update import MEMORY, UpdateSettings, update
+from tests.unit.spoken import make_spoken, save_spoken
+
+
+def chats(file: Path, answer: str, numbers: range) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n:03}"}, {"role": "assistant", "content": answer}]}
+        for n in numbers
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UpdateSettings:
+    monkeypatch.chdir(tmp_path)
+    model = save_spoken(make_spoken(tmp_path / "adapters"), tmp_path)
+    first = chats(tmp_path / "may.jsonl", "aye aye", range(40))
+    return UpdateSettings(
+        model, "domain", "math", first, learning_rate=3e-2, epochs=4, batch_tokens=512, dtype="float32"
+    )
+
+
+@torch.no_grad()
+def loss(settings: UpdateSettings, folder: Path, rows: list[Any]) -> float:
+    """Nats a token of the answers and the marks that end them, by transformers and PEFT alone."""
+    base = AutoModelForCausalLM.from_pretrained(settings.model.parent / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model.parent / "base")
+    model, total, count = PeftModel.from_pretrained(base, folder).eval(), 0.0, 0
+    for row in rows:
+        asked = render(tokenizer, row["messages"][:1], add_generation_prompt=True)
+        prompt = len(tokenizer(asked, add_special_tokens=False).input_ids)
+        whole = render(tokenizer, row["messages"])
+        ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt").input_ids
+        end = prompt + len(row["messages"][1]["content"]) + 1  # bytes, and the mark that ends it
+        logits = model(ids).logits[0, prompt - 1 : end - 1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, prompt:end], reduction="sum"))
+        count += end - prompt
+    return total / count
+
+
+def rows_of(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path) -> None:
+    found = update(settings, command="molora update")
+    mine = Versions(settings.model, "domain", "math")
+    assert found.promoted and (found.version, found.parent, mine.current) == (2, 1, 2)
+    first = rows_of(settings.data)
+    apart = [row for row in first if held_out(row)]
+    assert found.learnt.conversations == len(apart) > 0 and found.kept is None and found.general is None
+    assert found.learnt.before == pytest.approx(loss(settings, mine.path(1), apart), rel=1e-4)
+    assert found.learnt.after == pytest.approx(loss(settings, mine.path(2), apart), rel=2e-2)  # bf16 on disk
+    assert found.learnt.after < found.learnt.before - 0.2
+    memory = Memory.load(settings.model / mine.place / MEMORY)
+    assert {key(row) for row in memory.rows} == {key(row) for row in first}
+
+    other = chats(tmp_path / "june.jsonl", "no sir", range(100, 140))
+    general = chats(tmp_path / "general.jsonl", "hm", range(500, 505))
+    later = update(replace(settings, data=other, general=general, max_forgetting=100.0))
+    assert later.promoted and later.replayed > 0 and mine.current == 3 and mine[3].parent == 2
+    assert later.kept is not None and later.kept.conversations == len(apart)
+    assert later.kept.before == pytest.approx(loss(settings, mine.path(2), apart), rel=1e-3)
+    assert later.kept.after == pytest.approx(loss(settings, mine.path(3), apart), rel=1e-3)
+    assert later.general is not None
+    assert later.general.after == pytest.approx(loss(settings, mine.path(3), rows_of(general)), rel=1e-3)
+    assert mine[3].data["conversations"] == 40 and "no sir" not in json.dumps(mine[3].data)
+    with torch.no_grad():  # and a model that is loaded now has it
+        model = MoLoRAModel.from_pretrained(settings.model, dtype=torch.float32)
+        asked = model.encode([{"role": "user", "content": "123"}])
+        served = model(**asked, selection={"domain": "math", "user": None}).logits
+        base = AutoModelForCausalLM.from_pretrained(settings.model.parent / "base", dtype=torch.float32)
+        expected = PeftModel.from_pretrained(base, mine.path(3)).eval()(**asked).logits
+    torch.testing.assert_close(served, expected, rtol=1e-4, atol=1e-4)
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))  # what it trained with is gone
+
+
+def test_what_forgets_too_much_does_not_serve(settings: UpdateSettings, tmp_path: Path) -> None:
+    learnt = update(replace(settings, epochs=25)).learnt
+    assert learnt.after < learnt.before - 0.4
+    mine = Versions(settings.model, "domain", "math")
+    memory = (settings.model / mine.place / MEMORY).read_bytes()
+    # many that contradict what was learnt, so that replay cannot hold it
+    other = chats(tmp_path / "june.jsonl", "no sir", range(40, 240))
+    found = update(replace(settings, data=other, epochs=10, max_forgetting=0.0))
+    assert not found.promoted and found.kept is not None and found.kept.growth > 0
+    assert found.why.startswith("loss on remembered conversations grew by") and "0.0% at most" in found.why
+    assert mine.current == 2 and not mine[3].passed and mine[3].why == found.why
+    assert (settings.model / mine.place / MEMORY).read_bytes() == memory
+    with pytest.raises(VersionError, match="may not serve"):
+        mine.promote(3)
+
+
+def test_what_harms_others_does_not_serve(settings: UpdateSettings, tmp_path: Path) -> None:
+    general = chats(tmp_path / "general.jsonl", "!?", range(500, 505))
+    found = update(replace(settings, general=general, max_forgetting=0.0))
+    assert not found.promoted and found.why.startswith("loss on general conversations grew by")
+
+
+def test_what_learnt_nothing_does_not_serve(settings: UpdateSettings) -> None:
+    found = update(replace(settings, learning_rate=1e-12))
+    assert not found.promoted and found.why == "no step was better than none"
+    assert Versions(settings.model, "domain", "math").current is None
+
+
+def test_without_a_memory_no_text_stays(settings: UpdateSettings, tmp_path: Path) -> None:
+    update(settings)
+    file = settings.model / Versions(settings.model, "domain", "math").place / MEMORY
+    assert file.is_file()
+    found = update(replace(settings, data=chats(tmp_path / "june.jsonl", "no sir", range(100, 140)), memory=0))
+    assert found.promoted and found.replayed == 0 and found.kept is None and not file.exists()
+    assert not [one for one in settings.model.rglob("*") if one.is_file() and b"no sir" in one.read_bytes()]
+
+
+def test_what_was_remembered_is_not_new(settings: UpdateSettings) -> None:
+    update(settings)
+    with pytest.raises(DataError, match="holds 0 new conversations"):
+        update(settings)
+
+
+def test_bad_input_is_named(settings: UpdateSettings, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    lines = [json.dumps(row) for row in rows_of(settings.data) if not held_out(row)]
+    few.write_text("\n".join(lines[:3]))
+    with pytest.raises(DataError, match="3 new conversations, 0 of which are held out"):
+        update(replace(settings, data=few))
+    bad = tmp_path / "bad.jsonl"
+    for line in ("nothing", '{"messages": []}', '{"messages": [{"role": "user", "content": "hi"}]}', "[]", '{"x": 1}'):
+        bad.write_text(settings.data.read_text() + line + "\n")
+        with pytest.raises(DataError, match=r"bad\.jsonl, line 41 is no conversation"):
+            update(replace(settings, data=bad))
+    with pytest.raises(DataError, match="cannot be read"):
+        update(replace(settings, data=tmp_path / "nothing.jsonl"))
+    with pytest.raises(VersionError, match="no adapter 'ada'; it has math, code"):
+        update(replace(settings, name="ada"))
+    with pytest.raises(ConfigError, match="must not be negative"):
+        replace(settings, max_forgetting=-0.1)
+    mine = Versions(settings.model, "domain", "math")
+    (settings.model / mine.place).mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.model / mine.place / ".update.lock"), pytest.raises(VersionError, match="is running"):
+        update(settings)
+    assert mine.all() == [] and mine.current is None
+
+
+def test_the_command_tells_and_its_exit_code_says_whether_it_serves(settings: UpdateSettings) -> None:
+    line = ["update", "domain", "math", "--data", str(settings.data), "--model", str(settings.model)]
+    found = CliRunner().invoke(app, [*line, "--learning-rate", "0.03", "--epochs", "4"])
+    assert found.exit_code == 0, found.output
+    assert "Version 2 serves" in found.output and "nothing was remembered yet" in found.output
+    assert "learnt" in found.output and "nats a token" in found.output
+    other = chats(settings.data.with_name("june.jsonl"), "no sir", range(100, 140))
+    line[line.index(str(settings.data))] = str(other)
+    found = CliRunner().invoke(app, [*line, "--learning-rate", "1e-12", "--json"])
+    assert found.exit_code == 1 and json.loads(found.stdout)["promoted"] is False

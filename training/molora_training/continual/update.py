@@ -1,0 +1,263 @@
+"""A new version of an adapter from new conversations, which serves only if little of what it knew is lost.
+
+The version before goes on with the new conversations and as many of the remembered ones (replay). What it learnt is
+told by the new conversations that are held out, what it lost by the remembered ones that are: none is trained on ever.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+
+from molora import MoLoRAModel, Stack, StackLayer
+from molora.errors import ConfigError, DataError, VersionError
+from molora.saved import load
+from molora.versions import Versions
+from molora_training import adapter
+from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
+from molora_training.continual.memory import BYTES, Memory, held_out, key
+from molora_training.data import Example, encode_within, write_examples
+from molora_training.evaluate import losses
+
+MEMORY = "memory.jsonl"
+_LAYER = "update"
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """One update.
+
+    Args:
+        model: a saved MoLoRA.
+        layer, name: of the adapter.
+        data: new conversations, one JSON object with `messages` a line.
+        general: conversations that have nothing to do with the adapter; None: what it does to them is not measured.
+        max_forgetting: how much the loss on remembered and on general conversations may grow, as a share.
+        memory: bytes of conversations that are remembered beside the adapter's versions; 0: no text is kept, nothing is
+            replayed, and what is forgotten is told by ``general`` alone.
+        max_length: tokens; longer conversations are left out.
+    """
+
+    model: Path
+    layer: str
+    name: str
+    data: Path
+    general: Path | None = None
+    max_forgetting: float = 0.02
+    memory: int = BYTES
+    learning_rate: float = 2e-4
+    epochs: int = 3
+    max_length: int = 1024
+    batch_tokens: int = 4096
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.max_forgetting < 0 or self.memory < 0:
+            raise ConfigError("max_forgetting and memory must not be negative.")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Nats an answer token of so many held-out conversations, under the version that serves and under the new one."""
+
+    conversations: int
+    before: float
+    after: float
+
+    @property
+    def growth(self) -> float:
+        """By which share it grew."""
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What came of an update.
+
+    learnt: on the new conversations. kept: on the remembered ones, None where there are none. general: on those that
+    have nothing to do with it, None where there are none.
+    """
+
+    version: int
+    parent: int | None
+    promoted: bool
+    why: str
+    learnt: Change
+    kept: Change | None
+    general: Change | None
+    replayed: int
+    seconds: float
+
+
+def update(settings: UpdateSettings, command: str | None = None) -> Updated:
+    """Trains, measures, keeps the new version, and lets it serve if it passed.
+
+    Raises:
+        StackError, AdapterError: there is no such adapter, or it cannot be trained on.
+        DataError: the conversations are none, or too few for one to be held out.
+        VersionError: another update of this adapter is running.
+    """
+    started = time.monotonic()
+    versions = Versions(settings.model, settings.layer, settings.name)
+    saved = load(settings.model)
+    adapters = saved.stack[settings.layer].adapters
+    if settings.name not in adapters:
+        known = ", ".join(adapters) or "none at all"
+        raise VersionError(f"The layer {settings.layer!r} has no adapter {settings.name!r}; it has {known}.")
+    place = settings.model / versions.place
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place / ".update.lock", timeout=0):
+            return _update(settings, command, versions, str(saved.base), Path(adapters[settings.name]), started)
+    except Timeout:
+        raise VersionError(f"Another update of {versions.label} is running.") from None
+
+
+def _update(
+    settings: UpdateSettings, command: str | None, versions: Versions, base: str, served: Path, started: float
+) -> Updated:
+    file = settings.model / versions.place / MEMORY
+    if not settings.memory:
+        file.unlink(missing_ok=True)  # no text is no text
+    memory = Memory.load(file, settings.memory) if settings.memory else Memory()
+    known = {key(row) for row in memory.rows}
+    rows = [row for row in read_chats(settings.data) if key(row) not in known]
+    new = [row for row in rows if not held_out(row)]
+    apart = [row for row in rows if held_out(row)]
+    if not new or not apart:
+        raise DataError(
+            f"{settings.data} holds {len(rows)} new conversations, {len(apart)} of which are held out to judge the "
+            f"update by. Of twenty or more that is about a fifth; one at least is needed, and one to learn."
+        )
+    replayed = memory.taught[: len(new)]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        _write(work / "train.jsonl", [*new, *replayed], settings.name)
+        _write(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
+        training = AdapterTrainSettings(
+            out=work / settings.name,
+            data=DataFiles(work / "train.jsonl", work / "validation.jsonl", settings.max_length),
+            lora=LoraShape(),
+            base=base,
+            start=served,
+            learning_rate=settings.learning_rate,
+            epochs=settings.epochs,
+            batch_tokens=settings.batch_tokens,
+            checkpoint_every=10,
+            seed=settings.seed,
+            dtype=settings.dtype,
+        )
+        trained = adapter.train(training, resume=False, command=command)
+        shutil.rmtree(training.work, ignore_errors=True)
+        judge = _Judge(settings, base, served, training.out)
+        learnt = judge(apart)
+        assert learnt is not None
+        kept = judge(memory.kept_apart)
+        general = judge(read_chats(settings.general)) if settings.general else None
+        why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
+        version = versions.add(
+            training.out,
+            command=command,
+            data={
+                "sha256": hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+                "conversations": len(rows),
+                "replayed": len(replayed),
+            },
+            metrics={
+                "learnt": asdict(learnt),
+                "kept": kept and asdict(kept),
+                "general": general and asdict(general),
+                "steps": trained["steps"],
+                "best_step": trained["best_step"],
+            },
+            passed=not why,
+            why=why or f"{-learnt.growth:.1%} less loss on new conversations",
+        )
+    if not why:
+        versions.promote(version.number)
+        if settings.memory:
+            memory.with_(rows).save(file)
+    return Updated(
+        version=version.number,
+        parent=version.parent,
+        promoted=not why,
+        why=version.why,
+        learnt=learnt,
+        kept=kept,
+        general=general,
+        replayed=len(replayed),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def read_chats(file: Path) -> list[Mapping[str, Any]]:
+    """The conversations of a file, each once.
+
+    Raises:
+        DataError: it cannot be read, or a line is no conversation; it is named.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}).") from None
+    found: dict[str, Mapping[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            roles = [message["role"] for message in row["messages"]]
+            found[key(row)] = {"messages": row["messages"]}
+        except (ValueError, TypeError, KeyError):
+            roles = []
+        if "user" not in roles or "assistant" not in roles:
+            raise DataError(f'{file}, line {number} is no conversation: {{"messages": [{{"role": ...}}, ...]}}.')
+    return list(found.values())
+
+
+class _Judge:
+    """The version that serves and the new one, on the same conversations."""
+
+    def __init__(self, settings: UpdateSettings, base: str, served: Path, new: Path) -> None:
+        stack = Stack([StackLayer(_LAYER, {"before": served, "after": new}, default=None)])
+        self.settings = settings
+        self.model = MoLoRAModel.from_base(base, stack, dtype=getattr(torch, settings.dtype))
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Change | None:
+        settings = self.settings
+        examples = _examples(rows, settings.name)
+        encoded = encode_within(examples, self.model.tokenizer, settings.max_length, [settings.name])
+        if not encoded:
+            return None
+        before, after = (
+            losses(self.model, encoded, {_LAYER: which}, 1, batch_tokens=settings.batch_tokens).mean
+            for which in ("before", "after")
+        )
+        return Change(len(encoded), before, after)
+
+
+def _against(settings: UpdateSettings, learnt: Change, kept: Change | None, general: Change | None) -> str:
+    """Why the new version may not serve; nothing if it may."""
+    if learnt.after >= learnt.before:
+        return f"nothing was learnt: loss on new conversations {learnt.before:.4f} -> {learnt.after:.4f}"
+    for what, change in (("remembered", kept), ("general", general)):
+        if change is not None and not change.growth <= settings.max_forgetting:
+            most = settings.max_forgetting
+            return f"loss on {what} conversations grew by {change.growth:.1%}, which may be {most:.1%} at most"
+    return ""
+
+
+def _examples(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
+    return [Example(key(row)[:16], name, "train", tuple(row["messages"])) for row in rows]
+
+
+def _write(file: Path, rows: Iterable[Mapping[str, Any]], name: str) -> None:
+    write_examples(file, _examples(rows, name))
