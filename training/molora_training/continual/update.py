@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class UpdateSettings:
         memory: bytes of conversations that are remembered beside the adapter's versions; 0: no text is kept, nothing is
             replayed, and what is forgotten is told by ``general`` alone.
         max_length: tokens; longer conversations are left out.
+        dtype: of the frozen base. None: bfloat16 on a GPU, float32 on a CPU, where it is faster.
     """
 
     model: Path
@@ -58,7 +59,7 @@ class UpdateSettings:
     max_length: int = 1024
     batch_tokens: int = 4096
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self) -> None:
         if self.max_forgetting < 0 or self.memory < 0:
@@ -107,6 +108,8 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
         VersionError: another update of this adapter is running.
     """
     started = time.monotonic()
+    if settings.dtype is None:
+        settings = replace(settings, dtype="bfloat16" if torch.cuda.is_available() else "float32")
     versions = Versions(settings.model, settings.layer, settings.name)
     saved = load(settings.model)
     adapters = saved.stack[settings.layer].adapters
@@ -154,7 +157,7 @@ def _update(
             batch_tokens=settings.batch_tokens,
             checkpoint_every=10,
             seed=settings.seed,
-            dtype=settings.dtype,
+            dtype=settings.dtype or "float32",
         )
         trained = adapter.train(training, resume=False, command=command)
         shutil.rmtree(training.work, ignore_errors=True)
@@ -228,7 +231,7 @@ class _Judge:
     def __init__(self, settings: UpdateSettings, base: str, served: Path, new: Path) -> None:
         stack = Stack([StackLayer(_LAYER, {"before": served, "after": new}, default=None)])
         self.settings = settings
-        self.model = MoLoRAModel.from_base(base, stack, dtype=getattr(torch, settings.dtype))
+        self.model = MoLoRAModel.from_base(base, stack, dtype=getattr(torch, settings.dtype or "float32"))
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Change | None:
