@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,11 @@ class UpdateSettings:
         if self.max_forgetting < 0 or self.memory < 0:
             raise ConfigError("max_forgetting and memory must not be negative.")
 
+    @property
+    def chosen_dtype(self) -> Literal["bfloat16", "float32"]:
+        """``dtype``, or what is best here."""
+        return self.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -108,8 +113,6 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
         VersionError: another update of this adapter is running.
     """
     started = time.monotonic()
-    if settings.dtype is None:
-        settings = replace(settings, dtype="bfloat16" if torch.cuda.is_available() else "float32")
     versions = Versions(settings.model, settings.layer, settings.name)
     saved = load(settings.model)
     adapters = saved.stack[settings.layer].adapters
@@ -157,7 +160,7 @@ def _update(
             batch_tokens=settings.batch_tokens,
             checkpoint_every=10,
             seed=settings.seed,
-            dtype=settings.dtype or "float32",
+            dtype=settings.chosen_dtype,
         )
         trained = adapter.train(training, resume=False, command=command)
         shutil.rmtree(training.work, ignore_errors=True)
@@ -231,7 +234,7 @@ class _Judge:
     def __init__(self, settings: UpdateSettings, base: str, served: Path, new: Path) -> None:
         stack = Stack([StackLayer(_LAYER, {"before": served, "after": new}, default=None)])
         self.settings = settings
-        self.model = MoLoRAModel.from_base(base, stack, dtype=getattr(torch, settings.dtype or "float32"))
+        self.model = MoLoRAModel.from_base(base, stack, dtype=getattr(torch, settings.chosen_dtype))
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Change | None:
