@@ -9,6 +9,7 @@ if os.environ.get("MOLORA_TEST_DEVICE", "cpu") == "cpu":  # kernels in Triton's 
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-if "TRITON_INTERPRET" in os.environ:
+if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
     from tests.interpreter import scan_by_slices
 
     scan_by_slices()

@@ -59,6 +59,15 @@ def loss(settings: UpdateSettings, folder: Path, rows: list[Any]) -> float:
     return total / count
 
 
+def remembering(settings: UpdateSettings) -> UpdateSettings:
+    """With something that was held out before."""
+    kept = [row for row in rows_of(chats(settings.data.with_name("old.jsonl"), "hm", range(900, 940))) if held_out(row)]
+    file = settings.model / Versions(settings.model, settings.layer, settings.name).place / MEMORY
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Memory().with_(kept).save(file)
+    return settings
+
+
 def rows_of(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -145,6 +154,11 @@ def test_bad_input_is_named(settings: UpdateSettings, tmp_path: Path) -> None:
     few.write_text("\n".join(lines[:3]))
     with pytest.raises(DataError, match="3 new conversations, 0 of which are held out"):
         update(replace(settings, data=few))
+    with pytest.raises(DataError, match="every held-out conversation is over 40 tokens long"):
+        rows = [row for row in rows_of(settings.data) if not held_out(row)]
+        long = [{"messages": [*row["messages"], *row["messages"]]} for row in rows_of(settings.data)]
+        few.write_text("".join(json.dumps(r) + "\n" for r in [*rows, *filter(held_out, long)]))
+        update(replace(remembering(settings), data=few, max_length=40))
     bad = tmp_path / "bad.jsonl"
     for line in ("nothing", '{"messages": []}', '{"messages": [{"role": "user", "content": "hi"}]}', "[]", '{"x": 1}'):
         bad.write_text(settings.data.read_text() + line + "\n")

@@ -166,7 +166,8 @@ def _update(
         shutil.rmtree(training.work, ignore_errors=True)
         judge = _Judge(settings, base, served, training.out)
         learnt = judge(apart)
-        assert learnt is not None
+        if learnt is None:
+            raise DataError(f"{settings.data}: every held-out conversation is over {settings.max_length} tokens long.")
         kept = judge(memory.kept_apart)
         general = judge(read_chats(settings.general)) if settings.general else None
         why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
@@ -252,7 +253,7 @@ class _Judge:
 
 def _against(settings: UpdateSettings, learnt: Change, kept: Change | None, general: Change | None) -> str:
     """Why the new version may not serve; nothing if it may."""
-    if learnt.after >= learnt.before:
+    if not learnt.after < learnt.before:
         return f"nothing was learnt: loss on new conversations {learnt.before:.4f} -> {learnt.after:.4f}"
     for what, change in (("remembered", kept), ("general", general)):
         if change is not None and not change.growth <= settings.max_forgetting:
