@@ -161,6 +161,11 @@ class RoutingState:
 
     def _route(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> RoutingPlan:
         """Routes by a part of the router, which reads ids [batch, tokens], or hidden states [batch, tokens, D]."""
+        assert self._real is not None
+        with torch.autocast(self._real.device.type, enabled=False):  # a router is float32
+            return self._route_in_float32(index, ids, hidden)
+
+    def _route_in_float32(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> RoutingPlan:
         assert self.router is not None and self._current is not None and self._real is not None
         memory = self._memories[index] if self._memories is not None else None
         if not self._current.any_routed and not self.router.training:

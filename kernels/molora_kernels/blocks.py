@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 64  # tokens
+PAIRED = tl.constexpr(4)  # columns of a plan up to which all pairs of slots are compared
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,28 @@ def _blocks_kernel(
     slots_ptr, order_ptr, lists_ptr, counts_ptr, tokens, most,
     TOP: tl.constexpr, TOPS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """A slot is listed where it occurs first: all pairs are compared at once. A list has room for ``most`` slots, which
-    is as many as can act."""
+    """A list has room for ``most`` slots, which is as many as can act."""
     block = tl.program_id(0)
     i = tl.arange(0, BLOCK * TOPS)
     v = _slots_of(i, block, slots_ptr, order_ptr, tokens, TOP, TOPS, BLOCK, ORDERED)
-    # The same numbers laid out along the other axis.
-    w = tl.sum(tl.where(i[:, None] == i[None, :], v[:, None], 0), 0)
-    again = tl.max(((v[:, None] == w[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
-    new = (v >= 0) & (again == 0)
-    place = tl.cumsum(new.to(tl.int32), 0) - 1
-    tl.store(lists_ptr + block.to(tl.int64) * most + place, v, mask=new & (place < most))
-    tl.store(counts_ptr + block, tl.minimum(tl.sum(new.to(tl.int32), 0), most))
+    list_ptr = lists_ptr + block.to(tl.int64) * most
+    if TOPS <= PAIRED:  # a slot is listed where it occurs first: all pairs are compared at once
+        # The same numbers laid out along the other axis.
+        w = tl.sum(tl.where(i[:, None] == i[None, :], v[:, None], 0), 0)
+        again = tl.max(((v[:, None] == w[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
+        new = (v >= 0) & (again == 0)
+        place = tl.cumsum(new.to(tl.int32), 0) - 1
+        tl.store(list_ptr + place, v, mask=new & (place < most))
+        many = tl.sum(new.to(tl.int32), 0)
+    else:  # one after the other: the square of so many is code that takes minutes to compile
+        last = tl.max(v, 0)
+        done = tl.full((), -1, tl.int32)
+        many = 0
+        while done < last:
+            done = tl.min(tl.where(v > done, v, last), 0)
+            tl.store(list_ptr + many, done, mask=many < most)
+            many += 1
+    tl.store(counts_ptr + block, tl.minimum(many, most))
 
 
 @triton.jit
@@ -260,5 +271,5 @@ def list_slots(slots: torch.Tensor, blocks: Blocks) -> None:
     _blocks_kernel[(len(blocks.counts),)](
         slots, slots if order is None else order, blocks.lists, blocks.counts, T, blocks.lists.shape[1],
         TOP=S, TOPS=tops, BLOCK=size, ORDERED=order is not None,
-        num_warps=max(1, min(8, (size * tops) ** 2 // 2048)),
+        num_warps=max(1, min(8, (size * tops) ** 2 // 2048)) if tops <= PAIRED else 4,
     )  # fmt: skip

@@ -105,9 +105,12 @@ POINTERS = {
 }
 
 
+WIDE = {"TOP": 11, "TOPS": 16}  # a merge of nine adapters, and two layers beside
+
+
 def main() -> None:
     for target_name, target in TARGETS.items():
-        for kernel, own in KERNELS.items():
+        for kernel, own in [*KERNELS.items(), (blocks._blocks_kernel, KERNELS[blocks._blocks_kernel] | WIDE)]:
             for dtype in ("fp32",) if kernel in ROUTE else DTYPES[target_name]:
                 pdl = target.backend == "cuda" and target.arch >= 90  # programmatic dependent launch
                 precision = "tf32x3" if target.backend == "cuda" else "ieee"

@@ -188,7 +188,7 @@ def test_tokens_are_ordered_by_their_slots() -> None:
     assert rows == sorted(map(sorted, slots.tolist()))
 
 
-@pytest.mark.parametrize("S", [1, 2, 3])
+@pytest.mark.parametrize("S", [1, 2, 3, 6])
 @pytest.mark.parametrize("T", [1, 63, 133])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_list_each_slot_once(kind: str, T: int, S: int) -> None:

@@ -238,6 +238,18 @@ def test_autocast_is_pefts(base: Any, adapters: dict[str, Path], ids: torch.Tens
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_leaves_the_router_in_float32(
+    base: Any, adapters: dict[str, Path], ids: torch.Tensor, training: bool
+) -> None:
+    expected, found = (make_routed(base, adapters).train(training) for _ in range(2))
+    plain = expected(ids, output_routes=True).routes.logits[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = found(ids, output_routes=True).routes.logits[0]
+    assert cast.dtype == torch.float32 and torch.equal(cast, plain)  # of embeddings, which are float32 in both
+
+
+@torch.no_grad()
 def test_a_half_precision_base(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
     """As near to float32 as PEFT is in bfloat16, where both keep the factors in float32 on a CPU."""
     exact = PeftModel.from_pretrained(copy.deepcopy(base), adapters["code"]).eval()(ids).logits
