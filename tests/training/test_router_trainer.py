@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from molora import MoLoRAModel, RouterConfig
 from molora.errors import ConfigError, DataError, NonFiniteError
@@ -20,6 +21,7 @@ from molora_training import router, router_objective
 from molora_training.data import IGNORED, collate, encode
 from molora_training.distillation import Teacher
 from molora_training.router import load_model, train
+from molora_training.router_objective import Labels, RouterObjective
 from molora_training.router_settings import LossWeights, RouterTrainSettings
 from tests.unit.spoken import make_spoken
 
@@ -109,6 +111,34 @@ def test_the_next_token_loss_reaches_the_router(settings: RouterTrainSettings) -
     other = load_file(settings.out.with_name("longer") / "router.safetensors")
     assert not torch.equal(weights["parts.0.output.weight"], other["parts.0.output.weight"])
     assert again["steps"] == 8
+
+
+def test_short_answers_weigh_as_much_as_long_ones(settings: RouterTrainSettings) -> None:
+    train(dataclasses.replace(settings, max_steps=1))
+    model = MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
+    domains, question = ["math", "code"], {"role": "user", "content": "?"}
+    rows = [
+        encode(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}],
+            model.tokenizer,
+            [domain],
+            domains,
+        )
+        for domain, answer in (("math", "4"), ("code", "return x and y, " * 4))
+    ]
+    labels, weights = Labels(model, domains), router.answer_weights(rows, 3)
+    tokens = [int((row.labels != IGNORED).sum()) for row in rows]
+    assert weights.tolist() == pytest.approx([sum(tokens) / tokens[0] / 3, sum(tokens) / tokens[1] / 3, 0])
+    equal = {layer: torch.ones(len(found)) for layer, found in labels.rows.items()}
+    objective = RouterObjective(model, labels, LossWeights(lm=1.0, label=0.0, z=0.0), equal, 0, weights)
+    with torch.no_grad():
+        found = objective(collate(rows, 0))["lm"]
+        losses = []
+        for row in rows:
+            logits = model(row.input_ids[None], selection=labels.selection(model)).logits[0, :-1].double()
+            wanted = row.labels[1:]
+            losses.append(nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
+    assert float(found) == pytest.approx(float(losses[0] / tokens[0] + losses[1] / tokens[1]) / 2, rel=1e-5)
 
 
 def test_it_learns_from_what_each_adapter_writes_best(settings: RouterTrainSettings) -> None:

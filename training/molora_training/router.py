@@ -2,7 +2,8 @@
 
 - conversations that change their domain from question to question, mixed from the training examples anew for each
   epoch, and single ones
-- cross-entropy of each token to its domain, next-token loss through the chosen adapters (straight-through), balance, z
+- cross-entropy of each token to its domain; next-token loss through the chosen adapters (straight-through), in which
+  each domain's answers weigh the same; balance, z
 - where only labels are learnt, nothing above the layers that the router reads is computed
 - resumable; `accelerate launch` for several processes; curves for TensorBoard
 - on one GPU forward and backward are CUDA graphs, one for each shape of batch
@@ -34,6 +35,7 @@ from molora_training.captured import CapturedSteps
 from molora_training.checkpoint import load_state, save_state
 from molora_training.curves import curves
 from molora_training.data import (
+    IGNORED,
     KINDS,
     Encoded,
     Example,
@@ -149,6 +151,15 @@ def _turn(rows: Sequence[Example], share: int, epoch: int) -> list[Example]:
     return [*rows[first:], *rows[:first]][:share]
 
 
+def answer_weights(rows: Sequence[Encoded], domains: int) -> torch.Tensor:
+    """[domains]: with which the answers of each domain in ``rows`` weigh the same, whatever their length; 0 for one
+    without an answer."""
+    tokens = torch.zeros(domains)
+    for row in rows:
+        tokens += torch.bincount(row.domain_ids[row.labels != IGNORED], minlength=domains)
+    return torch.where(tokens > 0, tokens.sum() / tokens.clamp_min(1), 0.0) / domains
+
+
 class _Run:
     """One training on this process."""
 
@@ -166,8 +177,8 @@ class _Run:
         self.labels = Labels(model, domains)
         router: Any = model.router
         self.router = router
-        weights = self._class_weights()
-        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.starts)
+        weights, answers = self._class_weights(), answer_weights(self.rows, len(domains))
+        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.starts, answers)
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
         unmasked = attend_causally(model.base, rounded(settings.max_length))

@@ -72,8 +72,10 @@ class RouterObjective(nn.Module):
         weights: LossWeights,
         class_weights: dict[str, Any],
         null_start: int = 0,
+        answer_weights: torch.Tensor | None = None,
     ) -> None:
-        """null_start: tokens at the start of a text that are the null's, in every layer that is taught."""
+        """null_start: tokens at the start of a text that are the null's, in every layer that is taught.
+        answer_weights: [domains], of the next-token loss at a domain's answer tokens; None: all weigh the same."""
         super().__init__()
         self.null_start = null_start
         self.model = model
@@ -81,6 +83,7 @@ class RouterObjective(nn.Module):
         self.weights = weights
         device = next(model.router.parameters()).device  # type: ignore[union-attr]
         self.class_weights = {layer: weight.to(device) for layer, weight in class_weights.items()}  # [rows of a layer]
+        self.answer_weights = None if answer_weights is None else answer_weights.to(device)
         self.targets = {layer: target.to(device) for layer, target in labels.targets.items()}
         self.rows = {layer: torch.tensor(rows, device=device) for layer, rows in labels.rows.items()}
         self.selection = KeptSelections(model, labels.selection(model))  # what is left to the router
@@ -97,10 +100,7 @@ class RouterObjective(nn.Module):
             with self.model.routing.active(lambda: self.selection(len(real))):
                 logits = self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
                 all_logits = self.model.routing.logits
-            labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-            terms["lm"] = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
-            )
+            terms["lm"] = self._next_token(logits, batch)
         else:
             all_logits = self._logits(batch, real)
         parts = [self._part(one, batch, real, taught) for one in all_logits if one is not None]
@@ -112,6 +112,17 @@ class RouterObjective(nn.Module):
         weighted = [getattr(self.weights, name) * terms[name] for name in names]
         terms["loss"] = torch.stack(weighted).sum()
         return terms
+
+    def _next_token(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        if self.answer_weights is None:
+            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+        each = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        domains = nn.functional.pad(batch.domain_ids[:, 1:], (0, 1)).clamp_min(0)  # of the tokens that are predicted
+        weights = self.answer_weights[domains].masked_fill(labels == IGNORED, 0.0).flatten()
+        return (weights * each).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _part(
         self, logits: torch.Tensor, batch: Batch, real: torch.Tensor, taught: dict[str, torch.Tensor]
