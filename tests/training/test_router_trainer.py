@@ -118,12 +118,7 @@ def test_short_answers_weigh_as_much_as_long_ones(settings: RouterTrainSettings)
     model = MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
     domains, question = ["math", "code"], {"role": "user", "content": "?"}
     rows = [
-        encode(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}],
-            model.tokenizer,
-            [domain],
-            domains,
-        )
+        encode([question, {"role": "assistant", "content": answer}], model.tokenizer, [domain], domains)
         for domain, answer in (("math", "4"), ("code", "return x and y, " * 4))
     ]
     labels, weights = Labels(model, domains), router.answer_weights(rows, 3)
