@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,6 +24,10 @@ def update(
         float, typer.Option(min=0, help="How much the loss on old conversations may grow, as a share.")
     ] = 0.02,
     memory: Annotated[int, typer.Option(min=0, help="Bytes of conversations to remember; 0: keep no text.")] = 2**20,
+    method: Annotated[
+        Literal["plain", "elastic", "orthogonal", "distil"],
+        typer.Option(help="What holds it back while it learns; plain: nothing but what is remembered."),
+    ] = "plain",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the new conversations.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-4,
     as_json: JsonOption = False,
@@ -43,7 +47,7 @@ def update(
 
         settings = UpdateSettings(
             model, layer, name, data, general=general, max_forgetting=max_forgetting,
-            memory=memory, epochs=epochs, learning_rate=learning_rate,
+            memory=memory, method=method, epochs=epochs, learning_rate=learning_rate,
         )  # fmt: skip
         found = run(settings, command=f"molora update {layer} {name} --data {data.name}")
     if as_json:

@@ -72,6 +72,19 @@ def rows_of(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("method", ["elastic", "orthogonal", "distil"])
+def test_every_method_learns_and_goes_on(method: Any, settings: UpdateSettings) -> None:
+    settings = replace(settings, method=method)
+    mine = Versions(settings.model, "domain", "math")
+    for number, file in enumerate(("may.jsonl", "june.jsonl"), 2):
+        data = chats(settings.data.with_name(file), "aye aye", range(100 * number, 100 * number + 40))
+        found = update(replace(settings, data=data), command="molora update")
+        assert found.version == number and mine[number].metrics["method"] == method
+        assert found.learnt.after < found.learnt.before and found.promoted
+    assert (settings.model / mine.place / "elastic.safetensors").is_file() == (method == "elastic")
+    MoLoRAModel.from_pretrained(settings.model)
+
+
 def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path) -> None:
     found = update(settings, command="molora update")
     mine = Versions(settings.model, "domain", "math")

@@ -22,7 +22,7 @@ from molora.adapter import Adapter
 from molora.base import load_base
 from molora.checks import check_fits
 from molora.errors import DataError, UnsupportedAdapterError
-from molora_training.adapter_run import Run, answer_count
+from molora_training.adapter_run import Hold, Run, answer_count
 from molora_training.adapter_settings import AdapterTrainSettings, LoraShape
 from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
@@ -36,6 +36,7 @@ def train(
     resume: bool = True,
     command: str | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    hold: Hold | None = None,
 ) -> dict[str, Any]:
     """Train and write the adapter to `settings.out`; checkpoints and curves lie in `settings.work`.
 
@@ -44,6 +45,7 @@ def train(
         resume: go on from the checkpoint of the same settings if there is one; False starts anew.
         command: the command line to name in the model card.
         on_step: called after each step with the number of finished steps and the step's loss.
+        hold: what holds the adapter back; the losses that are told are without it.
 
     Returns:
         The metrics, as in `metrics.json` of the adapter.
@@ -70,15 +72,19 @@ def train(
         accelerator.num_processes,
         settings.seed,
     )
+    adapted = _with_lora(model, settings, accelerator.device)
+    if hold is not None:
+        hold.prepare(adapted.to(accelerator.device))
     run = Run(
         settings=settings,
         accelerator=accelerator,
-        model=accelerator.prepare_model(_with_lora(model, settings, accelerator.device)),
+        model=accelerator.prepare_model(adapted),
         rows=rows,
         held_out=held_out,
         steps=steps[: settings.max_steps],
         pad_id=tokenizer.pad_token_id,
         capturable=unmasked,
+        hold=hold,
     )
     started = time.monotonic()
     run.start(resume)

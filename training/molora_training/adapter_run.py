@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,16 @@ from molora_training.schedule import warm_cosine
 _CLIP_NORM = 1.0
 
 
+class Hold(Protocol):
+    """What holds an adapter back while it learns; it must not wait for the device."""
+
+    def prepare(self, model: Any) -> None:
+        """Sees PEFT's model before the first step, and may freeze a part of the adapter."""
+
+    def penalty(self, model: Any, batch: Batch) -> torch.Tensor | None:
+        """What is added to the mean loss of a step; a scalar."""
+
+
 @dataclass
 class Run:
     """One training on this process: model, data, plan and counters."""
@@ -38,6 +48,7 @@ class Run:
     steps: Sequence[Sequence[Sequence[int]]]  # step -> process -> indices of rows
     pad_id: int
     capturable: bool = False  # nothing in the model waits for the device
+    hold: Hold | None = None
     counters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,11 +157,12 @@ class Run:
         # Gradients are averaged over processes, hence the factor: each answer token of the step weighs the same.
         count = self._answer_tokens(step)
         if self.captured is not None:
-            total = self.captured(batch)["loss"] * count
+            total = self.captured(batch)["mean"] * count
         else:
             self.optimizer.zero_grad(set_to_none=True)
             total = self.summed_loss(self.model, batch)
-            (total * (processes / count)).backward()
+            penalty = self.hold.penalty(self.alone, batch) if self.hold is not None else None
+            (total * (processes / count) + (0.0 if penalty is None else penalty)).backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM))
         loss = float(self.accelerator.reduce(total.detach(), "sum")) / count
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -248,7 +260,10 @@ class _Mean(torch.nn.Module):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         logits = self.run.logits(self.run.model, batch)
         labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())}
+        mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        hold = self.run.hold
+        penalty = hold.penalty(self.run.alone, batch) if hold is not None else None
+        return {"mean": mean, "loss": mean if penalty is None else mean + penalty}
 
 
 def answer_count(row: Encoded) -> int:

@@ -24,6 +24,7 @@ from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
 from molora_training.continual.memory import BYTES, Memory, held_out, key
+from molora_training.continual.methods import METHODS, MethodName, Task
 from molora_training.data import Example, encode_within, write_examples
 from molora_training.evaluate import losses
 
@@ -43,6 +44,7 @@ class UpdateSettings:
         max_forgetting: how much the loss on remembered and on general conversations may grow, as a share.
         memory: bytes of conversations that are remembered beside the adapter's versions; 0: no text is kept, nothing is
             replayed, and what is forgotten is told by ``general`` alone.
+        method: how it is held back while it learns: see :mod:`molora_training.continual.methods`.
         max_length: tokens; longer conversations are left out.
         dtype: of the frozen base. None: bfloat16 on a GPU, float32 on a CPU, where it is faster.
     """
@@ -54,6 +56,7 @@ class UpdateSettings:
     general: Path | None = None
     max_forgetting: float = 0.02
     memory: int = BYTES
+    method: MethodName = "plain"
     learning_rate: float = 2e-4
     epochs: int = 3
     max_length: int = 1024
@@ -64,6 +67,8 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         if self.max_forgetting < 0 or self.memory < 0:
             raise ConfigError("max_forgetting and memory must not be negative.")
+        if self.method not in METHODS:
+            raise ConfigError(f"The method must be one of {', '.join(METHODS)}, not {self.method!r}.")
 
     @property
     def chosen_dtype(self) -> Literal["bfloat16", "float32"]:
@@ -149,12 +154,22 @@ def _update(
         work = Path(scratch)
         _write(work / "train.jsonl", [*new, *replayed], settings.name)
         _write(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
+        method = METHODS[settings.method](
+            Task(
+                base=base,
+                examples=_examples(new, settings.name),
+                max_length=settings.max_length,
+                dtype=getattr(torch, settings.chosen_dtype),
+                state=settings.model / versions.place / f"{settings.method}.safetensors",
+                seed=settings.seed,
+            )
+        )
         training = AdapterTrainSettings(
             out=work / settings.name,
             data=DataFiles(work / "train.jsonl", work / "validation.jsonl", settings.max_length),
             lora=LoraShape(),
             base=base,
-            start=served,
+            start=method.start(served, work),
             learning_rate=settings.learning_rate,
             epochs=settings.epochs,
             batch_tokens=settings.batch_tokens,
@@ -162,9 +177,10 @@ def _update(
             seed=settings.seed,
             dtype=settings.chosen_dtype,
         )
-        trained = adapter.train(training, resume=False, command=command)
+        trained = adapter.train(training, resume=False, command=command, hold=method)
         shutil.rmtree(training.work, ignore_errors=True)
-        judge = _Judge(settings, base, served, training.out)
+        learner = method.finish(training.out, work)
+        judge = _Judge(settings, base, served, learner)
         learnt = judge(apart)
         if learnt is None:
             raise DataError(f"{settings.data}: every held-out conversation is over {settings.max_length} tokens long.")
@@ -172,7 +188,7 @@ def _update(
         general = judge(read_chats(settings.general)) if settings.general else None
         why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
         version = versions.add(
-            training.out,
+            learner,
             command=command,
             data={
                 "sha256": hashlib.sha256(settings.data.read_bytes()).hexdigest(),
@@ -183,6 +199,7 @@ def _update(
                 "learnt": asdict(learnt),
                 "kept": kept and asdict(kept),
                 "general": general and asdict(general),
+                "method": settings.method,
                 "steps": trained["steps"],
                 "best_step": trained["best_step"],
             },
@@ -193,6 +210,7 @@ def _update(
         versions.promote(version.number)
         if settings.memory:
             memory.with_(rows).save(file)
+        method.keep(versions.path(version.number))
     return Updated(
         version=version.number,
         parent=version.parent,
