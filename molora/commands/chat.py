@@ -18,6 +18,7 @@ from molora.commands.common import (
     SelectOption,
     TemperatureOption,
     check_selection,
+    model_place,
     open_model,
     parse_selection,
     room_for,
@@ -28,6 +29,7 @@ from molora.errors import DataError, MoLoRAError
 
 if TYPE_CHECKING:
     from molora import MoLoRAModel
+    from molora.following import Following
     from molora.selection import Choice
     from molora.stack import StackLayer
 
@@ -48,10 +50,14 @@ def chat(
 ) -> None:
     """Chat in the terminal. Each token has the colour of the adapter that spoke it.
 
+    A version that is promoted meanwhile (`molora update`, `molora rollback`) serves from the next turn on.
+
     In the chat: /select domain=math user=none, /reset, /help, /quit.
 
     Example: molora chat --select personality=none --temperature 0.7 --seed 1
     """
+    from molora.following import Following  # needs torch
+
     selection = parse_selection(select)
     with suppress(ImportError):  # where there is one, it gives the prompt a history and editing
         import readline  # noqa: F401
@@ -60,7 +66,8 @@ def chat(
         opened = open_model(model, dtype)
     check_selection(opened, selection)
     set_seed(seed)
-    _Chat(opened, console, selection, sampling(max_new_tokens, temperature)).run()
+    following = Following(opened, model_place(model))
+    _Chat(opened, console, selection, sampling(max_new_tokens, temperature), following).run()
 
 
 @dataclass
@@ -71,6 +78,7 @@ class _Chat:
     console: Console
     selection: "dict[str, Choice]"
     settings: dict[str, Any]
+    following: "Following"
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -107,7 +115,18 @@ class _Chat:
         else:
             raise DataError(f"There is no command {name}; /help lists them.")
 
+    def _catch_up(self) -> None:
+        """What was promoted since the last turn serves from here on."""
+        try:
+            changed = self.following.catch_up()
+        except MoLoRAError as error:
+            self.console.print(Text(f"What served goes on serving: {error}", style="red"))
+            return
+        if changed:
+            self.console.print(Text(f"New: {', '.join(changed)}", style="dim"))
+
     def _answer(self, prompt: str) -> None:
+        self._catch_up()
         messages = self._fitting([*self.messages, {"role": "user", "content": prompt}])
         layer = speaking_layer(self.model.stack.layers)
         texts: list[str] = []
