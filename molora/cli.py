@@ -11,6 +11,7 @@ from molora.commands.bench import app as bench
 from molora.commands.chat import chat
 from molora.commands.demo import demo
 from molora.commands.eval import app as evaluate
+from molora.commands.forget import forget
 from molora.commands.generate import generate
 from molora.commands.info import info
 from molora.commands.routes import routes
@@ -33,6 +34,7 @@ app.command()(generate)
 app.command()(routes)
 app.command()(info)
 app.command()(update)
+app.command()(forget)
 app.command()(versions)
 app.command()(rollback)
 app.add_typer(train, name="train")

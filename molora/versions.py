@@ -8,7 +8,7 @@ A version never changes. One that did not pass its gate is kept to be looked at,
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -116,12 +116,14 @@ class Versions:
         metrics: Mapping[str, Any] | None = None,
         passed: bool = True,
         why: str = "",
+        parent: int | None = None,
     ) -> Version:
-        """Keeps a new version, whose parent is what serves now. It does not serve yet.
+        """Keeps a new version. It does not serve yet.
 
         Args:
             source: a PEFT folder, or a router.
             command, data, metrics, passed, why: see :class:`Version`.
+            parent: what it was made from; None: what serves now.
 
         Raises:
             AdapterError: the folder is no adapter. VersionError: it is a router for an adapter's versions, or an
@@ -132,7 +134,7 @@ class Versions:
         with self._locked():
             self._adopt()
             about = {"command": command, "data": data or {}, "metrics": metrics or {}, "passed": passed, "why": why}
-            return self._write(source, self.current or self._first(), about)
+            return self._write(source, parent or self.current or self._first(), about)
 
     def promote(self, number: int) -> None:
         """Lets a version serve, from the next load on.
@@ -186,6 +188,64 @@ class Versions:
             for number in gone:
                 remove_folder(self.path(number))
             return gone
+
+    def root(self) -> Version | None:
+        """The oldest version that what serves comes from, as far as it is still there."""
+        versions = {version.number: version for version in self.all()}
+        found = versions.get(self.current or 0)
+        while found is not None and found.parent in versions:
+            found = versions[found.parent]
+        return found
+
+    def drop(self, stay: Iterable[int]) -> list[int]:
+        """Takes away every version but ``stay`` and what serves.
+
+        Returns:
+            The numbers that are gone.
+        """
+        with self._locked():
+            gone = sorted(set(self._numbers()) - {*stay, self.current})
+            for number in gone:
+                remove_folder(self.path(number))
+            return gone
+
+    def erase(self) -> None:
+        """Takes an adapter out of the saved MoLoRA, with all its versions, all that lies beside them, and its row of
+        the router. What an interruption left of it is taken away too.
+
+        Raises:
+            VersionError: it is the router, or there is nothing of it.
+        """
+        if self.layer is None or self.name is None:
+            raise VersionError("The router cannot be erased.")
+        routers = Versions(self.saved)
+        with self._locked():
+            manifest = read_manifest(self.saved)
+            served = self._served(manifest)
+            inside = [self._folder, self.saved / "adapters" / self.layer / self.name]
+            if served is None and not any(folder.is_dir() for folder in inside):
+                raise VersionError(f"There is nothing of {self.label} in {self.saved}.")
+            row = f"{self.layer}/{self.name}"
+            if served is not None:
+                (layer,) = (one for one in manifest["stack"]["layers"] if one["name"] == self.layer)
+                del layer["adapters"][self.name]
+                if layer["default"] == self.name:
+                    layer["default"] = None
+                router = load_router(self.saved, manifest["router"])
+                if isinstance(router, Router) and row in router.rows:
+                    router.remove_row(row)
+                    routers._point(manifest, routers._write(router, None, {"why": f"{row} was erased"}))
+                elif router is not None and row in router.rows:
+                    raise VersionError(f"Rules about words choose {row}: load the model, remove_adapter, and save it.")
+                write_text(self.saved / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            if (read_manifest(self.saved)["router"] or {}).get("file", ROUTER) != ROUTER:
+                (self.saved / ROUTER).unlink(missing_ok=True)  # it may still know the row
+            for version in routers.all():
+                if row in (version.router or {}).get("rows", ()):
+                    remove_folder(routers.path(version.number))
+            for folder in inside:
+                if folder.is_dir():
+                    remove_folder(folder)
 
     @property
     def _folder(self) -> Path:

@@ -133,6 +133,33 @@ def test_versions_are_not_saved_over(folder: Path, newer: Path, base: Any) -> No
     assert len(Versions(folder, "domain", "math").all()) == 2
 
 
+@pytest.mark.parametrize(("layer", "name"), [("domain", "math"), ("user", "ada")])
+def test_what_is_erased_is_gone(layer: str, name: str, folder: Path, newer: Path, base: Any, ids: torch.Tensor) -> None:
+    live = MoLoRAModel.from_pretrained(folder, base=copy.deepcopy(base))
+    mine, routers = Versions(folder, layer, name), Versions(folder)
+    mine.promote(mine.add(newer).number)
+    router = load(folder).router
+    assert isinstance(router, Router)
+    routers.promote(routers.add(router).number)
+    (folder / mine.place / "memory.jsonl").write_text("what was said")
+    mine.erase()
+    assert not (folder / mine.place).exists() and not (folder / "adapters" / layer / name).exists()
+    row = f"{layer}/{name}"
+    assert all(row not in version.router["rows"] for version in routers.all() if version.router)
+    assert not (folder / "router.safetensors").exists()
+    live.remove_adapter(layer, name)
+    found = MoLoRAModel.from_pretrained(folder, base=copy.deepcopy(base))
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, live(ids).logits) and row not in found.stack.names
+    with pytest.raises(VersionError, match=f"nothing of {row}"):
+        mine.erase()
+    (folder / mine.place).mkdir(parents=True)  # as an interruption leaves it
+    mine.erase()
+    assert not (folder / mine.place).exists()
+    with pytest.raises(VersionError, match="router cannot be erased"):
+        routers.erase()
+
+
 def math(folder: Path) -> Versions:
     return Versions(folder, "domain", "math")
 

@@ -152,8 +152,8 @@ def _update(
     replayed = memory.taught[: len(new)]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        _write(work / "train.jsonl", [*new, *replayed], settings.name)
-        _write(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
+        write_chats(work / "train.jsonl", [*new, *replayed], settings.name)
+        write_chats(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
         method = METHODS[settings.method](
             Task(
                 base=base,
@@ -164,23 +164,11 @@ def _update(
                 seed=settings.seed,
             )
         )
-        training = AdapterTrainSettings(
-            out=work / settings.name,
-            data=DataFiles(work / "train.jsonl", work / "validation.jsonl", settings.max_length),
-            lora=LoraShape(),
-            base=base,
-            start=method.start(served, work),
-            learning_rate=settings.learning_rate,
-            epochs=settings.epochs,
-            batch_tokens=settings.batch_tokens,
-            checkpoint_every=10,
-            seed=settings.seed,
-            dtype=settings.chosen_dtype,
-        )
+        training = training_settings(settings, base, method.start(served, work), work)
         trained = adapter.train(training, resume=False, command=command, hold=method)
         shutil.rmtree(training.work, ignore_errors=True)
         learner = method.finish(training.out, work)
-        judge = _Judge(settings, base, served, learner)
+        judge = Judge(settings, base, served, learner)
         learnt = judge(apart)
         if learnt is None:
             raise DataError(f"{settings.data}: every held-out conversation is over {settings.max_length} tokens long.")
@@ -224,6 +212,23 @@ def _update(
     )
 
 
+def training_settings(settings: UpdateSettings, base: str, start: Path, work: Path) -> AdapterTrainSettings:
+    """Of a training from ``start`` on train.jsonl and validation.jsonl in ``work``, into a folder there."""
+    return AdapterTrainSettings(
+        out=work / settings.name,
+        data=DataFiles(work / "train.jsonl", work / "validation.jsonl", settings.max_length),
+        lora=LoraShape(),
+        base=base,
+        start=start,
+        learning_rate=settings.learning_rate,
+        epochs=settings.epochs,
+        batch_tokens=settings.batch_tokens,
+        checkpoint_every=10,
+        seed=settings.seed,
+        dtype=settings.chosen_dtype,
+    )
+
+
 def read_chats(file: Path) -> list[Mapping[str, Any]]:
     """The conversations of a file, each once.
 
@@ -247,8 +252,8 @@ def read_chats(file: Path) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-class _Judge:
-    """The version that serves and the new one, on the same conversations."""
+class Judge:
+    """Two versions, one that is there and a new one, on the same conversations."""
 
     def __init__(self, settings: UpdateSettings, base: str, served: Path, new: Path) -> None:
         stack = Stack([StackLayer(_LAYER, {"before": served, "after": new}, default=None)])
@@ -284,5 +289,6 @@ def _examples(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
     return [Example(key(row)[:16], name, "train", tuple(row["messages"])) for row in rows]
 
 
-def _write(file: Path, rows: Iterable[Mapping[str, Any]], name: str) -> None:
+def write_chats(file: Path, rows: Iterable[Mapping[str, Any]], name: str) -> None:
+    """Conversations as a data file of the adapter's trainer."""
     write_examples(file, _examples(rows, name))
