@@ -131,6 +131,45 @@ def adding(
 
 
 @app.command()
+def continual(
+    tasks: Annotated[list[str], typer.Argument(help="Domains with prepared data, two or more.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/continual.json"),
+    base: Annotated[str | None, typer.Option(help="Of the adapter. Default: the starter's.")] = None,
+    orders: Annotated[int, typer.Option(min=1, help="Orders of the tasks.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each order.")] = 3,
+    examples: Annotated[int, typer.Option(min=8, help="Conversations of each task to learn.")] = 256,
+    tests: Annotated[int, typer.Option(min=8, help="Conversations of each task to score by.")] = 100,
+    share: Annotated[
+        str, typer.Option(metavar="i/n", help="Of n processes, the i-th, from 0: every n-th run.")
+    ] = "0/1",
+    as_json: JsonOption = False,
+) -> None:
+    """What does an adapter forget that learns one task after another? Methods beside joint and sequential training.
+
+    In: the data of `molora train data`. Out: a JSON file with average accuracy, forgetting, backward and forward
+    transfer, time and kept bytes of each method, over orders and seeds. What is finished is kept beside the file: an
+    interrupted study goes on, and is written once every share has run.
+
+    Example: molora eval continual math code medicine law --orders 1 --seeds 1 --examples 64
+    """
+    with extra("train"):
+        from molora.base import DEFAULT_BASE
+        from molora_training.continual.study import StudySettings, run
+        from molora_training.data import data_dir
+
+        settings = StudySettings(
+            tuple(tasks), data or data_dir(), base or DEFAULT_BASE, orders, seeds, examples, tests=tests
+        )
+        command = f"molora eval continual {' '.join(tasks)}"
+        given = {"orders": (orders, 3), "seeds": (seeds, 3), "examples": (examples, 256), "tests": (tests, 100)}
+        command += "".join(f" --{name} {value}" for name, (value, usual) in given.items() if value != usual)
+        report = run(settings, out, command, _parse_share(share))
+    if report is not None:
+        _show(report, as_json)
+
+
+@app.command()
 def scale(
     routers: Annotated[Path, typer.Argument(help="A folder of saved MoLoRAs for fewer and for more adapters.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,

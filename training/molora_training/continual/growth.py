@@ -12,8 +12,20 @@ from torch.nn.functional import pad
 
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from molora.atomic import new_folder
+from molora.base import load_base
 from molora.errors import ConfigError, UnsupportedAdapterError
 from molora_training.checkpoint import save_tensors
+
+
+def blank(base: str, rank: int, out: Path, seed: int = 0) -> None:
+    """Writes an adapter for all linear modules of a base that does nothing yet, alpha twice its rank."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = load_base(base, dtype=torch.float32)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with new_folder(out) as folder:
+        get_peft_model(model, config).save_pretrained(folder, save_embedding_layers=False)
 
 
 def widen(folder: Path, ranks: int, out: Path, seed: int = 0) -> None:

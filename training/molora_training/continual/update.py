@@ -24,7 +24,7 @@ from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
 from molora_training.continual.memory import BYTES, Memory, held_out, key
-from molora_training.continual.methods import METHODS, MethodName, Task
+from molora_training.continual.methods import METHODS, Method, MethodName, Task
 from molora_training.data import Example, encode_within, write_examples
 from molora_training.evaluate import losses
 
@@ -154,20 +154,8 @@ def _update(
         work = Path(scratch)
         write_chats(work / "train.jsonl", [*new, *replayed], settings.name)
         write_chats(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
-        method = METHODS[settings.method](
-            Task(
-                base=base,
-                examples=_examples(new, settings.name),
-                max_length=settings.max_length,
-                dtype=getattr(torch, settings.chosen_dtype),
-                state=settings.model / versions.place / f"{settings.method}.safetensors",
-                seed=settings.seed,
-            )
-        )
-        training = training_settings(settings, base, method.start(served, work), work)
-        trained = adapter.train(training, resume=False, command=command, hold=method)
-        shutil.rmtree(training.work, ignore_errors=True)
-        learner = method.finish(training.out, work)
+        state = settings.model / versions.place / f"{settings.method}.safetensors"
+        method, learner, trained = learn(settings, base, served, state, new, work, command)
         judge = Judge(settings, base, served, learner)
         learnt = judge(apart)
         if learnt is None:
@@ -210,6 +198,41 @@ def _update(
         replayed=len(replayed),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def learn(
+    settings: UpdateSettings,
+    base: str,
+    served: Path,
+    state: Path,
+    new: Sequence[Mapping[str, Any]],
+    work: Path,
+    command: str | None = None,
+) -> tuple[Method, Path, dict[str, Any]]:
+    """Goes on from ``served`` by the settings' method, with train.jsonl and validation.jsonl in ``work``.
+
+    Args:
+        state: the file of what the method knows of earlier tasks.
+        new: what of train.jsonl was not learnt before.
+
+    Returns:
+        The method, which is to :meth:`~Method.keep` what comes out if that is kept; its folder in ``work``; the
+        trainer's metrics.
+    """
+    method = METHODS[settings.method](
+        Task(
+            base=base,
+            examples=as_examples(new, settings.name),
+            max_length=settings.max_length,
+            dtype=getattr(torch, settings.chosen_dtype),
+            state=state,
+            seed=settings.seed,
+        )
+    )
+    training = training_settings(settings, base, method.start(served, work), work)
+    trained = adapter.train(training, resume=False, command=command, hold=method)
+    shutil.rmtree(training.work, ignore_errors=True)
+    return method, method.finish(training.out, work), trained
 
 
 def training_settings(settings: UpdateSettings, base: str, start: Path, work: Path) -> AdapterTrainSettings:
@@ -263,7 +286,7 @@ class Judge:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Change | None:
         settings = self.settings
-        examples = _examples(rows, settings.name)
+        examples = as_examples(rows, settings.name)
         encoded = encode_within(examples, self.model.tokenizer, settings.max_length, [settings.name])
         if not encoded:
             return None
@@ -285,10 +308,11 @@ def _against(settings: UpdateSettings, learnt: Change, kept: Change | None, gene
     return ""
 
 
-def _examples(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
+def as_examples(rows: Iterable[Mapping[str, Any]], name: str) -> list[Example]:
+    """Conversations as examples of one domain, known by a hash of their text."""
     return [Example(key(row)[:16], name, "train", tuple(row["messages"])) for row in rows]
 
 
 def write_chats(file: Path, rows: Iterable[Mapping[str, Any]], name: str) -> None:
     """Conversations as a data file of the adapter's trainer."""
-    write_examples(file, _examples(rows, name))
+    write_examples(file, as_examples(rows, name))

@@ -1,0 +1,297 @@
+"""What a sequence of tasks does to one adapter, by method: what it knows in the end, what it lost, and at what price.
+
+Each task is a domain; the adapter goes from one to the next, and after each it is scored on all. A score is the share
+of the answers' tokens, in percent, that it finds likeliest. Beside the methods stand what learns nothing from the past
+(sequential fine-tuning) and what sees everything at once (joint training). Sequences are kept as they are finished: an
+interrupted study goes on, and several processes may share it.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora.adapter import Adapter
+from molora.atomic import write_text
+from molora.base import DEFAULT_BASE, load_base
+from molora.errors import ConfigError, DataError
+from molora_training.batches import plan_pass
+from molora_training.continual.growth import blank
+from molora_training.continual.measures import measures
+from molora_training.continual.memory import BYTES, Memory
+from molora_training.continual.methods import MethodName
+from molora_training.continual.update import UpdateSettings, as_examples, learn, write_chats
+from molora_training.data import IGNORED, Encoded, Split, collate, encode_within, read_examples
+from molora_training.report import heading, line, write_report
+
+JOINT = "joint training"
+NAMES: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is replayed
+    "sequential": ("plain", False), "replay": ("plain", True), "elastic": ("elastic", False),
+    "orthogonal": ("orthogonal", False), "distil": ("distil", False), "elastic, replay": ("elastic", True),
+    "orthogonal, replay": ("orthogonal", True), "distil, replay": ("distil", True),
+}  # fmt: skip
+DEFAULT = "replay"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """A study.
+
+    Args:
+        tasks: domains, two or more.
+        data: prepared data of all of them.
+        orders, seeds: how many orders of the tasks, and seeds of each.
+        examples, held_out, tests: of each task, to learn, to choose the step by, and to score.
+        rank: of the adapter. memory: bytes of text that are kept of each task.
+    """
+
+    tasks: tuple[str, ...]
+    data: Path
+    base: str = DEFAULT_BASE
+    orders: int = 3
+    seeds: int = 3
+    examples: int = 256
+    held_out: int = 48
+    tests: int = 100
+    rank: int = 16
+    memory: int = BYTES
+    learning_rate: float = 5e-4
+    epochs: int = 3
+    max_length: int = 512
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"A sequence takes two tasks or more, each once, not {', '.join(self.tasks) or 'none'}.")
+        if min(self.orders, self.seeds, self.examples, self.held_out, self.tests, self.memory) < 1:
+            raise ConfigError("orders, seeds, examples, held_out, tests and memory must be positive.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sequence of tasks. method: a name of NAMES, or JOINT."""
+
+    method: str
+    order: int
+    seed: int
+
+
+def run(settings: StudySettings, out: Path, command: str, share: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
+    """Runs what is not there yet and writes ``out`` once all is.
+
+    Args:
+        settings: what is studied.
+        out: the report; what is finished lies in a hidden folder beside it.
+        command: to be named in it.
+        share: (i, n): of n processes the i-th, which runs every n-th sequence.
+
+    Returns:
+        The report, or None while sequences are missing.
+
+    Raises:
+        DataError: a task has no data, or less than is asked for.
+    """
+    work = out.parent / f".{out.stem}"
+    work.mkdir(parents=True, exist_ok=True)
+    texts = {task: _texts(settings, task) for task in settings.tasks}
+    mark = _mark(settings, texts)
+    every = list(sequences(settings))
+    for index, one in enumerate(every):
+        if index % share[1] == share[0] and _kept(work, one, mark) is None:
+            found = _joint(settings, one, texts) if one.method == JOINT else _sequence(settings, one, texts)
+            write_text(_file(work, one), json.dumps({"mark": mark, **found}, indent=1) + "\n")
+            print(f"{one.method}, order {one.order}, seed {one.seed}: {found['average']:.2f} in {found['seconds']} s")
+    kept = [_kept(work, one, mark) for one in every]
+    if any(one is None for one in kept):
+        return None
+    report = _report(settings, [(one, found) for one, found in zip(every, kept, strict=True) if found], command)
+    write_report(report, out)
+    return report
+
+
+def sequences(settings: StudySettings) -> Iterator[Run]:
+    """Joint training knows no order."""
+    for seed in range(settings.seeds):
+        yield Run(JOINT, 0, seed)
+    for seed, order, method in itertools.product(range(settings.seeds), range(settings.orders), NAMES):
+        yield Run(method, order, seed)
+
+
+def order_of(settings: StudySettings, number: int) -> list[str]:
+    """The tasks in one of their orders."""
+    tasks = list(settings.tasks)
+    random.Random(number).shuffle(tasks)
+    return tasks
+
+
+def _sequence(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, list[Row]]]) -> dict[str, Any]:
+    started = time.monotonic()
+    method, replays = NAMES[one.method]
+    tasks = order_of(settings, one.order)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        served, state = folder / "blank", folder / f"{method}.safetensors"
+        blank(settings.base, settings.rank, served, one.seed)
+        before = _scores(settings, served, tasks, texts)
+        memories: list[Memory] = []
+        after, seconds = [], []
+        for number, task in enumerate(tasks):
+            began = time.monotonic()
+            work = folder / str(number)
+            work.mkdir()
+            new, apart = texts[task]["train"], texts[task]["validation"]
+            again = _even([row for memory in memories for row in memory.rows], len(new)) if replays else []
+            write_chats(work / "train.jsonl", [*new, *again], task)
+            write_chats(work / "validation.jsonl", apart, task)
+            how = UpdateSettings(
+                folder, "", "adapter", work, method=method, learning_rate=settings.learning_rate,
+                epochs=settings.epochs, max_length=settings.max_length, batch_tokens=settings.batch_tokens,
+                seed=one.seed,
+            )  # fmt: skip
+            way, served, _ = learn(how, settings.base, served, state, new, work)
+            way.keep(served)
+            memories.append(Memory(limit=settings.memory).with_(new))
+            seconds.append(time.monotonic() - began)
+            after.append(_scores(settings, served, tasks, texts))
+        text = sum(len(json.dumps(row)) for memory in memories for row in memory.rows) if replays else 0
+        size, rank = state.stat().st_size if state.is_file() else 0, Adapter.load(served).ranks[0]
+    return {
+        "tasks": tasks, "before": before, "after": after, **asdict(measures(after, before)),
+        "update_seconds": statistics.median(seconds), "text_bytes": text, "state_bytes": size,
+        "rank": rank, "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def _joint(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, list[Row]]]) -> dict[str, Any]:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        blank(settings.base, settings.rank, folder / "blank", one.seed)
+        for split in ("train", "validation"):
+            rows = [row for task in settings.tasks for row in texts[task][split]]
+            write_chats(folder / f"{split}.jsonl", rows, "all")
+        how = UpdateSettings(
+            folder, "", "adapter", folder, learning_rate=settings.learning_rate, epochs=settings.epochs,
+            max_length=settings.max_length, batch_tokens=settings.batch_tokens, seed=one.seed,
+        )  # fmt: skip
+        _, served, _ = learn(how, settings.base, folder / "blank", folder / "none", [], folder)
+        scores = _scores(settings, served, settings.tasks, texts)
+    return {
+        "tasks": list(settings.tasks), "scores": scores, "average": statistics.mean(scores),
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _scores(
+    settings: StudySettings, folder: Path, tasks: Sequence[str], texts: Mapping[str, Mapping[str, list[Row]]]
+) -> list[float]:
+    """Percent of the answers' tokens of each task's test text that the adapter finds likeliest."""
+    from peft import PeftModel
+
+    how = UpdateSettings(folder, "", "adapter", folder)
+    base, tokenizer = load_base(settings.base, dtype=getattr(torch, how.chosen_dtype))
+    model: Any = PeftModel.from_pretrained(base, folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    found = []
+    for task in tasks:
+        rows = _encoded(texts[task]["test"], tokenizer, settings.max_length, task)
+        right = count = 0
+        for indices in plan_pass([len(row.input_ids) for row in rows], settings.batch_tokens):
+            batch = collate([rows[index] for index in indices], tokenizer.pad_token_id or 0).to(model.device)
+            said = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            wanted = batch.labels[:, 1:]
+            answer = wanted != IGNORED
+            right += int((said[:, :-1].argmax(-1) == wanted)[answer].sum())
+            count += int(answer.sum())
+        found.append(100 * right / max(1, count))
+    return found
+
+
+def _encoded(rows: Sequence[Row], tokenizer: Any, max_length: int, task: str) -> list[Encoded]:
+    return encode_within(as_examples(rows, task), tokenizer, max_length, [task])
+
+
+def _texts(settings: StudySettings, task: str) -> dict[str, list[Row]]:
+    """Conversations of each split, as they are in the data."""
+    wanted: dict[Split, int] = {"train": settings.examples, "validation": settings.held_out, "test": settings.tests}
+    found: dict[str, list[Row]] = {}
+    for split, count in wanted.items():
+        rows = read_examples(settings.data / f"{task}.{split}.jsonl")[:count]
+        if len(rows) < min(count, 8):
+            raise DataError(f"{task} has {len(rows)} conversations to {split}; eight at least are needed.")
+        found[split] = [{"messages": list(row.messages)} for row in rows]
+    return found
+
+
+def _even(rows: Sequence[Row], count: int) -> list[Row]:
+    """``count`` of them, spread evenly over their order."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _report(settings: StudySettings, found: Sequence[tuple[Run, Row]], command: str) -> dict[str, Any]:
+    joint = [float(row["average"]) for one, row in found if one.method == JOINT]
+    rows: list[dict[str, Any]] = [{"method": JOINT, "average": statistics.mean(joint), "averages": joint}]
+    for name, (_, replays) in NAMES.items():
+        own = [row for one, row in found if one.method == name]
+        row = {"method": name, "keeps_text": replays}
+        for what in (
+            "average",
+            "forgetting",
+            "backward",
+            "forward",
+            "update_seconds",
+            "text_bytes",
+            "state_bytes",
+            "rank",
+        ):
+            row[what] = statistics.mean(float(one[what]) for one in own)
+            row[f"{what}_range"] = [min(float(one[what]) for one in own), max(float(one[what]) for one in own)]
+        row["curve"] = [
+            statistics.mean(statistics.mean(one["after"][step][: step + 1]) for one in own)
+            for step in range(len(settings.tasks))
+        ]
+        rows.append(row)
+    default = next(row for row in rows if row["method"] == DEFAULT)
+    strict = min((row for row in rows[1:] if not row["keeps_text"]), key=lambda row: -row["average"])
+    names, best = ", ".join(settings.tasks), rows[0]["average"] or 1.0  # 0: nothing was learnt, and none is divided
+    sets = f"{len(settings.tasks)} tasks ({names}), {settings.orders} orders, {settings.seeds} seeds"
+    return {
+        **heading(command, f"{sets}; splits by sha256 of the task or document id"),
+        "settings": {key: value for key, value in asdict(settings).items() if key not in ("data", "base")},
+        "rows": rows,
+        "must": [
+            line("forgetting of the default, points", default["forgetting"], 2.0, "lower", DEFAULT),
+            line("average over that of joint training", default["average"] / best, 0.95, "higher", DEFAULT),
+            line("the same without any text kept", strict["average"] / best, 0.95, "higher", strict["method"]),
+            line("bytes of text kept a task", default["text_bytes"] / len(settings.tasks), BYTES, "lower", DEFAULT),
+        ],
+    }  # fmt: skip
+
+
+def _mark(settings: StudySettings, texts: Mapping[str, Any]) -> str:
+    record = {key: str(value) for key, value in asdict(replace(settings, orders=1, seeds=1)).items() if key != "data"}
+    return hashlib.sha256(json.dumps([record, texts], sort_keys=True).encode()).hexdigest()
+
+
+def _file(work: Path, one: Run) -> Path:
+    return work / f"{one.method.replace(', ', '-').replace(' ', '-')}-{one.order}-{one.seed}.json"
+
+
+def _kept(work: Path, one: Run, mark: str) -> dict[str, Any] | None:
+    file = _file(work, one)
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found if found.pop("mark") == mark else None
