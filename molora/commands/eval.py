@@ -170,6 +170,43 @@ def continual(
 
 
 @app.command()
+def stream(
+    users: Annotated[list[str], typer.Argument(help="Names of prepared data, one for each user.")],
+    general: Annotated[str, typer.Option(metavar="NAME", help="Prepared data that has nothing to do with them.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/stream.json"),
+    base: Annotated[str | None, typer.Option(help="Of the adapters. Default: the starter's.")] = None,
+    updates: Annotated[int, typer.Option(min=2, help="Updates of each user.")] = 10,
+    conversations: Annotated[int, typer.Option(min=5, help="New ones of each update.")] = 20,
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N processes that share the users, the I-th (from 0).")
+    ] = "0/1",
+    as_json: JsonOption = False,
+) -> None:
+    """What do updates do to users over time? A stream of `molora update` for each, with its gate.
+
+    In: the data of `molora train data`. Out: a JSON file with, for each user, how many updates serve, what they brought
+    and cost, and what in the end became of what was learnt first. What is finished is kept beside the file.
+
+    Example: molora eval stream speech-barack-obama speech-james-polk --general science
+    """
+    with extra("train"):
+        from molora.base import DEFAULT_BASE
+        from molora_training.continual.stream import StreamSettings, run
+        from molora_training.data import data_dir
+
+        settings = StreamSettings(
+            tuple(users), general, data or data_dir(), base or DEFAULT_BASE, updates, conversations
+        )
+        command = f"molora eval stream {' '.join(users)} --general {general}"
+        given = {"updates": (updates, 10), "conversations": (conversations, 20)}
+        command += "".join(f" --{name} {value}" for name, (value, usual) in given.items() if value != usual)
+        report = run(settings, out, command, _parse_share(share))
+    if report is not None:
+        _show(report, as_json)
+
+
+@app.command()
 def scale(
     routers: Annotated[Path, typer.Argument(help="A folder of saved MoLoRAs for fewer and for more adapters.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
