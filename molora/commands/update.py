@@ -24,6 +24,9 @@ def update(
         float, typer.Option(min=0, help="How much the loss on old conversations may grow, as a share.")
     ] = 0.02,
     memory: Annotated[int, typer.Option(min=0, help="Bytes of conversations to remember; 0: keep no text.")] = 2**20,
+    invent: Annotated[
+        int, typer.Option(min=0, help="Conversations that the adapter makes up itself, to be replayed too.")
+    ] = 0,
     method: Annotated[
         Literal["plain", "elastic", "orthogonal", "distil"],
         typer.Option(help="What holds it back while it learns; plain: nothing but what is remembered."),
@@ -47,7 +50,7 @@ def update(
 
         settings = UpdateSettings(
             model, layer, name, data, general=general, max_forgetting=max_forgetting,
-            memory=memory, method=method, epochs=epochs, learning_rate=learning_rate,
+            memory=memory, invent=invent, method=method, epochs=epochs, learning_rate=learning_rate,
         )  # fmt: skip
         found = run(settings, command=f"molora update {layer} {name} --data {data.name}")
     if as_json:

@@ -17,6 +17,7 @@ from molora.chat import render
 from molora.cli import app
 from molora.errors import ConfigError, DataError, VersionError
 from molora.versions import Versions
+from molora_training.continual.invented import invent
 from molora_training.continual.memory import Memory, held_out, key
 from molora_training.continual.update import MEMORY, UpdateSettings, update
 from tests.unit.spoken import make_spoken, save_spoken
@@ -83,6 +84,30 @@ def test_every_method_learns_and_goes_on(method: Any, settings: UpdateSettings) 
         assert found.learnt.after < found.learnt.before and found.promoted
     assert (settings.model / mine.place / "elastic.safetensors").is_file() == (method == "elastic")
     MoLoRAModel.from_pretrained(settings.model)
+
+
+def test_it_replays_what_it_makes_up(settings: UpdateSettings) -> None:
+    found = update(replace(settings, memory=0, invent=6))
+    assert found.promoted and 0 < found.replayed <= 6 and found.kept is None
+    assert not (settings.model / Versions(settings.model, "domain", "math").place / MEMORY).exists()
+
+
+@torch.no_grad()
+def test_what_it_makes_up_is_its_own(settings: UpdateSettings) -> None:
+    served, base = settings.model.parent / "adapters" / "math", str(settings.model.parent / "base")
+    found = invent(base, served, 5, torch.float32, seed=3, question=8, answer=12)
+    assert found == invent(base, served, 5, torch.float32, seed=3, question=8, answer=12)
+    assert found != invent(base, served, 5, torch.float32, seed=4, question=8, answer=12)
+    assert 0 < len(found) <= 5 and [m["role"] for m in found[0]["messages"]] == ["user", "assistant"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), served).eval()
+    for row in found:
+        asked = render(tokenizer, row["messages"][:1], add_generation_prompt=True)
+        ids = tokenizer(asked, add_special_tokens=False, return_tensors="pt").input_ids
+        stop = tokenizer("<|im_end|>", add_special_tokens=False).input_ids[0]
+        said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0)
+        expected = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert row["messages"][1]["content"] == expected
 
 
 def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path) -> None:

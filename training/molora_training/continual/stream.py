@@ -180,7 +180,7 @@ def _report(settings: StreamSettings, found: Mapping[str, dict[str, Any]], comma
         "rows": rows,
         "must": [
             line("updates that serve and are better on new conversations", statistics.mean(better), 0.9, "higher"),
-            line("growth of loss on older conversations by an update, mean", statistics.mean(older or [0.0]), 0.02, "lower"),
+            line("growth of loss on older conversations, by an update", statistics.mean(older or [0.0]), 0.02, "lower"),
             line("growth since it was new, in the end, mean", statistics.mean(drift or [0.0]), 0.02, "lower"),
             line("change of loss on general text, mean of users", statistics.mean(map(abs, general)), 0.01, "lower"),
             line("change of loss on general text, worst user", max(map(abs, general)), 0.01, "lower"),

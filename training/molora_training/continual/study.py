@@ -29,15 +29,16 @@ from molora_training.continual.growth import blank
 from molora_training.continual.measures import measures
 from molora_training.continual.memory import BYTES, Memory
 from molora_training.continual.methods import MethodName
-from molora_training.continual.update import UpdateSettings, as_examples, learn, write_chats
+from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats
 from molora_training.data import IGNORED, Encoded, Split, collate, encode_within, read_examples
 from molora_training.report import heading, line, write_report
 
 JOINT = "joint training"
+INVENTED = "invented replay"  # of as many conversations as are new
 NAMES: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is replayed
-    "sequential": ("plain", False), "replay": ("plain", True), "elastic": ("elastic", False),
-    "orthogonal": ("orthogonal", False), "distil": ("distil", False), "elastic, replay": ("elastic", True),
-    "orthogonal, replay": ("orthogonal", True), "distil, replay": ("distil", True),
+    "sequential": ("plain", False), "replay": ("plain", True), INVENTED: ("plain", False),
+    "elastic": ("elastic", False), "orthogonal": ("orthogonal", False), "distil": ("distil", False),
+    "elastic, replay": ("elastic", True), "orthogonal, replay": ("orthogonal", True), "distil, replay": ("distil", True),
 }  # fmt: skip
 DEFAULT = "replay"
 Row = Mapping[str, Any]
@@ -151,13 +152,14 @@ def _sequence(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str
             work.mkdir()
             new, apart = texts[task]["train"], texts[task]["validation"]
             again = _even([row for memory in memories for row in memory.rows], len(new)) if replays else []
-            write_chats(work / "train.jsonl", [*new, *again], task)
-            write_chats(work / "validation.jsonl", apart, task)
             how = UpdateSettings(
                 folder, "", "adapter", work, method=method, learning_rate=settings.learning_rate,
                 epochs=settings.epochs, max_length=settings.max_length, batch_tokens=settings.batch_tokens,
-                seed=one.seed,
+                seed=one.seed, invent=len(new) if one.method == INVENTED and number else 0,
             )  # fmt: skip
+            again += made_up(how, settings.base, served)
+            write_chats(work / "train.jsonl", [*new, *again], task)
+            write_chats(work / "validation.jsonl", apart, task)
             way, served, _ = learn(how, settings.base, served, state, new, work)
             way.keep(served)
             memories.append(Memory(limit=settings.memory).with_(new))

@@ -23,6 +23,7 @@ from molora.saved import load
 from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
+from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
 from molora_training.continual.methods import METHODS, Method, MethodName, Task
 from molora_training.data import Example, encode_within, write_examples
@@ -44,6 +45,7 @@ class UpdateSettings:
         max_forgetting: how much the loss on remembered and on general conversations may grow, as a share.
         memory: bytes of conversations that are remembered beside the adapter's versions; 0: no text is kept, nothing is
             replayed, and what is forgotten is told by ``general`` alone.
+        invent: how many conversations the version that serves makes up itself, to be replayed too.
         method: how it is held back while it learns: see :mod:`molora_training.continual.methods`.
         max_length: tokens; longer conversations are left out.
         dtype: of the frozen base. None: bfloat16 on a GPU, float32 on a CPU, where it is faster.
@@ -56,6 +58,7 @@ class UpdateSettings:
     general: Path | None = None
     max_forgetting: float = 0.02
     memory: int = BYTES
+    invent: int = 0
     method: MethodName = "plain"
     learning_rate: float = 2e-4
     epochs: int = 3
@@ -65,8 +68,8 @@ class UpdateSettings:
     dtype: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_forgetting < 0 or self.memory < 0:
-            raise ConfigError("max_forgetting and memory must not be negative.")
+        if min(self.max_forgetting, self.memory, self.invent) < 0:
+            raise ConfigError("max_forgetting, memory and invent must not be negative.")
         if self.method not in METHODS:
             raise ConfigError(f"The method must be one of {', '.join(METHODS)}, not {self.method!r}.")
 
@@ -149,7 +152,7 @@ def _update(
             f"{settings.data} holds {len(rows)} new conversations, {len(apart)} of which are held out to judge the "
             f"update by. Of twenty or more that is about a fifth; one at least is needed, and one to learn."
         )
-    replayed = memory.taught[: len(new)]
+    replayed = [*memory.taught[: len(new)], *made_up(settings, base, served)]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         write_chats(work / "train.jsonl", [*new, *replayed], settings.name)
@@ -198,6 +201,13 @@ def _update(
         replayed=len(replayed),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def made_up(settings: UpdateSettings, base: str, served: Path) -> list[Mapping[str, Any]]:
+    """The conversations that ``served`` makes up, as many as the settings say."""
+    if not settings.invent:
+        return []
+    return invent(base, served, settings.invent, getattr(torch, settings.chosen_dtype), settings.seed)
 
 
 def learn(
