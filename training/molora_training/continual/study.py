@@ -38,7 +38,8 @@ INVENTED = "invented replay"  # of as many conversations as are new
 NAMES: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is replayed
     "sequential": ("plain", False), "replay": ("plain", True), INVENTED: ("plain", False),
     "elastic": ("elastic", False), "orthogonal": ("orthogonal", False), "distil": ("distil", False),
-    "elastic, replay": ("elastic", True), "orthogonal, replay": ("orthogonal", True), "distil, replay": ("distil", True),
+    "elastic, replay": ("elastic", True), "orthogonal, replay": ("orthogonal", True),
+    "distil, replay": ("distil", True),
 }  # fmt: skip
 DEFAULT = "replay"
 Row = Mapping[str, Any]
