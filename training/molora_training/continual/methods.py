@@ -70,7 +70,7 @@ class Elastic(Method):
     """Elastic weight consolidation (arXiv 1612.00796, equation 3): what mattered for tasks before moves little.
 
     The Fisher information of all tasks is one sum, in which each new task takes away a share of the older ones' weight
-    (online, arXiv 1805.06370, equation 9), so that it takes as much room as one.
+    (online, arXiv 1805.06370), so that it takes as much room as one.
     """
 
     strength = 400.0
