@@ -2,21 +2,27 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from molora.commands.common import JsonOption, extra, write_json
+from molora.errors import ConfigError, VersionError
 
 if TYPE_CHECKING:
     from molora_training.continual.update import Change, Updated
 
 
 def update(
-    layer: Annotated[str, typer.Argument(help="The adapter's layer.")],
-    name: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its name.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help='New conversations, a {"messages": [...]} a line.')],
+    layer: Annotated[str, typer.Argument(metavar="LAYER|router", help="The adapter's layer, or 'router'.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE|FOLDER", help='New conversations, a {"messages": [...]} a line; of a router a data folder.'
+        ),
+    ],
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="A saved MoLoRA.")],
+    name: Annotated[str | None, typer.Argument(metavar="ADAPTER", help="Its name; not of the router.")] = None,
     general: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Conversations that have nothing to do with it.")
     ] = None,
@@ -31,8 +37,13 @@ def update(
         Literal["plain", "elastic", "orthogonal", "distil"],
         typer.Option(help="What holds it back while it learns; plain: nothing but what is remembered."),
     ] = "plain",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the new conversations.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-4,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over what is learnt. Default: 3, of a router 1.", show_default=False),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak. Default: 0.0002, of a router 0.001.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Give an adapter a new version that has learnt from new conversations, if it loses little of what it knew.
@@ -42,21 +53,52 @@ def update(
     and what was learnt and lost. It serves from the next load on if the loss on old conversations stays within bounds;
     otherwise it is kept to be looked at, what serves stays, and the command ends with 1.
 
+    `molora update router` trains the router on for a short while, after adapters came or went: --data is a folder of
+    `molora train data`, and the bound is how many of a domain's tokens may be found less.
+
     Example: molora update user ada --data new_chats.jsonl --model my-molora
     """
+    changed = {"epochs": epochs, "learning_rate": learning_rate}
+    chosen: dict[str, Any] = {key: value for key, value in changed.items() if value is not None}
+    if layer == "router" and name is None:
+        if general is not None or invent or method != "plain":
+            raise ConfigError("--general, --invent and --method are for an adapter: a router is judged by its data.")
+        _router(model, data, max_forgetting, chosen, as_json)
+        return
+    if name is None:
+        raise VersionError(f"Name an adapter of the layer {layer!r}, or 'router' alone.")
     with extra("train"):
         from molora_training.continual.update import UpdateSettings
         from molora_training.continual.update import update as run
 
         settings = UpdateSettings(
             model, layer, name, data, general=general, max_forgetting=max_forgetting,
-            memory=memory, invent=invent, method=method, epochs=epochs, learning_rate=learning_rate,
+            memory=memory, invent=invent, method=method, **chosen,
         )  # fmt: skip
         found = run(settings, command=f"molora update {layer} {name} --data {data.name}")
     if as_json:
         write_json(asdict(found))
     else:
         _show(found, max_forgetting)
+    if not found.promoted:
+        raise typer.Exit(1)
+
+
+def _router(model: Path, data: Path, most: float, chosen: dict[str, Any], as_json: bool) -> None:
+    with extra("train"):
+        from molora_training.continual.router_update import RouterUpdateSettings, update_router
+
+        settings = RouterUpdateSettings(model, data, max_forgetting=most, **chosen)
+        found = update_router(settings, command=f"molora update router --data {data.name}")
+    if as_json:
+        write_json(asdict(found))
+    else:
+        typer.echo("held-out tokens that go to their own adapter:")
+        for name, (before, after) in [*found.right.items(), ("mixed text", found.mixed)]:
+            typer.echo(f"  {name:<16} {before:6.1%} -> {after:6.1%}")
+        typer.echo(f"{found.drift:.1%} of the tokens go elsewhere than before.")
+        state = "serves" if found.promoted else "is kept and does not serve"
+        typer.echo(f"Version {found.version} {state}: {found.why}. {found.seconds:.0f} s")
     if not found.promoted:
         raise typer.Exit(1)
 
