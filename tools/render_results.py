@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks import plots
-from tools import render_headline, render_kernels, render_memory, render_quality, render_scale
+from tools import render_continual, render_headline, render_kernels, render_memory, render_quality, render_scale
 from tools.pictures import PALETTE, pyplot, save
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -18,6 +18,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "router-memory": render_memory.section,
     "scale": render_scale.section,
     "headline": render_headline.section,
+    "continual": render_continual.section,
+    "stream": render_continual.stream,
 }
 LATER = ("quality", "adding", *SECTIONS)
 MARKS = ("<!-- results -->", "<!-- /results -->")
@@ -42,6 +44,8 @@ def main(docs: Path = DOCS) -> None:
         render_quality.draw(quality, docs / "images")
     if scale:
         render_scale.draw(scale, docs / "images")
+    if continual := later["continual"]:
+        render_continual.draw(continual, docs / "images")
     if kernels:
         plots.draw(kernels["rows"], docs / "images")
 
