@@ -170,14 +170,15 @@ class Versions:
         return to
 
     def collect(self, keep: int = KEPT) -> list[int]:
-        """Takes away old versions but the last ``keep``, what serves and its line of parents as far as ``keep``.
+        """Takes away old versions but the last ``keep``, what serves and its line of parents as far as ``keep``, and
+        the first, from which an adapter is made anew when it has to forget.
 
         Returns:
             The numbers that are gone.
         """
         with self._locked():
             versions = {version.number: version for version in self.all()}
-            stay = set(sorted(versions)[-max(1, keep) :])
+            stay = set(sorted(versions)[-max(1, keep) :]) | {n for n, one in versions.items() if one.parent is None}
             line = self.current
             for _ in range(max(1, keep)):
                 if line is None or line not in versions:
@@ -190,12 +191,8 @@ class Versions:
             return gone
 
     def root(self) -> Version | None:
-        """The oldest version that what serves comes from, as far as it is still there."""
-        versions = {version.number: version for version in self.all()}
-        found = versions.get(self.current or 0)
-        while found is not None and found.parent in versions:
-            found = versions[found.parent]
-        return found
+        """The first version, which was made from no other; None if there is none."""
+        return next((version for version in self.all() if version.parent is None), None)
 
     def drop(self, stay: Iterable[int]) -> list[int]:
         """Takes away every version but ``stay`` and what serves.

@@ -1,6 +1,7 @@
 """`molora forget`: it is as if it had never been said, and nothing of it is left on disk."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_with_nothing_else_remembered_the_first_version_serves_again(told: Updat
 
 
 def test_bad_requests_are_named(told: UpdateSettings) -> None:
-    with pytest.raises(VersionError, match="domain/code serves as it was saved: no update taught it"):
+    with pytest.raises(VersionError, match="domain/code: it serves as it was saved: no update taught it"):
         forget(replace(told, name="code"), SECRET)
     with pytest.raises(ConfigError, match="a word or more"):
         forget(told, " ")
@@ -86,6 +87,9 @@ def test_bad_requests_are_named(told: UpdateSettings) -> None:
     with lock, pytest.raises(VersionError, match="An update of domain/math is running"):
         forget(told, SECRET)
     assert mine.current == 3
+    shutil.rmtree(mine.path(1))  # by another hand: what is left has seen it all
+    with pytest.raises(VersionError, match="its first version is gone, so it cannot be made anew"):
+        forget(told, SECRET)
 
 
 @pytest.mark.parametrize("topic", ["knee", "KNEE", "my  knee", "c++"])

@@ -72,7 +72,9 @@ def forget(settings: UpdateSettings, topic: str | None = None, command: str | No
     versions = Versions(settings.model, settings.layer, settings.name)
     root = versions.root()
     if root is None:
-        raise VersionError(f"{versions.label} serves as it was saved: no update taught it anything to forget.")
+        gone = "its first version is gone, so it cannot be made anew: --all takes it away as a whole"
+        none = "it serves as it was saved: no update taught it anything to forget"
+        raise VersionError(f"{versions.label}: {gone if versions.all() else none}.")
     place = settings.model / versions.place
     try:
         with FileLock(place / ".update.lock", timeout=0):
