@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from molora import MoLoRAModel, Stack, StackLayer
-from molora.atomic import write_text
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, DataError
 from molora.versions import Versions
 from molora_training.continual.growth import blank
 from molora_training.continual.memory import BYTES, held_out
 from molora_training.continual.methods import MethodName
+from molora_training.continual.parts import finished
 from molora_training.continual.update import Judge, UpdateSettings, as_examples, update
 from molora_training.data import encode_within, read_examples
 from molora_training.evaluate import losses
@@ -83,23 +83,22 @@ def run(settings: StreamSettings, out: Path, command: str, share: tuple[int, int
     Raises:
         DataError: a user has fewer conversations than the updates take.
     """
-    work = out.parent / f".{out.stem}"
-    work.mkdir(parents=True, exist_ok=True)
     texts = {user: _text(settings, user) for user in settings.users}
     general = _rows(settings.data / f"{settings.general}.validation.jsonl")[: settings.general_count]
     record = {key: str(value) for key, value in asdict(settings).items() if key not in ("data", "users")}
     mark = hashlib.sha256(json.dumps([record, texts, general], sort_keys=True).encode()).hexdigest()
-    files = {user: work / f"{user}.json" for user in settings.users}
-    for index, user in enumerate(settings.users):
-        if index % share[1] == share[0] and _kept(files[user], mark) is None:
-            found = _user(settings, user, texts[user], general)
-            write_text(files[user], json.dumps({"mark": mark, **found}, indent=1) + "\n")
-            served = sum(one["promoted"] for one in found["updates"])
-            print(f"{user}: {served} of {settings.updates} updates serve, {found['seconds']} s", flush=True)
-    kept = {user: _kept(file, mark) for user, file in files.items()}
-    if any(one is None for one in kept.values()):
+
+    def make(index: int) -> dict[str, Any]:
+        user = settings.users[index]
+        found = _user(settings, user, texts[user], general)
+        served = sum(one["promoted"] for one in found["updates"])
+        print(f"{user}: {served} of {settings.updates} updates serve, {found['seconds']} s", flush=True)
+        return found
+
+    kept = finished(out.parent / f".{out.stem}", settings.users, mark, share, make)
+    if kept is None:
         return None
-    report = _report(settings, {user: one for user, one in kept.items() if one}, command)
+    report = _report(settings, dict(zip(settings.users, kept, strict=True)), command)
     write_report(report, out)
     return report
 
@@ -209,10 +208,3 @@ def _rows(file: Path) -> list[Row]:
 
 def _write(file: Path, rows: Sequence[Row]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _kept(file: Path, mark: str) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found if found.pop("mark") == mark else None

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from molora.adapter import Adapter
-from molora.atomic import write_text
 from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
 from molora_training.batches import plan_pass
@@ -29,6 +28,7 @@ from molora_training.continual.growth import blank
 from molora_training.continual.measures import measures
 from molora_training.continual.memory import BYTES, Memory
 from molora_training.continual.methods import MethodName
+from molora_training.continual.parts import finished
 from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats
 from molora_training.data import IGNORED, Encoded, Split, collate, encode_within, read_examples
 from molora_training.report import heading, line, write_report
@@ -103,20 +103,21 @@ def run(settings: StudySettings, out: Path, command: str, share: tuple[int, int]
     Raises:
         DataError: a task has no data, or less than is asked for.
     """
-    work = out.parent / f".{out.stem}"
-    work.mkdir(parents=True, exist_ok=True)
     texts = {task: _texts(settings, task) for task in settings.tasks}
-    mark = _mark(settings, texts)
     every = list(sequences(settings))
-    for index, one in enumerate(every):
-        if index % share[1] == share[0] and _kept(work, one, mark) is None:
-            found = _joint(settings, one, texts) if one.method == JOINT else _sequence(settings, one, texts)
-            write_text(_file(work, one), json.dumps({"mark": mark, **found}, indent=1) + "\n")
-            print(f"{one.method}, order {one.order}, seed {one.seed}: {found['average']:.2f} in {found['seconds']} s")
-    kept = [_kept(work, one, mark) for one in every]
-    if any(one is None for one in kept):
+
+    def make(index: int) -> dict[str, Any]:
+        one = every[index]
+        found = _joint(settings, one, texts) if one.method == JOINT else _sequence(settings, one, texts)
+        average, seconds = found["average"], found["seconds"]
+        print(f"{one.method}, order {one.order}, seed {one.seed}: {average:.2f} in {seconds} s", flush=True)
+        return found
+
+    names = [f"{one.method.replace(', ', '-').replace(' ', '-')}-{one.order}-{one.seed}" for one in every]
+    kept = finished(out.parent / f".{out.stem}", names, _mark(settings, texts), share, make)
+    if kept is None:
         return None
-    report = _report(settings, [(one, found) for one, found in zip(every, kept, strict=True) if found], command)
+    report = _report(settings, list(zip(every, kept, strict=True)), command)
     write_report(report, out)
     return report
 
@@ -286,15 +287,3 @@ def _report(settings: StudySettings, found: Sequence[tuple[Run, Row]], command: 
 def _mark(settings: StudySettings, texts: Mapping[str, Any]) -> str:
     record = {key: str(value) for key, value in asdict(replace(settings, orders=1, seeds=1)).items() if key != "data"}
     return hashlib.sha256(json.dumps([record, texts], sort_keys=True).encode()).hexdigest()
-
-
-def _file(work: Path, one: Run) -> Path:
-    return work / f"{one.method.replace(', ', '-').replace(' ', '-')}-{one.order}-{one.seed}.json"
-
-
-def _kept(work: Path, one: Run, mark: str) -> dict[str, Any] | None:
-    file = _file(work, one)
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found if found.pop("mark") == mark else None
