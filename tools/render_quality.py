@@ -9,6 +9,7 @@ from tools.render_kernels import bars
 
 Row = dict[str, Any]
 PICTURES = ("quality.svg", "domains.svg", "routers.svg")
+EDGE = 130  # percent, at which the bars end
 
 
 def section(report: Row, adding: Row | None) -> list[str]:
@@ -93,10 +94,12 @@ def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
         places = [index + 0.4 - height * (number + 0.5) for index in range(len(rows))]
         values = [100 * row["sets"][name]["gap_closed"] for row in rows]
         axes.barh(places, values, height, label=name, color=PALETTE[number])
+        for place, value in zip(places, values, strict=True):
+            if value > EDGE:  # a bar that goes on says how far
+                axes.text(EDGE, place, f"{value:.0f}", fontsize=6, va="center", ha="left")
     axes.set_yticks(range(len(rows)), [row["contender"] for row in rows])
     axes.axvline(100, color="black", linewidth=0.8)
-    most = max(row["sets"][name]["gap_closed"] for row in rows for name in sets)
-    axes.set(xlabel="% of the gap from base to label oracle", xlim=(0, max(105, 100 * most + 5)))
+    axes.set(xlabel="% of the gap from base to label oracle", xlim=(0, EDGE))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above, where no bar is
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, file)
