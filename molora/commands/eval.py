@@ -163,7 +163,7 @@ def continual(
         )
         command = f"molora eval continual {' '.join(tasks)}"
         given = {"orders": (orders, 3), "seeds": (seeds, 3), "examples": (examples, 256), "tests": (tests, 100)}
-        command += "".join(f" --{name} {value}" for name, (value, usual) in given.items() if value != usual)
+        command += _changed(given)
         report = run(settings, out, command, _parse_share(share))
     if report is not None:
         _show(report, as_json)
@@ -200,7 +200,7 @@ def stream(
         )
         command = f"molora eval stream {' '.join(users)} --general {general}"
         given = {"updates": (updates, 10), "conversations": (conversations, 20)}
-        command += "".join(f" --{name} {value}" for name, (value, usual) in given.items() if value != usual)
+        command += _changed(given)
         report = run(settings, out, command, _parse_share(share))
     if report is not None:
         _show(report, as_json)
@@ -235,6 +235,11 @@ def scale(
     for row in report["rows"]:
         closed, right = row["own"]["gap_closed"], row["right"]
         typer.echo(f"{row['adapters']} adapters: {closed:.1%} of the gap closed, {right:.1%} of answer tokens right")
+
+
+def _changed(given: dict[str, tuple[int, int]]) -> str:
+    """The options of a command line that are not what they are by default: name -> (value, default)."""
+    return "".join(f" --{name} {value}" for name, (value, usual) in given.items() if value != usual)
 
 
 def _parse_share(text: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import typer
 
 from molora.commands.common import JsonOption, extra, write_json
 from molora.errors import ConfigError
-from molora.versions import Versions
 
 
 def forget(
@@ -39,6 +38,8 @@ def forget(
     if sum([topic is not None, data is not None, everything]) != 1:
         raise ConfigError("Say what is to be forgotten: --topic, --data or --all, one of them.")
     if everything:
+        from molora.versions import Versions  # needs torch
+
         Versions(model, layer, name).erase()
         if as_json:
             write_json({"erased": f"{layer}/{name}"})

@@ -377,3 +377,9 @@ def test_bench_decode(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = record["tokens_per_second"]
     assert record["ratios"]["molora_to_base"] == pytest.approx(pace["molora"] / pace["base"], rel=0.01)
     assert record["threads"] and record["torch"] and record["machine"]
+
+
+def test_help_needs_no_torch() -> None:
+    """Which takes seconds to import."""
+    code = "import sys, molora.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,11 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from molora import Adapter, MoLoRAModel, Router
+from molora import Adapter, MoLoRAModel, Router, VocabularyRouter
 from molora.atomic import PARTIAL
 from molora.cli import app
 from molora.errors import AdapterError, RouterError, StackError, VersionError
 from molora.saved import MANIFEST, load
+from molora.selection import router_rows
 from molora.versions import ABOUT, Versions
 from tests.conftest import write_adapter
 from tests.parity.test_equalities import make_routed
@@ -158,6 +159,18 @@ def test_what_is_erased_is_gone(layer: str, name: str, folder: Path, newer: Path
     assert not (folder / mine.place).exists()
     with pytest.raises(VersionError, match="router cannot be erased"):
         routers.erase()
+
+
+def test_what_rules_choose_is_not_erased(base: Any, adapters: dict[str, Path], tmp_path: Path) -> None:
+    model = make_routed(base, adapters)
+    model.set_router(VocabularyRouter({"domain/math": [3]}, router_rows(model.stack), 97))
+    model.save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model" / MANIFEST).read_bytes()
+    with pytest.raises(VersionError, match="Rules about words choose domain/math"):
+        Versions(tmp_path / "model", "domain", "math").erase()
+    assert (tmp_path / "model" / MANIFEST).read_bytes() == before and "domain/math" in load(
+        tmp_path / "model"
+    ).stack.names
 
 
 def math(folder: Path) -> Versions:
