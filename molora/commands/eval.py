@@ -1,7 +1,7 @@
 """``molora eval``: how well a stack and its router do."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -73,6 +73,7 @@ def quality(
     share: Annotated[
         str, typer.Option(metavar="I/N", help="Of N processes that share the table, the I-th (from 0).")
     ] = "0/1",
+    split: Annotated[str, typer.Option(help="test, or validation: routers and adapters alone, to choose by.")] = "test",
     as_json: JsonOption = False,
 ) -> None:
     """Does routing by token pay? The router beside merges and rivals, on text that changes its domain in four ways.
@@ -92,9 +93,12 @@ def quality(
 
         command = "molora eval quality" + (f" {model}" if model else "") + (f" --routers {routers}" if routers else "")
         command += f" --limit {limit}" if limit else ""
+        if split not in ("test", "validation"):
+            raise typer.BadParameter(f"{split!r} is not a split to measure on: test or validation.")
+        command += f" --split {split}" if split != "test" else ""
         report = run(
             model or starter_folder(), data or data_dir(), out, command, routers=routers, limit=limit,
-            batch_tokens=batch_tokens, share=_parse_share(share),
+            batch_tokens=batch_tokens, share=_parse_share(share), split=cast(Any, split),
         )  # fmt: skip
     if report is None:
         typer.echo("This process has done its share; the base or the label oracle is another one's.")

@@ -26,7 +26,7 @@ LEARNT = ("LoRA Soups, CAT", "Arrow, top-1", "X-LoRA")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for domain in DOMAINS:
-        for split in ("train", "test"):
+        for split in ("train", "validation", "test"):
             rows = [
                 Example(
                     f"{domain}-{n}", domain, split, messages(domain, n), "form", unseen=split == "test" and n % 2 == 0
@@ -195,6 +195,19 @@ def test_an_interrupted_table_goes_on_and_processes_share_it(
     )
     assert fill(table, out, "molora eval quality", "another mark", share=(0, 99)) is None
     assert measured[-1] == "base"  # of other adapters or text nothing is kept
+
+
+def test_a_router_is_chosen_on_validation(table: Contenders, data: Path, tmp_path: Path) -> None:
+    sets = QualitySets(table.model, data, split="validation")
+    assert UNSEEN not in sets.mixed and sets.examples("validation")["math"][0].split == "validation"
+    routers = {"one": table.routers["saved"], "two": table.routers["saved"]}
+    found = Contenders(table.model, sets, routers, tmp_path).all()
+    assert {one.kind for one in found} == {"base", "oracle", "adapter", "router"}
+    assert {"MoLoRA one, top-2 softmax", "MoLoRA two, top-1 unit"} <= {one.name for one in found}
+    assert "MoLoRA two, top-2 softmax" not in {one.name for one in found}  # for the first alone
+    report = fill(Contenders(table.model, sets, routers, tmp_path), tmp_path / "chosen.json", "molora eval", "mark")
+    assert report is not None and report["data"].startswith("validation split") and report["must"]
+    assert not any(UNSEEN in line["name"] for line in report["must"])
 
 
 def test_a_domain_without_unseen_forms_is_named(table: Contenders, tmp_path: Path) -> None:

@@ -86,10 +86,12 @@ def test_an_integration_adapter_is_trained_on_the_first_router_and_always_acts(
         assert torch.equal(off, first(ids).logits) and not torch.allclose(model(ids).logits, off, rtol=1e-3)
 
 
-def test_some_adapters_take_more_epochs(recipe: StarterSettings) -> None:
-    layer = from_mapping(StarterLayer, {**recipe.layers[0], "epochs_of": {"code": 4}}, "")
-    epochs = {name: starter._adapter_settings(recipe, layer, name, 1e-3).epochs for name in layer.adapters}
-    assert epochs == {"math": 1, "code": 4}
+def test_some_adapters_take_more_or_less(recipe: StarterSettings) -> None:
+    own = {"epochs_of": {"code": 4}, "start_dropout": 3, "start_dropout_of": {"math": 9}}
+    layer = from_mapping(StarterLayer, {**recipe.layers[0], **own}, "")
+    found = {name: starter._adapter_settings(recipe, layer, name, 1e-3) for name in layer.adapters}
+    assert {name: one.epochs for name, one in found.items()} == {"math": 1, "code": 4}
+    assert {name: one.lora.start_dropout for name, one in found.items()} == {"math": 9, "code": 3}
 
 
 def _validation_loss(folder: Path, adapter: str) -> float:

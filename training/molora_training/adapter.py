@@ -28,7 +28,6 @@ from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
 from molora_training.data import Encoded, encode_within, read_conversations
 from molora_training.on_stack import OnStack
-from molora_training.start_dropout import StartDropout
 
 
 def train(
@@ -126,7 +125,6 @@ def _with_lora(model: Any, settings: AdapterTrainSettings, device: torch.device)
         config = LoraConfig.from_pretrained(settings.start)
         config.lora_dropout, config.inference_mode = shape.dropout, False
         going_on = PeftModel.from_pretrained(model, settings.start, is_trainable=True, config=config)
-        StartDropout(going_on, shape.start_dropout)
         return going_on
     torch.manual_seed(settings.seed)
     config = LoraConfig(
@@ -142,7 +140,6 @@ def _with_lora(model: Any, settings: AdapterTrainSettings, device: torch.device)
         found: Any = OnStack(model, config)
     else:
         found = get_peft_model(model, config)
-    StartDropout(found, shape.start_dropout)
     return found
 
 

@@ -22,6 +22,7 @@ from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
 from molora_training.data import IGNORED, Batch, Encoded, collate
 from molora_training.schedule import warm_cosine
+from molora_training.start_dropout import StartDropout
 
 _CLIP_NORM = 1.0
 
@@ -53,6 +54,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.alone = self.accelerator.unwrap_model(self.model)
+        self.start_dropout = StartDropout(self.alone, self.settings.lora.start_dropout)
         self.parameters = {name: p for name, p in self.alone.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.state_file = self.settings.work / "state.safetensors"
@@ -180,6 +182,7 @@ class Run:
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """[B, T, vocabulary]."""
+        self.start_dropout.see(batch)
         kind = self.accelerator.device.type
         mixed = kind == "cuda" and self.settings.dtype == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=mixed):

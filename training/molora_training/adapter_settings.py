@@ -28,8 +28,8 @@ class DataFiles:
 class LoraShape:
     """The adapter. `targets` is PEFT's: "all-linear" or module names.
 
-    start_dropout: at how many tokens at most, from 1, the adapter does not act at the start of every other example: a
-    router has read little there, and may leave them to the base (its `null_start`).
+    start_dropout: at how many of a question's tokens at most, from 1, the adapter does not act at the start of every
+    other example: a router has read little there, and may leave them to the base (its `null_start`) or be wrong.
     """
 
     rank: int = 16

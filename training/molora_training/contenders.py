@@ -41,10 +41,11 @@ MERGES: dict[str, tuple[Method, float]] = {  # way and density
     "linear merge": ("linear", 1.0), "TIES": ("ties", 0.2), "DARE-TIES": ("dare_ties", 0.5),
     "magnitude merge": ("magnitude_prune", 0.5),
 }  # fmt: skip
-WEIGHTS = (("unit", 1), ("softmax", 2))  # and top-k
+WEIGHTS = (("unit", 1), ("softmax", 2))  # and top-k; the second of the first router alone
 MARGINS = (1.0, 2.0)  # nats by which another adapter must be better to be turned to
 FULL_TOKENS, FULL_RATE = 8192, 1e-4  # of a step that trains all weights
 LEARNT_STEPS, LEARNT_TOKENS = 100, 4096  # of what learns on the same mixed text as a router, and tokens in a step
+CHOSEN_BY = ("base", "oracle", "adapter", "router")  # kinds of contender that a router is chosen by, on validation
 Before = Callable[[Batch], None]
 
 
@@ -92,6 +93,9 @@ class Contenders:
 
     def all(self) -> list[Contender]:
         """The base and the label oracle first."""
+        return [one for one in self._all() if self.sets.split == "test" or one.kind in CHOSEN_BY]
+
+    def _all(self) -> list[Contender]:
         found = [
             self._plain("base", "base", {LAYER: None}),
             Contender("label oracle", "oracle", self._oracle),
@@ -117,9 +121,9 @@ class Contenders:
             shown = f"MoLoRA {name}, integrated, top-{top_k} {weights}"
             measure = self._router(name, weights, top_k, integrated=True)
             found.append(Contender(shown, "router", measure, _digest(router)))
-        for name, router in self.routers.items():
+        for place, (name, router) in enumerate(self.routers.items()):
             digest = _digest(router)
-            for weights, top_k in WEIGHTS:
+            for weights, top_k in WEIGHTS[: 2 if place == 0 else 1]:
                 shown = f"MoLoRA {name}, top-{top_k} {weights}"
                 found.append(Contender(shown, "router", self._router(name, weights, top_k), digest))
         if self.routers:

@@ -41,32 +41,32 @@ class QualitySets:
         model: whose domains, tokenizer and chat format.
         data: prepared data of every domain of its domain layer, and where it is there the questions that need two.
         limit: only so many sequences of each set (0: all), and of training four times as many.
+        split: "test", or "validation" to choose by, which has no unseen forms.
 
     Raises:
         ConfigError: fewer than two domains. DataError: a domain has no data.
     """
 
-    def __init__(self, model: MoLoRAModel, data: Path, limit: int = 0) -> None:
+    def __init__(self, model: MoLoRAModel, data: Path, limit: int = 0, split: Split = "test") -> None:
         self.domains = list(model.stack[LAYER].adapters)
         if len(self.domains) < 2:
             raise ConfigError(f"The layer '{LAYER}' has {len(self.domains)} adapters: there is nothing to route.")
-        self.tokenizer, self.data, self.limit = model.tokenizer, data, limit
+        self.tokenizer, self.data, self.limit, self.split = model.tokenizer, data, limit, split
         some = slice(limit or None)
-        test = self.examples("test")
-        unseen = {name: [example for example in rows if example.unseen] for name, rows in test.items()}
-        if empty := [name for name, rows in unseen.items() if not rows]:
-            raise DataError(f"{empty[0]} has no test example in a form that training never saw.")
-        self.mixed = {
-            TURNS: self.encode(mix(test, "test", COUNT)[some]),
-            UNSEEN: self.encode(mix(unseen, "test", COUNT, seed=1)[some]),
-            DOCUMENTS: self.encode(mix_documents(test, "test", COUNT)[some]),
-            IN_A_TURN: self.encode(mix_in_a_turn(test, "test", COUNT)[some]),
-        }
+        held_out = self.examples(split)
+        self.mixed = {TURNS: self.encode(mix(held_out, split, COUNT)[some])}
+        if split == "test":
+            unseen = {name: [example for example in rows if example.unseen] for name, rows in held_out.items()}
+            if empty := [name for name, rows in unseen.items() if not rows]:
+                raise DataError(f"{empty[0]} has no test example in a form that training never saw.")
+            self.mixed[UNSEEN] = self.encode(mix(unseen, split, COUNT, seed=1)[some])
+        self.mixed[DOCUMENTS] = self.encode(mix_documents(held_out, split, COUNT)[some])
+        self.mixed[IN_A_TURN] = self.encode(mix_in_a_turn(held_out, split, COUNT)[some])
         for kind, needed in KINDS.items():
-            file = data / both_file(kind, "test")
+            file = data / both_file(kind, split)
             if set(needed) <= set(self.domains) and file.is_file():
                 self.mixed[kind] = self.encode(read_mixed(file)[some])
-        self.single = {name: self.encode(rows[some]) for name, rows in test.items()}
+        self.single = {name: self.encode(rows[some]) for name, rows in held_out.items()}
 
     def examples(self, split: Split) -> dict[str, list[Example]]:
         return {name: read_examples(self.data / f"{name}.{split}.jsonl") for name in self.domains}

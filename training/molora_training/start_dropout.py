@@ -1,34 +1,41 @@
-"""An adapter learns to do without itself at the start of a text, where no router can know that it is right."""
+"""An adapter learns to do without itself at the start of a question, where no router can know that it is right."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from molora_training.data import IGNORED, Batch
+
 
 class StartDropout:
     """While ``model`` trains, its LoRA adapter does not act at the first tokens of every other example of a batch: so
-    it comes to serve both where it acts alone and where the first tokens are the base's.
+    it comes to serve both where it acts alone and where the base, or another adapter, has read the question.
 
     Args:
-        model: PEFT's; called with ``input_ids`` [B, T].
-        tokens: from 1 to how many; an example and its place in the batch say how many, so that a resumed training and
-            a captured one do the same. 0: the adapter acts everywhere.
+        model: PEFT's.
+        tokens: from 1 to how many, and never one that predicts a token of an answer; an example and its place in the
+            batch say how many, so that a resumed training and a captured one do the same. 0: the adapter acts
+            everywhere.
     """
 
     def __init__(self, model: nn.Module, tokens: int) -> None:
-        self.model, self.tokens = model, tokens
+        self.tokens = tokens
         self.acts: torch.Tensor | None = None  # [B, T, 1]
         if tokens:
-            model.register_forward_pre_hook(self._see, with_kwargs=True)
             for name, module in model.named_modules():
                 if ".lora_A." in name:
                     module.register_forward_hook(self._cut)
 
-    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs["input_ids"]
+    def see(self, batch: Batch) -> None:
+        """Before each forward: what the model is about to be called with."""
+        if not self.tokens:
+            return
+        ids, answered = batch.input_ids, batch.labels != IGNORED
         row, place = (torch.arange(size, device=ids.device) for size in ids.shape)
-        without = torch.where(row % 2 == 1, 1 + (ids.sum(1) + row // 2) % self.tokens, 0)
+        question = torch.where(answered, place, ids.shape[1]).amin(1) - 1  # the last one predicts the answer's first
+        most = question.clamp(1, self.tokens)
+        without = torch.where(row % 2 == 1, 1 + (ids.sum(1) + row // 2) % most, 0)
         self.acts = (place >= without.unsqueeze(1)).unsqueeze(2)
 
     def _cut(self, module: nn.Module, _: Any, shrunk: torch.Tensor) -> torch.Tensor:

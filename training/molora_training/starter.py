@@ -45,7 +45,7 @@ class StarterLayer:
     """One layer and how its adapters are trained; of several learning rates the best on validation is kept: for each
     adapter, or for all of them the one that is best on those in ``tuned_on``.
 
-    epochs_of: of adapters that take more or fewer than the others.
+    epochs_of, start_dropout_of: of adapters that take more or less than the others.
     learns: each of its adapters learns the data of all of these together; left out, that of its own name.
     batch_tokens: None: the whole recipe's.
     start_dropout: see :class:`LoraShape`.
@@ -65,6 +65,7 @@ class StarterLayer:
     learns: tuple[str, ...] = ()
     batch_tokens: int | None = None
     start_dropout: int = 0
+    start_dropout_of: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,11 @@ def _adapter_settings(settings: StarterSettings, layer: StarterLayer, name: str,
     return AdapterTrainSettings(
         out=settings.work / "adapters" / f"{name}-{rate:g}",
         data=DataFiles(train, validation, 1024, source, licence),
-        lora=LoraShape(rank=layer.rank, alpha=2.0 * layer.rank, start_dropout=layer.start_dropout),
+        lora=LoraShape(
+            rank=layer.rank,
+            alpha=2.0 * layer.rank,
+            start_dropout=layer.start_dropout_of.get(name, layer.start_dropout),
+        ),
         base=settings.base,
         learning_rate=rate,
         epochs=layer.epochs_of.get(name, layer.epochs),
