@@ -21,8 +21,8 @@ from molora_training.router_settings import RouterTrainSettings, learnt_null_sta
 
 EXAMPLES = (32, 128, 512)
 BARRED = 128  # the number of examples that the lines are about
-REPLAYED = 64  # examples of each old domain in a short training
-SHORT = (300, 200, 200, 100)  # conversations, documents, double questions and asides of that training
+REPLAYED = 256  # examples of each old domain in a short training
+SHORT = (900, 600, 600, 300)  # conversations, documents, double questions and asides of that training
 TRAINED = f"trained on with {REPLAYED} of each other domain"
 
 
