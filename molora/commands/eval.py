@@ -104,6 +104,8 @@ def quality(
         typer.echo("This process has done its share; the base or the label oracle is another one's.")
         return
     _show(report, as_json)
+    if "best" in report and not as_json:
+        typer.echo(f"The lowest loss of a router at top-1: {report['best']}.")
     if report["missing"]:
         typer.echo(f"Not measured yet: {', '.join(report['missing'])}.", err=True)
 
@@ -302,7 +304,7 @@ def headline(
 ) -> None:
     """Is a small model with a stack better than a larger one without? Six benchmarks, through lm-evaluation-harness.
 
-    Needs the extra "eval". In: a saved MoLoRA and another model. Out: a JSON file with the accuracies of the base, of
+    Needs the extra "eval". In: a saved MoLoRA and another model; task files that are there are not written anew. Out: a JSON file with the accuracies of the base, of
     the MoLoRA and of the other model, asked with the same prompts and through its own chat template, and the
     difference on the same questions with its 95% interval.
 
@@ -312,7 +314,7 @@ def headline(
         from molora_training.data.benchmarks import write_benchmarks
         from molora_training.headline import BENCHMARKS, run
 
-        write_benchmarks(tasks, BENCHMARKS)
+        write_benchmarks(tasks, [name for name in BENCHMARKS if not (tasks / f"molora_{name}.yaml").is_file()])
         command = f"molora eval headline {model} {other.name}" + (f" --limit {limit}" if limit else "")
         report = run(model, other, tasks, out, command, limit, batch_size)
     _show(report, as_json)

@@ -15,7 +15,7 @@ from molora_training.contenders import Contenders, Row, best_of
 from molora_training.data import IGNORED, Example, write_examples
 from molora_training.evaluate import LAYER, TOGETHER, losses
 from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets, after
-from molora_training.quality_table import figures, fill, must
+from molora_training.quality_table import best_router, figures, fill, must
 from tests.unit.spoken import make_spoken
 
 DOMAINS = ("math", "code")
@@ -207,6 +207,11 @@ def test_a_router_is_chosen_on_validation(table: Contenders, data: Path, tmp_pat
     assert "MoLoRA two, top-2 softmax" not in {one.name for one in found}  # for the first alone
     report = fill(Contenders(table.model, sets, routers, tmp_path), tmp_path / "chosen.json", "molora eval", "mark")
     assert report is not None and report["data"].startswith("validation split") and report["must"]
+    assert report["best"] == "MoLoRA one, top-1 unit"  # of two that are the same the first
+    rows = [one.measure() for one in found if one.kind == "router"][:2]
+    for own in (*rows[1].sets.values(), *rows[1].single.values()):  # top-2: it would be the best, and is no default
+        own.loss.zero_()
+    assert best_router(rows) == rows[0].name and best_router([]) is None
     assert not any(UNSEEN in line["name"] for line in report["must"])
 
 

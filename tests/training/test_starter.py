@@ -3,17 +3,36 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from molora import MoLoRAModel
+from molora.errors import ConfigError
 from molora_training import starter
 from molora_training.settings import from_mapping
 from molora_training.starter import StarterLayer, StarterSettings
 from tests.training.test_router_trainer import settings as router_settings  # noqa: F401 - a fixture
+
+KILLED = """
+import os, sys, time
+from molora_training import starter
+
+def work():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    return ""
+
+if __name__ == "__main__":
+    starter._parallel(2, work, [()])
+"""
 
 
 @pytest.fixture
@@ -84,6 +103,31 @@ def test_an_integration_adapter_is_trained_on_the_first_router_and_always_acts(
     with torch.no_grad():
         off = model(ids, selection={"integration": None}).logits
         assert torch.equal(off, first(ids).logits) and not torch.allclose(model(ids).logits, off, rtol=1e-3)
+
+
+def test_the_stack_takes_the_router_that_is_named(recipe: StarterSettings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="own is 'none of them', which is none of the routers later, first"):
+        starter.train(dataclasses.replace(recipe, own="none of them"))
+    assert not (tmp_path / "work").exists()
+    starter.train(dataclasses.replace(recipe, own="first"))
+    stack, first = (tmp_path / path / "router.safetensors" for path in ("stack", "work/routers/first"))
+    assert stack.read_bytes() == first.read_bytes()
+
+
+def test_workers_end_with_a_recipe_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "recipe.py"
+    script.write_text(KILLED)
+    recipe = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert recipe.stdout is not None
+    worker = int(recipe.stdout.readline())
+    recipe.kill()
+    recipe.wait()
+    for _ in range(200):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker went on")
 
 
 def test_some_adapters_take_more_or_less(recipe: StarterSettings) -> None:

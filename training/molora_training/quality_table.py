@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,8 @@ def fill(
         "rows": [figures(one, found[0], found[1]) for one in found],
         "must": must(found) if _first(everything) in {row.name for row in found} else [],
     }
+    if contenders.sets.split == "validation":
+        report["best"] = best_router(found)
     write_report(report, out)
     return report
 
@@ -120,6 +123,17 @@ def fill(
 def _first(contenders: Sequence[Contender]) -> str | None:
     """The router that the lines are about."""
     return next((one.name for one in contenders if one.kind == "router"), None)
+
+
+def best_router(rows: Sequence[Row]) -> str | None:
+    """The router at top-1 with the lowest loss: the mean over sets, in which all single domains together are one."""
+
+    def loss(row: Row) -> float:
+        single = [own.mean for own in row.single.values()]
+        return statistics.mean([*(own.mean for own in row.sets.values()), statistics.mean(single)])
+
+    plain = [row for row in rows if row.kind == "router" and row.name.endswith(", top-1 unit")]
+    return min(plain, key=loss).name if plain else None
 
 
 def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from molora import Router, RouterConfig, Stack, StackLayer
+from molora.errors import ConfigError
 from molora.saved import load, save
 from molora.selection import router_rows
 from molora_training import adapter, personas, router
@@ -108,7 +110,7 @@ class Integration:
 
 @dataclass(frozen=True)
 class StarterSettings:
-    """The whole stack. routers: by name, each a :class:`RouterVariant`; the first is the stack's own.
+    """The whole stack. routers: by name, each a :class:`RouterVariant`. own: the stack's own of them; None: the first.
 
     sources: source and licence of the data, by the adapter's name, or by "*" of those that are not named.
     integration: an :class:`Integration`, in a layer of that name; None for none.
@@ -118,6 +120,7 @@ class StarterSettings:
     layers: tuple[Any, ...]
     routers: dict[str, Any]
     sources: dict[str, Any]
+    own: str | None = None
     integration: Any = None
     out: Path = Path("starter")
     work: Path = Path("runs/starter")
@@ -137,11 +140,18 @@ class StarterSettings:
 
 
 def train(settings: StarterSettings) -> None:
-    """Makes ``settings.out`` (with the first router) and ``settings.work/routers/<variant>`` for the others."""
+    """Makes ``settings.out`` (with its own router) and ``settings.work/routers/<variant>`` for the others.
+
+    Raises:
+        ConfigError: settings that do not fit, found before anything is trained.
+    """
     from molora_training.settings import from_mapping
 
     layers = [from_mapping(StarterLayer, layer, "layers.") for layer in settings.layers]
     variants = {name: from_mapping(RouterVariant, one, f"routers.{name}.") for name, one in settings.routers.items()}
+    own = settings.own or next(iter(variants))
+    if own not in variants:
+        raise ConfigError(f"own is {own!r}, which is none of the routers {', '.join(variants)}.")
     wanted = [name for layer in layers for name in layer.adapters]
     personal = [name for name in personas.read_personas() if name in wanted]
     missing = [name for name in personal if not (settings.data / f"{name}.train.jsonl").is_file()]
@@ -176,7 +186,7 @@ def train(settings: StarterSettings) -> None:
         runs = [(_router_settings(settings, name, one),) for name, one in some.items()]
         todo = [run for run in runs if not (run[0].out / "router.metrics.json").is_file()]
         _parallel(settings.router_processes, _train_router, todo)
-    first = settings.work / "routers" / next(iter(variants))
+    first = settings.work / "routers" / own
     if settings.integration is None:
         shutil.rmtree(settings.out, ignore_errors=True)
         shutil.copytree(first, settings.out)
@@ -360,11 +370,20 @@ def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[
 
 
 def _settle(gpus: int) -> None:
-    """A worker's place: few threads, since those of several trainings would get into each other's way, and one GPU."""
+    """A worker's place: few threads, since those of several trainings would get into each other's way, and one GPU. It
+    ends with the recipe, also where that is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(2)
     if gpus > 1:
         number = multiprocessing.current_process()._identity[-1]
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible()[number % gpus]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _visible() -> list[str]:
