@@ -261,10 +261,8 @@ class MoLoRAModel(nn.Module):
             if isinstance(self.router, Router):
                 self.router.add_missing(router_rows(self.stack))
             self.set_router(self._vocabulary_again())
-            if encoded and isinstance(self.router, Router) and not self.stack[layer].shared:
-                # Part after part: what a deeper one reads depends on what the first one chooses.
-                for part in range(len(self.router.parts)):
-                    self.router.set_row(f"{layer}/{name}", part, self._features(encoded, part))
+            if encoded and not self.stack[layer].shared:
+                self._fit_row(f"{layer}/{name}", encoded)
 
     def remove_adapter(self, layer: str, name: str) -> None:
         """Takes an adapter, and its row of the router, out of the live stack."""
@@ -352,6 +350,28 @@ class MoLoRAModel(nn.Module):
         index = position - int(self.routing.first)
         columns = [layer.name for layer in self.routing.layers for _ in range(layer.top_k)]
         return read_plan(plan.slots[0, index], plan.weights[0, index], self.slots.names, columns)
+
+    def fit_row(self, layer: str, name: str, examples: Sequence[str]) -> None:
+        """Computes the row of an adapter in the router from a few texts of its data, so that "auto" can choose it; the
+        other rows stay.
+
+        Raises:
+            SelectionError: there is no learned router, or no text. StackError: no such adapter, or a layer whose
+                adapters share a row.
+        """
+        self._must_have(layer, name)
+        if self.stack[layer].shared:
+            raise StackError(f"Layer {layer!r} is shared: its adapters have one row together.")
+        encoded = self._encode_examples(examples)
+        with self.routing.lock:
+            self._fit_row(f"{layer}/{name}", encoded)
+
+    def _fit_row(self, row: str, encoded: Sequence[dict[str, torch.Tensor]]) -> None:
+        router = self.router
+        assert isinstance(router, Router)
+        # Part after part: what a deeper one reads depends on what the first one chooses.
+        for part in range(len(router.parts)):
+            router.set_row(row, part, self._features(encoded, part))
 
     def _encode_examples(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         if not isinstance(self.router, Router):

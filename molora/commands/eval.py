@@ -213,6 +213,46 @@ def stream(
 
 
 @app.command()
+def arrivals(
+    names: Annotated[list[str], typer.Argument(help="Names of prepared data, an adapter each, as they come.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/arrivals.json"),
+    base: Annotated[str | None, typer.Option(help="Whose embeddings are read. Default: the starter's.")] = None,
+    first: Annotated[int, typer.Option(min=2, help="How many are there from the beginning.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the trainings and of which leave.")] = 1,
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N processes that share the study, the I-th (from 0).")
+    ] = "0/1",
+    as_json: JsonOption = False,
+) -> None:
+    """What becomes of a router while adapters come and go? Ways to learn of a new one, beside training anew.
+
+    In: the data of `molora train data`, for example of `many`. The first adapters are there from the beginning, the
+    others come one by one, and after every third one leaves. Out: a JSON file with the share of tokens that go to
+    their own adapter, with time and kept bytes. Needs no trained adapter and no GPU: the routers read embeddings. What
+    is finished is kept beside the file.
+
+    Example: molora eval arrivals gsm8k code-javascript winogrande medicine-surgery facts-science --first 2
+    """
+    with extra("train"):
+        from molora.base import DEFAULT_BASE
+        from molora_training.continual.arrivals import ArrivalSettings, run
+        from molora_training.data import data_dir
+
+        settings = ArrivalSettings(tuple(names), data or data_dir(), base or DEFAULT_BASE, first, seeds)
+        command = f"molora eval arrivals {' '.join(names)}" + _changed({"first": (first, 8), "seeds": (seeds, 1)})
+        report = run(settings, out, command, _parse_share(share))
+    if report is None:
+        return
+    if as_json:
+        write_json(report)
+        return
+    for row in report["rows"]:
+        last = row["points"][-1]
+        typer.echo(f"{row['way']:<16} first {last['first']:.1%}, came {last['came']:.1%}, mixed {last['mixed']:.1%}")
+
+
+@app.command()
 def scale(
     routers: Annotated[Path, typer.Argument(help="A folder of saved MoLoRAs for fewer and for more adapters.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
@@ -304,9 +344,9 @@ def headline(
 ) -> None:
     """Is a small model with a stack better than a larger one without? Six benchmarks, through lm-evaluation-harness.
 
-    Needs the extra "eval". In: a saved MoLoRA and another model; task files that are there are not written anew. Out: a JSON file with the accuracies of the base, of
-    the MoLoRA and of the other model, asked with the same prompts and through its own chat template, and the
-    difference on the same questions with its 95% interval.
+    Needs the extra "eval". In: a saved MoLoRA and another model; task files that are there are not written anew. Out: a
+    JSON file with the accuracies of the base, of the MoLoRA and of the other model, asked with the same prompts and
+    through its own chat template, and the difference on the same questions with its 95% interval.
 
     Example: molora eval headline runs/quality/stack Qwen2.5-Coder-0.5B-Instruct
     """

@@ -47,7 +47,7 @@ from molora_training.data import (
     read_examples,
     read_mixed,
 )
-from molora_training.router_objective import Labels, RouterObjective, reading_inputs
+from molora_training.router_objective import Labels, RouterHold, RouterObjective, reading_inputs
 from molora_training.router_settings import METRICS, RouterTrainSettings
 from molora_training.schedule import warm_cosine
 
@@ -62,6 +62,7 @@ def train(
     resume: bool = True,
     command: str | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    hold: RouterHold | None = None,
 ) -> dict[str, Any]:
     """Trains and writes a saved MoLoRA to ``settings.out``; checkpoints and curves lie in ``settings.work``.
 
@@ -70,6 +71,7 @@ def train(
         resume: go on from the checkpoint of the same settings if there is one.
         command: the command line to name in the router's card.
         on_step: called after each step with the number of finished steps and the loss.
+        hold: what holds the router back while it learns.
 
     Returns:
         The metrics of ``router.metrics.json``.
@@ -83,7 +85,7 @@ def train(
     with accelerator.main_process_first():
         model = load_model(settings, accelerator.device)
     domains, epochs, held_out = _data(settings, model)
-    run = _Run(settings, accelerator, model, domains, epochs, held_out)
+    run = _Run(settings, accelerator, model, domains, epochs, held_out, hold)
     run.start(resume)
     run.train(on_step)
     return run.finish(time.monotonic() - started, command)
@@ -171,14 +173,18 @@ class _Run:
         domains: list[str],
         epochs: list[list[Encoded]],
         held_out: list[Encoded],
+        hold: RouterHold | None = None,
     ) -> None:
+        self.hold = hold
         self.settings, self.accelerator, self.model = settings, accelerator, model
         self.rows, self.held_out = [row for rows in epochs for row in rows], held_out
         self.labels = Labels(model, domains)
         router: Any = model.router
         self.router = router
+        if hold is not None:
+            hold.prepare(router)
         weights, answers = self._class_weights(), answer_weights(self.rows, len(domains))
-        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.starts, answers)
+        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.starts, answers, hold)
         self.objective = accelerator.prepare_model(objective)
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
         unmasked = attend_causally(model.base, rounded(settings.max_length))
@@ -187,8 +193,9 @@ class _Run:
         self.captured = CapturedSteps(objective, self.parameters.values(), settings.batch_tokens) if able else None
         matrices = [parameter for parameter in self.parameters.values() if parameter.dim() > 1]
         others = [parameter for parameter in self.parameters.values() if parameter.dim() <= 1]
+        decay = 0.0 if hold is not None else settings.weight_decay  # it would move what is held, too
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}],
             settings.learning_rate,
         )
         self.steps = self._planned(epochs)[: settings.max_steps]
@@ -367,9 +374,12 @@ class _Run:
                 some = tokens[torch.randperm(len(tokens), generator=chance)[:SAMPLES].to(tokens.device)]
                 chosen.append(some)
                 rows.append(torch.full_like(some, index))
+        held = [] if self.hold is None else [self.router.rows.index(row) for row in self.hold.old]
         for number, part in enumerate(self.router.parts):
-            features = torch.cat([q[number] for q, _ in seen])
-            part.samples.set(features[torch.cat(chosen)], torch.cat(rows))
+            features = torch.cat([q[number] for q, _ in seen])[torch.cat(chosen)]
+            old = torch.isin(part.samples.rows, torch.tensor(held, device=part.samples.rows.device))
+            kept, of = part.samples.features[old].to(features), part.samples.rows[old]
+            part.samples.set(torch.cat([kept, features]), torch.cat([of, *rows]))
 
     def _class_weights(self) -> dict[str, torch.Tensor]:
         """Each row of a layer weighs the same, whatever its share of the training tokens."""

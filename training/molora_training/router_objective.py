@@ -1,7 +1,7 @@
 """What a router learns from a batch: the losses, and how often it is right."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -55,6 +55,18 @@ class Labels:
         }
 
 
+class RouterHold(Protocol):
+    """What holds a router back while it learns; it must not wait for the device. old: rows that have no text here."""
+
+    old: list[str]
+
+    def prepare(self, router: Router) -> None:
+        """Sees the router before the first step, and may freeze a part of it."""
+
+    def penalty(self) -> torch.Tensor:
+        """What is added to the loss of a step; a scalar."""
+
+
 class _Reached(Exception):
     """The layer at which the router reads: the rest of the forward is not needed."""
 
@@ -73,10 +85,12 @@ class RouterObjective(nn.Module):
         class_weights: dict[str, Any],
         null_start: int = 0,
         answer_weights: torch.Tensor | None = None,
+        hold: RouterHold | None = None,
     ) -> None:
         """null_start: tokens at the start of a text that are the null's, in every layer that is taught.
         answer_weights: [domains], of the next-token loss at a domain's answer tokens; None: all weigh the same."""
         super().__init__()
+        self.hold = hold
         self.null_start = null_start
         self.model = model
         self.labels = labels
@@ -110,6 +124,9 @@ class RouterObjective(nn.Module):
             terms |= {f"{name}.{index}": value for name, value in part.items() if name.startswith("right/")}
         names = [name for name in ("lm", "label", "distil", *_SIDE) if name in terms]
         weighted = [getattr(self.weights, name) * terms[name] for name in names]
+        if self.hold is not None:
+            terms["kept"] = self.hold.penalty()
+            weighted.append(terms["kept"])
         terms["loss"] = torch.stack(weighted).sum()
         return terms
 
