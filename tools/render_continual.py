@@ -1,4 +1,4 @@
-"""The section of docs/results.md about updates over time, from docs/results/continual.json and stream.json."""
+"""The sections of docs/results.md about change over time, from continual.json, stream.json and arrivals.json."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from tools.render_kernels import bars
 
 Row = dict[str, Any]
 PICTURE = "continual.svg"
+ARRIVALS = "arrivals.svg"
 
 
 def section(report: Row) -> list[str]:
@@ -57,6 +58,45 @@ def stream(report: Row) -> list[str]:
             f"{row['update_seconds']:.0f} | {row['text_bytes']:,} |"
         )
     return [*parts, "", *bars(report["must"]), ""]
+
+
+def arrivals(report: Row) -> list[str]:
+    """Lines of Markdown about a router while adapters come and go."""
+    parts = [
+        "## What becomes of a router while adapters come and go?",
+        "",
+        f"{_measured(report)} Share of the text's tokens that go to their own adapter in the end: of the adapters from "
+        "the beginning that are still there, of those that came, and of text that changes its domain. *New text alone* "
+        "trains the router on as it is; *examples* fits the new row to 128 of them; *sketches* trains it on all new "
+        "text, with the router's samples against it; *replay* trains the router on the new text and on 64 examples of "
+        "each other adapter; *trained anew* sees all text, after each departure.",
+        "",
+        f"![Share of mixed text's tokens that go right, over arrivals](images/{ARRIVALS})",
+        "",
+        "| how it learns | first | came | mixed | seconds an arrival | text kept | samples kept, bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        last = row["points"][-1]
+        parts.append(
+            f"| {row['way']} | {last['first']:.1%} | {last['came']:.1%} | {last['mixed']:.1%} | "
+            f"{row['update_seconds']:.0f} | {row['text_bytes']:,.0f} | {row['sample_bytes']:,.0f} |"
+        )
+    return [*parts, ""]
+
+
+def draw_arrivals(report: Row, folder: Path) -> None:
+    """The picture of :func:`arrivals`."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    for number, row in enumerate(report["rows"]):
+        values = [100 * point["mixed"] for point in row["points"]]
+        axes.plot(range(len(values)), values, marker="o", color=PALETTE[number], label=row["way"])
+    axes.set_xticks(range(len(report["rows"][0]["points"])))
+    axes.set(xlabel="departures, each after three arrivals", ylabel="% of mixed text's tokens right", ylim=(0, 100))
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, folder / ARRIVALS)
 
 
 def draw(report: Row, folder: Path) -> None:

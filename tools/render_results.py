@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "headline": render_headline.section,
     "continual": render_continual.section,
     "stream": render_continual.stream,
+    "arrivals": render_continual.arrivals,
 }
 LATER = ("quality", "adding", *SECTIONS)
 MARKS = ("<!-- results -->", "<!-- /results -->")
@@ -46,6 +47,8 @@ def main(docs: Path = DOCS) -> None:
         render_scale.draw(scale, docs / "images")
     if continual := later["continual"]:
         render_continual.draw(continual, docs / "images")
+    if arrivals := later["arrivals"]:
+        render_continual.draw_arrivals(arrivals, docs / "images")
     if kernels:
         plots.draw(kernels["rows"], docs / "images")
 

@@ -34,7 +34,7 @@ def update(
         int, typer.Option(min=0, help="Conversations that the adapter makes up itself, to be replayed too.")
     ] = 0,
     method: Annotated[
-        Literal["plain", "elastic", "orthogonal", "distil"],
+        Literal["plain", "elastic", "orthogonal", "distil", "inflora", "sd-lora", "treelora"],
         typer.Option(help="What holds it back while it learns; plain: nothing but what is remembered."),
     ] = "plain",
     epochs: Annotated[
@@ -42,7 +42,11 @@ def update(
         typer.Option(min=1, help="Passes over what is learnt. Default: 3, of a router 1.", show_default=False),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Its peak. Default: 0.0002, of a router 0.001.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Its peak. Default: 0.0002, of a router 0.001, or 0.003 where some adapters have no data.",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,7 +58,8 @@ def update(
     otherwise it is kept to be looked at, what serves stays, and the command ends with 1.
 
     `molora update router` trains the router on for a short while, after adapters came or went: --data is a folder of
-    `molora train data`, and the bound is how many of a domain's tokens may be found less.
+    `molora train data`, and the bound is how many of a domain's tokens may be found less. Adapters without data there
+    are protected by the samples that the router keeps, and the rows of the others alone are trained.
 
     Example: molora update user ada --data new_chats.jsonl --model my-molora
     """
@@ -95,7 +100,8 @@ def _router(model: Path, data: Path, most: float, chosen: dict[str, Any], as_jso
     else:
         typer.echo("held-out tokens that go to their own adapter:")
         for name, (before, after) in [*found.right.items(), ("mixed text", found.mixed)]:
-            typer.echo(f"  {name:<16} {before:6.1%} -> {after:6.1%}")
+            samples = "  (of the router's samples: no data)" if name in found.sampled else ""
+            typer.echo(f"  {name:<16} {before:6.1%} -> {after:6.1%}{samples}")
         typer.echo(f"{found.drift:.1%} of the tokens go elsewhere than before.")
         state = "serves" if found.promoted else "is kept and does not serve"
         typer.echo(f"Version {found.version} {state}: {found.why}. {found.seconds:.0f} s")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tools.render_continual import PICTURE, draw, section, stream
+from tools.render_continual import ARRIVALS, PICTURE, arrivals, draw, draw_arrivals, section, stream
 
 HEAD = {"command": "molora eval", "machine": "A", "commit": "c", "date": "d", "data": "two tasks"}
 LINE = {"name": "forgetting", "value": 1.0, "bar": 2.0, "better": "lower", "holds": True, "note": ""}
@@ -24,6 +24,15 @@ def test_a_sequence_of_tasks(tmp_path: Path) -> None:
     )
     draw(report, tmp_path)
     assert "<svg" in (tmp_path / PICTURE).read_text()
+
+
+def test_arrivals(tmp_path: Path) -> None:
+    points = [{"first": 0.9, "came": 0.0, "mixed": 0.8}, {"first": 0.7, "came": 0.6, "mixed": 0.5}]
+    row = {"way": "sketches", "points": points, "update_seconds": 4.4, "text_bytes": 0, "sample_bytes": 1234.0}
+    report = {**HEAD, "rows": [row]}
+    assert "| sketches | 70.0% | 60.0% | 50.0% | 4 | 0 | 1,234 |" in "\n".join(arrivals(report))
+    draw_arrivals(report, tmp_path)
+    assert "<svg" in (tmp_path / ARRIVALS).read_text()
 
 
 def test_users() -> None:

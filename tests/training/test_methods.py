@@ -13,10 +13,11 @@ from torch import nn
 
 from molora.errors import ConfigError
 from molora_training.continual.growth import recompress, widen
-from molora_training.continual.methods import EVERY, Distil, Elastic, Orthogonal, Task
-from molora_training.data import IGNORED, Example, collate, encode_within
+from molora_training.continual.method import Task
+from molora_training.continual.methods import EVERY, Distil, Elastic, Orthogonal
+from molora_training.data import IGNORED, collate
 from tests.conftest import make_base
-from tests.unit.spoken import make_spoken
+from tests.training.tasks import learner, make_task, rows_of, trainable
 
 
 def make_adapter(folder: Path, rank: int = 4, rslora: bool = False, seed: int = 0) -> Path:
@@ -69,30 +70,7 @@ def test_a_cut_is_the_nearest_of_its_rank(rank: int, rslora: bool, tmp_path: Pat
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    model = make_spoken(tmp_path / "adapters")
-    model.base.save_pretrained(tmp_path / "base")
-    model.tokenizer.save_pretrained(tmp_path / "base")
-    examples = [
-        Example(f"{n}", "math", "train", ({"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ab"}))
-        for n in range(3)
-    ]
-    return Task(str(tmp_path / "base"), examples, 64, torch.float32, tmp_path / "state.safetensors")
-
-
-def learner(task: Task, served: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(task.base), served, is_trainable=True)
-
-
-def rows_of(task: Task) -> Any:
-    from transformers import AutoTokenizer
-
-    return encode_within(task.examples, AutoTokenizer.from_pretrained(task.base), task.max_length, ["math"])
-
-
-def trainable(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return make_task(tmp_path)
 
 
 def by_hand(task: Task, served: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from molora import MoLoRAModel
+from molora import MoLoRAModel, Router
 from molora.cli import app
 from molora.errors import ConfigError, DataError, VersionError
 from molora.versions import Versions
@@ -84,6 +84,41 @@ def test_what_loses_a_domain_does_not_serve(settings: RouterUpdateSettings, tmp_
     assert Versions(settings.model).current == 2
     with pytest.raises(VersionError, match="may not serve"):
         Versions(settings.model).promote(found.version)
+
+
+def test_what_has_no_text_is_protected_by_its_samples(settings: RouterUpdateSettings, tmp_path: Path) -> None:
+    update_router(settings)
+    served = Versions(settings.model).current
+    model = MoLoRAModel.from_pretrained(settings.model, dtype=torch.float32)
+    model.add_adapter("domain", "law", tmp_path / "adapters" / "law")  # without an example: "auto" cannot choose it
+    model.save_pretrained(tmp_path / "three")
+    alone = write_data(tmp_path / "law", {"law": "§§§ %%% &&& $$$ ###"})
+    three = replace(settings, model=tmp_path / "three", data=alone)
+    found = update_router(three)
+    assert served == 2 and found.promoted and found.sampled == ["math", "code"]
+    assert found.right["law"][0] == 0.0 and found.right["law"][1] > 0.7
+    assert all(found.right[name][0] - found.right[name][1] < 0.2 for name in TEXTS)
+    now = MoLoRAModel.from_pretrained(tmp_path / "three", dtype=torch.float32).router
+    assert isinstance(now, Router) and isinstance(model.router, Router)
+    before, after = model.router.state_dict(), now.state_dict()
+    at = [now.rows.index(f"domain/{name}") for name in TEXTS]
+    for name, tensor in after.items():
+        if ".output." in name:
+            assert torch.equal(tensor[at], before[name][at])
+        elif ".samples." not in name:
+            assert torch.equal(tensor, before[name])
+    samples = now.parts[0].samples
+    rows = {now.rows[index] for index in samples.rows.tolist()}  # type: ignore[union-attr, operator]
+    assert {"domain/law", "domain/math", "domain/code"} <= rows
+    for told in {name: routes_of(replace(three, data=settings.data), name) for name in TEXTS}.values():
+        assert sum(one == "law" for one in told) / len(told) < 0.3
+
+
+def test_what_has_neither_text_nor_samples_is_named(settings: RouterUpdateSettings, tmp_path: Path) -> None:
+    alone = write_data(tmp_path / "code alone", {"code": TEXTS["code"]})
+    with pytest.raises(DataError, match="has no text of math, and the router keeps no samples of it"):
+        update_router(replace(settings, data=alone))
+    assert Versions(settings.model).all() == []
 
 
 def test_bad_input_is_named(settings: RouterUpdateSettings, tmp_path: Path) -> None:

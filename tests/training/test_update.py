@@ -3,22 +3,25 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from filelock import FileLock
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from molora import MoLoRAModel
 from molora.chat import render
 from molora.cli import app
+from molora.commands.update import update as update_command
 from molora.errors import ConfigError, DataError, VersionError
 from molora.versions import Versions
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import Memory, held_out, key
+from molora_training.continual.methods import METHODS, MethodName
 from molora_training.continual.update import MEMORY, UpdateSettings, update
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -73,17 +76,36 @@ def rows_of(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["elastic", "orthogonal", "distil"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "plain"])
 def test_every_method_learns_and_goes_on(method: Any, settings: UpdateSettings) -> None:
     settings = replace(settings, method=method)
     mine = Versions(settings.model, "domain", "math")
+    weights = load_file(settings.model.parent / "adapters" / "math" / "adapter_model.safetensors")
     for number, file in enumerate(("may.jsonl", "june.jsonl"), 2):
         data = chats(settings.data.with_name(file), "aye aye", range(100 * number, 100 * number + 40))
         found = update(replace(settings, data=data), command="molora update")
         assert found.version == number and mine[number].metrics["method"] == method
         assert found.learnt.after < found.learnt.before and found.promoted
-    assert (settings.model / mine.place / "elastic.safetensors").is_file() == (method == "elastic")
+        before, weights = weights, load_file(mine.path(number) / "adapter_model.safetensors")
+        assert weights.keys() == before.keys()
+        for name, tensor in weights.items() if method in ("orthogonal", "inflora", "sd-lora") else ():
+            older = before[name].to(tensor)
+            if "lora_A" in name:
+                assert len(tensor) == len(older) + 8 and torch.equal(tensor[: len(older)], older)
+            elif method != "sd-lora" or number == 2:  # whose older tasks' magnitudes learn
+                assert torch.equal(tensor[:, : older.shape[1]], older)
+            else:
+                assert torch.equal(tensor[:, :4], older[:, :4])
+                same = torch.cosine_similarity(tensor[:, 4:12].float().flatten(), older[:, 4:].float().flatten(), 0)
+                assert float(same) == pytest.approx(1, abs=1e-3)
+    states = [method] if method in ("elastic", "inflora", "sd-lora", "treelora") else []
+    assert [file.stem for file in (settings.model / mine.place).glob("*.safetensors")] == states
     MoLoRAModel.from_pretrained(settings.model)
+
+
+def test_the_command_knows_every_method() -> None:
+    asked = get_type_hints(update_command)["method"]
+    assert get_args(asked) == get_args(MethodName) == tuple(METHODS)
 
 
 def test_it_replays_what_it_makes_up(settings: UpdateSettings) -> None:

@@ -39,6 +39,7 @@ FITTED = 128  # examples of a row that is fitted
 REPLAYED = 64  # of each other adapter
 SINGLE, MIXED = 24, 80  # test conversations of each adapter, and of several
 BETWEEN = 3  # arrivals before one leaves
+SHORT = (300, 200, 200, 100)  # conversations, documents, double questions and asides of a short training
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,10 @@ def _learn(settings: ArrivalSettings, model: MoLoRAModel, way: str, name: str, s
                 rows = read_examples(settings.data / f"{one}.{split}.jsonl")
                 few = REPLAYED if one != name else FITTED if way == EXAMPLES else None
                 write_examples(data / f"{one}.{split}.jsonl", rows[:few])
-        how = RouterUpdateSettings(data, data, seed=seed, epochs=1, batch_tokens=settings.batch_tokens)
+        how = RouterUpdateSettings(
+            data, data, seed=seed, batch_tokens=settings.batch_tokens, mixed=SHORT[0], documents=SHORT[1],
+            in_a_turn=SHORT[2], asides=SHORT[3],
+        )  # fmt: skip
         without = [f"{LAYER}/{one}" for one in others] if way == SKETCHES else []
         if way == EXAMPLES:
             fit_untaught(model, [name], data)

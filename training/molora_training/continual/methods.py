@@ -4,8 +4,7 @@ Each goes on from the version that serves and may hold it back while it learns. 
 remembered is learnt beside the new under any of them, and without a memory `plain` is sequential fine-tuning.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,56 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from molora.adapter import Adapter
-from molora.base import load_base
 from molora_training.checkpoint import save_tensors
-from molora_training.continual.growth import recompress, widen
+from molora_training.continual.inflora import InfLora
+from molora_training.continual.method import Growing, Method, Task, first_rows, opened, summed_loss, trainable
 from molora_training.continual.penalties import elastic, fisher, orthogonal
-from molora_training.data import IGNORED, Batch, Encoded, Example, collate, encode_within
+from molora_training.continual.sdlora import SDLora
+from molora_training.continual.treelora import TreeLora
+from molora_training.data import IGNORED, Batch
 
-MethodName = Literal["plain", "elastic", "orthogonal", "distil"]
-EXAMPLES = 64  # of which the Fisher information is the mean
+MethodName = Literal["plain", "elastic", "orthogonal", "distil", "inflora", "sd-lora", "treelora"]
 EVERY = 4  # tokens, of which the first is distilled
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learnt. base: of the adapter. examples: the new ones, of which those over ``max_length`` tokens do not
-    count. dtype: of the frozen base. state: the file in which the method keeps what it has to know at the next task; it
-    need not exist."""
-
-    base: str
-    examples: Sequence[Example]
-    max_length: int
-    dtype: torch.dtype
-    state: Path
-    seed: int = 0
-
-
-class Method:
-    """Going on without being held back: a trainer's :class:`~molora_training.adapter_run.Hold`, and what is done before
-    and after."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def start(self, served: Path, work: Path) -> Path:
-        """The adapter to go on from: the one that serves, or one made from it in ``work``."""
-        return served
-
-    def prepare(self, model: Any) -> None:
-        """Sees the model before the first step."""
-
-    def penalty(self, model: Any, batch: Batch) -> torch.Tensor | None:
-        """What is added to the mean loss of a step."""
-        return None
-
-    def finish(self, trained: Path, work: Path) -> Path:
-        """What becomes the new version: ``trained``, or an adapter made from it in ``work``."""
-        return trained
-
-    def keep(self, version: Path) -> None:
-        """Writes what has to be known at the next task, once the version serves."""
 
 
 class Elastic(Method):
@@ -77,7 +36,7 @@ class Elastic(Method):
     decay = 0.9
 
     def prepare(self, model: Any) -> None:
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = trainable(model)
         self.anchor = {name: p.detach().clone() for name, p in self.parameters.items()}
         before = self._before()
         self.importance = {name: f.to(self.anchor[name].device) for name, f in before.items()}
@@ -88,15 +47,9 @@ class Elastic(Method):
         return elastic(self.parameters, self.anchor, self.importance, self.strength)
 
     def keep(self, version: Path) -> None:
-        from peft import PeftModel
-
-        base, tokenizer = load_base(self.task.base, dtype=self.task.dtype)
-        model = PeftModel.from_pretrained(base, version, is_trainable=True).eval()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        domains = sorted({example.domain for example in self.task.examples})
-        rows = encode_within(self.task.examples, tokenizer, self.task.max_length, domains)
-        losses = [partial(_summed_loss, model, row, tokenizer.pad_token_id or 0) for row in rows[:EXAMPLES]]
+        model = opened(self.task, version)
+        self.parameters = trainable(model)
+        losses = [partial(summed_loss, model, row) for row in first_rows(self.task)]
         total, before = fisher(self.parameters, losses), self._before()
         save_tensors(
             self.task.state,
@@ -112,44 +65,19 @@ class Elastic(Method):
         return found if {name: f.shape for name, f in found.items()} == shapes else {}
 
 
-class Orthogonal(Method):
-    """New ranks for each task, which read what the older ones do not (O-LoRA, arXiv 2310.14152); the older ones stay.
+class Orthogonal(Growing):
+    """New ranks for each task, which read what the older ones do not (O-LoRA, arXiv 2310.14152)."""
 
-    The adapter grows by ``ranks`` with each task. Once the next would bring it over ``most``, it is cut to half of that
-    by its singular values.
-    """
-
-    ranks = 8
-    most = 64
     strength = 0.5
 
-    def start(self, served: Path, work: Path) -> Path:
-        self.older = Adapter.load(served).ranks[0]
-        widen(served, self.ranks, work / "wider", self.task.seed)
-        return work / "wider"
-
     def prepare(self, model: Any) -> None:
-        self.new, self.old = {}, {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            learns = torch.ones_like(parameter)
-            if ".lora_A." in name:
-                learns[: self.older] = 0
-                self.new[name], self.old[name] = parameter, parameter.detach()[: self.older].clone()
-            else:
-                learns[:, : self.older] = 0
-            parameter.register_hook(partial(torch.mul, learns))
+        super().prepare(model)
+        self.new = {name: parameter for name, parameter in trainable(model).items() if ".lora_A." in name}
+        self.old = {name: parameter.detach()[: self.older].clone() for name, parameter in self.new.items()}
 
     def penalty(self, model: Any, batch: Batch) -> torch.Tensor | None:
         now = {name: parameter[self.older :] for name, parameter in self.new.items()}
         return orthogonal(now, [self.old], self.strength)
-
-    def finish(self, trained: Path, work: Path) -> Path:
-        if Adapter.load(trained).ranks[0] + self.ranks <= self.most:
-            return trained
-        recompress(trained, self.most // 2, work / "narrower")
-        return work / "narrower"
 
 
 class Distil(Method):
@@ -159,7 +87,7 @@ class Distil(Method):
     strength = 1.0
 
     def prepare(self, model: Any) -> None:
-        self.before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.before = {name: p.detach().clone() for name, p in trainable(model).items()}
 
     def penalty(self, model: Any, batch: Batch) -> torch.Tensor | None:
         places = torch.arange(0, batch.input_ids.shape[1], EVERY, device=batch.input_ids.device)
@@ -177,13 +105,6 @@ class Distil(Method):
 
 
 METHODS: dict[str, Callable[[Task], Method]] = {
-    "plain": Method, "elastic": Elastic, "orthogonal": Orthogonal, "distil": Distil
+    "plain": Method, "elastic": Elastic, "orthogonal": Orthogonal, "distil": Distil, "inflora": InfLora,
+    "sd-lora": SDLora, "treelora": TreeLora,
 }  # fmt: skip
-
-
-def _summed_loss(model: Any, row: Encoded, pad_id: int) -> torch.Tensor:
-    """The negative log-likelihood of a row's answers."""
-    batch = collate([row], pad_id).to(model.device)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    labels = batch.labels[0, 1:]
-    return nn.functional.cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -40,6 +40,8 @@ NAMES: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is rep
     "elastic": ("elastic", False), "orthogonal": ("orthogonal", False), "distil": ("distil", False),
     "elastic, replay": ("elastic", True), "orthogonal, replay": ("orthogonal", True),
     "distil, replay": ("distil", True),
+    "inflora": ("inflora", False), "sd-lora": ("sd-lora", False), "treelora": ("treelora", False),
+    "inflora, replay": ("inflora", True),
 }  # fmt: skip
 DEFAULT = "replay"
 Row = Mapping[str, Any]

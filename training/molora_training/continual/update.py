@@ -25,7 +25,8 @@ from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
-from molora_training.continual.methods import METHODS, Method, MethodName, Task
+from molora_training.continual.method import Method, Task
+from molora_training.continual.methods import METHODS, MethodName
 from molora_training.data import Example, encode_within, write_examples
 from molora_training.evaluate import losses
 
