@@ -37,6 +37,10 @@ def update(
         Literal["plain", "elastic", "orthogonal", "distil", "inflora", "sd-lora", "treelora"],
         typer.Option(help="What holds it back while it learns; plain: nothing but what is remembered."),
     ] = "plain",
+    new: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="RANK", help="Begin an adapter of this rank, which the layer does not have yet."),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Passes over what is learnt. Default: 3, of a router 1.", show_default=False),
@@ -61,13 +65,15 @@ def update(
     `molora train data`, and the bound is how many of a domain's tokens may be found less. Adapters without data there
     are protected by the samples that the router keeps, and the rows of the others alone are trained.
 
+    `--new 8` begins an adapter of that rank in a layer whose adapters share a row of the router, as users do.
+
     Example: molora update user ada --data new_chats.jsonl --model my-molora
     """
     changed = {"epochs": epochs, "learning_rate": learning_rate}
     chosen: dict[str, Any] = {key: value for key, value in changed.items() if value is not None}
     if layer == "router" and name is None:
-        if general is not None or invent or method != "plain":
-            raise ConfigError("--general, --invent and --method are for an adapter: a router is judged by its data.")
+        if general is not None or invent or method != "plain" or new is not None:
+            raise ConfigError("--general, --invent, --method and --new are for an adapter: a router has its data.")
         _router(model, data, max_forgetting, chosen, as_json)
         return
     if name is None:
@@ -78,7 +84,7 @@ def update(
 
         settings = UpdateSettings(
             model, layer, name, data, general=general, max_forgetting=max_forgetting,
-            memory=memory, invent=invent, method=method, **chosen,
+            memory=memory, invent=invent, method=method, new=new, **chosen,
         )  # fmt: skip
         found = run(settings, command=f"molora update {layer} {name} --data {data.name}")
     if as_json:

@@ -18,6 +18,7 @@ from molora.chat import render
 from molora.cli import app
 from molora.commands.update import update as update_command
 from molora.errors import ConfigError, DataError, VersionError
+from molora.saved import load
 from molora.versions import Versions
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import Memory, held_out, key
@@ -101,6 +102,46 @@ def test_every_method_learns_and_goes_on(method: Any, settings: UpdateSettings) 
     states = [method] if method in ("elastic", "inflora", "sd-lora", "treelora") else []
     assert [file.stem for file in (settings.model / mine.place).glob("*.safetensors")] == states
     MoLoRAModel.from_pretrained(settings.model)
+
+
+def test_a_new_user_begins_with_an_update(settings: UpdateSettings) -> None:
+    ada = replace(settings, layer="user", name="ada", new=4)
+    found = update(ada)
+    mine = Versions(ada.model, "user", "ada")
+    assert found.promoted and (found.version, found.parent, mine.current) == (2, 1, 2) and mine.root() == mine[1]
+    assert found.learnt.before == pytest.approx(
+        loss(ada, mine.path(1), list(filter(held_out, rows_of(ada.data)))), rel=1e-4
+    )
+    plain = AutoModelForCausalLM.from_pretrained(ada.model.parent / "base", dtype=torch.float32)
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        first = PeftModel.from_pretrained(plain, mine.path(1))(ids).logits
+    model = MoLoRAModel.from_pretrained(ada.model, dtype=torch.float32)
+    off = {layer.name: None for layer in model.stack.layers}
+    assert torch.allclose(model(ids, selection=off).logits, first, atol=1e-5)  # the first version does nothing
+    acts = model(ids, selection={**off, "user": "ada"}).logits
+    assert not torch.allclose(acts, first, atol=1e-2)
+    assert (
+        update(replace(ada, new=None, data=chats(ada.data.with_name("june.jsonl"), "aye aye", range(60, 99)))).version
+        == 3
+    )
+
+
+def test_a_new_adapter_that_cannot_be_is_named(settings: UpdateSettings) -> None:
+    with pytest.raises(ConfigError, match="a rank of 1 or more"):
+        replace(settings, new=0)
+    with pytest.raises(VersionError, match="has an adapter 'math' already"):
+        update(replace(settings, new=4))
+    with pytest.raises(VersionError, match="have a row of the router each"):
+        update(replace(settings, name="chemistry", new=4))
+    with pytest.raises(VersionError, match="no adapter 'ada'; it has none at all. A rank for `new` begins one"):
+        update(replace(settings, layer="user", name="ada"))
+    hard = replace(settings, layer="user", name="ada", new=4, learning_rate=1e-9, epochs=1)
+    assert not update(hard).promoted and "ada" not in load(hard.model).stack["user"].adapters
+    with pytest.raises(VersionError, match="begun with rank 4 and does not serve yet"):
+        update(replace(hard, new=8))
+    again = update(replace(hard, learning_rate=3e-2, epochs=4))
+    assert again.promoted and again.parent == 1
 
 
 def test_the_command_knows_every_method() -> None:

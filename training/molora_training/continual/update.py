@@ -18,11 +18,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from molora import MoLoRAModel, Stack, StackLayer
+from molora.adapter import Adapter
 from molora.errors import ConfigError, DataError, VersionError
 from molora.saved import load
 from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
+from molora_training.continual.growth import blank
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
 from molora_training.continual.method import Method, Task
@@ -48,6 +50,7 @@ class UpdateSettings:
             replayed, and what is forgotten is told by ``general`` alone.
         invent: how many conversations the version that serves makes up itself, to be replayed too.
         method: how it is held back while it learns: see :mod:`molora_training.continual.methods`.
+        new: the rank of an adapter that is not there yet and begins with this update; None: it is there.
         max_length: tokens; longer conversations are left out.
         dtype: of the frozen base. None: bfloat16 on a GPU, float32 on a CPU, where it is faster.
     """
@@ -61,6 +64,7 @@ class UpdateSettings:
     memory: int = BYTES
     invent: int = 0
     method: MethodName = "plain"
+    new: int | None = None
     learning_rate: float = 2e-4
     epochs: int = 3
     max_length: int = 1024
@@ -71,6 +75,8 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         if min(self.max_forgetting, self.memory, self.invent) < 0:
             raise ConfigError("max_forgetting, memory and invent must not be negative.")
+        if self.new is not None and self.new < 1:
+            raise ConfigError(f"A new adapter has a rank of 1 or more, not {self.new}.")
         if self.method not in METHODS:
             raise ConfigError(f"The method must be one of {', '.join(METHODS)}, not {self.method!r}.")
 
@@ -117,24 +123,57 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
     """Trains, measures, keeps the new version, and lets it serve if it passed.
 
     Raises:
-        StackError, AdapterError: there is no such adapter, or it cannot be trained on.
+        StackError, AdapterError: there is no such layer, or the adapter cannot be trained on.
         DataError: the conversations are none, or too few for one to be held out.
-        VersionError: another update of this adapter is running.
+        VersionError: there is no such adapter, or one where it was to be new; another update of it is running.
     """
     started = time.monotonic()
     versions = Versions(settings.model, settings.layer, settings.name)
     saved = load(settings.model)
-    adapters = saved.stack[settings.layer].adapters
-    if settings.name not in adapters:
-        known = ", ".join(adapters) or "none at all"
-        raise VersionError(f"The layer {settings.layer!r} has no adapter {settings.name!r}; it has {known}.")
+    layer = saved.stack[settings.layer]
+    _check_name(settings, layer, routed=saved.router is not None)
     place = settings.model / versions.place
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place / ".update.lock", timeout=0):
-            return _update(settings, command, versions, str(saved.base), Path(adapters[settings.name]), started)
+            base = str(saved.base)
+            served = Path(layer.adapters[settings.name]) if settings.new is None else _begun(settings, versions, base)
+            return _update(settings, command, versions, base, served, started)
     except Timeout:
         raise VersionError(f"Another update of {versions.label} is running.") from None
+
+
+def _check_name(settings: UpdateSettings, layer: StackLayer, routed: bool) -> None:
+    """Raises VersionError: the adapter is not there, or is and was to be new, or would have no row of the router."""
+    there = settings.name in layer.adapters
+    if settings.new is not None and there:
+        raise VersionError(f"The layer {layer.name!r} has an adapter {settings.name!r} already: leave `new` out.")
+    if settings.new is None and not there:
+        known = ", ".join(layer.adapters) or "none at all"
+        raise VersionError(
+            f"The layer {layer.name!r} has no adapter {settings.name!r}; it has {known}. A rank for `new` begins one."
+        )
+    if settings.new is not None and routed and not layer.shared:
+        raise VersionError(
+            f"The adapters of {layer.name!r} have a row of the router each, which an update does not make: train "
+            f"{settings.name!r} with `molora train adapter` and add it to the model with a few examples."
+        )
+
+
+def _begun(settings: UpdateSettings, versions: Versions, base: str) -> Path:
+    """The first version of a new adapter, which does nothing: what has to forget all is made anew from it."""
+    assert settings.new is not None
+    root = versions.root()
+    if root is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            blank(base, settings.new, Path(scratch) / "blank", settings.seed)
+            root = versions.add(Path(scratch) / "blank", why="it does nothing yet")
+    elif (rank := Adapter.load(versions.path(root.number)).ranks[0]) != settings.new:
+        raise VersionError(
+            f"{versions.label} was begun with rank {rank} and does not serve yet: go on with that, or take it away by "
+            f"`molora forget {settings.layer} {settings.name} --all`."
+        )
+    return versions.path(root.number)
 
 
 def _update(
