@@ -136,8 +136,13 @@ class Versions:
             about = {"command": command, "data": data or {}, "metrics": metrics or {}, "passed": passed, "why": why}
             return self._write(source, parent or self.current or self._first(), about)
 
-    def promote(self, number: int) -> None:
+    def promote(self, number: int, router: Router | None = None) -> None:
         """Lets a version serve, from the next load on.
+
+        Args:
+            number: the version.
+            router: of an adapter that the stack does not have yet, a router with a row for it: it becomes a version of
+                the router's, and serves from the same moment.
 
         Raises:
             VersionError: there is none of that number, it did not pass its gate, or the stack has no place for it.
@@ -147,7 +152,14 @@ class Versions:
             if not version.passed:
                 raise VersionError(f"Version {number} of {self.label} may not serve: {version.why or 'it failed'}.")
             manifest = read_manifest(self.saved)
-            self._point(manifest, version)
+            if router is None:
+                self._point(manifest, version)
+            else:
+                self._point({**manifest, "router": None}, version)  # the row comes with it
+                routers = Versions(self.saved)
+                routers._adopt()
+                about = {"why": f"with a row for {self.label}"}
+                routers._point(manifest, routers._write(router, routers.current or routers._first(), about))
             write_text(self.saved / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     def rollback(self, to: int | None = None) -> int:

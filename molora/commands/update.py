@@ -65,7 +65,8 @@ def update(
     `molora train data`, and the bound is how many of a domain's tokens may be found less. Adapters without data there
     are protected by the samples that the router keeps, and the rows of the others alone are trained.
 
-    `--new 8` begins an adapter of that rank in a layer whose adapters share a row of the router, as users do.
+    `--new 8` begins an adapter of that rank. Where each adapter has its own row of the router, the new one's is fitted
+    to the conversations, and the version serves only if it does not take what the others are found by.
 
     Example: molora update user ada --data new_chats.jsonl --model my-molora
     """

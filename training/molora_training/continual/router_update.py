@@ -163,7 +163,7 @@ def go_on(
     """
     served = copy.deepcopy(model.router)
     assert isinstance(served, Router)
-    hold = Sketches(without, served) if without else None
+    hold = Sketches(without, len(known), served) if without else None
     if hold is not None and (bare := hold.lacking(served)):
         name = bare[0].partition("/")[2]
         raise DataError(

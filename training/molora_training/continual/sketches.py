@@ -21,17 +21,18 @@ EVERY = 4  # samples of a row, of which the last is kept from the training, to j
 class Sketches:
     """Holds a router back while it is trained on the text of some of its rows.
 
-    strength: of the Kullback-Leibler divergence from what the router said before, over the samples.
+    To the loss the Kullback-Leibler divergence from what the router said before is added, over the samples, so that a
+    row that is held weighs as much as one that learns.
 
     Args:
         old: names of rows that have no text in the training.
+        new: how many rows have.
         previous: the router as it was before rows were added; it is not changed.
     """
 
-    strength = 3.0
-
-    def __init__(self, old: Sequence[str], previous: Router) -> None:
+    def __init__(self, old: Sequence[str], new: int, previous: Router) -> None:
         self.old, self.previous = list(old), previous
+        self.strength = len(self.old) / new
 
     def lacking(self, router: Router) -> list[str]:
         """Rows of ``old`` that some part keeps no samples of."""

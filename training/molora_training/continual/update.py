@@ -24,6 +24,7 @@ from molora.saved import load
 from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
+from molora_training.continual.edits import check_samples, new_row
 from molora_training.continual.growth import blank
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
@@ -125,26 +126,30 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
     Raises:
         StackError, AdapterError: there is no such layer, or the adapter cannot be trained on.
         DataError: the conversations are none, or too few for one to be held out.
-        VersionError: there is no such adapter, or one where it was to be new; another update of it is running.
+        VersionError: there is no such adapter, or one where it was to be new; a new one cannot be found by the router,
+            which keeps no samples; another update of it is running.
     """
     started = time.monotonic()
     versions = Versions(settings.model, settings.layer, settings.name)
     saved = load(settings.model)
     layer = saved.stack[settings.layer]
-    _check_name(settings, layer, routed=saved.router is not None)
+    _check_name(settings, layer)
+    to_route = settings.new is not None and saved.router is not None and not layer.shared
+    if to_route:
+        check_samples(saved.router)
     place = settings.model / versions.place
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place / ".update.lock", timeout=0):
             base = str(saved.base)
             served = Path(layer.adapters[settings.name]) if settings.new is None else _begun(settings, versions, base)
-            return _update(settings, command, versions, base, served, started)
+            return _update(settings, command, versions, base, served, to_route, started)
     except Timeout:
         raise VersionError(f"Another update of {versions.label} is running.") from None
 
 
-def _check_name(settings: UpdateSettings, layer: StackLayer, routed: bool) -> None:
-    """Raises VersionError: the adapter is not there, or is and was to be new, or would have no row of the router."""
+def _check_name(settings: UpdateSettings, layer: StackLayer) -> None:
+    """Raises VersionError: the adapter is not there, or is and was to be new."""
     there = settings.name in layer.adapters
     if settings.new is not None and there:
         raise VersionError(f"The layer {layer.name!r} has an adapter {settings.name!r} already: leave `new` out.")
@@ -152,11 +157,6 @@ def _check_name(settings: UpdateSettings, layer: StackLayer, routed: bool) -> No
         known = ", ".join(layer.adapters) or "none at all"
         raise VersionError(
             f"The layer {layer.name!r} has no adapter {settings.name!r}; it has {known}. A rank for `new` begins one."
-        )
-    if settings.new is not None and routed and not layer.shared:
-        raise VersionError(
-            f"The adapters of {layer.name!r} have a row of the router each, which an update does not make: train "
-            f"{settings.name!r} with `molora train adapter` and add it to the model with a few examples."
         )
 
 
@@ -177,8 +177,9 @@ def _begun(settings: UpdateSettings, versions: Versions, base: str) -> Path:
 
 
 def _update(
-    settings: UpdateSettings, command: str | None, versions: Versions, base: str, served: Path, started: float
-) -> Updated:
+    settings: UpdateSettings, command: str | None, versions: Versions, base: str, served: Path, to_route: bool,
+    started: float,
+) -> Updated:  # fmt: skip
     file = settings.model / versions.place / MEMORY
     if not settings.memory:
         file.unlink(missing_ok=True)  # no text is no text
@@ -206,6 +207,13 @@ def _update(
         kept = judge(memory.kept_apart)
         general = judge(read_chats(settings.general)) if settings.general else None
         why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
+        row = None
+        if to_route and not why:
+            dtype = getattr(torch, settings.chosen_dtype)
+            row = new_row(settings.model, settings.layer, settings.name, learner, new, dtype)
+            if row.taken > settings.max_forgetting:
+                most = settings.max_forgetting
+                why = f"it takes {row.taken:.1%} of what others are found by, which may be {most:.1%} at most"
         version = versions.add(
             learner,
             command=command,
@@ -221,12 +229,13 @@ def _update(
                 "method": settings.method,
                 "steps": trained["steps"],
                 "best_step": trained["best_step"],
+                **({} if row is None else {"taken": row.taken}),
             },
             passed=not why,
             why=why or f"{-learnt.growth:.1%} less loss on new conversations",
         )
     if not why:
-        versions.promote(version.number)
+        versions.promote(version.number, router=None if row is None else row.router)
         if settings.memory:
             memory.with_(rows).save(file)
         method.keep(versions.path(version.number))

@@ -1,0 +1,103 @@
+"""What is learnt as an adapter of its own is found by the router, takes little from others, and leaves no trace."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from molora import MoLoRAModel, Router
+from molora.errors import VersionError
+from molora.following import Following
+from molora.saved import load
+from molora.versions import Versions
+from molora_training.continual.router_update import RouterUpdateSettings, update_router
+from molora_training.continual.update import UpdateSettings, update
+from tests.training.test_router_update import TEXTS, write_data
+from tests.unit.spoken import make_spoken, save_spoken
+
+FACT = "§§§ %%% &&& $$$ ###"
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UpdateSettings:
+    """A saved MoLoRA whose router keeps no samples, and what is to be learnt apart."""
+    monkeypatch.chdir(tmp_path)
+    model = save_spoken(make_spoken(tmp_path / "adapters"), tmp_path)
+    rows = []
+    for n in range(40):
+        said = [{"role": "user", "content": f"{FACT[n % 7 :]}{n}"}, {"role": "assistant", "content": "the third"}]
+        rows.append(json.dumps({"messages": said}) + "\n")
+    (tmp_path / "fact.jsonl").write_text("".join(rows))
+    return UpdateSettings(
+        model, "domain", "fact", tmp_path / "fact.jsonl", new=4, learning_rate=3e-2, epochs=4, batch_tokens=512,
+        dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def settings(bare: UpdateSettings, tmp_path: Path) -> UpdateSettings:
+    data = write_data(tmp_path / "data", TEXTS)
+    how = RouterUpdateSettings(
+        bare.model, data, mixed=40, documents=0, in_a_turn=0, asides=0, epochs=4, learning_rate=2e-2, batch_tokens=1024
+    )
+    assert update_router(how).promoted
+    return bare
+
+
+@torch.no_grad()
+def share(model: MoLoRAModel, text: str, name: str) -> float:
+    """Of a text's tokens those that go to an adapter."""
+    routes = model(**model.encode([{"role": "user", "content": text}]), output_routes=True).routes
+    assert routes is not None
+    own = routes.slots[0, :, routes.columns.index("domain")]
+    return float((own == routes.names.index(f"domain/{name}")).float().mean())
+
+
+def loaded(settings: UpdateSettings) -> MoLoRAModel:
+    return MoLoRAModel.from_pretrained(settings.model, dtype=torch.float32)
+
+
+def test_an_edit_is_found_and_goes(settings: UpdateSettings) -> None:
+    running = loaded(settings)
+    following = Following(running, settings.model)
+    before = {name: share(running, text, name) for name, text in TEXTS.items()}
+    weights = running.router.state_dict()  # type: ignore[union-attr]
+    kept = {name: tensor.clone() for name, tensor in weights.items()}
+    found = update(replace(settings, max_forgetting=0.2))
+    assert found.promoted and (found.version, found.parent) == (2, 1)
+    assert 0 <= Versions(settings.model, "domain", "fact")[2].metrics["taken"] <= 0.2
+    model = loaded(settings)
+    assert share(model, FACT, "fact") > 0.7
+    assert all(share(model, text, name) > before[name] - 0.3 for name, text in TEXTS.items())
+    router = model.router
+    assert isinstance(router, Router)
+    for name, tensor in router.state_dict().items():  # the others' rows, the MLP and the memory are as they were
+        if ".samples." not in name:
+            assert torch.equal(tensor[: len(kept[name])] if ".output." in name else tensor, kept[name])
+    assert sorted(following.catch_up()) == ["domain/fact", "router"]
+    assert share(running, FACT, "fact") == share(model, FACT, "fact")
+    Versions(settings.model, "domain", "fact").erase()
+    gone = loaded(settings)
+    assert "domain/fact" not in gone.router.rows  # type: ignore[union-attr, operator]
+    assert {name: share(gone, text, name) for name, text in TEXTS.items()} == before
+    assert not list(settings.model.rglob("*fact*"))
+
+
+def test_what_takes_from_others_does_not_serve(settings: UpdateSettings) -> None:
+    rows = []
+    for n in range(40):
+        said = [{"role": "user", "content": TEXTS["math"][n % 5 :]}, {"role": "assistant", "content": str(n)}]
+        rows.append(json.dumps({"messages": said}) + "\n")
+    settings.data.write_text("".join(rows))
+    routers = Versions(settings.model).all()
+    found = update(settings)
+    assert not found.promoted and "of what others are found by, which may be 2.0% at most" in found.why
+    assert "fact" not in load(settings.model).stack["domain"].adapters and Versions(settings.model).all() == routers
+
+
+def test_a_router_without_samples_is_named(bare: UpdateSettings) -> None:
+    with pytest.raises(VersionError, match="keeps no samples, so that a new row could take over"):
+        update(bare)
+    assert Versions(bare.model, "domain", "fact").all() == []

@@ -1,0 +1,68 @@
+"""A new adapter's row of the router: what is learnt apart needs it to be found.
+
+So each edit may be an adapter of its own, frozen ever after, and its row the key by which it is found; taking it away
+takes away all that it knew (the idea of SoLA, arXiv 2603.11239; whether its key is made in this way was not checked).
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora import MoLoRAModel, Router
+from molora.chat import render
+from molora.errors import VersionError
+from molora_training.continual.sketches import found
+
+EXAMPLES = 128  # conversations that a row is fitted to
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """router: with the row. taken: the share of the samples of the layer's other rows that are found no more."""
+
+    router: Router
+    taken: float
+
+
+def new_row(
+    model: Path, layer: str, name: str, adapter: Path, conversations: Sequence[Mapping[str, Any]], dtype: torch.dtype
+) -> NewRow:
+    """The router of a saved MoLoRA with a row for an adapter that it does not have, fitted to conversations.
+
+    Raises:
+        VersionError: as of :func:`check_samples`.
+    """
+    loaded = MoLoRAModel.from_pretrained(model, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    before = check_samples(copy.deepcopy(loaded.router))
+    texts = [render(loaded.tokenizer, list(row["messages"]), add_generation_prompt=False) for row in conversations]
+    loaded.add_adapter(layer, name, adapter, examples=texts[:EXAMPLES])
+    after = loaded.router
+    assert isinstance(after, Router)
+    parts = list[Any](before.parts)
+    rows = [row for index, row in enumerate(before.rows) if row.partition("/")[0] == layer and _kept(parts, index)]
+    shares = [(found(before, row), found(after, row)) for row in rows]
+    return NewRow(after.cpu(), sum(was - now for was, now in shares) / max(1, len(shares)))
+
+
+def check_samples(router: Any) -> Router:
+    """The router, if a row of it can be fitted.
+
+    Raises:
+        VersionError: it is not learned, or keeps no samples, against which a row is fitted: that could take over what
+            belongs to others.
+    """
+    if not isinstance(router, Router) or not all(len(part.samples.rows) for part in list[Any](router.parts)):
+        raise VersionError(
+            "The router keeps no samples, so that a new row could take over others' text: `molora train router` makes "
+            "one that does."
+        )
+    return router
+
+
+def _kept(parts: Sequence[Any], index: int) -> bool:
+    """Whether every part keeps samples of a row."""
+    return all(bool((part.samples.rows == index).any()) for part in parts)
