@@ -37,9 +37,10 @@ STOPPED = "stopped"
 class Handlers:
     """What happens on a click. Gradio keeps the turns of each browser apart; this holds nothing of a conversation."""
 
-    def __init__(self, model: Any, palette: Palette) -> None:
+    def __init__(self, model: Any, palette: Palette, catch_up: Callable[[], list[str]]) -> None:
         self._model = model
         self._palette = palette
+        self._catch_up = catch_up
         self._running = Running()
 
     def ask(
@@ -57,6 +58,7 @@ class Handlers:
         names = [layer.name for layer in self._model.stack.layers]
         selection = {name: choice(value) for name, value in zip(names, choices, strict=True)}
         try:
+            self._bring_in()
             room = self._model.config.max_position_embeddings - settings.max_new_tokens
             messages = fitting_messages(turns, prompt, room, self._count)
             for now in answer(self._model, messages, selection, settings, stop):
@@ -84,6 +86,14 @@ class Handlers:
         """Ends the answer of this browser, if one is being written."""
         self._running.stop(str(request.session_hash))
 
+    def _bring_in(self) -> None:
+        """What was promoted since the last turn serves from here on."""
+        try:
+            if changed := self._catch_up():
+                gr.Info(escape(f"New: {', '.join(changed)}"))
+        except MoLoRAError as error:
+            gr.Warning(escape(f"What served goes on serving: {error}"))
+
     def _count(self, messages: list[dict[str, str]]) -> int:
         text = render(self._model.tokenizer, messages, add_generation_prompt=True)
         return len(self._model.tokenizer(text, add_special_tokens=False).input_ids)
@@ -93,13 +103,15 @@ def _conversation(turns: Sequence[Turn], last: str = "") -> str:
     return conversation_html([*(turn.html for turn in turns), *filter(None, [last])], busy=bool(last))
 
 
-def build(model: Any) -> gr.Blocks:
+def build(model: Any, catch_up: Callable[[], list[str]] = list) -> gr.Blocks:
     """The page for ``model``, a `MoLoRAModel`. Start it with `serve`, which brings its style.
 
-    Needs its ``stack``, ``router`` (whether there is one), ``stream``, ``tokenizer`` and ``config``.
+    Args:
+        model: of it are needed ``stack``, ``router`` (whether there is one), ``stream``, ``tokenizer`` and ``config``.
+        catch_up: called before each answer, brings in what is new and names it.
     """
     palette = Palette(model.stack.layers)
-    handlers = Handlers(model, palette)
+    handlers = Handlers(model, palette, catch_up)
     with gr.Blocks(title="MoLoRA", analytics_enabled=False, fill_width=True) as page:
         turns = gr.State([])
         gr.HTML(f"<header><h1>MoLoRA</h1><p>{TAGLINE}</p></header>", elem_id="heading")
@@ -232,7 +244,8 @@ def serve(
 
 
 def launch(model_folder: str | Path, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = True) -> None:
-    """Loads the saved MoLoRA in ``model_folder`` and serves its demo until interrupted.
+    """Loads the saved MoLoRA in ``model_folder`` and serves its demo until interrupted; what is promoted there
+    meanwhile serves from the next answer on.
 
     Raises:
         MoLoRAError: the folder holds no usable MoLoRA, or the port is taken.
@@ -240,8 +253,10 @@ def launch(model_folder: str | Path, host: str = "127.0.0.1", port: int = 7860, 
     import torch  # the page itself needs no model code, and tests give it a stand-in
 
     from molora import MoLoRAModel
+    from molora.following import Following
 
     device_map = "cuda" if torch.cuda.is_available() else None
-    page = build(MoLoRAModel.from_pretrained(model_folder, device_map=device_map))
+    model = MoLoRAModel.from_pretrained(model_folder, device_map=device_map)
+    page = build(model, Following(model, model_folder).catch_up)
     print(f"MoLoRA demo on http://{host}:{port}. Stop it with Ctrl+C.", flush=True)
     serve(page, host, port, open_browser)

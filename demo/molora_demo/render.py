@@ -46,7 +46,8 @@ class Stats:
 
 
 class Palette:
-    """Which colour each adapter of a stack has: fixed by its place in the stack, so the same in every answer.
+    """Which colour each adapter of a stack has: fixed by its place in the stack, so the same in every answer. One that
+    comes later has the next.
 
     The speaking layer (the first that the router decides by default, else the first that is not shared) gives a
     token its background; the other layers underline it.
@@ -70,9 +71,10 @@ class Palette:
         if adapter is None:
             return ""
         if layer == self.speaking.name:
-            return f"fill-{self._fills[adapter]}"
+            return f"fill-{self._fills.setdefault(adapter, len(self._fills) % FILLS)}"
         place = [other.name for other in self.others].index(layer)
-        return f"{LINE_STYLES[place]}-{self._lines[layer, adapter]}" if place < len(LINE_STYLES) else ""
+        colour = self._lines.setdefault((layer, adapter), len(self._lines) % LINES)
+        return f"{LINE_STYLES[place]}-{colour}" if place < len(LINE_STYLES) else ""
 
 
 def escape(text: str) -> str:

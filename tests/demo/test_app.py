@@ -33,8 +33,20 @@ def model() -> FakeModel:
 
 
 @pytest.fixture(scope="module")
-def address(model: FakeModel) -> Iterator[str]:
-    page = build(model)
+def news() -> list[Exception | list[str]]:
+    """What the next turns find changed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def address(model: FakeModel, news: list[Exception | list[str]]) -> Iterator[str]:
+    def catch_up() -> list[str]:
+        found = news.pop() if news else []
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    page = build(model, catch_up)
     yield serve(page, port=free_port(), open_browser=False, block=False)
     page.close(verbose=False)
 
@@ -59,6 +71,13 @@ def test_an_answer_streams_in_growing_pieces(address):
     assert len(pages) > 4 and lengths == sorted(lengths)
     assert "20 kg × 15 mg/kg = 300 mg." in shown(pages[-1])
     assert re.search(r"64 tokens, \d+\.\d tokens/s, first token in 0\.\d\d s", pages[-1])
+
+
+def test_what_is_promoted_serves_at_the_next_turn_and_a_broken_one_does_not_end_it(address, news):
+    news.append(["user/ada"])
+    assert "20 kg" in shown(ask(connect(address), "hello")) and news == []
+    news.append(MoLoRAError("The adapter is damaged."))
+    assert "20 kg" in shown(ask(connect(address), "hello")) and news == []
 
 
 def test_history_is_plain_text_and_stays_with_its_browser(address, model):

@@ -68,6 +68,15 @@ def test_colours_are_distinct_and_the_same_in_every_answer():
     assert PALETTE.css_class("domain", None) == ""
 
 
+def test_an_adapter_that_comes_later_has_the_next_colour():
+    palette = Palette([StackLayer("domain", {"math": "m"}), StackLayer("user", {"ada": "a"}, default=None)])
+    assert [palette.css_class("domain", name) for name in ("math", "law", "code", "law")] == [
+        "fill-0", "fill-1", "fill-2", "fill-1"
+    ]  # fmt: skip
+    lines = [palette.css_class("user", name) for name in ("ada", "grace", "ada")]
+    assert lines[0] == lines[2] != lines[1]
+
+
 def test_more_adapters_than_colours_go_round_again():
     many = Palette([StackLayer("domain", {f"d{n}": "x" for n in range(FILLS + 1)})])
     assert many.css_class("domain", f"d{FILLS}") == many.css_class("domain", "d0")
