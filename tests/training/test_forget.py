@@ -1,7 +1,11 @@
 """`molora forget`: it is as if it had never been said, and nothing of it is left on disk."""
 
 import json
+import os
+import random
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +14,21 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from molora import MoLoRAModel
+from molora.adapter import Adapter
 from molora.cli import app
 from molora.errors import ConfigError, DataError, VersionError
+from molora.saved import load
 from molora.versions import Versions
+from molora_training.adapter_settings import AdapterTrainSettings
+from molora_training.continual import forget as module
 from molora_training.continual.forget import forget, speaks_of
 from molora_training.continual.memory import Memory, key
-from molora_training.continual.update import MEMORY, UpdateSettings, update
+from molora_training.continual.update import MEMORY, Change, UpdateSettings, update
 from tests.training.test_update import chats, loss, rows_of, settings
 
 __all__ = ["settings"]
 SECRET = "zanzibar"
+KILLS = 60
 
 
 @pytest.fixture
@@ -75,6 +84,45 @@ def test_with_nothing_else_remembered_the_first_version_serves_again(told: Updat
     assert found.still == 0 and found.after.growth == 0 and found.left == 0
     weights = [mine.path(number) / "adapter_model.safetensors" for number in (1, found.version)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_killed_at_any_moment_it_can_be_done_again(
+    told: UpdateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What serves is always whole; and as long as something of it is left, it is remembered and found again."""
+
+    def train(how: AdapterTrainSettings, **_: object) -> None:
+        shutil.copytree(tmp_path / "adapters" / "code", how.out)
+
+    monkeypatch.setattr(module.adapter, "train", train)
+    monkeypatch.setattr(module, "Judge", lambda *_: lambda rows: Change(len(rows), 1.0, 2.0))
+    whole, chance = tmp_path / "whole", random.Random(0)
+    shutil.copytree(told.model, whole)
+    mine, started, outcomes = Versions(told.model, "domain", "math"), time.monotonic(), set()
+    forget(told, SECRET)
+    takes = time.monotonic() - started
+    for _ in range(KILLS):
+        shutil.rmtree(told.model)
+        shutil.copytree(whole, told.model)
+        began, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b"!")
+            forget(told, SECRET)
+            os._exit(0)
+        os.read(began, 1)
+        time.sleep(chance.uniform(0, 2 * takes))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(began), os.close(tell)
+        Adapter.load(Path(str(load(told.model).stack["domain"].adapters["math"])))
+        remembered = any(speaks_of(row, SECRET) for row in Memory.load(told.model / mine.place / MEMORY).rows)
+        outcomes.add((mine.current, remembered))
+        if remembered:
+            forget(told, SECRET)
+        assert not files_with(told.model, SECRET) and {1, mine.current} == {one.number for one in mine.all()}
+        assert not list((told.model / mine.place).glob("*.safetensors"))
+    assert {(3, True), (4, False)} <= outcomes <= {(3, True), (4, True), (4, False)}
 
 
 def test_bad_requests_are_named(told: UpdateSettings) -> None:
