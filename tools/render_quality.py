@@ -12,8 +12,8 @@ PICTURES = ("quality.svg", "domains.svg", "routers.svg")
 EDGE = 130  # percent, at which the bars end
 
 
-def section(report: Row, adding: Row | None) -> list[str]:
-    """Lines of Markdown."""
+def section(report: Row, adding: Row | None, again: Sequence[Row] = ()) -> list[str]:
+    """Lines of Markdown. again: reports of trainings from nothing with other seeds, the first with seed 1."""
     sets = list(report["rows"][0]["sets"])
     parts = [
         "## Does routing by token pay?",
@@ -38,6 +38,8 @@ def section(report: Row, adding: Row | None) -> list[str]:
     if report["missing"]:
         parts += ["", f"Not measured: {', '.join(report['missing'])}."]
     parts += ["", "### What had to be reached", "", *bars(report["must"])]
+    if again:
+        parts += ["", *_seeds(report, again)]
     parts += ["", "### By domain", "", f"![Loss by domain](images/{PICTURES[1]})", "", *_by_domain(report)]
     parts += ["", "### Variants of the router", "", f"![Variants of the router](images/{PICTURES[2]})", ""]
     parts += ["Share of tokens that go to their own domain, by position in a question or an answer (turns):", ""]
@@ -150,6 +152,28 @@ def positions(rows: Sequence[Row], key: str) -> list[str]:
     for row in rows:
         values = " | ".join(f"{row[key][name]:.1%}" for name in names)
         lines.append(f"| {row['contender']} | {values} |")
+    return lines
+
+
+def _seeds(report: Row, again: Sequence[Row]) -> list[str]:
+    """The lines that had to be reached, in all trainings."""
+    every = [{line["name"]: line for line in one["must"]} for one in (report, *again)]
+    names = [line["name"] for line in report["must"] if all(line["name"] in one for one in every)]
+    commits = ", ".join(f"`{one['command']}` (commit {one['commit']})" for one in again)
+    lines = [
+        "### Trained from nothing with other seeds",
+        "",
+        f"{commits}: other adapters, another router, other text to learn from; the same test text, less of it. The "
+        "values of the lines above, those that are reached in bold.",
+        "",
+        f"| | bar | {' | '.join(f'seed {number}' for number in range(len(every)))} |",
+        "|---|---|" + "---|" * len(every),
+    ]
+    for name in names:
+        found = [one[name] for one in every]
+        values = [f"**{line['value']:.3f}**" if line["holds"] else f"{line['value']:.3f}" for line in found]
+        sign = "≥" if found[0]["better"] == "higher" else "≤"
+        lines.append(f"| {name} | {sign} {found[0]['bar']} | {' | '.join(values)} |")
     return lines
 
 

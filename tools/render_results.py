@@ -22,7 +22,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stream": render_continual.stream,
     "arrivals": render_continual.arrivals,
 }
-LATER = ("quality", "adding", *SECTIONS)
+SEEDS = ("quality-seed-1", "quality-seed-2")
+LATER = ("quality", "adding", *SEEDS, *SECTIONS)
 MARKS = ("<!-- results -->", "<!-- /results -->")
 
 
@@ -132,7 +133,9 @@ def page(
         "",
     ]
     if quality := later.get("quality"):
-        parts += render_quality.section(quality, later.get("adding"))
+        parts += render_quality.section(
+            quality, later.get("adding"), [one for name in SEEDS if (one := later.get(name))]
+        )
     for name, section in SECTIONS.items():
         if found := later.get(name):
             parts += section(found)

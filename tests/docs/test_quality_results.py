@@ -41,6 +41,19 @@ def test_a_table_says_what_was_measured() -> None:
     assert "| MoLoRA saved, held by 2 nats | 98.0% |" in text and "top-2 softmax | 99.0% |" not in text
 
 
+def test_other_seeds_stand_beside() -> None:
+    other = {**report(), "command": "molora eval quality again"}
+    other["must"] = [
+        {**report()["must"][0], "value": 0.9, "holds": False},
+        {**report()["must"][0], "name": "of one alone"},
+    ]
+    text = "\n".join(section(report(), None, [other, report()]))
+    assert "| turns: closed | ≥ 0.965 | **0.975** | 0.900 | **0.975** |" in text
+    assert "| | bar | seed 0 | seed 1 | seed 2 |" in text and "of one alone" not in text
+    assert "`molora eval quality again` (commit abc)" in text
+    assert "other seeds" not in "\n".join(section(report(), None))
+
+
 def test_later_adapters_are_told() -> None:
     about = {key: value for key, value in report().items() if key not in ("rows", "must")}
     rows = [

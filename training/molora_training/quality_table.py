@@ -94,7 +94,8 @@ def fill(
         if index % share[1] == share[0] and _kept(file, mark) is None:
             row = contender.measure()
             _keep(row, file, mark)
-            print(f"{row.name}: {', '.join(f'{name} {own.mean:.4f}' for name, own in row.sets.items())}", flush=True)
+            means = ", ".join(f"{name} {own.mean:.4f}" for name, own in row.sets.items())
+            print(f"[{index + 1} of {len(everything)}] {row.name}: {means}", flush=True)
     rows = [_kept(_file(contenders.work, one.name), fingerprint + one.weights) for one in everything]
     if rows[0] is None or rows[1] is None:
         return None
