@@ -19,20 +19,22 @@ def section(report: Row) -> list[str]:
         "",
         f"{_measured(report)} A score is the percentage of the answers' tokens that are found likeliest. Average, "
         "forgetting, backward and forward transfer are means over orders and seeds, with the lowest and the highest; "
-        "seconds are an update's, and bytes all that is kept beside the adapter at the end.",
+        "seconds are an update's, GiB its peak of a GPU's memory, and bytes all that is kept beside the adapter at the "
+        "end.",
         "",
         f"![Average score over the tasks so far, by method](images/{PICTURE})",
         "",
-        "| method | average | of joint training's | forgetting | backward | forward | seconds an update | text kept | "
-        "other bytes kept | rank |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        f"| {joint['method']} | {joint['average']:.2f} | 100.0% | | | | | | | |",
+        "| method | average | of joint training's | forgetting | backward | forward | seconds an update | GiB | "
+        "text kept | other bytes kept | rank |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {joint['method']} | {joint['average']:.2f} | 100.0% | | | | | | | | |",
     ]  # fmt: skip
     for row in rows:
         parts.append(
             f"| {row['method']} | {_range(row, 'average')} | {row['average'] / joint['average']:.1%} | "
             f"{_range(row, 'forgetting')} | {row['backward']:+.2f} | {row['forward']:+.2f} | "
-            f"{row['update_seconds']:.0f} | {row['text_bytes']:,.0f} | {row['state_bytes']:,.0f} | {row['rank']:.0f} |"
+            f"{row['update_seconds']:.0f} | {_gib(row['peak_bytes'])} | {row['text_bytes']:,.0f} | "
+            f"{row['state_bytes']:,.0f} | {row['rank']:.0f} |"
         )
     return [*parts, "", *bars(report["must"]), ""]
 
@@ -120,6 +122,11 @@ def _measured(report: Row) -> str:
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}. "
         f"Data: {report['data']}."
     )
+
+
+def _gib(size: float) -> str:
+    """Of a GPU; nothing where there was none."""
+    return f"{size / 2**30:.1f}" if size else ""
 
 
 def _range(row: Row, what: str) -> str:

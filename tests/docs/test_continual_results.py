@@ -12,11 +12,11 @@ def test_a_sequence_of_tasks(tmp_path: Path) -> None:
     row = {
         "method": "replay", "keeps_text": True, "average": 60.0, "average_range": [59.0, 61.0], "forgetting": 1.0,
         "forgetting_range": [0.5, 1.5], "backward": -1.0, "forward": 2.0, "update_seconds": 12.4, "text_bytes": 1234.0,
-        "state_bytes": 0.0, "rank": 16, "curve": [50.0, 60.0],
+        "peak_bytes": 3 * 2**29, "state_bytes": 0.0, "rank": 16, "curve": [50.0, 60.0],
     }  # fmt: skip
     report = {**HEAD, "rows": [{"method": "joint training", "average": 64.0}, row], "must": [LINE]}
     text = "\n".join(section(report))
-    shown = "| replay | 60.00 [59.00, 61.00] | 93.8% | 1.00 [0.50, 1.50] | -1.00 | +2.00 | 12 | 1,234 | 0 | 16 |"
+    shown = "| replay | 60.00 [59.00, 61.00] | 93.8% | 1.00 [0.50, 1.50] | -1.00 | +2.00 | 12 | 1.5 | 1,234 | 0 | 16 |"
     assert (
         shown in text
         and "| joint training | 64.00 | 100.0% |" in text

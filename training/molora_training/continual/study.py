@@ -149,9 +149,11 @@ def _sequence(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str
         blank(settings.base, settings.rank, served, one.seed)
         before = _scores(settings, served, tasks, texts)
         memories: list[Memory] = []
-        after, seconds = [], []
+        after, seconds, peaks = [], [], []
         for number, task in enumerate(tasks):
             began = time.monotonic()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             work = folder / str(number)
             work.mkdir()
             new, apart = texts[task]["train"], texts[task]["validation"]
@@ -168,12 +170,13 @@ def _sequence(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str
             way.keep(served)
             memories.append(Memory(limit=settings.memory).with_(new))
             seconds.append(time.monotonic() - began)
+            peaks.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
             after.append(_scores(settings, served, tasks, texts))
         text = sum(len(json.dumps(row)) for memory in memories for row in memory.rows) if replays else 0
         size, rank = state.stat().st_size if state.is_file() else 0, Adapter.load(served).ranks[0]
     return {
         "tasks": tasks, "before": before, "after": after, **asdict(measures(after, before)),
-        "update_seconds": statistics.median(seconds), "text_bytes": text, "state_bytes": size,
+        "update_seconds": statistics.median(seconds), "peak_bytes": max(peaks), "text_bytes": text, "state_bytes": size,
         "rank": rank, "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 
@@ -258,6 +261,7 @@ def _report(settings: StudySettings, found: Sequence[tuple[Run, Row]], command: 
             "backward",
             "forward",
             "update_seconds",
+            "peak_bytes",
             "text_bytes",
             "state_bytes",
             "rank",
