@@ -13,7 +13,7 @@ from molora import MoLoRAModel, Router
 from molora.cli import app
 from molora.errors import ConfigError, DataError, VersionError
 from molora.versions import Versions
-from molora_training.continual.router_update import RouterUpdateSettings, update_router
+from molora_training.continual.router_update import RouterUpdateSettings, _against, update_router
 from molora_training.data import encode_within, read_examples
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -112,6 +112,15 @@ def test_what_has_no_text_is_protected_by_its_samples(settings: RouterUpdateSett
     assert {"domain/law", "domain/math", "domain/code"} <= rows
     for told in {name: routes_of(replace(three, data=settings.data), name) for name in TEXTS}.values():
         assert sum(one == "law" for one in told) / len(told) < 0.3
+
+
+def test_samples_are_judged_together() -> None:
+    settings = RouterUpdateSettings(Path(), Path(), max_forgetting=0.02)
+    samples = {"math": (0.9, 0.87), "code": (0.9, 0.9)}  # 1.5% over both
+    assert _against(settings, {"law": (0.0, 0.9)}, samples, (0.5, 0.6)) == ""
+    why = _against(settings, {"law": (0.0, 0.9)}, {**samples, "code": (0.9, 0.87)}, (0.5, 0.6))
+    assert why == "3.0% of the tokens of what has no text here (samples) are found no more, which may be 2.0% at most"
+    assert _against(settings, {"law": (0.9, 0.9)}, samples, (0.6, 0.6)) == "nothing was gained"
 
 
 def test_what_has_neither_text_nor_samples_is_named(settings: RouterUpdateSettings, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ own adapter, and how many go elsewhere than before.
 
 import copy
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,10 +123,11 @@ def _update(settings: RouterUpdateSettings, command: str | None, versions: Versi
     model.set_router(new)
     after = probe.choices(model)
     right = {name: (probe.right(before, name), probe.right(after, name)) for name in known}
-    right |= {row.partition("/")[2]: (share, found(new, row)) for row, share in sampled.items()}
+    of_samples = {row.partition("/")[2]: (share, found(new, row)) for row, share in sampled.items()}
     mixed = probe.right(before, None), probe.right(after, None)
     drift = float((before != after).float().mean())
-    why = _against(settings, right, mixed)
+    why = _against(settings, right, of_samples, mixed)
+    right |= of_samples
     version = versions.add(
         new.cpu(),
         command=command,
@@ -137,8 +139,8 @@ def _update(settings: RouterUpdateSettings, command: str | None, versions: Versi
     if not why:
         versions.promote(version.number)
     return RouterUpdated(
-        version.number, version.parent, not why, version.why, right, [row.partition("/")[2] for row in without], mixed,
-        drift, round(time.monotonic() - started, 1),
+        version.number, version.parent, not why, version.why, right, list(of_samples), mixed, drift,
+        round(time.monotonic() - started, 1),
     )  # fmt: skip
 
 
@@ -219,9 +221,18 @@ def fit_untaught(model: MoLoRAModel, names: Sequence[str], data: Path) -> None:
                 model.fit_row(layer.name, name, texts)
 
 
-def _against(settings: RouterUpdateSettings, right: dict[str, tuple[float, float]], mixed: tuple[float, float]) -> str:
+def _against(
+    settings: RouterUpdateSettings,
+    right: Mapping[str, tuple[float, float]],
+    of_samples: Mapping[str, tuple[float, float]],
+    mixed: tuple[float, float],
+) -> str:
     """Why the new version may not serve; nothing if it may."""
-    for name, (before, after) in right.items():
+    judged = dict(right)
+    if of_samples:  # each has so few that one sample is more than what may be lost: all together
+        means = [statistics.mean(one[at] for one in of_samples.values()) for at in (0, 1)]
+        judged["what has no text here (samples)"] = means[0], means[1]
+    for name, (before, after) in judged.items():
         if before - after > settings.max_forgetting:
             most = settings.max_forgetting
             return f"{before - after:.1%} of the tokens of {name} are found no more, which may be {most:.1%} at most"
