@@ -15,7 +15,8 @@ from molora.errors import ConfigError, DataError
 from molora_training.continual import study
 from molora_training.continual.growth import blank
 from molora_training.continual.measures import measures
-from molora_training.continual.study import JOINT, NAMES, StudySettings, order_of, run, sequences
+from molora_training.continual.methods import METHODS
+from molora_training.continual.study import INVENTED, JOINT, NAMES, StudySettings, order_of, run, sequences
 from tests.unit.spoken import make_spoken
 
 ANSWERS = {"ayes": "aye aye", "nos": "no sir", "hums": "hm hm hm"}
@@ -42,11 +43,15 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudySettings:
 
 
 FEW = {name: NAMES[name] for name in ("sequential", "replay")}
+MORE = ("elastic", "orthogonal", "sd-lora", "treelora", "inflora, replay", INVENTED)  # a way of each kind
+SOME = FEW | {name: NAMES[name] for name in MORE}
 
 
 def test_a_study_of_three_tasks(
     settings: StudySettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(study, "NAMES", SOME)
+    assert {method for method, _ in NAMES.values()} == set(METHODS)
     out = tmp_path / "out" / "continual.json"
     assert run(settings, out, "command", (0, 2)) is None and not out.exists()
     report = run(settings, out, "command", (1, 2))
@@ -54,7 +59,7 @@ def test_a_study_of_three_tasks(
     capsys.readouterr()
     assert run(settings, out, "command") == report and capsys.readouterr().out == ""  # nothing runs twice
     rows = {row["method"]: row for row in report["rows"]}
-    assert list(rows) == [JOINT, *NAMES] and len(list(sequences(settings))) == 1 + len(NAMES)
+    assert list(rows) == [JOINT, *SOME] and len(list(sequences(settings))) == 1 + len(SOME)
     kept = json.loads((out.parent / ".continual" / "replay-0-0.json").read_text())
     assert sorted(kept["tasks"]) == sorted(ANSWERS) and kept["tasks"] == order_of(settings, 0)
     found = measures(kept["after"], kept["before"])
@@ -62,8 +67,8 @@ def test_a_study_of_three_tasks(
     assert rows["replay"]["forgetting"] == pytest.approx(found.forgetting)
     assert rows["replay"]["text_bytes"] > 0 == rows["sequential"]["text_bytes"]
     assert rows["elastic"]["state_bytes"] > 0 == rows["replay"]["state_bytes"]
-    assert all(rows[name]["state_bytes"] > 0 for name in ("inflora", "inflora, replay", "sd-lora", "treelora"))
-    assert all(rows[name]["rank"] == 4 + 3 * 8 for name in ("orthogonal", "inflora", "inflora, replay", "sd-lora"))
+    assert all(rows[name]["state_bytes"] > 0 for name in ("inflora, replay", "sd-lora", "treelora"))
+    assert all(rows[name]["rank"] == 4 + 3 * 8 for name in ("orthogonal", "inflora, replay", "sd-lora"))
     assert rows["replay"]["rank"] == rows["treelora"]["rank"] == 4
     assert rows[JOINT]["average"] > 10 and kept["after"][0][0] > kept["before"][0] + 10
     assert report["must"][1]["value"] == pytest.approx(rows["replay"]["average"] / rows[JOINT]["average"])
