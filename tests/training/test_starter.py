@@ -89,6 +89,7 @@ def test_an_integration_adapter_is_trained_on_the_first_router_and_always_acts(
     recipe: StarterSettings, tmp_path: Path
 ) -> None:
     how = {"rank": 2, "learning_rate": 1e-2, "epochs": 3}
+    starter.train(dataclasses.replace(recipe, own="first"))  # a stack is there already, with another router
     starter.train(dataclasses.replace(recipe, integration=how))
     work = tmp_path / "work"
     texts = [json.loads(line) for line in (work / "data" / "integration.train.jsonl").read_text().splitlines()]
