@@ -34,24 +34,14 @@ shared() {
     wait "${parts[@]}"
     step "$name" molora "$@"
 }
-seed() { # SEED GPU: the main comparison again, from nothing
-    CUDA_VISIBLE_DEVICES=$2 step "seed-$1-trained" molora train starter --config "$configs/quality-seed.yaml" \
-        "seed=$1" "work=runs/seed-$1" "out=runs/seed-$1/stack" processes=5 router_processes=1
+kept() { # the table of all routers that are trained by now; what is measured stays
+    shared quality 5 eval quality runs/quality/stack --routers runs/quality/routers --out "$out/quality.json"
 }
 
-quality=(train starter --config "$configs/quality.yaml" "processes=$((5 * gpus))" "router_processes=$((8 * gpus))")
-step trained molora "${quality[@]}" integration=null &
-trained=$!
-# What the machine can do while the routers of the recipe mix and encode their text.
-(
-    until [ -f runs/quality/stack.yaml ] || ! kill -0 $trained 2>/dev/null; do sleep 1; done
-    seed 1 0 & seed 2 $((1 % gpus)) & wait
-    step many-trained molora train starter --config "$configs/many.yaml" "processes=$((10 * gpus))" router_processes=3
-    step scale molora eval scale runs/many/routers --out "$out/scale.json"
-) &
-later=$!
-wait $trained
-[ -f runs/quality/stack/molora.json ] || { echo "no stack: see $out/log/trained.txt" | tee -a "$out/progress.txt" >&2; kill $later; exit 1; }
+many=("processes=$((6 * gpus))" "router_processes=$((6 * gpus))")
+quality=(train starter --config "$configs/quality.yaml" "${many[@]}")
+step trained molora "${quality[@]}" integration=null
+[ -f runs/quality/stack/molora.json ] || { echo "no stack: see $out/log/trained.txt" | tee -a "$out/progress.txt" >&2; exit 1; }
 
 mkdir -p runs/candidates
 for name in gated then-both then-tokens; do ln -sfn "$PWD/runs/quality/routers/$name" "runs/candidates/$name"; done
@@ -60,16 +50,29 @@ own=$(python3 -c "import json, sys; print(json.load(open(sys.argv[1]))['best'].s
 echo "$((SECONDS - began)) s best on validation: $own" >>"$out/progress.txt"
 step adding molora eval adding runs/quality/routers/without-two runs/quality/routers/gated --out "$out/adding.json" &
 CUDA_VISIBLE_DEVICES=$((gpus - 1)) step integrated molora "${quality[@]}" "own=$own"
-shared quality 5 eval quality runs/quality/stack --routers runs/quality/routers --out "$out/quality.json"
-[ -z "$other" ] || CUDA_VISIBLE_DEVICES=$((gpus - 1)) step headline molora eval headline runs/quality/stack "$other" --out "$out/headline.json" &
-for number in 1 2; do
-    shared "quality-seed-$number" 3 eval quality "runs/seed-$number/stack" --routers "runs/seed-$number/routers" --limit 100 \
-        --out "$out/quality-seed-$number.json"
-done
+if [ -n "$other" ]; then
+    CUDA_VISIBLE_DEVICES=$((gpus - 1)) step headline molora eval headline runs/quality/stack "$other" --out "$out/headline.json" &
+fi
+kept
 wait
 # How long the default router takes where nothing else runs.
 CUDA_VISIBLE_DEVICES=0 step alone molora train router model=runs/quality/stack.yaml out=runs/alone router.hidden=512 \
     'router.reads=[0, 4]' mixed=3000 documents=2000 in_a_turn=2000 asides=2000 both=600 null_start=4 epochs=3
 cp runs/alone/router.metrics.json "$out/alone.json"
+
+[ "$own" = gated ] && seeds_own=gated || seeds_own=then-both
+for seed in 1 2; do # the main comparison from nothing
+    from_nothing=(train starter --config "$configs/quality-seed.yaml" "seed=$seed" "work=runs/seed-$seed" "out=runs/seed-$seed/stack" "own=$seeds_own")
+    CUDA_VISIBLE_DEVICES=$(((seed - 1) % gpus)) step "seed-$seed-trained" molora "${from_nothing[@]}" processes=5 &
+done
+wait
+for seed in 1 2; do
+    shared "quality-seed-$seed" 3 eval quality "runs/seed-$seed/stack" --routers "runs/seed-$seed/routers" --limit 100 \
+        --out "$out/quality-seed-$seed.json"
+done
+step routers-trained molora train starter --config "$configs/quality-routers.yaml" "${many[@]}"
+kept
+step many-trained molora train starter --config "$configs/many.yaml" "${many[@]}"
+step scale molora eval scale runs/many/routers --out "$out/scale.json"
 echo "$((SECONDS - began)) s all" >>"$out/progress.txt"
 ! grep FAILED "$out/progress.txt" >&2

@@ -62,3 +62,19 @@ def test_results_of_one_name_do_not_share_checkpoints() -> None:
     first, second = (work_folder("adapter", Path(root, "adapters", "math")) for root in ("a", "b"))
     assert first != second and first.name.startswith("math-")
     assert work_folder("adapter", Path("a", "adapters", "math")) == first
+
+
+def test_a_file_that_extends_another_names_what_is_different(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("out: here\nrate: 1e-4\ninner:\n  rank: 4\n")
+    file = tmp_path / "other.yaml"
+    file.write_text("extends: whole.yaml\nout: there\n")
+    settings = load_settings(Outer, file, ["limit=3"])
+    whole = load_settings(Outer, tmp_path / "whole.yaml", ["out=there", "limit=3"])
+    assert settings == whole
+    for bad in ("other.yaml", "../whole.yaml", "[whole.yaml]"):
+        file.write_text(f"extends: {bad}\n")
+        with pytest.raises(ConfigError, match=r"extends .*, which is no other file beside it"):
+            load_settings(Outer, file)
+    file.write_text("extends: none.yaml\n")
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        load_settings(Outer, file)

@@ -13,6 +13,7 @@ import yaml
 from molora.errors import ConfigError
 
 Settings = TypeVar("Settings")
+EXTENDS = "extends"
 
 
 def load_settings(kind: type[Settings], file: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -20,26 +21,35 @@ def load_settings(kind: type[Settings], file: str | Path | None, overrides: Sequ
 
     Args:
         kind: a dataclass; its fields may be dataclasses themselves.
-        file: a YAML file, or None for the defaults.
+        file: a YAML file, or None for the defaults. One that `extends` another file, which lies beside it, has that
+            one's settings but for those that it names itself.
         overrides: `key=value` or `part.key=value`, applied in order after the file; values are read as YAML.
 
     Raises:
         ConfigError: no such file, bad YAML, an unknown or missing key, or a value of the wrong type.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            read = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"The settings file {file} cannot be read: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"The settings file {file} is not valid YAML: {error}") from error
-        if not isinstance(read, dict | None):
-            raise ConfigError(f"The settings file {file} must hold `key: value` lines.")
-        values = read or {}
+    values = {} if file is None else _read(Path(file))
     for override in overrides:
         _set(values, override)
     return from_mapping(kind, values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The settings file {file} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings file {file} is not valid YAML: {error}") from error
+    if not isinstance(read, dict | None):
+        raise ConfigError(f"The settings file {file} must hold `key: value` lines.")
+    values = read or {}
+    extended = values.pop(EXTENDS, None)
+    if extended is None:
+        return values
+    if not isinstance(extended, str) or Path(extended).name != extended or extended == file.name:
+        raise ConfigError(f"The settings file {file} extends {extended!r}, which is no other file beside it.")
+    return {**_read(file.parent / extended), **values}
 
 
 def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
