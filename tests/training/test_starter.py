@@ -152,3 +152,23 @@ def test_workers_take_the_gpus_in_turn(gpus: int, worker: int, own: str, monkeyp
     monkeypatch.setattr(starter.multiprocessing, "current_process", lambda: SimpleNamespace(_identity=(worker,)))
     starter._settle(gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+
+
+def _fits_where_it_has_been(folder: Path, name: str) -> str:
+    """A training for which there is no room the first time."""
+    tries = len(list(folder.glob(f"{name}-*")))
+    (folder / f"{name}-{tries}").touch()
+    if name == "nowhere" or (name.startswith("large") and tries == 0):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return f"{name} after {tries}"
+
+
+def test_what_a_gpu_had_no_room_for_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    starter._parallel(2, _fits_where_it_has_been, [(tmp_path, name) for name in ("large-1", "small", "large-2")])
+    assert capsys.readouterr().out.splitlines() == [
+        "small after 0",
+        "2 did not fit into the GPU beside the others: again, 1 at once.",
+        *sorted(["large-1 after 1", "large-2 after 1"]),
+    ]
+    with pytest.raises(torch.OutOfMemoryError):  # one that fits nowhere is an error in the end
+        starter._parallel(1, _fits_where_it_has_been, [(tmp_path, "nowhere")])

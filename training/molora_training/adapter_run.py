@@ -23,6 +23,7 @@ from molora_training.curves import curves
 from molora_training.data import IGNORED, Batch, Encoded, collate
 from molora_training.schedule import warm_cosine
 from molora_training.start_dropout import StartDropout
+from molora_training.token_losses import TokenLosses
 
 _CLIP_NORM = 1.0
 
@@ -55,6 +56,7 @@ class Run:
     def __post_init__(self) -> None:
         self.alone = self.accelerator.unwrap_model(self.model)
         self.start_dropout = StartDropout(self.alone, self.settings.lora.start_dropout)
+        self.token_losses = TokenLosses(getattr(self.alone, "peft", self.alone).get_base_model())
         self.parameters = {name: p for name, p in self.alone.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.state_file = self.settings.work / "state.safetensors"
@@ -180,23 +182,16 @@ class Run:
     def _batch(self, rows: Sequence[Encoded], indices: Sequence[int]) -> Batch:
         return collate([rows[index] for index in indices], self.pad_id).to(self.accelerator.device)
 
-    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        """[B, T, vocabulary]."""
+    def summed_loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Cross-entropy summed over the answer tokens of a batch, float32, shape []."""
         self.start_dropout.see(batch)
         kind = self.accelerator.device.type
         mixed = kind == "cuda" and self.settings.dtype == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=mixed):
-            found: torch.Tensor = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
-        return found
-
-    def summed_loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Cross-entropy summed over the answer tokens of a batch, float32, shape []."""
-        logits, labels = self.logits(model, batch), batch.labels[:, 1:]  # [B, T - 1]
-        answered = labels != IGNORED
-        # Only the answer tokens' rows become float32: the vocabulary is wide.
-        return torch.nn.functional.cross_entropy(logits[:, :-1][answered].float(), labels[answered], reduction="sum")
+            return self.token_losses(
+                lambda: model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False),
+                torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED),
+            ).sum()
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -261,9 +256,7 @@ class _Mean(torch.nn.Module):
         self.run = run
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        logits = self.run.logits(self.run.model, batch)
-        labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        mean = self.run.summed_loss(self.run.model, batch) / (batch.labels[:, 1:] != IGNORED).sum()
         hold = self.run.hold
         penalty = hold.penalty(self.run.alone, batch) if hold is not None else None
         return {"mean": mean, "loss": mean if penalty is None else mean + penalty}

@@ -8,6 +8,7 @@ from torch import nn
 from molora import MoLoRAModel
 from molora_training.data import IGNORED, Batch
 from molora_training.selections import KeptSelections
+from molora_training.token_losses import TokenLosses
 
 
 class Teacher:
@@ -20,6 +21,7 @@ class Teacher:
 
     def __init__(self, model: MoLoRAModel, layers: Iterable[str]) -> None:
         self.model = model
+        self.token_losses = TokenLosses(model.base)
         off = dict.fromkeys(layer.name for layer in model.stack.layers)
         self.candidates = {
             layer: [KeptSelections(model, {**off, layer: name}) for name in (*model.stack[layer].adapters, None)]
@@ -41,8 +43,6 @@ class Teacher:
 
     def _losses(self, batch: Batch, labels: torch.Tensor, selection: KeptSelections) -> torch.Tensor:
         with self.model.routing.active(lambda: selection(len(labels))):
-            logits = self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return loss.view(labels.shape)
+            return self.token_losses(
+                lambda: self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False), labels
+            )

@@ -15,6 +15,7 @@ from molora_training.data import IGNORED, Batch
 from molora_training.distillation import Teacher
 from molora_training.router_settings import LossWeights
 from molora_training.selections import KeptSelections
+from molora_training.token_losses import TokenLosses
 
 _SIDE = {"balance": balance_loss, "z": z_loss, "entropy": entropy}  # of one layer's logits, at the real tokens
 
@@ -101,6 +102,7 @@ class RouterObjective(nn.Module):
         self.targets = {layer: target.to(device) for layer, target in labels.targets.items()}
         self.rows = {layer: torch.tensor(rows, device=device) for layer, rows in labels.rows.items()}
         self.selection = KeptSelections(model, labels.selection(model))  # what is left to the router
+        self.token_losses = TokenLosses(model.base)
         self.teacher = Teacher(model, labels.rows) if weights.distil else None
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -112,9 +114,8 @@ class RouterObjective(nn.Module):
         all_logits: Sequence[torch.Tensor | None]
         if self.weights.lm:
             with self.model.routing.active(lambda: self.selection(len(real))):
-                logits = self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+                terms["lm"] = self._next_token(batch)
                 all_logits = self.model.routing.logits
-            terms["lm"] = self._next_token(logits, batch)
         else:
             all_logits = self._logits(batch, real)
         parts = [self._part(one, batch, real, taught) for one in all_logits if one is not None]
@@ -130,15 +131,15 @@ class RouterObjective(nn.Module):
         terms["loss"] = torch.stack(weighted).sum()
         return terms
 
-    def _next_token(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _next_token(self, batch: Batch) -> torch.Tensor:
         labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        if self.answer_weights is None:
-            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
-        each = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        each = self.token_losses(
+            lambda: self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False), labels
         )
+        if self.answer_weights is None:
+            return each.sum() / (labels != IGNORED).sum()
         domains = nn.functional.pad(batch.domain_ids[:, 1:], (0, 1)).clamp_min(0)  # of the tokens that are predicted
-        weights = self.answer_weights[domains].masked_fill(labels == IGNORED, 0.0).flatten()
+        weights = self.answer_weights[domains].masked_fill(labels == IGNORED, 0.0)
         return (weights * each).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _part(

@@ -357,6 +357,7 @@ def _train_router(settings: RouterTrainSettings) -> str:
 
 
 def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """The function of each of the arguments; those that a GPU has no room for run again, fewer at once."""
     arguments = list(arguments)
     if processes == 1:
         for some in arguments:
@@ -364,9 +365,18 @@ def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[
         return
     context = multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count()
+    too_large = []
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_settle, initargs=(gpus,)) as pool:
-        for done in as_completed([pool.submit(function, *some) for some in arguments]):
-            print(done.result(), flush=True)
+        running = {pool.submit(function, *some): some for some in arguments}
+        for done in as_completed(running):
+            if isinstance(done.exception(), torch.OutOfMemoryError):
+                too_large.append(running[done])
+            else:
+                print(done.result(), flush=True)
+    if too_large:
+        fewer = processes // 2
+        print(f"{len(too_large)} did not fit into the GPU beside the others: again, {fewer} at once.", flush=True)
+        _parallel(fewer, function, too_large)
 
 
 def _settle(gpus: int) -> None:
