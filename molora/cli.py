@@ -14,6 +14,7 @@ from molora.commands.eval import app as evaluate
 from molora.commands.forget import forget
 from molora.commands.generate import generate
 from molora.commands.info import info
+from molora.commands.internalize import internalize
 from molora.commands.routes import routes
 from molora.commands.train import app as train
 from molora.commands.update import update
@@ -33,6 +34,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(routes)
 app.command()(info)
+app.command()(internalize)
 app.command()(update)
 app.command()(forget)
 app.command()(versions)

@@ -63,3 +63,15 @@ class VersionError(MoLoRAError, ValueError):
 
 class CacheError(MoLoRAError, RuntimeError):
     """A key-value cache cannot be continued: it lacks the router's memory, or its batch differs."""
+
+
+class HypernetError(MoLoRAError, ValueError):
+    """A network that makes adapters is missing, damaged, or was trained for another base."""
+
+
+class DocumentError(MoLoRAError, ValueError):
+    """A document cannot be read, or is too long."""
+
+
+class EncoderError(MoLoRAError, RuntimeError):
+    """A sentence encoder cannot be brought or read."""

@@ -49,6 +49,7 @@ class MoLoRAModel(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.routing = RoutingState(base)
         self.adapted = AdaptedModules(base, self.routing, backend)
+        self.documents: Any = None  # what has been internalised
         self.steps = CapturedSteps(base, self.routing, self.adapted.groups, backend)
 
     @classmethod
@@ -285,6 +286,38 @@ class MoLoRAModel(nn.Module):
             self.stack[layer].adapters[name] = path
             self._put(f"{layer}/{name}", adapter)
             self._refresh()
+
+    def internalize(
+        self,
+        document: str | Path,
+        *,
+        hypernet: str | Path,
+        name: str = "document",
+        layer: str = "document",
+        most_rank: int | None = None,
+    ) -> None:
+        """Makes a document an adapter of the live stack, by a trained network (arXiv 2602.15902), in one reading.
+
+        Args:
+            document: a file (.txt, .md, .html, .pdf), or the text itself.
+            hypernet: folder of the network, from ``molora train hypernet document``.
+            name, layer: what it becomes. A layer that the stack does not have is made; where there is a router, and
+                the layer is left to it, the document's own sentences say which tokens are for it.
+            most_rank: see :func:`molora.personalize.internalize.factors_of`.
+
+        Raises:
+            DocumentError: it cannot be read. HypernetError: the network is none of this base. StackError: the name is
+            taken. Nothing has changed then.
+        """
+        from molora.personalize.live import internalize
+
+        internalize(self, document, hypernet, layer, name, most_rank)
+
+    def reset(self) -> None:
+        """Takes away what :meth:`internalize` has added."""
+        from molora.personalize.live import reset
+
+        reset(self)
 
     def set_router(self, router: Router | VocabularyRouter | None) -> None:
         """Gives the stack another router, made for its rows."""

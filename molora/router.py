@@ -11,6 +11,7 @@ from molora.errors import ConfigError, RouterError
 from molora.gates import REACH, Gates
 from molora.memory import Averages, Memory, Rule
 from molora.row_fit import Samples, fit_row
+from molora.stack import NONE
 
 if TYPE_CHECKING:
     from molora_kernels.route import RouterWeights
@@ -297,6 +298,8 @@ class Router(nn.Module):
         part = self._parts[index]
         weight, bias = part.output.weight, part.output.bias
         q = q.to(weight)
+        if (null := f"{layer}/{NONE}") in self.rows:
+            self._begin_null(part, self.rows.index(null))
         peers = [i for i, row in enumerate(self.rows) if row.split("/")[0] == layer and i != own]
         known = [i for i in peers if float(bias[i]) > NEVER / 2]
         place = torch.full((len(self.rows),), -1, device=weight.device)
@@ -304,7 +307,9 @@ class Router(nn.Module):
         rows = place[part.samples.rows]
         if bool((rows >= 0).any()):
             features = part.samples.features[rows >= 0].to(weight)
-            weight[own], bias[own] = fit_row(q, features, rows[rows >= 0], weight[known], bias[known])
+            trained = weight[weight.norm(dim=1) > 0]  # a null that has only begun has no length
+            usual = None if weight[known].any() or not len(trained) else trained
+            weight[own], bias[own] = fit_row(q, features, rows[rows >= 0], weight[known], bias[known], usual)
             part.samples.add(q[torch.randperm(len(q), device=q.device)[:SAMPLES]], own)
             return
         norm = weight[known].norm(dim=1).mean() if known else weight.new_ones(())
@@ -312,6 +317,16 @@ class Router(nn.Module):
         others = part.output(q)[:, known].amax(1).mean() if known else weight.new_zeros(())
         weight[own] = row
         bias[own] = others - (q @ row).mean() + 1
+
+    @staticmethod
+    def _begin_null(part: Any, null: int) -> None:
+        """Of a layer that came after the training: all that the router was trained on is its null's."""
+        if float(part.output.bias[null]) > NEVER / 2:
+            return
+        part.output.weight[null], part.output.bias[null] = 0.0, 0.0
+        chance = torch.Generator().manual_seed(0)
+        some = torch.randperm(len(part.samples.features), generator=chance)[:SAMPLES]
+        part.samples.add(part.samples.features[some.to(part.samples.features.device)], null)
 
     @torch.no_grad()
     def remove_row(self, name: str) -> None:

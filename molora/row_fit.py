@@ -51,7 +51,12 @@ class Samples(nn.Module):
 
 
 def fit_row(
-    q: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    q: torch.Tensor,
+    features: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    usual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [hidden] and bias [] of a new row, by logistic regression; the other rows stay what they are.
 
@@ -60,6 +65,7 @@ def fit_row(
         features: [N, hidden] float32, of the other rows' text.
         rows: [N] int64 below C, whose each one is.
         weight, bias: [C, hidden] and [C], the other rows.
+        usual: [N, hidden], rows that are as long as this one may be expected to be; None: the other rows.
     """
     q = q[torch.randperm(len(q), generator=torch.Generator().manual_seed(0))[:MOST].to(q.device)]
     x = torch.cat([features, q])
@@ -67,7 +73,7 @@ def fit_row(
     share = torch.ones(len(x), device=x.device)
     share[len(features) :] = len(features) / len(rows.unique()) / len(q)  # the new row counts as one of the others
     own = weight.new_zeros(weight.shape[1] + 1).requires_grad_()  # the last: the bias
-    length = weight.norm(dim=1).mean().clamp_min(1e-6)
+    length = (usual if usual is not None else weight).norm(dim=1).mean().clamp_min(1e-6)
     with torch.no_grad():
         others = nn.functional.linear(x, weight, bias)
     optimizer = torch.optim.LBFGS([own], max_iter=STEPS, line_search_fn="strong_wolfe")

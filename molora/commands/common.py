@@ -20,6 +20,7 @@ EXTRAS = {
     "demo": {"gradio", "molora_demo"},
     "train": {"peft", "tensorboard", "matplotlib", "molora_training"},
     "eval": {"peft", "lm_eval", "molora_training"},
+    "personalize": {"bs4", "pypdf"},
 }
 
 

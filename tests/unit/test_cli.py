@@ -93,8 +93,8 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
 
 @pytest.mark.parametrize(
     "command",
-    ["", "chat", "demo", "generate", "routes", "info", "train", "train adapter", "train router", "train data",
-     "train personas", "bench", "bench decode"],
+    ["", "chat", "demo", "generate", "routes", "info", "internalize", "train", "train adapter", "train router",
+     "train data", "train personas", "bench", "bench decode"],
 )  # fmt: skip
 def test_help_has_an_example(command: str) -> None:
     assert "Example: molora " + command in " ".join(run(*command.split(), "--help").split())

@@ -1,0 +1,69 @@
+"""``molora internalize``: a document becomes an adapter."""
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+
+
+def internalize(
+    document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A .txt, .md, .html or .pdf file.")],
+    label: Annotated[str, typer.Option("--as", metavar="LAYER/NAME", help="What it becomes, such as user/ada.")],
+    hypernet: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The network, from `molora train hypernet document`.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
+    ] = None,
+    most_rank: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="RANK", help="Cut the adapter to it, so that long documents take no more memory."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a document an adapter: what is asked about it is then answered without its text in the prompt.
+
+    In: a document, a saved MoLoRA, and a network that was trained for its base. Out: an adapter in the saved MoLoRA, an
+    ordinary PEFT folder; where the router chooses in its layer, the document's sentences say which tokens are for it.
+    Nothing is trained. What was there under that name stays as an earlier version: molora rollback.
+
+    Example: molora internalize report.pdf --as user/ada --model my-molora --hypernet document-net
+    """
+    with extra("personalize"):
+        from molora.personalize.document_net import DocumentNet
+        from molora.personalize.documents import chunks, read_document
+        from molora.personalize.internalize import factors_of
+        from molora.personalize.live import EXAMPLE_TOKENS
+        from molora.personalize.place import check_label, place, read_label
+
+        where = read_label(label)
+        saved = Path(model_place(model))
+        check_label(saved, where)
+        text = read_document(document)
+        loaded = open_model(str(saved), Dtype.bfloat16)
+        net = DocumentNet.load(hypernet, loaded.dtype).to(loaded.device)
+        started = time.monotonic()
+        factors = factors_of(loaded.base, loaded.tokenizer, net, text, most_rank)
+        seconds = time.monotonic() - started
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        about = {"made_from": "a document", "sha256": digest, "characters": len(text), "hypernet": hypernet.name}
+        pieces = chunks(text, loaded.tokenizer, EXAMPLE_TOKENS)
+        version = place(
+            saved,
+            loaded,
+            where,
+            factors,
+            about,
+            command=f"molora internalize {document.name} --as {label}",
+            examples=pieces,
+        )
+    rank = max(len(A) for A, _ in factors.values())
+    found = {"adapter": "/".join(where), "version": version.number, "rank": rank, "seconds": round(seconds, 3)}
+    if as_json:
+        write_json(found)
+    else:
+        typer.echo(f"{document.name} is {'/'.join(where)}, version {version.number}, of rank {rank}; {seconds:.1f} s.")

@@ -1,0 +1,80 @@
+"""Generated low-rank factors: put together, cut to a rank, and written as an ordinary PEFT folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from molora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from molora.atomic import new_folder
+from molora.errors import NonFiniteError
+
+Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""The base's module name -> A [R, in] and B [out, R], the scale in B: delta(x) = B (A x)."""
+
+
+def concatenated(parts: Sequence[Factors]) -> Factors:
+    """The sum of several deltas, exactly: ranks side by side."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: (
+            torch.cat([part[name][0] for part in parts if name in part]),
+            torch.cat([part[name][1] for part in parts if name in part], 1),
+        )
+        for name in names
+    }
+
+
+def cut(factors: Factors, rank: int) -> Factors:
+    """The deltas of ``rank`` that are nearest in the Frobenius norm (Eckart and Young); those that have less stay.
+
+    The singular values are those of a matrix of the factors' rank: the delta itself is never made.
+    """
+    found = {}
+    for name, (A, B) in factors.items():
+        if len(A) > rank:
+            q_in, r_in = torch.linalg.qr(A.float().T)  # A = r_in^T q_in^T
+            q_out, r_out = torch.linalg.qr(B.float())
+            left, values, right = torch.linalg.svd(r_out @ r_in.T)
+            root = values[:rank].sqrt()
+            B = ((q_out @ left[:, :rank]) * root).to(B)
+            A = (root.unsqueeze(1) * (right[:rank] @ q_in.T)).to(A)
+        found[name] = (A, B)
+    return found
+
+
+def write_factors(folder: Path, factors: Factors, base_name: str, about: Mapping[str, object] | None = None) -> None:
+    """Writes a PEFT folder of bfloat16 weights, alpha being the rank. ``folder`` appears whole or not at all.
+
+    Args:
+        folder: of which there must be none.
+        factors: by module.
+        base_name: the base that they were made for, as its users name it.
+        about: how they were made, kept beside them as ``generated.json``.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or infinite values.
+    """
+    for name, pair in factors.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in pair):
+            raise NonFiniteError(f"The generated weights of {name} hold NaN or infinite values; nothing was written.")
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    most = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != most}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
+        "r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others,
+        "target_modules": sorted(factors), "lora_dropout": 0.0, "bias": "none",
+    }  # fmt: skip
+    tensors = {}
+    for name, (A, B) in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().to("cpu", torch.bfloat16).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().to("cpu", torch.bfloat16).contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as made:
+        save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
+        (made / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if about is not None:
+            (made / "generated.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
