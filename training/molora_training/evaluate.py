@@ -110,7 +110,7 @@ def losses_of(
         answered = labels != IGNORED  # [B, T - 1]
         if before is not None:
             before(batch)
-        with _seeing(head, answered):
+        with seeing(head, answered):
             found = logits(batch)
         found, wanted = (found if head is not None else found[:, :-1][answered]).float(), labels[answered]
         each = nn.functional.cross_entropy(found, wanted, reduction="none")  # [answer tokens]
@@ -131,7 +131,7 @@ def losses_of(
 
 
 @contextmanager
-def _seeing(head: nn.Module | None, answered: torch.Tensor) -> Iterator[None]:
+def seeing(head: nn.Module | None, answered: torch.Tensor) -> Iterator[None]:
     """``head`` sees hidden states where ``answered`` [B, T - 1] alone: a vocabulary's logits of all are what fills a
     device."""
     if head is None:

@@ -1,0 +1,212 @@
+"""The training of the network that makes adapters of documents, on a tiny base that reads bytes."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from molora.chat import render
+from molora.errors import ConfigError, DataError, HypernetError, NonFiniteError
+from molora.personalize.document_net import DocumentNet
+from molora.personalize.internalize import factors_of
+from molora_training.generated import generated
+from molora_training.hypernet import document
+from molora_training.hypernet.document import DocumentHypernetSettings, NetShape, train
+from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
+from molora_training.hypernet.lessons import Lesson, Needles, Passages, needle, read_lessons, write_lessons
+from molora_training.hypernet.loop import LoopSettings
+from tests.unit.spoken import make_spoken
+from tests.unit.test_internalize import make_net
+
+LESSONS = [
+    Lesson("The hat is red.", (("Hat?", "red"), ("What is red?", "the hat"))),
+    Lesson("It is blue, and it is very far away from here, behind the third hill.", (("Colour?", "blue"),)),
+]
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    model = make_spoken(tmp_path / "adapters")
+    with torch.no_grad():  # or no hidden state could make it sure of anything
+        model.base.get_output_embeddings().weight.mul_(20)
+    model.base.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def settings(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DocumentHypernetSettings:
+    """One question, whose answer is the text's: with two texts, one of which has two chunks."""
+    monkeypatch.chdir(tmp_path)
+    lessons = [
+        Lesson("ab" * 12, (("Which?", "ab"),)), Lesson("yz" * 40, (("Which?", "yz"),)),
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        write_lessons(tmp_path / "data" / f"passages.{split}.jsonl", lessons)
+    return DocumentHypernetSettings(
+        out=tmp_path / "net",
+        loop=LoopSettings(steps=200, learning_rate=1e-2, checkpoint_every=100),
+        task="passages",
+        data=tmp_path / "data",
+        base=str(base_folder),
+        net=NetShape(rank=4, width=16, latents=4, blocks=1, heads=2, chunk=64),
+        loss=DocumentLoss(l1=0.0),
+        texts=2,
+        dtype="float32",
+    )
+
+
+def test_the_terms_are_means_over_tokens_questions_and_texts(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    net = make_net(model.base)
+    terms = DocumentObjective(model.base, model.tokenizer, net, DocumentLoss(1.0, 0.5, 0.1))(LESSONS)
+    gold, distil = [], []
+    for lesson in LESSONS:
+        factors = factors_of(model.base, model.tokenizer, net, lesson.text)
+        alone = {name: (A[None], B[None]) for name, (A, B) in factors.items()}
+        for question, answer in lesson.questions:
+            wanted = model.tokenizer(answer + "<|im_end|>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+            def logits(asked: str, wanted: torch.Tensor = wanted) -> torch.Tensor:
+                prompt = render(model.tokenizer, [{"role": "user", "content": asked}], add_generation_prompt=True)
+                ids = model.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+                return model.base(torch.cat([ids, wanted], 1)).logits[0, ids.shape[1] - 1 : -1]
+
+            with torch.no_grad():
+                with generated(model.base, alone):
+                    own = logits(question)
+                teacher = logits(f"{lesson.text}\n\n{question}").softmax(-1)
+            gold.append(F.cross_entropy(own, wanted[0]))
+            kept = torch.zeros_like(teacher).scatter(1, teacher.topk(16).indices, 1.0) * teacher
+            distil.append(-(kept * own.log_softmax(-1)).sum(-1).mean())
+    for name, found in (("gold", gold), ("distil", distil)):
+        torch.testing.assert_close(terms[name], ((found[0] + found[1]) / 2 + found[2]) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["loss"], terms["gold"] + 0.5 * terms["distil"] + 0.1 * terms["l1"])
+    asked = DocumentObjective(model.base, model.tokenizer, net, DocumentLoss()).asked(LESSONS)
+    assert asked.owners.tolist() == [0, 1, 1] and asked.of.tolist() == [0, 0, 1]
+
+
+def test_right_is_an_answer_whose_every_token_is_the_likeliest(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    objective = DocumentObjective(model.base, model.tokenizer, make_net(model.base), DocumentLoss())
+    asked = objective.asked(LESSONS)
+    logits, answered = objective.answers(asked.batch, {})
+    wanted = asked.batch.labels[:, 1:][answered]
+    sure = F.one_hot(wanted, logits.shape[1]).float() * 9
+    assert float(objective._terms(sure, answered, asked)["right"]) == 1.0
+    sure[0] = -sure[0]  # one token of the first answer
+    assert float(objective._terms(sure, answered, asked)["right"]) == pytest.approx(2 / 3)
+
+
+def test_it_learns_to_tell_texts_apart(settings: DocumentHypernetSettings) -> None:
+    metrics = train(settings)
+    found = metrics["validation"]
+    assert found["gold"] < 0.2 < 1.0 < found["other/gold"]
+    assert found["right"] == 1.0 and found["base/right"] == 0.0
+    net = DocumentNet.load(settings.out)
+    base, tokenizer = document.load_base(settings.base, dtype=torch.float32)
+    answers = {}
+    for text in ("ab" * 12, "yz" * 40):
+        factors = factors_of(base, tokenizer, net, text)
+        prompt = render(tokenizer, [{"role": "user", "content": "Which?"}], add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with generated(base, {name: (A[None], B[None]) for name, (A, B) in factors.items()}):
+            said = base.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
+        answers[text[:2]] = tokenizer.decode(said)
+    assert answers == {"ab": "ab", "yz": "yz"}
+    assert json.loads((settings.out / "metrics.json").read_text())["steps"] == 200
+    assert not (settings.work / "state.safetensors").exists()
+
+
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(settings: DocumentHypernetSettings) -> None:
+    short = replace(settings, loop=LoopSettings(steps=8, checkpoint_every=4))
+
+    def stop(step: int, loss: float) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(short, on_step=stop)
+    train(short)
+    again = replace(short, out=settings.out.with_name("again"))
+    train(again)
+    one, other = DocumentNet.load(short.out).state_dict(), DocumentNet.load(again.out).state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_second_stage_goes_on_from_the_first(settings: DocumentHypernetSettings, tmp_path: Path) -> None:
+    first = replace(settings, loop=LoopSettings(steps=2))
+    train(first)
+    second = replace(first, out=tmp_path / "second", start=first.out, loop=LoopSettings(steps=1, learning_rate=1e-9))
+    train(second)
+    one, other = DocumentNet.load(first.out), DocumentNet.load(second.out)
+    assert one.config == other.config
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-2, atol=1e-6)
+    with pytest.raises(HypernetError, match="no hypernetwork at"):
+        train(replace(second, start=tmp_path / "none"))
+
+
+def test_what_stops_with_a_sentence(settings: DocumentHypernetSettings, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no .*other\.train\.jsonl"):
+        train(replace(settings, name="other"))
+    (tmp_path / "data/bad.train.jsonl").write_text('{"text": "a", "questions": [{"question": "b"}]}\n')
+    with pytest.raises(DataError, match=r"bad\.train\.jsonl, line 1: no text with questions"):
+        train(replace(settings, name="bad"))
+    (tmp_path / "data/bad.train.jsonl").write_text('{"text": "a", "questions": []}\n')
+    with pytest.raises(DataError, match="nothing is asked"):
+        train(replace(settings, name="bad"))
+    for wrong, sentence in (
+        ({"texts": 0}, "texts, questions and validation"), ({"tokens": (9, 3)}, "shortest and the longest"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=sentence):
+            replace(settings, **wrong)
+    for weights in ((-1.0, 0.0, 0.0), (0.0, 0.0, 0.1)):
+        with pytest.raises(ConfigError, match="gold"):
+            DocumentLoss(*weights)
+
+
+def test_a_loss_that_is_not_finite_stops_it(
+    settings: DocumentHypernetSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(settings, loop=LoopSettings(steps=4, checkpoint_every=2))
+    honest, calls = DocumentObjective.__call__, []
+
+    def broken(self: DocumentObjective, lessons: Any) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        terms = honest(self, lessons)
+        return {**terms, "loss": terms["loss"] * float("nan")} if len(calls) == 4 else terms
+
+    monkeypatch.setattr(DocumentObjective, "__call__", broken)
+    with pytest.raises(NonFiniteError, match="became nan at step 4"):
+        train(short)
+    assert (short.work / "state.safetensors").is_file() and not short.out.exists()
+
+
+def test_a_needle_is_in_its_text() -> None:
+    needles = Needles((32, 256), digits=5, count=20)
+    for lesson in [*needles.of_step(3, 20), *needles.held_out(), *needles.of_length(1000)]:
+        ((question, answer),) = lesson.questions
+        name = question.removeprefix("What is the magic number for ").removesuffix("?")
+        number = answer.removeprefix("The magic number is ").removesuffix(".")
+        assert f"The magic number for {name} is {number}." in lesson.text and len(number) == 5
+    assert needles.of_step(3, 4) == needles.of_step(3, 4) != needles.of_step(4, 4)
+    assert needles.of_length(1000)[0].text.count(" ") > 3 * needles.of_length(256)[0].text.count(" ")
+    assert len(needle(random.Random(0), 1, 4).text.split(".")) == 2  # the needle alone
+
+
+def test_an_epoch_has_every_passage_once(tmp_path: Path) -> None:
+    lessons = [Lesson(f"text {n}", tuple((f"q{n}{k}", f"a{n}{k}") for k in range(6))) for n in range(10)]
+    for split in ("train", "validation"):
+        write_lessons(tmp_path / f"set.{split}.jsonl", lessons)
+    assert read_lessons(tmp_path / "set.train.jsonl") == lessons
+    passages = Passages(tmp_path, "set", questions=2)
+    epochs = [[lesson.text for step in range(5) for lesson in passages.of_step(first + step, 2)] for first in (0, 5)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(lesson.text for lesson in lessons)
+    assert epochs[0] != epochs[1]
+    assert all(len(lesson.questions) == 2 for lesson in passages.of_step(0, 4))

@@ -1,0 +1,196 @@
+"""Train the network that makes adapters of documents (arXiv 2602.15902); the base stays frozen.
+
+Stage 1: texts of one chunk. Stage 2, ``start`` naming what stage 1 made: longer ones. The paper finds stage 2 unstable
+without stage 1.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from molora.base import DEFAULT_BASE, load_base
+from molora.errors import ConfigError
+from molora.personalize.document_net import DocumentNet, DocumentNetConfig
+from molora_training.attention import attend_causally
+from molora_training.data import data_dir
+from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
+from molora_training.hypernet.lessons import Lesson, Lessons, Needles, Passages
+from molora_training.hypernet.loop import Loop, LoopSettings
+from molora_training.settings import work_folder
+
+METRICS = "metrics.json"
+_AT_ONCE = 16  # texts of the validation
+
+
+@dataclass(frozen=True)
+class NetShape:
+    """See :class:`DocumentNetConfig`."""
+
+    modules: tuple[str, ...] = ("down_proj",)
+    rank: int = 8
+    width: int = 128
+    latents: int = 8
+    blocks: int = 4
+    heads: int = 8
+    exit: int = 0
+    chunk: int = 256
+
+
+@dataclass(frozen=True)
+class DocumentHypernetSettings:
+    """What is trained, and on what.
+
+    Args:
+        out: folder of the result.
+        task: "needle": a number in filler, made up as it goes; "passages": ``data``/<name>.train.jsonl.
+        data, name: of the passages. questions: of a passage in a step, at most.
+        tokens: of a needle's text, the shortest and the longest.
+        start: folder of a network to go on from; its shape is kept, but for the chunk.
+        net: shape of a new one.
+        loss: weights of the terms.
+        texts: in a step.
+        loop: steps, learning rate and the like.
+        validation: held-out texts that are looked at, at most.
+        dtype: of the base; the network learns in float32.
+    """
+
+    out: Path
+    loop: LoopSettings
+    task: Literal["needle", "passages"] = "needle"
+    data: Path = field(default_factory=data_dir)
+    name: str = "passages"
+    questions: int = 4
+    tokens: tuple[int, ...] = (32, 256)
+    base: str = DEFAULT_BASE
+    start: Path | None = None
+    net: NetShape = field(default_factory=NetShape)
+    loss: DocumentLoss = field(default_factory=DocumentLoss)
+    texts: int = 16
+    validation: int = 128
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.texts < 1 or self.questions < 1 or self.validation < 1:
+            raise ConfigError("texts, questions and validation must be whole numbers from 1.")
+        if len(self.tokens) != 2 or not 1 <= self.tokens[0] <= self.tokens[1]:
+            raise ConfigError(f"tokens must be the shortest and the longest text, not {list(self.tokens)}.")
+
+    @property
+    def work(self) -> Path:
+        return work_folder("hypernet", self.out)
+
+
+def train(
+    settings: DocumentHypernetSettings,
+    resume: bool = True,
+    command: str | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Trains and writes the network to ``settings.out``; checkpoints and curves lie in ``settings.work``.
+
+    Returns:
+        The metrics of metrics.json.
+
+    Raises:
+        ConfigError: settings that do not fit. DataError: no passages. HypernetError: ``start`` is none, or another
+        base's. NonFiniteError: the loss is not finite; the last checkpoint stays.
+    """
+    started = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
+    base.to(device).requires_grad_(False).eval()
+    attend_causally(base, 1 << 20)
+    net = make_net(settings, base).to(device).train()
+    lessons = lessons_of(settings)
+    objective = DocumentObjective(base, tokenizer, net, settings.loss)
+    held_out = lessons.held_out()[: settings.validation]
+
+    def loss(step: int) -> dict[str, torch.Tensor]:
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda" and settings.dtype == "bfloat16"
+        ):
+            return objective(lessons.of_step(step, settings.texts))
+
+    loop = Loop(
+        loss,
+        dict(net.named_parameters()),
+        lambda: validate(objective, held_out),
+        settings.work,
+        settings.loop,
+        _fingerprint(settings),
+        f"hypernet {settings.out.name}",
+    )
+    counters = loop.run(resume, on_step)
+    metrics = {
+        "validation": counters["validation"][-1][1],
+        "validations": counters["validation"],
+        "losses": counters["losses"],
+        "steps": settings.loop.steps,
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "seconds": round(time.monotonic() - started, 1),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "command": command,
+        "settings": json.loads(json.dumps(asdict(settings), default=lambda value: value.name)),
+    }
+    shutil.rmtree(settings.out, ignore_errors=True)
+    net.save(settings.out)
+    draft = settings.out / f".{METRICS}"
+    draft.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, settings.out / METRICS)
+    loop.done()
+    return metrics
+
+
+def make_net(settings: DocumentHypernetSettings, base: Any) -> DocumentNet:
+    """A new network, or the one to go on from."""
+    if settings.start is None:
+        torch.manual_seed(settings.loop.seed)
+        return DocumentNet(DocumentNetConfig.for_base(base, settings.base, **asdict(settings.net)))
+    net = DocumentNet.load(settings.start)
+    net.check(base, settings.base)
+    return net
+
+
+def lessons_of(settings: DocumentHypernetSettings) -> Lessons:
+    """What it learns from."""
+    if settings.task == "needle":
+        first, last = settings.tokens
+        return Needles((first, last), seed=settings.loop.seed, count=settings.validation)
+    return Passages(settings.data, settings.name, settings.questions, settings.loop.seed)
+
+
+@torch.no_grad()
+def validate(objective: DocumentObjective, lessons: list[Lesson]) -> dict[str, float]:
+    """Means over texts: the losses and the share of answers that are right; without any adapter as "base", and with the
+    next text's adapter as "other"."""
+    sums: dict[str, float] = {}
+    objective.net.eval()
+    for first in range(0, len(lessons), _AT_ONCE):
+        some = lessons[first : first + _AT_ONCE]
+        asked = objective.asked(some)
+        joined = objective.factors(asked)
+        own = objective.of_questions(joined, asked.of)
+        turned = objective.of_questions(joined, (asked.of + 1) % asked.texts)
+        for name, factors in (("", own), ("base/", {}), ("other/", turned)):
+            for term, value in objective._terms(*objective.answers(asked.batch, factors), asked).items():
+                sums[name + term] = sums.get(name + term, 0.0) + float(value) * len(some)
+    objective.net.train()
+    return {name: value / len(lessons) for name, value in sums.items()}
+
+
+def _fingerprint(settings: DocumentHypernetSettings) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(settings), default=str, sort_keys=True).encode())
+    files = [settings.data / f"{settings.name}.{split}.jsonl" for split in ("train", "validation")]
+    for file in files if settings.task == "passages" else []:
+        digest.update(file.read_bytes())
+    if settings.start is not None:
+        digest.update((settings.start / "hypernet.safetensors").read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""What a document network learns by: to make the base answer, without the text, as it answers with it.
+
+Context distillation of arXiv 2602.15902: minus the sum of p log q over the teacher's likeliest tokens, a mean over an
+answer's tokens, then over a text's questions, then over texts, and an L1 term of the factors. Beside it, or instead,
+the cross-entropy of the answer that is known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.errors import ConfigError, DataError
+from molora.personalize.document_net import DocumentNet, by_module
+from molora.personalize.documents import chunks
+from molora.personalize.internalize import read_as, states_of
+from molora_training.data import IGNORED, Batch, Encoded, collate, encode
+from molora_training.evaluate import seeing
+from molora_training.generated import generated
+from molora_training.hypernet.lessons import Lesson
+
+LIKELIEST = 16  # tokens of the teacher's that are learnt from
+
+
+@dataclass(frozen=True)
+class DocumentLoss:
+    """Weights. gold: cross-entropy of the known answer. distil: of the teacher's. l1: of the factors' mean size."""
+
+    gold: float = 1.0
+    distil: float = 0.0
+    l1: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.gold, self.distil, self.l1) < 0 or not self.gold + self.distil:
+            raise ConfigError("Of the weights gold, distil and l1 none may be below 0, nor gold and distil both 0.")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Lessons as the base reads them.
+
+    ids [C, N], mask [C, N]: chunks of all texts. owners [C]: their texts. batch: the questions with their answers,
+    without the texts. of [Q]: the text that each question is about.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    owners: Tensor
+    batch: Batch
+    of: Tensor
+    texts: int
+
+
+class DocumentObjective:
+    """Losses of lessons.
+
+    Args:
+        base: frozen. tokenizer: its own. net: what learns.
+        weights: of the terms.
+    """
+
+    def __init__(self, base: Any, tokenizer: Any, net: DocumentNet, weights: DocumentLoss) -> None:
+        self.base, self.tokenizer, self.net, self.weights = base, tokenizer, net, weights
+        self.head: nn.Module = base.get_output_embeddings()
+
+    def __call__(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+        """Scalars: loss and its terms; the share of answers whose every token is the likeliest one as "right"."""
+        asked = self.asked(lessons)
+        joined = self.factors(asked)
+        logits, answered = self.answers(asked.batch, self.of_questions(joined, asked.of))
+        terms = self._terms(logits, answered, asked)
+        wanted = asked.batch.labels[:, 1:][answered]
+        if self.weights.distil:
+            with torch.no_grad():
+                teacher, same = self.answers(self.with_texts(lessons), {})
+            if int(same.sum()) != len(wanted):
+                raise DataError("An answer has other tokens after its text than without it.")
+            likely, tokens = teacher.softmax(-1).topk(LIKELIEST)
+            each = -(likely * logits.log_softmax(-1).gather(1, tokens)).sum(-1)
+            terms["distil"] = self._mean(each, answered, asked)
+        terms["l1"] = torch.stack([factor.abs().mean() for pair in joined.values() for factor in pair]).mean()
+        weighted = [getattr(self.weights, name) * terms[name] for name in ("gold", "distil", "l1") if name in terms]
+        return {**terms, "loss": torch.stack(weighted).sum()}
+
+    def asked(self, lessons: Sequence[Lesson]) -> Asked:
+        parts = [chunks(lesson.text, self.tokenizer, self.net.config.chunk) for lesson in lessons]
+        device = self.base.device
+        ids, mask = read_as(self.tokenizer, [part for some in parts for part in some], device)
+        owners = torch.tensor([text for text, some in enumerate(parts) for _ in some], device=device)
+        rows = [self._row(question, answer) for lesson in lessons for question, answer in lesson.questions]
+        of = torch.tensor([text for text, lesson in enumerate(lessons) for _ in lesson.questions], device=device)
+        return Asked(ids, mask, owners, collate(rows, self._pad).to(device), of, len(lessons))
+
+    def with_texts(self, lessons: Sequence[Lesson]) -> Batch:
+        """The questions with the texts before them: what the teacher sees."""
+        rows = [self._row(f"{lesson.text}\n\n{q}", answer) for lesson in lessons for q, answer in lesson.questions]
+        return collate(rows, self._pad).to(self.base.device)
+
+    def factors(self, asked: Asked) -> dict[str, Any]:
+        """The texts' adapters, by the end of a module's name: A [texts, layers, R, in], B [texts, layers, out, R]."""
+        made = self.net(states_of(self.base, asked.ids, asked.mask, self.net.config.exit), asked.mask)
+        return self.net.joined(made, asked.owners, asked.texts)
+
+    def of_questions(self, joined: dict[str, Any], of: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """By the base's module names, a row for each question."""
+        return {name: (A[of], B[of]) for name, (A, B) in by_module(self.base, joined).items()}
+
+    def answers(self, batch: Batch, factors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Logits [answer tokens, vocabulary] float32, and where they are: bool [Q, T - 1]."""
+        answered = batch.labels[:, 1:] != IGNORED
+        with generated(self.base, factors), seeing(self.head, answered):
+            found = self.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return found.float(), answered
+
+    def _terms(self, logits: Tensor, answered: Tensor, asked: Asked) -> dict[str, Tensor]:
+        wanted = asked.batch.labels[:, 1:][answered]
+        each = nn.functional.cross_entropy(logits, wanted, reduction="none")
+        row = answered.nonzero()[:, 0]
+        wrong = torch.zeros(len(answered), device=row.device).index_add(0, row, (logits.argmax(-1) != wanted).float())
+        return {"gold": self._mean(each, answered, asked), "right": (wrong == 0).float().mean()}
+
+    def _mean(self, each: Tensor, answered: Tensor, asked: Asked) -> Tensor:
+        """Over an answer's tokens, then a text's questions, then texts."""
+        row = answered.nonzero()[:, 0]
+        tokens = answered.sum(1).to(each)
+        by_question = torch.zeros(len(answered), device=each.device).index_add(0, row, each) / tokens
+        asked_of = torch.bincount(asked.of, minlength=asked.texts).to(each)
+        return (by_question / asked_of[asked.of]).sum() / asked.texts
+
+    def _row(self, question: str, answer: str) -> Encoded:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return encode(messages, self.tokenizer, ["text"], ["text"])
+
+    @property
+    def _pad(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)

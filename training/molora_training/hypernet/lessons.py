@@ -1,0 +1,153 @@
+"""What a document network learns from: texts, and questions about them that the texts answer."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from molora.errors import DataError
+
+# Made up: nothing in them answers a question about a number.
+_WHO = (
+    "The baker", "A gardener", "My neighbour", "The old captain", "A young teacher", "The postman", "Our doctor",
+    "The librarian", "A painter", "The night watch", "Her brother", "The shopkeeper", "A traveller", "The mayor",
+    "His aunt", "The carpenter",
+)  # fmt: skip
+_DID = (
+    "walked along the river", "opened the green door", "waited for the evening train", "wrote a long letter",
+    "swept the yard", "looked for the lost key", "read the paper twice", "fed the grey cat", "mended the roof",
+    "sang on the way home", "carried two baskets", "spoke of the weather", "slept until noon", "lit a small lamp",
+    "counted the boats", "closed the shutters",
+)  # fmt: skip
+_WHEN = (
+    "before breakfast", "in the rain", "after the market", "on a quiet Sunday", "as every day", "without a word",
+    "late in autumn", "when the bells rang", "in spite of the cold", "for the first time", "with great care",
+    "and nobody noticed",
+)  # fmt: skip
+_WORDS = (
+    "amber", "birch", "cobalt", "delta", "ember", "falcon", "garnet", "harbour", "indigo", "juniper", "kestrel",
+    "lantern", "marble", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet",
+    "willow", "yarrow", "zephyr", "anchor", "bramble", "copper", "dune", "elm",
+)  # fmt: skip
+_TOKENS_A_SENTENCE = 12  # about, of a filler
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text and (question, answer) pairs about it."""
+
+    text: str
+    questions: tuple[tuple[str, str], ...]
+
+
+class Lessons(Protocol):
+    """Where lessons come from."""
+
+    def of_step(self, step: int, count: int) -> list[Lesson]:
+        """Those of a training step: by its number alone."""
+
+    def held_out(self) -> list[Lesson]:
+        """For validation: of texts that no step has."""
+
+
+@dataclass(frozen=True)
+class Needles:
+    """A number hidden in filler, and the question for it: the smallest task that shows whether a text was read.
+
+    tokens: the shortest and the longest text, about. digits: of the number. count: of the held-out lessons.
+    """
+
+    tokens: tuple[int, int] = (32, 256)
+    digits: int = 4
+    seed: int = 0
+    count: int = 128
+
+    def of_step(self, step: int, count: int) -> list[Lesson]:
+        chance = random.Random(f"needle/{self.seed}/{step}")
+        return [needle(chance, chance.randint(*self.tokens), self.digits) for _ in range(count)]
+
+    def held_out(self) -> list[Lesson]:
+        return self.of_length(self.tokens[1])
+
+    def of_length(self, tokens: int) -> list[Lesson]:
+        """Held-out lessons of one length; their numbers and fillers are drawn apart from every step's."""
+        chance = random.Random(f"needle/{self.seed}/held out/{tokens}")
+        return [needle(chance, tokens, self.digits) for _ in range(self.count)]
+
+
+def needle(chance: random.Random, tokens: int, digits: int) -> Lesson:
+    """One text of about so many tokens, with its needle anywhere in it."""
+    name = f"{chance.choice(_WORDS)} {chance.choice(_WORDS)}"
+    number = "".join(chance.choice("0123456789") for _ in range(digits))
+    lines = [
+        f"{chance.choice(_WHO)} {chance.choice(_DID)} {chance.choice(_WHEN)}."
+        for _ in range(max(0, tokens // _TOKENS_A_SENTENCE - 1))
+    ]
+    lines.insert(chance.randint(0, len(lines)), f"The magic number for {name} is {number}.")
+    return Lesson(" ".join(lines), ((f"What is the magic number for {name}?", f"The magic number is {number}."),))
+
+
+class Passages:
+    """Passages with questions from files: ``<name>.train.jsonl`` and ``<name>.validation.jsonl``, a lesson a line.
+
+    Args:
+        folder: of the files. name: of the set.
+        questions: at most so many of a passage are asked in a step.
+    """
+
+    def __init__(self, folder: Path, name: str, questions: int = 4, seed: int = 0) -> None:
+        self.questions, self.seed = questions, seed
+        self.train = read_lessons(folder / f"{name}.train.jsonl")
+        self.validation = read_lessons(folder / f"{name}.validation.jsonl")
+
+    def of_step(self, step: int, count: int) -> list[Lesson]:
+        found = []
+        for place in range(step * count, (step + 1) * count):
+            epoch, index = divmod(place, len(self.train))
+            order = list(range(len(self.train)))
+            random.Random(f"passages/{self.seed}/{epoch}").shuffle(order)
+            lesson = self.train[order[index]]
+            chance = random.Random(f"passages/{self.seed}/{place}")
+            asked = chance.sample(lesson.questions, min(self.questions, len(lesson.questions)))
+            found.append(Lesson(lesson.text, tuple(asked)))
+        return found
+
+    def held_out(self) -> list[Lesson]:
+        return self.validation
+
+
+def read_lessons(path: Path) -> list[Lesson]:
+    """Reads {"text": ..., "questions": [{"question": ..., "answer": ...}, ...]} a line.
+
+    Raises:
+        DataError: there is no such file, or a line is no lesson.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no {path}: make it with `molora train data passages`.")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            pairs = tuple((str(one["question"]), str(one["answer"])) for one in row["questions"])
+            lesson = Lesson(str(row["text"]), pairs)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: no text with questions and answers ({error}).") from error
+        if not lesson.text.strip() or not pairs:
+            raise DataError(f"{path}, line {number}: the text is empty, or nothing is asked about it.")
+        found.append(lesson)
+    if not found:
+        raise DataError(f"{path} holds no lesson.")
+    return found
+
+
+def write_lessons(path: Path, lessons: Sequence[Lesson]) -> None:
+    """Writes what :func:`read_lessons` reads, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.part")
+    with draft.open("w", encoding="utf-8") as out:
+        for lesson in lessons:
+            pairs = [{"question": question, "answer": answer} for question, answer in lesson.questions]
+            out.write(json.dumps({"text": lesson.text, "questions": pairs}, ensure_ascii=False) + "\n")
+    draft.replace(path)
