@@ -18,6 +18,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+hypernet = typer.Typer(
+    help="Train a network that makes adapters: of documents.\n\nExample: molora train hypernet document out=net",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(hypernet, name="hypernet")
+
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; an unknown key is an error.")
 ]
@@ -96,6 +103,34 @@ def router(
     _report(metrics, settings.out, as_json)
 
 
+@hypernet.command()
+def document(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the network that makes adapters of documents; the base stays frozen.
+
+    In: nothing (task: needle, a number hidden in made-up filler), or passages with questions (task: passages, from
+    `molora train data passages`). Out: a folder for `molora internalize`, with metrics.json; checkpoints and curves in
+    runs/. An interrupted training goes on when the same line is given again. A second training goes on from the first
+    one's folder (`start`), with longer texts or passages.
+
+    Settings: out, task, tokens, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
+    loss.gold, loss.distil, loss.l1, texts, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
+
+    Example: molora train hypernet document out=document-net loop.steps=10000
+    """
+    with extra("train"):
+        from molora_training.hypernet.document import DocumentHypernetSettings, train
+        from molora_training.settings import load_settings
+
+        settings = load_settings(DocumentHypernetSettings, config, overrides or ())
+        metrics = train(settings, resume=resume, command=_command("hypernet document", config, overrides))
+    _report(metrics, settings.out, as_json)
+
+
 @app.command()
 def data(
     domains: Annotated[
@@ -106,8 +141,8 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch and prepare conversations for the domains (math, code, medicine, law, ukrainian) and the two users; where
-    they are named also for science, reading, commonsense and puzzles, questions that need two adapters (both), and 128
-    small domains within all of these (many).
+    they are named also for science, reading, commonsense and puzzles, questions that need two adapters (both), 128
+    small domains within all of these (many), and passages with questions for a hypernetwork (passages).
 
     In: nothing; the sources are fetched once. Out: NAME.train.jsonl, .validation.jsonl and .test.jsonl for each, and
     mixed conversations where all domains are asked for. What is there already is kept.

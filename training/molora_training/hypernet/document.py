@@ -21,8 +21,9 @@ from molora.errors import ConfigError
 from molora.personalize.document_net import DocumentNet, DocumentNetConfig
 from molora_training.attention import attend_causally
 from molora_training.data import data_dir
+from molora_training.data.lessons import Lesson
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
-from molora_training.hypernet.lessons import Lesson, Lessons, Needles, Passages
+from molora_training.hypernet.lessons import Lessons, Needles, Passages
 from molora_training.hypernet.loop import Loop, LoopSettings
 from molora_training.settings import work_folder
 

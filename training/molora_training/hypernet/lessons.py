@@ -1,13 +1,11 @@
 """What a document network learns from: texts, and questions about them that the texts answer."""
 
-import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from molora.errors import DataError
+from molora_training.data.lessons import Lesson, read_lessons
 
 # Made up: nothing in them answers a question about a number.
 _WHO = (
@@ -32,14 +30,6 @@ _WORDS = (
     "willow", "yarrow", "zephyr", "anchor", "bramble", "copper", "dune", "elm",
 )  # fmt: skip
 _TOKENS_A_SENTENCE = 12  # about, of a filler
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A text and (question, answer) pairs about it."""
-
-    text: str
-    questions: tuple[tuple[str, str], ...]
 
 
 class Lessons(Protocol):
@@ -116,38 +106,3 @@ class Passages:
 
     def held_out(self) -> list[Lesson]:
         return self.validation
-
-
-def read_lessons(path: Path) -> list[Lesson]:
-    """Reads {"text": ..., "questions": [{"question": ..., "answer": ...}, ...]} a line.
-
-    Raises:
-        DataError: there is no such file, or a line is no lesson.
-    """
-    if not path.is_file():
-        raise DataError(f"There is no {path}: make it with `molora train data passages`.")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            pairs = tuple((str(one["question"]), str(one["answer"])) for one in row["questions"])
-            lesson = Lesson(str(row["text"]), pairs)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: no text with questions and answers ({error}).") from error
-        if not lesson.text.strip() or not pairs:
-            raise DataError(f"{path}, line {number}: the text is empty, or nothing is asked about it.")
-        found.append(lesson)
-    if not found:
-        raise DataError(f"{path} holds no lesson.")
-    return found
-
-
-def write_lessons(path: Path, lessons: Sequence[Lesson]) -> None:
-    """Writes what :func:`read_lessons` reads, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    with draft.open("w", encoding="utf-8") as out:
-        for lesson in lessons:
-            pairs = [{"question": question, "answer": answer} for question, answer in lesson.questions]
-            out.write(json.dumps({"text": lesson.text, "questions": pairs}, ensure_ascii=False) + "\n")
-    draft.replace(path)

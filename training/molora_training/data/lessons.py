@@ -1,0 +1,75 @@
+"""Texts with questions that they answer: what a network learns from that makes adapters of documents."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molora.errors import DataError
+
+from .items import SPLITS, Item, Split
+from .overlap import without_overlap
+from .text import stable_fraction
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text and (question, answer) pairs about it."""
+
+    text: str
+    questions: tuple[tuple[str, str], ...]
+
+
+def lessons_of(items: Iterable[Item]) -> tuple[dict[Split, list[Lesson]], dict[Split, int]]:
+    """A lesson for each passage, by split, in an order that does not depend on the source; and how many held-out
+    questions were left out since they share their words with training text."""
+    by_split: dict[Split, list[Item]] = {split: [] for split in SPLITS}
+    for item in items:
+        by_split[item.split].append(item)
+    overlapping: dict[Split, int] = {}
+    found: dict[Split, list[Lesson]] = {}
+    for split, rows in by_split.items():
+        clean = rows if split == "train" else without_overlap(rows, by_split["train"])
+        if split != "train":
+            overlapping[split] = len(rows) - len(clean)
+        by_passage: dict[str, list[tuple[str, str]]] = {}
+        for item in clean:
+            by_passage.setdefault(item.body["passage"], []).append((item.body["question"], item.answers["plain"]))
+        lessons = [Lesson(text, tuple(dict.fromkeys(pairs))) for text, pairs in by_passage.items()]
+        found[split] = sorted(lessons, key=lambda lesson: stable_fraction(f"order:{lesson.text}"))
+    return found, overlapping
+
+
+def read_lessons(path: Path) -> list[Lesson]:
+    """Reads {"text": ..., "questions": [{"question": ..., "answer": ...}, ...]} a line.
+
+    Raises:
+        DataError: there is no such file, or a line is no lesson.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no {path}: make it with `molora train data passages`.")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            pairs = tuple((str(one["question"]), str(one["answer"])) for one in row["questions"])
+            lesson = Lesson(str(row["text"]), pairs)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: no text with questions and answers ({error}).") from error
+        if not lesson.text.strip() or not pairs:
+            raise DataError(f"{path}, line {number}: the text is empty, or nothing is asked about it.")
+        found.append(lesson)
+    if not found:
+        raise DataError(f"{path} holds no lesson.")
+    return found
+
+
+def write_lessons(path: Path, lessons: Sequence[Lesson]) -> None:
+    """Writes what :func:`read_lessons` reads, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.part")
+    with draft.open("w", encoding="utf-8") as out:
+        for lesson in lessons:
+            pairs = [{"question": question, "answer": answer} for question, answer in lesson.questions]
+            out.write(json.dumps({"text": lesson.text, "questions": pairs}, ensure_ascii=False) + "\n")
+    draft.replace(path)
