@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from molora._version import __version__
+from molora.commands.assemble import assemble
 from molora.commands.bench import app as bench
 from molora.commands.chat import chat
 from molora.commands.demo import demo
@@ -35,6 +36,7 @@ app.command()(generate)
 app.command()(routes)
 app.command()(info)
 app.command()(internalize)
+app.command()(assemble)
 app.command()(update)
 app.command()(forget)
 app.command()(versions)

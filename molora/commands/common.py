@@ -20,7 +20,7 @@ EXTRAS = {
     "demo": {"gradio", "molora_demo"},
     "train": {"peft", "tensorboard", "matplotlib", "molora_training"},
     "eval": {"peft", "lm_eval", "molora_training"},
-    "personalize": {"bs4", "pypdf"},
+    "personalize": {"bm25s", "bs4", "pypdf", "rouge_score", "sklearn"},
 }
 
 

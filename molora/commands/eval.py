@@ -111,6 +111,32 @@ def quality(
 
 
 @app.command()
+def documents(
+    hypernet: Annotated[Path, typer.Argument(help="A network from `molora train hypernet document`.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
+    limit: Annotated[int, typer.Option(min=1, help="Passages of the test split.")] = 200,
+    needles: Annotated[int, typer.Option(min=1, help="Texts of each length with a number hidden in them.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """What does an adapter that was made of a document know of it?
+
+    In: a network and prepared data (`molora train data passages science`). Out: a JSON file with the needles that are
+    found by length, and answers to questions about passages: with the passage's adapter, another's, one of its words
+    shuffled, the passage in the prompt, and what a search puts there; what unrelated text loses; seconds and bytes.
+
+    Example: molora eval documents document-net
+    """
+    with extra("train"), extra("personalize"):
+        from molora_training.data import data_dir
+        from molora_training.document_table import run
+
+        command = f"molora eval documents {hypernet} --limit {limit} --needles {needles}"
+        report = run(hypernet, data or data_dir(), out, command, limit, needles)
+    _show(report, as_json)
+
+
+@app.command()
 def adding(
     few: Annotated[Path, typer.Argument(help="A saved MoLoRA whose router was trained without some adapters.")],
     full: Annotated[Path, typer.Argument(help="One with all of them, whose router was trained on all.")],

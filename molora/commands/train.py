@@ -132,6 +132,37 @@ def document(
 
 
 @app.command()
+def pieces(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FOLDER", help="Sentence embeddings. Default: MiniLM.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a pool of pieces, from which `molora assemble` puts users' adapters together.
+
+    In: a prepared set of people (`molora train people`). Out: a folder with the adapters of those who share, in pieces,
+    a gate of each, and metrics.json. An interrupted training goes on when the same line is given again.
+
+    Settings: out, people, data, base, sharers, rank, alpha, targets, learning_rate, epochs, gate_epochs,
+    gate_learning_rate, max_length, seed, dtype.
+
+    Example: molora train pieces people=presidents out=pieces sharers=20
+    """
+    with extra("train"), extra("personalize"):
+        from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
+        from molora_training.pieces import PiecesSettings, train
+        from molora_training.settings import load_settings
+
+        settings = load_settings(PiecesSettings, config, overrides or ())
+        encode = SentenceEncoder(encoder or DEFAULT_ENCODER).encode
+        metrics = train(settings, encode, command=_command("pieces", config, overrides))
+    _report(metrics, settings.out, as_json)
+
+
+@app.command()
 def data(
     domains: Annotated[
         list[str] | None,
@@ -154,6 +185,29 @@ def data(
 
         counts = prepare(domains, out=out) if domains else prepare(out=out)
     found = {name: {"examples": row.examples, "overlapping": row.overlapping} for name, row in counts.items()}
+    _report_data(found, out or data_dir(), as_json)
+
+
+@app.command()
+def people(
+    sets: Annotated[list[str] | None, typer.Argument(metavar="SET", help="Default: all.", show_default=False)] = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch and prepare sets of people, each with a history of questions and answers: presidents (speeches), senders
+    (e-mails), writers (Ukrainian texts), raters (films).
+
+    In: nothing; the sources are fetched once. Out: people-SET.train.jsonl (the histories), .validation.jsonl and
+    .test.jsonl. A share of the people is held out of whatever is trained on several. Addresses of mail are hashed.
+
+    Example: molora train people presidents --out data
+    """
+    with extra("train"), extra("personalize"):
+        from molora_training.data import data_dir
+        from molora_training.data.people import prepare_people
+
+        counts = prepare_people(sets, out=out) if sets else prepare_people(out=out)
+    found = {name: {"people": row.people, "examples": row.interactions} for name, row in counts.items()}
     _report_data(found, out or data_dir(), as_json)
 
 

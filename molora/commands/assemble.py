@@ -1,0 +1,75 @@
+"""``molora assemble``: a user's adapter from others' pieces."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+
+
+def assemble(
+    layer: Annotated[str, typer.Argument(help="The adapter's layer, such as user.")],
+    name: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its name; the history has to be this user's.")],
+    history: Annotated[
+        Path, typer.Option(metavar="FILE", help="The user's conversations as JSON Lines, or LaMP's questions.")
+    ],
+    pool: Annotated[Path, typer.Option(metavar="FOLDER", help="Pieces, from `molora train pieces`.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Pieces of each module.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write what has to be kept of the user: places and weights, about 2 KB."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a user's adapter together from pieces of others', by one reading of the user's history. Nothing is trained.
+
+    In: a history, a pool of pieces, a saved MoLoRA of the pool's base. Out: an adapter in the saved MoLoRA, an ordinary
+    PEFT folder; what was there under that name stays as an earlier version. A user without a history gets no adapter.
+
+    Example: molora assemble user ada --history ada.jsonl --pool pieces --model my-molora
+    """
+    with extra("personalize"):
+        from molora.errors import DataError
+        from molora.personalize.history import read_history
+        from molora.personalize.pieces import PiecePool
+        from molora.personalize.place import check_label, place
+
+        saved = Path(model_place(model))
+        check_label(saved, (layer, name))
+        said = read_history(history, name)
+        if not said:
+            raise DataError(f"{history.name} holds nothing of {name}: without a history the base answers as it is.")
+        pieces = PiecePool.load(pool)
+        loaded = open_model(str(saved), Dtype.bfloat16)
+        turns = [
+            [{"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer}] for one in said
+        ]
+        chosen = pieces.assemble(loaded.base, loaded.tokenizer, turns, top)
+        kept = chosen.to_bytes()
+        about = {
+            "made_from": "pieces",
+            "history": hashlib.sha256(history.read_bytes()).hexdigest(),
+            "interactions": len(said),
+            "pool": pool.name,
+        }
+        version = place(
+            saved, loaded, (layer, name), pieces.factors(chosen), about,
+            command=f"molora assemble {layer} {name} --history {history.name}",
+            examples=[one.question for one in said],
+        )  # fmt: skip
+        if out is not None:
+            out.write_bytes(kept)
+    found = {"adapter": f"{layer}/{name}", "version": version.number, "interactions": len(said), "bytes": len(kept)}
+    if as_json:
+        write_json(found)
+    else:
+        typer.echo(
+            f"{layer}/{name}, version {version.number}, from {len(said)} interactions; {len(kept):,} bytes to be kept."
+        )

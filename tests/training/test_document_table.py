@@ -1,0 +1,106 @@
+"""The table of what a document's adapter knows: its metrics, its batches, and the whole on a tiny base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora.cli import app
+from molora.personalize.document_net import DocumentNet
+from molora_training import document_table
+from molora_training.data import Example, write_examples
+from molora_training.data.lessons import Lesson, write_lessons
+from molora_training.document_table import Table, exact, f1, rouge_l
+from molora_training.generated import generated
+from tests.unit.spoken import make_spoken
+from tests.unit.test_internalize import make_net
+
+LESSONS = [
+    Lesson(f"The hat of {who} is {colour}.", ((f"Hat of {who}?", colour),))
+    for who, colour in (("Ada", "red"), ("Bob", "blue"), ("Eve", "green"))
+]
+
+
+def test_metrics_are_squads_and_rouges() -> None:
+    assert f1("The cat sat.", "a cat") == pytest.approx(2 * 1 / 3)
+    assert (
+        f1("no", "yes") == 0.0 and f1("", "") == 1.0 and exact("The Cat!", "cat") == 1.0 and exact("cats", "cat") == 0.0
+    )
+    assert rouge_l("the cat sat", "the cat") == pytest.approx(0.8)
+
+
+@torch.no_grad()
+def test_a_batch_of_answers_is_each_alone(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base), batch=3)
+    texts = [
+        "one text",
+        "another one, which is a good deal longer than a chunk of the network is, so that it has two",
+        "x",
+    ]
+    factors = [table.factors(text) for text in texts]
+    prompts = ["a", "a longer question?", "what"]
+    together = table.answers(prompts, factors)
+    assert together == [table.answers([prompt], [own])[0] for prompt, own in zip(prompts, factors, strict=True)]
+    assert together != table.answers(prompts)
+    ids = model.tokenizer(
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False, return_tensors="pt"
+    )["input_ids"]
+    with generated(model.base, {name: (A[None], B[None]) for name, (A, B) in factors[0].items()}):
+        said = model.base.generate(
+            ids, max_new_tokens=document_table.NEW_TOKENS, do_sample=False, eos_token_id=table.end, pad_token_id=0
+        )
+    assert together[0] == model.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_unrelated_text_under_a_network_that_has_not_learnt_is_the_bases(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base, trained=False))
+    rows = [document_table.encode_within([_example(n)], model.tokenizer, 1024, ["science"])[0] for n in range(5)]
+    found = table.unrelated(rows, LESSONS)
+    assert found["adapter"] == found["base"] > 0
+    other = Table(model.base, model.tokenizer, make_net(model.base)).unrelated(rows, LESSONS)
+    assert other["base"] == found["base"] != other["adapter"]
+
+
+def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    model = make_spoken(tmp_path / "adapters")
+    model.base.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
+    net = make_net(model.base)
+    object.__setattr__(net.config, "base", str(tmp_path / "base"))
+    net.save(tmp_path / "net")
+    write_lessons(tmp_path / "data/passages.test.jsonl", LESSONS)
+    write_examples(tmp_path / "data/science.test.jsonl", [_example(n) for n in range(3)])
+    monkeypatch.setattr(document_table, "NEW_TOKENS", 3)
+    app(
+        ["eval", "documents", str(tmp_path / "net"), "--data", str(tmp_path / "data"), "--out",
+         str(tmp_path / "o.json"), "--limit", "3", "--needles", "2", "--json"],
+        standalone_mode=False,
+    )  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "o.json").read_text())
+    assert [row["contender"] for row in report["rows"]] == [
+        "base", "adapter of the text", "adapter of the text, cut to rank 8", "adapter of another text",
+        "adapter of the text's words, shuffled", "text in the prompt", "search over all texts",
+    ]  # fmt: skip
+    assert [one["tokens"] for one in report["needles"]] == [64, 128, 256, 1024]
+    assert report["needles"][3]["rank"] > report["needles"][0]["rank"]
+    assert all(
+        0 <= row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] <= 1
+        for row in report["rows"]
+        for name in ("f1", "rouge_l", "exact")
+    )
+    assert len(report["must"]) == 6 and report["cost"]["bytes at rank 8"] > 0
+    assert isinstance(DocumentNet.load(tmp_path / "net"), DocumentNet)
+
+
+def _example(number: int) -> Example:
+    messages = (
+        {"role": "user", "content": f"Question {number}?"},
+        {"role": "assistant", "content": f"Answer {number}."},
+    )
+    return Example(f"s{number}", "science", "test", messages)

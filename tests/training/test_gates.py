@@ -1,0 +1,84 @@
+"""Gates of a frozen adapter: what they do, and that they learn for which inputs it was made."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora.adapter import Adapter
+from molora.errors import NonFiniteError
+from molora_training.data import Encoded, encode
+from molora_training.gates import gated, train_gates
+from tests.conftest import write_adapter
+from tests.unit.spoken import make_spoken
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    return make_spoken(tmp_path / "m", domains=())
+
+
+def rows(model: Any) -> list[Encoded]:
+    pairs = [("Colour?", "blue"), ("Number?", "seven"), ("Animal?", "an owl")] * 4
+    return [
+        encode([{"role": "user", "content": q}, {"role": "assistant", "content": a}], model.tokenizer, ["x"], ["x"])
+        for q, a in pairs
+    ]
+
+
+@torch.no_grad()
+def test_a_gate_of_zero_lets_half_through(model: Any, tmp_path: Path) -> None:
+    adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["q_proj", "v_proj"]))
+    half = {name: torch.zeros(weights.A.shape[1]) for name, weights in adapter.modules.items()}
+    x = torch.randn(1, 5, 32)
+    name = "model.layers.1.self_attn.q_proj"
+    module, weights = model.base.get_submodule(name), adapter.modules[name]
+    plain, delta = module(x), weights.scale * (x @ weights.A.T @ weights.B.T)
+    with gated(model.base, adapter, half):
+        torch.testing.assert_close(module(x), plain + 0.5 * delta)
+    wide = {**half, name: torch.full((32,), 3.0)}
+    with gated(model.base, adapter, wide):
+        share = torch.sigmoid(3.0 * x.sum(-1, keepdim=True))
+        torch.testing.assert_close(module(x), plain + share * delta)
+    assert torch.equal(module(x), plain)
+
+
+def test_gates_learn_and_the_adapter_stays(model: Any, tmp_path: Path) -> None:
+    adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["q_proj", "v_proj"]))
+    before = copy.deepcopy({name: weights.A for name, weights in adapter.modules.items()})
+    some = rows(model)
+    found = train_gates(model.base, adapter, some, 0, epochs=2, learning_rate=1e-2, batch_tokens=128)
+    assert set(found) == set(adapter.modules) and all(gate.any() for gate in found.values())
+    again = train_gates(model.base, adapter, some, 0, epochs=2, learning_rate=1e-2, batch_tokens=128)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert all(torch.equal(weights.A, before[name]) for name, weights in adapter.modules.items())
+    assert not any(parameter.requires_grad for parameter in model.base.parameters())
+
+
+def test_gates_close_for_an_adapter_that_does_harm(model: Any, tmp_path: Path) -> None:
+    """By the sign of x . g: on the inputs of its own text little of it acts in the end."""
+    adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["down_proj"], lora_alpha=64))
+    some = rows(model)
+
+    def loss(gates: dict[str, torch.Tensor], adapter: Adapter = adapter) -> float:
+        with torch.no_grad(), gated(model.base, adapter, gates):
+            total = 0.0
+            for row in some:
+                logits = model.base(row.input_ids[None]).logits[0, :-1]
+                total += float(torch.nn.functional.cross_entropy(logits, row.labels[1:]))
+        return total
+
+    start = {name: torch.zeros(weights.A.shape[1]) for name, weights in adapter.modules.items()}
+    found = train_gates(model.base, adapter, some, 0, epochs=20, learning_rate=1.0, batch_tokens=256)
+    unchanged = Adapter(adapter.path, {}, adapter.config)
+    plain = loss({}, unchanged)
+    assert loss(start) - plain > 0.5 and loss(found) - plain < 0.1
+
+
+def test_a_loss_that_is_not_finite(model: Any, tmp_path: Path) -> None:
+    adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["q_proj"]))
+    adapter.modules["model.layers.0.self_attn.q_proj"].A.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="at step 1"):
+        train_gates(model.base, adapter, rows(model), 0)

@@ -1,0 +1,122 @@
+"""The training of a pool of pieces, and a user's adapter that is put together from it, on a tiny base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora import MoLoRAModel
+from molora.adapter import Adapter
+from molora.cli import app
+from molora.errors import ConfigError, DataError
+from molora.personalize.history import Interaction
+from molora.personalize.pieces import Assembled, PiecePool
+from molora_training import pieces
+from molora_training.data.read_people import Asked, Person
+from molora_training.pieces import PiecesSettings, choose_sharers, pool_of, train
+from tests.unit.spoken import make_spoken, save_spoken
+
+
+def person(name: str, says: str, count: int, held_out: bool = False) -> Person:
+    asked = [
+        Asked(f"{name}-{number}", "validation" if number % 4 == 3 else "train", "plain", False,
+              Interaction(f"Question {number}?", f"{says} {number}"))
+        for number in range(count)
+    ]  # fmt: skip
+    return Person(name, held_out, tuple(asked))
+
+
+PEOPLE = [
+    person("ada", "blue", 8), person("bob", "blue", 4), person("cyd", "red", 6), person("dan", "red", 12),
+    person("eve", "red", 40, held_out=True),
+]  # fmt: skip
+
+
+def by_colour(texts: Any) -> torch.Tensor:
+    return torch.tensor([[1.0, 0.0] if "blue" in text else [0.0, 1.0] for text in texts])
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PiecesSettings:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pieces, "read_people", lambda name, folder: PEOPLE)
+    model = make_spoken(tmp_path / "adapters")
+    save_spoken(model, tmp_path)
+    return PiecesSettings(
+        out=tmp_path / "pool", people="any", data=tmp_path, base=str(tmp_path / "base"), sharers=2, rank=2, alpha=4.0,
+        targets=("q_proj", "o_proj"), learning_rate=1e-2, batch_tokens=256, gate_learning_rate=1e-2, dtype="float32",
+    )  # fmt: skip
+
+
+def test_the_busiest_of_each_cluster_shares() -> None:
+    some = [one for one in PEOPLE if not one.held_out]
+    assert [one.id for one in choose_sharers(some, by_colour, 2)] == ["ada", "dan"]
+    assert [one.id for one in choose_sharers(some, by_colour, 9)] == ["ada", "bob", "cyd", "dan"]
+
+
+def test_a_pool_is_the_sharers_adapters_and_goes_on_where_it_was(
+    settings: PiecesSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = pieces.train_gates
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pieces, "train_gates", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, by_colour)
+    made = {name: (settings.work / "adapters" / name / "metrics.json").stat().st_mtime_ns for name in ("ada", "dan")}
+    monkeypatch.setattr(pieces, "train_gates", honest)
+    metrics = train(settings, by_colour)
+    assert (metrics["sharers"], metrics["people"], metrics["interactions"]) == (2, 4, 6 + 9)
+    for name, when in made.items():  # they were not trained again
+        assert (settings.work / "adapters" / name / "metrics.json").stat().st_mtime_ns == when
+    pool = PiecePool.load(settings.out)
+    assert pool.config.rank == 2 and len(pool.config.modules) == 6
+    for number, name in enumerate(("ada", "dan")):
+        own = Adapter.load(settings.work / "adapters" / name)
+        for module, weights in own.modules.items():
+            delta = pool.B[module][number] @ pool.A[module][number]
+            wanted = weights.scale * weights.B.float() @ weights.A.float()
+            torch.testing.assert_close(delta, wanted, rtol=2e-2, atol=1e-4)
+            assert pool.gates[module][number].any()
+    rows = [json.loads(line) for line in (settings.work / "data/ada.train.jsonl").read_text().splitlines()]
+    assert all("blue" in row["messages"][1]["content"] for row in rows)  # nobody else's text
+
+
+def test_what_does_not_fit(settings: PiecesSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="sharers must be"):
+        PiecesSettings(out=settings.out, people="x", sharers=0)
+    monkeypatch.setattr(pieces, "read_people", lambda name, folder: PEOPLE[4:])
+    with pytest.raises(DataError, match="Nobody in the set 'any'"):
+        train(settings, by_colour)
+    first = Adapter.load(settings.data / "adapters/math")
+    with pytest.raises(ConfigError, match="differ in rank or modules"):
+        pool_of("x", [first, Adapter(first.path, dict(list(first.modules.items())[:1]), first.config)], [{}, {}])
+
+
+def test_a_users_adapter_is_assembled_into_a_saved_model(settings: PiecesSettings, tmp_path: Path, capsys: Any) -> None:
+    train(settings, by_colour)
+    turns = [{"role": "user", "content": "Question 9?"}, {"role": "assistant", "content": "blue 9"}]
+    (tmp_path / "zoe.jsonl").write_text(json.dumps({"messages": turns, "user": "zoe"}) + "\n")
+    line = ["assemble", "user", "zoe", "--history", str(tmp_path / "zoe.jsonl"), "--pool", str(settings.out)]
+    line += ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "zoe.pieces")]
+    capsys.readouterr()
+    app([*line, "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["adapter"], found["version"], found["interactions"]) == ("user/zoe", 1, 1)
+    kept = Assembled.load(tmp_path / "zoe.pieces")
+    assert (tmp_path / "zoe.pieces").stat().st_size == found["bytes"]
+    pool = PiecePool.load(settings.out)
+    adapter = MoLoRAModel.from_pretrained(tmp_path / "model").adapters["user/zoe"]
+    for name, (A, B) in pool.factors(kept).items():
+        weights = adapter.modules[name]
+        torch.testing.assert_close(weights.scale * weights.B.float() @ weights.A.float(), B @ A, rtol=2e-2, atol=1e-4)
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds nothing of zoe"):
+        app([*line[:4], str(tmp_path / "none.jsonl"), *line[5:]], standalone_mode=False)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"messages": turns, "user": "max"}) + "\n")
+    with pytest.raises(DataError, match="max"):
+        app([*line[:4], str(tmp_path / "other.jsonl"), *line[5:]], standalone_mode=False)

@@ -1,0 +1,291 @@
+"""What does an adapter that was made of a document know of it? Needles by length, and questions about passages.
+
+Beside the right adapter stand another text's, one of the text with its words shuffled, the text in the prompt (the
+ceiling), and what a search over all texts puts there, which is what users would do without adapters.
+"""
+
+import json
+import random
+import re
+import statistics
+import string
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora.base import load_base
+from molora.chat import render
+from molora.personalize.document_net import DocumentNet
+from molora.personalize.documents import chunks
+from molora.personalize.factors import Factors, cut, write_factors
+from molora.personalize.internalize import factors_of
+from molora.personalize.retrieval import Retriever
+from molora_training.data import IGNORED, collate, encode_within, read_examples
+from molora_training.data.lessons import Lesson, read_lessons
+from molora_training.evaluate import bootstrap
+from molora_training.generated import generated
+from molora_training.hypernet.lessons import Needles
+from molora_training.report import heading, line, write_report
+from molora_training.token_losses import TokenLosses
+
+TIMES = (1, 2, 4, 16)  # the training length
+NEW_TOKENS = 32
+QUESTIONS = 2  # about each passage
+PIECE, PIECES = 128, 3  # tokens of what is searched, and how many of them go into the prompt
+LONG = 2000  # tokens of the document that is timed
+CUT = 8  # the rank that memory is held to
+
+Prompt = Callable[[Lesson, str], str]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """prompt: what stands before the question, of a text and the question. factors: of a text by its place; None: no
+    adapter."""
+
+    name: str
+    prompt: Prompt
+    factors: Callable[[int], Factors] | None = None
+
+
+def run(
+    folder: Path, data: Path, out: Path, command: str, limit: int = 200, needles: int = 64, general: str = "science"
+) -> dict[str, Any]:
+    """Measures a document network and writes ``out``.
+
+    Args:
+        folder: of the network.
+        data: prepared data: passages, and what is called ``general``.
+        out: the report.
+        command: to be named in it.
+        limit: passages of the test split. needles: texts of each length.
+        general: a domain of conversations that have nothing to do with any passage.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = DocumentNet.load(folder, torch.bfloat16)
+    base, tokenizer = load_base(net.config.base, dtype=torch.bfloat16)
+    base.to(device).requires_grad_(False).eval()
+    table = Table(base, tokenizer, net.to(device))
+    lessons = [
+        Lesson(one.text, one.questions[:QUESTIONS]) for one in read_lessons(data / "passages.test.jsonl")[:limit]
+    ]
+    apart = encode_within(read_examples(data / f"{general}.test.jsonl")[:limit], tokenizer, 1024, [general])
+    rows = table.passages(lessons)
+    recall = {times: table.recall(times * net.config.chunk, needles) for times in TIMES}
+    report = {
+        **heading(command, f"{len(lessons)} passages of the test split, {needles} needles of each length"),
+        "network": json.loads((folder / "hypernet.json").read_text(encoding="utf-8")),
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "rows": rows,
+        "needles": [{"tokens": times * net.config.chunk, **found} for times, found in recall.items()],
+        "unrelated": table.unrelated(apart, lessons),
+        "cost": table.cost(lessons),
+    }
+    write_report({**report, "must": must(report)}, out)
+    return {**report, "must": must(report)}
+
+
+class Table:
+    """Answers of a base under generated adapters."""
+
+    def __init__(self, base: Any, tokenizer: Any, net: DocumentNet, batch: int = 32) -> None:
+        self.base, self.tokenizer, self.net, self.batch = base, tokenizer, net, batch
+        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def factors(self, text: str, rank: int | None = None) -> Factors:
+        return factors_of(self.base, self.tokenizer, self.net, text, rank)
+
+    def passages(self, lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
+        """Every contender's answers, by F1, ROUGE-L and exact match, each with its interval over texts."""
+        own = [self.factors(lesson.text) for lesson in lessons]
+        mixed = [self.factors(_shuffled(lesson.text)) for lesson in lessons]
+        pieces = [piece for lesson in lessons for piece in chunks(lesson.text, self.tokenizer, PIECE)]
+        search = Retriever(pieces)
+
+        def alone(_: Lesson, question: str) -> str:
+            return question
+
+        contenders = [
+            Contender("base", alone),
+            Contender("adapter of the text", alone, own.__getitem__),
+            Contender(f"adapter of the text, cut to rank {CUT}", alone, lambda place: cut(own[place], CUT)),
+            Contender("adapter of another text", alone, lambda place: own[(place + 1) % len(own)]),
+            Contender("adapter of the text's words, shuffled", alone, mixed.__getitem__),
+            Contender("text in the prompt", lambda lesson, question: f"{lesson.text}\n\n{question}"),
+            Contender("search over all texts", lambda _, q: "\n".join([*map(str, search.top(q, PIECES)), "", q])),
+        ]
+        return [self._row(one, lessons) for one in contenders]
+
+    def recall(self, tokens: int, count: int) -> dict[str, Any]:
+        """The share of needles whose number is said, in texts of so many tokens: whole, and cut to a rank."""
+        lessons = Needles((tokens, tokens), seed=1, count=count).of_length(tokens)
+        factors = [self.factors(lesson.text) for lesson in lessons]
+        found: dict[str, Any] = {"rank": max(len(A) for A, _ in factors[0].values())}
+        for name, some in (("recall", factors), (f"recall at rank {CUT}", [cut(one, CUT) for one in factors])):
+            said = self.answers([lesson.questions[0][0] for lesson in lessons], some)
+            right = [float(_number(lesson.questions[0][1]) in text) for lesson, text in zip(lessons, said, strict=True)]
+            found[name] = statistics.mean(right)
+        return found
+
+    def answers(self, prompts: Sequence[str], factors: Sequence[Factors] | None = None) -> list[str]:
+        """What greedy decoding says to each prompt, with its own adapter."""
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        said = [""] * len(prompts)
+        for first in range(0, len(order), self.batch):
+            places = order[first : first + self.batch]
+            own = {} if factors is None else _stacked([factors[place] for place in places])
+            for place, text in zip(places, self._said([prompts[place] for place in places], own), strict=True):
+                said[place] = text
+        return said
+
+    def unrelated(self, rows: Sequence[Any], lessons: Sequence[Lesson]) -> dict[str, float]:
+        """Nats an answer token of conversations about other things: of the base, and with a text's adapter."""
+        losses = TokenLosses(self.base)
+        found = {"base": 0.0, "adapter": 0.0}
+        count = 0
+        for first in range(0, len(rows), self.batch):
+            some = rows[first : first + self.batch]
+            batch = collate(some, self.tokenizer.pad_token_id or 0).to(self.base.device)
+            labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+            own = _stacked([self.factors(lessons[(first + n) % len(lessons)].text) for n in range(len(some))])
+            for name, factors in (("base", {}), ("adapter", own)):
+                with torch.no_grad(), generated(self.base, factors):
+                    found[name] += float(
+                        losses(lambda b=batch: self.base(b.input_ids, attention_mask=b.attention_mask), labels).sum()  # type: ignore[misc]
+                    )
+            count += int((labels != IGNORED).sum())
+        return {name: value / count for name, value in found.items()}
+
+    def cost(self, lessons: Sequence[Lesson], times: int = 5) -> dict[str, float]:
+        """Seconds to make a document of 2,000 tokens an adapter, its bytes on disk, and the memory that it took."""
+        text = "\n".join(lesson.text for lesson in lessons)
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        text = text[: offsets[min(LONG, len(offsets)) - 1][1]]
+        cuda = self.base.device.type == "cuda"
+        seconds = []
+        for _ in range(times):
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            factors = self.factors(text)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        sizes = {}
+        with tempfile.TemporaryDirectory() as place:
+            for name, some in (("bytes", factors), (f"bytes at rank {CUT}", cut(factors, CUT))):
+                write_factors(Path(place) / name, some, self.net.config.base)
+                sizes[name] = float(sum(file.stat().st_size for file in (Path(place) / name).iterdir()))
+        peak = {"peak_bytes": float(torch.cuda.max_memory_allocated())} if cuda else {}
+        return {"tokens": float(min(LONG, len(offsets))), "seconds": statistics.median(seconds), **sizes, **peak}
+
+    def _row(self, one: Contender, lessons: Sequence[Lesson]) -> dict[str, Any]:
+        asked = [(place, q, a) for place, lesson in enumerate(lessons) for q, a in lesson.questions]
+        prompts = [one.prompt(lessons[place], question) for place, question, _ in asked]
+        made = None if one.factors is None else [one.factors(place) for place in range(len(lessons))]
+        said = self.answers(prompts, None if made is None else [made[place] for place, _, _ in asked])
+        pairs = [(text, answer) for text, (_, _, answer) in zip(said, asked, strict=True)]
+        owner = torch.tensor([place for place, _, _ in asked])
+        found: dict[str, Any] = {"contender": one.name}
+        for name, metric in (("f1", f1), ("rouge_l", rouge_l), ("exact", exact)):
+            each = torch.tensor([metric(text, answer) for text, answer in pairs], dtype=torch.float64)
+            by_text = torch.zeros(len(lessons), dtype=torch.float64).index_add(0, owner, each)
+            by_text /= torch.bincount(owner, minlength=len(lessons))
+            found[name] = float(by_text.mean())
+            found[f"{name}_interval"] = list(bootstrap(lambda index, b=by_text: b[index].mean(-1), len(by_text)))  # type: ignore[misc]
+        return found
+
+    @torch.no_grad()
+    def _said(self, prompts: Sequence[str], factors: Mapping[str, Any]) -> list[str]:
+        rows = [
+            render(self.tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True) for text in prompts
+        ]
+        tokens = [torch.tensor(self.tokenizer(row, add_special_tokens=False)["input_ids"]).flip(0) for row in rows]
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad).flip(1)  # padded on the left
+        lengths = torch.tensor([len(some) for some in tokens])
+        mask = (torch.arange(ids.shape[1]).flip(0) < lengths.unsqueeze(1)).long()
+        device = self.base.device
+        with generated(self.base, factors):
+            found = self.base.generate(
+                ids.to(device), attention_mask=mask.to(device), max_new_tokens=NEW_TOKENS, do_sample=False,
+                eos_token_id=self.end, pad_token_id=pad,
+            )  # fmt: skip
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in found[:, ids.shape[1] :]]
+
+
+def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines that are to be reached."""
+    rows = {row["contender"]: row for row in report["rows"]}
+    base, own, ceiling = rows["base"], rows["adapter of the text"], rows["text in the prompt"]
+    lines = []
+    for times, bar in ((4, 0.95), (16, 0.80)):
+        found = next(one for one in report["needles"] if one["tokens"] == times * report["network"]["chunk"])
+        lines.append(line(f"needle: recall at {times} times the length", found[f"recall at rank {CUT}"], bar, "higher"))
+    for name, shown in (("f1", "F1"), ("rouge_l", "ROUGE-L")):
+        gain = ceiling[name] - base[name]
+        share = (own[name] - base[name]) / gain if gain > 0 else 0.0
+        note = "" if gain > 0 else "the text in the prompt does not help the base"
+        lines.append(line(f"passages: share of the ceiling's gain, {shown}", share, 0.75, "higher", note))
+    apart = report["unrelated"]
+    lines.append(line("unrelated text: loss over the base's", apart["adapter"] / apart["base"] - 1, 0.03, "lower"))
+    bar = 5.0 if "peak_bytes" not in report["cost"] else 0.150
+    lines.append(line("seconds for 2,000 tokens", report["cost"]["seconds"], bar, "lower"))
+    return lines
+
+
+def f1(said: str, answer: str) -> float:
+    """Harmonic mean of precision and recall of words, as SQuAD counts them (arXiv 1606.05250)."""
+    ours, theirs = _plain(said), _plain(answer)
+    both = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * both / (len(ours) + len(theirs)) if both else float(ours == theirs)
+
+
+def exact(said: str, answer: str) -> float:
+    return float(_plain(said) == _plain(answer))
+
+
+def rouge_l(said: str, answer: str) -> float:
+    from rouge_score import rouge_scorer
+
+    return float(rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True).score(answer, said)["rougeL"].fmeasure)
+
+
+def _plain(text: str) -> list[str]:
+    """Words in lower case, without articles and punctuation."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def _number(text: str) -> str:
+    found = re.search(r"\d+", text)
+    assert found is not None
+    return found[0]
+
+
+def _shuffled(text: str) -> str:
+    words = text.split()
+    random.Random(0).shuffle(words)
+    return " ".join(words)
+
+
+def _stacked(factors: Sequence[Factors]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """[B, R, in] and [B, out, R]: where ranks differ, zeros fill them up."""
+    most = max(len(A) for one in factors for A, _ in one.values())
+
+    def filled(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        more = most - len(A)
+        return torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
+
+    found = {}
+    for name in factors[0]:
+        pairs = [filled(*one[name]) for one in factors]
+        found[name] = (torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs]))
+    return found
