@@ -2,11 +2,15 @@
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+
+if TYPE_CHECKING:
+    from molora import MoLoRAModel
+    from molora.personalize.factors import Factors
 
 
 def assemble(
@@ -19,7 +23,17 @@ def assemble(
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Pieces of each module.")] = 3,
+    way: Annotated[
+        Literal["pieces", "anchors"],
+        typer.Option(help="pieces: chosen module by module; anchors: whole adapters of the nearest histories, merged."),
+    ] = "pieces",
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pieces of each module, or anchors. Default: 3, of anchors 2.", show_default=False),
+    ] = None,
+    on_top: Annotated[
+        int, typer.Option(min=0, metavar="RANK", help="Train so small an adapter on top, on the history; 0: none.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -28,7 +42,8 @@ def assemble(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put a user's adapter together from pieces of others', by one reading of the user's history. Nothing is trained.
+    """Put a user's adapter together from others', by one reading of the user's history. Nothing is trained, but for
+    --on-top.
 
     In: a history, a pool of pieces, a saved MoLoRA of the pool's base. Out: an adapter in the saved MoLoRA, an ordinary
     PEFT folder; what was there under that name stays as an earlier version. A user without a history gets no adapter.
@@ -37,9 +52,11 @@ def assemble(
     """
     with extra("personalize"):
         from molora.errors import DataError
+        from molora.personalize.factors import concatenated
         from molora.personalize.history import read_history
-        from molora.personalize.pieces import PiecePool
+        from molora.personalize.pieces import ANCHORS, TOP, PiecePool
         from molora.personalize.place import check_label, place
+        from molora.personalize.retrieval import text_of
 
         saved = Path(model_place(model))
         check_label(saved, (layer, name))
@@ -51,16 +68,26 @@ def assemble(
         turns = [
             [{"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer}] for one in said
         ]
-        chosen = pieces.assemble(loaded.base, loaded.tokenizer, turns, top)
+        if way == "anchors":
+            from molora.personalize.embeddings import SentenceEncoder
+
+            encoder = SentenceEncoder(pieces.config.encoder)
+            chosen = pieces.nearest(encoder.encode([text_of(one) for one in said]).mean(0), top or ANCHORS)
+        else:
+            chosen = pieces.assemble(loaded.base, loaded.tokenizer, turns, top or TOP)
+        factors = pieces.factors(chosen)
+        if on_top:
+            factors = concatenated([factors, _trained(loaded, factors, turns, on_top)])
         kept = chosen.to_bytes()
         about = {
-            "made_from": "pieces",
+            "made_from": way,
+            "on_top": on_top,
             "history": hashlib.sha256(history.read_bytes()).hexdigest(),
             "interactions": len(said),
             "pool": pool.name,
         }
         version = place(
-            saved, loaded, (layer, name), pieces.factors(chosen), about,
+            saved, loaded, (layer, name), factors, about,
             command=f"molora assemble {layer} {name} --history {history.name}",
             examples=[one.question for one in said],
         )  # fmt: skip
@@ -73,3 +100,13 @@ def assemble(
         typer.echo(
             f"{layer}/{name}, version {version.number}, from {len(said)} interactions; {len(kept):,} bytes to be kept."
         )
+
+
+def _trained(model: "MoLoRAModel", below: "Factors", turns: list[list[dict[str, str]]], rank: int) -> "Factors":
+    with extra("train"):
+        from molora_training.data import encode
+        from molora_training.on_top import train_on_top
+
+        tokenizer: Any = model.tokenizer
+        rows = [encode(messages, tokenizer, ["user"], ["user"]) for messages in turns]
+        return train_on_top(model.base, below, rows, int(tokenizer.pad_token_id or 0), rank=rank)

@@ -157,8 +157,8 @@ def pieces(
         from molora_training.settings import load_settings
 
         settings = load_settings(PiecesSettings, config, overrides or ())
-        encode = SentenceEncoder(encoder or DEFAULT_ENCODER).encode
-        metrics = train(settings, encode, command=_command("pieces", config, overrides))
+        made = SentenceEncoder(encoder or DEFAULT_ENCODER)
+        metrics = train(settings, made.encode, _command("pieces", config, overrides), made.name)
     _report(metrics, settings.out, as_json)
 
 

@@ -3,6 +3,9 @@
 A piece is what one sharer's adapter has in one module, with a gate: a vector that says for which inputs it was made. A
 user keeps places and weights alone; the pool of pieces is everybody's. The weighted sum is one of products, exactly:
 ranks side by side, where averages of A and of B apart would have cross terms.
+
+The same pool is a bank of anchors (Merge-then-Adapt, arXiv 2511.20072): of the sharers whose histories are nearest to a
+user's, the whole adapters, merged.
 """
 
 import json
@@ -24,16 +27,19 @@ from molora.personalize.factors import Factors
 
 POOL_FILE, WEIGHTS_FILE = "pool.json", "pool.safetensors"
 TOP = 3
+ANCHORS = 2
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """base: the model, as its users name it. modules: names in it. sharers: how many there are. rank: of a piece."""
+    """base: the model, as its users name it. modules: names in it. sharers: how many there are. rank: of a piece.
+    encoder: what histories were embedded by, "" where they were not."""
 
     base: str
     modules: tuple[str, ...]
     sharers: int
     rank: int
+    encoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,18 @@ class PiecePool:
         config: what there is.
         A, B: by module [sharers, rank, in] and [sharers, out, rank], the scale in B.
         gates: by module [sharers, in].
+        embeddings: [sharers, width], the mean over each one's history; None where there are none.
     """
 
     def __init__(
-        self, config: PoolConfig, A: Mapping[str, Tensor], B: Mapping[str, Tensor], gates: Mapping[str, Tensor]
+        self,
+        config: PoolConfig,
+        A: Mapping[str, Tensor],
+        B: Mapping[str, Tensor],
+        gates: Mapping[str, Tensor],
+        embeddings: Tensor | None = None,
     ) -> None:
-        self.config, self.A, self.B, self.gates = config, dict(A), dict(B), dict(gates)
+        self.config, self.A, self.B, self.gates, self.embeddings = config, dict(A), dict(B), dict(gates), embeddings
 
     def assemble(
         self, base: Any, tokenizer: Any, conversations: Sequence[Sequence[Mapping[str, str]]], top: int = TOP
@@ -95,6 +107,29 @@ class PiecePool:
             places.append(best.indices.to("cpu", torch.int16))
             weights.append(best.values.softmax(-1).to("cpu", torch.float16))
         return Assembled(torch.stack(places), torch.stack(weights))
+
+    def nearest(self, embedding: Tensor, top: int = ANCHORS) -> Assembled:
+        """The sharers whose histories are nearest, with their cosines, normalised, as weights: the same in each module.
+
+        Args:
+            embedding: [width], the mean over a user's history. top: how many.
+
+        Raises:
+            HypernetError: the pool has no embeddings, or another encoder's.
+        """
+        if self.embeddings is None or self.embeddings.shape[1:] != embedding.shape:
+            raise HypernetError(
+                f"The pool's histories were embedded by {self.config.encoder or 'nothing'}, and this one in "
+                f"{len(embedding)} numbers: take that encoder, or train the pool with one."
+            )
+        cosines = F.cosine_similarity(self.embeddings.float(), embedding.float(), dim=-1)
+        best = cosines.topk(min(top, self.config.sharers))
+        weights = best.values.clamp_min(1e-4)
+        modules = len(self.config.modules)
+        return Assembled(
+            best.indices.to(torch.int16).expand(modules, -1).clone(),
+            (weights / weights.sum()).to(torch.float16).expand(modules, -1).clone(),
+        )
 
     def factors(self, assembled: Assembled) -> Factors:
         """The adapter that a user's choice stands for: the sum over pieces of w B A.
@@ -131,6 +166,8 @@ class PiecePool:
         tensors: dict[str, Tensor] = {}
         for part, own in (("A", self.A), ("B", self.B), ("gate", self.gates)):
             tensors |= {f"{part}/{name}": tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in own.items()}
+        if self.embeddings is not None:
+            tensors["embeddings"] = self.embeddings.float().cpu().contiguous()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as made:
             save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -148,7 +185,7 @@ class PiecePool:
             about = json.loads((folder / POOL_FILE).read_text(encoding="utf-8"))
             config = PoolConfig(**{**about, "modules": tuple(about["modules"])})
             tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-            parts = [{name: tensors[f"{part}/{name}"] for name in config.modules} for part in ("A", "B", "gate")]
+            A, B, gates = ({name: tensors[f"{part}/{name}"] for name in config.modules} for part in ("A", "B", "gate"))
         except FileNotFoundError as error:
             raise HypernetError(
                 f"There is no pool of pieces at {folder}: it holds no {Path(error.filename or '').name}. Make one with "
@@ -156,7 +193,7 @@ class PiecePool:
             ) from error
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise HypernetError(f"The pool of pieces at {folder} is damaged: {error}") from error
-        return cls(config, *parts)
+        return cls(config, A, B, gates, tensors.get("embeddings"))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from molora import MoLoRAModel
 from molora.adapter import Adapter
 from molora.cli import app
 from molora.errors import ConfigError, DataError
+from molora.personalize import embeddings
 from molora.personalize.history import Interaction
 from molora.personalize.pieces import Assembled, PiecePool
+from molora.versions import Versions
 from molora_training import pieces
 from molora_training.data.read_people import Asked, Person
 from molora_training.pieces import PiecesSettings, choose_sharers, pool_of, train
@@ -97,8 +100,10 @@ def test_what_does_not_fit(settings: PiecesSettings, monkeypatch: pytest.MonkeyP
         pool_of("x", [first, Adapter(first.path, dict(list(first.modules.items())[:1]), first.config)], [{}, {}])
 
 
-def test_a_users_adapter_is_assembled_into_a_saved_model(settings: PiecesSettings, tmp_path: Path, capsys: Any) -> None:
-    train(settings, by_colour)
+def test_a_users_adapter_is_assembled_into_a_saved_model(
+    settings: PiecesSettings, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings, by_colour, encoder_name="colours")
     turns = [{"role": "user", "content": "Question 9?"}, {"role": "assistant", "content": "blue 9"}]
     (tmp_path / "zoe.jsonl").write_text(json.dumps({"messages": turns, "user": "zoe"}) + "\n")
     line = ["assemble", "user", "zoe", "--history", str(tmp_path / "zoe.jsonl"), "--pool", str(settings.out)]
@@ -114,6 +119,13 @@ def test_a_users_adapter_is_assembled_into_a_saved_model(settings: PiecesSetting
     for name, (A, B) in pool.factors(kept).items():
         weights = adapter.modules[name]
         torch.testing.assert_close(weights.scale * weights.B.float() @ weights.A.float(), B @ A, rtol=2e-2, atol=1e-4)
+    monkeypatch.setattr(embeddings, "SentenceEncoder", lambda name: SimpleNamespace(encode=by_colour))
+    app([*line, "--way", "anchors", "--on-top", "1", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["version"] == 2
+    merged = Assembled.load(tmp_path / "zoe.pieces")
+    assert merged.places.tolist() == [[0, 1]] * 6 and float(merged.weights[0, 0]) > 0.99  # ada says blue, too
+    assert MoLoRAModel.from_pretrained(tmp_path / "model").adapters["user/zoe"].ranks == [2 * 2 + 1]
+    assert Versions(tmp_path / "model", "user", "zoe")[2].data["made_from"] == "anchors"
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(DataError, match="holds nothing of zoe"):
         app([*line[:4], str(tmp_path / "none.jsonl"), *line[5:]], standalone_mode=False)

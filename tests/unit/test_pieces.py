@@ -127,3 +127,25 @@ def test_what_stops_with_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"no")
     with pytest.raises(DataError, match="no assembled adapter"):
         Assembled.load(tmp_path / "bad")
+
+
+def test_the_nearest_sharers_are_merged_with_their_own_weights(tmp_path: Path) -> None:
+    pool = make_pool(make_spoken(tmp_path / "m").base)
+    mine = torch.tensor([1.0, 0.0])
+    with pytest.raises(HypernetError, match="embedded by nothing"):
+        pool.nearest(mine)
+    angles = torch.tensor([1.5, 0.2, 0.9, 3.0, 0.6])
+    pool.embeddings = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[3.0]])
+    found = pool.nearest(mine)
+    assert found.places.tolist() == [[1, 4]] * len(MODULES)  # the nearest first, and the larger weight its own
+    cosines = angles[[1, 4]].cos()
+    torch.testing.assert_close(found.weights[0].float(), cosines / cosines.sum(), rtol=1e-3, atol=1e-3)
+    first, second = found.weights[0].float().tolist()
+    for name, (A, B) in pool.factors(found).items():
+        wanted = first * pool.B[name][1] @ pool.A[name][1] + second * pool.B[name][4] @ pool.A[name][4]
+        torch.testing.assert_close(B @ A, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(HypernetError, match="in 3 numbers"):
+        pool.nearest(torch.ones(3))
+    pool.save(tmp_path / "pool")
+    again = PiecePool.load(tmp_path / "pool").embeddings
+    assert again is not None and torch.equal(again, pool.embeddings)

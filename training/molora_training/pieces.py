@@ -7,7 +7,7 @@ adapter begins anew, from its own sharer's text alone.
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
 from molora.personalize.history import Interaction
 from molora.personalize.pieces import PiecePool, PoolConfig
+from molora.personalize.retrieval import text_of
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
 from molora_training.checkpoint import save_tensors
@@ -75,13 +76,16 @@ class PiecesSettings:
         return work_folder("pieces", self.out)
 
 
-def train(settings: PiecesSettings, encode: Encode, command: str | None = None) -> dict[str, Any]:
+def train(
+    settings: PiecesSettings, encode: Encode, command: str | None = None, encoder_name: str = ""
+) -> dict[str, Any]:
     """Trains and writes the pool; what an interrupted training has made is kept in ``settings.work``.
 
     Args:
         settings: what to train.
         encode: texts -> unit vectors [N, width], by which histories are put into clusters.
         command: the command line, for the metrics.
+        encoder_name: of what encodes, as its users name it.
 
     Raises:
         DataError: the set is not prepared, or nobody in it shares.
@@ -94,12 +98,12 @@ def train(settings: PiecesSettings, encode: Encode, command: str | None = None) 
         raise DataError(f"Nobody in the set {settings.people!r} has a history to share.")
     chosen = choose_sharers(persons, encode, settings.sharers, settings.seed)
     files = {person.id: _files(settings, person) for person in chosen}
-    losses = {}
+    adapters = {}
     for person in tqdm(chosen, desc="sharers"):
         made = _adapter_settings(settings, files[person.id], person.id)
         if not (made.out / "metrics.json").is_file():
             adapter.train(made, command=command)
-        losses[person.id] = Adapter.load(made.out)
+        adapters[person.id] = Adapter.load(made.out)
     base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
     base.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
     gates = {}
@@ -108,12 +112,14 @@ def train(settings: PiecesSettings, encode: Encode, command: str | None = None) 
         if not file.is_file():
             rows = encode_within(read_examples(files[person.id].train), tokenizer, settings.max_length, [person.id])
             found = train_gates(
-                base, losses[person.id], rows, tokenizer.pad_token_id or 0, epochs=settings.gate_epochs,
+                base, adapters[person.id], rows, tokenizer.pad_token_id or 0, epochs=settings.gate_epochs,
                 learning_rate=settings.gate_learning_rate, batch_tokens=settings.batch_tokens, seed=settings.seed,
             )  # fmt: skip
             save_tensors(file, found)
         gates[person.id] = load_file(file)
-    pool = pool_of(settings.base, [losses[one.id] for one in chosen], [gates[one.id] for one in chosen])
+    pool = pool_of(settings.base, [adapters[one.id] for one in chosen], [gates[one.id] for one in chosen])
+    pool.embeddings = torch.stack([mean_embedding(one, encode) for one in chosen])
+    pool.config = replace(pool.config, encoder=encoder_name)
     shutil.rmtree(settings.out, ignore_errors=True)
     pool.save(settings.out)
     metrics = {
@@ -136,13 +142,18 @@ def choose_sharers(persons: Sequence[Person], encode: Encode, count: int, seed: 
         return sorted(persons, key=lambda person: person.id)
     from sklearn.cluster import KMeans
 
-    means = torch.stack([encode([_said(one) for one in person.interactions()]).mean(0) for person in persons])
+    means = torch.stack([mean_embedding(person, encode) for person in persons])
     clusters = KMeans(count, random_state=seed, n_init=10).fit_predict(means.double().numpy())
     best: dict[int, Person] = {}
     for person, cluster in sorted(zip(persons, clusters.tolist(), strict=True), key=lambda pair: pair[0].id):
         if cluster not in best or len(person.interactions()) > len(best[cluster].interactions()):
             best[cluster] = person
     return sorted(best.values(), key=lambda person: person.id)
+
+
+def mean_embedding(person: Person, encode: Encode) -> Tensor:
+    """[width], over the person's history."""
+    return encode([text_of(one) for one in person.interactions()]).mean(0)
 
 
 def pool_of(base_name: str, adapters: Sequence[Adapter], gates: Sequence[Mapping[str, Tensor]]) -> PiecePool:
@@ -190,10 +201,6 @@ def _adapter_settings(settings: PiecesSettings, files: DataFiles, person: str) -
 
 def _messages(one: Interaction) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer})
-
-
-def _said(one: Interaction) -> str:
-    return f"{one.question}\n{one.answer}"
 
 
 def _plain(value: Any) -> Any:
