@@ -51,7 +51,7 @@ def assemble(
     Example: molora assemble user ada --history ada.jsonl --pool pieces --model my-molora
     """
     with extra("personalize"):
-        from molora.errors import DataError
+        from molora.errors import DataError, HypernetError
         from molora.personalize.factors import concatenated
         from molora.personalize.history import read_history
         from molora.personalize.pieces import ANCHORS, TOP, PiecePool
@@ -71,6 +71,8 @@ def assemble(
         if way == "anchors":
             from molora.personalize.embeddings import SentenceEncoder
 
+            if pieces.embeddings is None:
+                raise HypernetError(f"The pool {pool} has no embeddings of histories: train one that has.")
             encoder = SentenceEncoder(pieces.config.encoder)
             chosen = pieces.nearest(encoder.encode([text_of(one) for one in said]).mean(0), top or ANCHORS)
         else:

@@ -22,6 +22,7 @@ from molora_training.hypernet.document import DocumentHypernetSettings, NetShape
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
 from molora_training.hypernet.lessons import Needles, Passages, needle
 from molora_training.hypernet.loop import LoopSettings
+from molora_training.settings import load_settings
 from tests.unit.spoken import make_spoken
 from tests.unit.test_internalize import make_net
 
@@ -228,3 +229,12 @@ def test_passages_are_lessons_by_split_without_what_training_has() -> None:
     assert dropped["test"] == 1
     assert all(len(lesson.questions) == 2 for lessons in found.values() for lesson in lessons)
     assert held_out in [lesson.text for lesson in found["test"]]
+
+
+def test_the_configs_are_read_and_each_stage_goes_on_from_the_last() -> None:
+    folder = Path(document.__file__).parents[1] / "configs"
+    stages = [
+        load_settings(DocumentHypernetSettings, folder / f"document-{name}.yaml")
+        for name in ("needle", "long", "passages")
+    ]
+    assert [stage.start for stage in stages] == [None, stages[0].out, stages[1].out]

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Trains the network that makes adapters of documents in its three stages, and measures it after the second and the third.
+# The data has to be there: molora train data passages science
+#   benchmarks/documents.sh [OUT]   OUT: folder of the results (default: runs/results)
+# An interrupted run goes on where it was. What is trained goes to runs/ of the folder in which it is started.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+out=${1:-runs/results}
+mkdir -p "$out"
+for stage in needle long passages; do
+    [ -f "runs/document/$stage/metrics.json" ] || python3 -m molora train hypernet document \
+        --config "$root/training/molora_training/configs/document-$stage.yaml"
+    [ "$stage" = needle ] || python3 -m molora eval documents "runs/document/$stage" --out "$out/documents-$stage.json"
+done
