@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 
 hypernet = typer.Typer(
-    help="Train a network that makes adapters: of documents.\n\nExample: molora train hypernet document out=net",
+    help="Train a network that makes adapters: of documents, or of short texts about somebody.\n\n"
+    "Example: molora train hypernet document out=net loop.steps=10000",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -129,6 +130,71 @@ def document(
         settings = load_settings(DocumentHypernetSettings, config, overrides or ())
         metrics = train(settings, resume=resume, command=_command("hypernet document", config, overrides))
     _report(metrics, settings.out, as_json)
+
+
+@hypernet.command()
+def text(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    resume: ResumeOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the network that makes adapters of short texts: of profiles, or of descriptions; the base stays frozen.
+
+    In: a folder with three files for each group, which is a user or a task: GROUP.texts.json (a list of texts that
+    stand for it), GROUP.train.jsonl and GROUP.validation.jsonl (conversations). `molora train profiles` writes it for a
+    set of people. Out: a folder for `molora profile` and `molora describe`, with metrics.json and a model card. It is
+    judged on groups that are held out, beside another group's text, a random one, and no adapter.
+
+    Settings: out, data.folder, data.held_out, net.width, net.rank, net.targets, net.head, base, encoder, groups,
+    conversations, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
+
+    Example: molora train hypernet text out=profile-net data.folder=profiles loop.steps=2000
+    """
+    with extra("train"), extra("personalize"):
+        from molora_training.hypernet.text import train
+        from molora_training.hypernet.text_settings import TextHypernetSettings
+        from molora_training.settings import load_settings
+
+        settings = load_settings(TextHypernetSettings, config, overrides or ())
+        metrics = train(settings, resume=resume, command=_command("hypernet text", config, overrides))
+    _report(metrics, settings.out, as_json)
+
+
+@app.command()
+def profiles(
+    name: Annotated[str, typer.Argument(metavar="SET", help="A set from `molora train people`.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the groups go.")] = Path("profiles"),
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FOLDER", help="Sentence embeddings. Default: MiniLM.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write profiles of a set of people, and what is to be learnt of each, for `molora train hypernet text`.
+
+    In: a prepared set of people. Out: a folder of groups, and held-out.json with the names of those to be held out.
+
+    Example: molora train profiles raters --out profiles
+    """
+    with extra("train"), extra("personalize"):
+        from tqdm.auto import tqdm
+
+        from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
+        from molora_training.data.people import read_people
+        from molora_training.hypernet.profile_groups import write_groups
+
+        persons = read_people(name, data)
+        out.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(persons), desc="profiles") as bar:
+            found = write_groups(
+                persons, out, SentenceEncoder(encoder or DEFAULT_ENCODER), lambda done: bar.update(done - bar.n)
+            )
+    if as_json:
+        write_json({"folder": out, **found})
+    else:
+        typer.echo(f"{found['trained']} groups to learn from and {found['held out']} held out lie in {out}.")
 
 
 @app.command()

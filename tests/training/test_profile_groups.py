@@ -1,0 +1,42 @@
+"""Profiles of people as groups: what tells is not what is learnt, and who is held out."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from molora_training.data.read_people import Person
+from molora_training.hypernet.profile_groups import HELD_OUT_FILE, write_groups
+from molora_training.hypernet.text_groups import read_groups
+from molora_training.hypernet.text_settings import GroupFiles
+from tests.training.test_pieces_trainer import person
+from tests.unit.spoken import make_tokenizer
+
+
+def encode(texts: Any) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.tensor([[float(len(text)), float(text.count("b"))] for text in texts]))
+
+
+def test_the_first_half_tells_and_the_second_is_learnt(tmp_path: Path) -> None:
+    people: list[Person] = [
+        person("ada", "blue", 16), person("bob", "red", 12), person("eve", "grey", 12, held_out=True),
+        person("new", "green", 2),
+    ]  # fmt: skip
+    done: list[int] = []
+    found = write_groups(people, tmp_path, SimpleNamespace(encode=encode), done.append)
+    assert found == {"trained": 2, "held out": 1} and done == [1, 2, 3, 4]
+    assert json.loads((tmp_path / HELD_OUT_FILE).read_text()) == ["eve"]
+    history = people[0].interactions()
+    half = len(history) // 2
+    texts = json.loads((tmp_path / "ada.texts.json").read_text())
+    assert 1 < len(texts) <= 4
+    for one in history[half:]:
+        assert not any(one.answer in text for text in texts)
+    assert any(one.answer in text for text in texts for one in history[:half])
+    rows = [json.loads(line) for line in (tmp_path / "ada.train.jsonl").read_text().splitlines()]
+    assert [row["messages"][1]["content"] for row in rows] == [one.answer for one in history[half:]]
+    groups = read_groups(GroupFiles(tmp_path, held_out=("eve",)), make_tokenizer(), encode)
+    assert [group.name for group in groups.trained] == ["ada", "bob"]
+    assert [group.name for group in groups.held_out] == ["eve"]

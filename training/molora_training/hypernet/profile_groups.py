@@ -1,0 +1,74 @@
+"""Groups for a network that makes adapters of profiles (arXiv 2510.16282): what came first tells, what came later is
+learnt."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from molora.atomic import write_text
+from molora.personalize.history import Interaction
+from molora.personalize.profile import profile_text
+from molora.personalize.retrieval import Encoder, text_of
+from molora_training.data import Example, write_examples
+from molora_training.data.read_people import Person
+from molora_training.hypernet.text_groups import TEXTS, TRAIN, VALIDATION
+
+PROFILES = 4  # of a person, each from another part of the first half
+HELD_OUT_FILE = "held-out.json"
+
+
+def write_groups(
+    persons: Sequence[Person], folder: Path, encoder: Encoder, on_person: Callable[[int], None] | None = None
+) -> dict[str, int]:
+    """Writes each person's files for :func:`molora_training.hypernet.text.train`, and who is held out.
+
+    Profiles are of the first half of a history: one of all of it, and some of every other interaction of it, so that
+    the network sees more texts than persons. What is learnt is the second half. Persons with fewer than four
+    interactions are left out.
+
+    Args:
+        persons: a set of people. folder: where the files go; files that are there are written anew.
+        encoder: of the central interactions.
+        on_person: called with how many are done.
+
+    Returns:
+        How many groups are learnt from, and how many are held out.
+    """
+    held_out = []
+    count = 0
+    for number, person in enumerate(persons, 1):
+        history = person.interactions()
+        judged = person.interactions("validation") or person.interactions("test")
+        if len(history) >= 4 and judged:
+            half = len(history) // 2
+            first, embeddings = history[:half], encoder.encode([text_of(one) for one in history[:half]])
+            write_text(
+                folder / f"{person.id}{TEXTS}",
+                json.dumps(_profiles(first, embeddings), ensure_ascii=False, indent=1) + "\n",
+            )
+            _write(folder / f"{person.id}{TRAIN}", person.id, history[half:])
+            _write(folder / f"{person.id}{VALIDATION}", person.id, judged)
+            count += 1
+            held_out += [person.id] if person.held_out else []
+        if on_person is not None:
+            on_person(number)
+    write_text(folder / HELD_OUT_FILE, json.dumps(held_out) + "\n")
+    return {"trained": count - len(held_out), "held out": len(held_out)}
+
+
+def _profiles(first: Sequence[Interaction], embeddings: torch.Tensor) -> list[str]:
+    parts = [slice(None), *(slice(start, None, 2) for start in range(min(PROFILES - 1, len(first) // 2)))]
+    return list(dict.fromkeys(profile_text(first[part], embeddings=embeddings[part]) for part in parts))
+
+
+def _write(path: Path, person: str, some: Sequence[Interaction]) -> None:
+    rows = [
+        Example(
+            f"{person}-{number}", person, "train",
+            ({"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer}),
+        )
+        for number, one in enumerate(some)
+    ]  # fmt: skip
+    write_examples(path, rows)
