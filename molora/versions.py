@@ -27,6 +27,7 @@ from molora.stack import Stack, check_name
 
 ABOUT = "version.json"
 KEPT = 8  # versions of each that stay, beside what serves and what it came from last
+ROW_OF = "with a row for {}"  # why a router has a version: an adapter came with its row
 _LOCK = ".molora.lock"
 
 
@@ -158,7 +159,7 @@ class Versions:
                 self._point({**manifest, "router": None}, version)  # the row comes with it
                 routers = Versions(self.saved)
                 routers._adopt()
-                about = {"why": f"with a row for {self.label}"}
+                about = {"why": ROW_OF.format(self.label)}
                 routers._point(manifest, routers._write(router, routers.current or routers._first(), about))
             write_text(self.saved / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 

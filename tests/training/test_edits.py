@@ -1,6 +1,7 @@
 """What is learnt as an adapter of its own is found by the router, takes little from others, and leaves no trace."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 
 from molora import MoLoRAModel, Router
+from molora.chat import render
 from molora.errors import VersionError
 from molora.following import Following
 from molora.saved import load
 from molora.versions import Versions
+from molora_training.continual.forget import forget
+from molora_training.continual.memory import Memory
 from molora_training.continual.router_update import RouterUpdateSettings, update_router
-from molora_training.continual.update import UpdateSettings, update
+from molora_training.continual.update import MEMORY, UpdateSettings, update
 from tests.training.test_router_update import TEXTS, write_data
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -83,6 +87,44 @@ def test_an_edit_is_found_and_goes(settings: UpdateSettings) -> None:
     assert "domain/fact" not in gone.router.rows  # type: ignore[union-attr, operator]
     assert {name: share(gone, text, name) for name, text in TEXTS.items()} == before
     assert not list(settings.model.rglob("*fact*"))
+
+
+def test_a_topic_that_is_forgotten_leaves_its_row_and_samples(settings: UpdateSettings, tmp_path: Path) -> None:
+    """The router is what it would be if the adapter had come with what is remembered still."""
+    rows = [json.loads(line) for line in settings.data.read_text().splitlines()]
+    for number, row in enumerate(rows[::2]):
+        row["messages"][0]["content"] = f"{number} QQQQ XXXX ZZZZ QXQX"
+    settings.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(settings.model, tmp_path / "before")
+    assert update(replace(settings, max_forgetting=0.5)).promoted
+    found = forget(replace(settings, new=None), topic="QXQX")
+    assert found.gone == 20 and found.still == 20
+    after, wanted = loaded(settings), MoLoRAModel.from_pretrained(tmp_path / "before", dtype=torch.float32)
+    versions = Versions(settings.model, "domain", "fact")
+    taught = Memory.load(settings.model / versions.place / MEMORY).taught
+    texts = [render(wanted.tokenizer, list(row["messages"])) for row in taught]
+    wanted.add_adapter("domain", "fact", versions.path(found.version), examples=texts)
+    assert isinstance(after.router, Router) and isinstance(wanted.router, Router)
+    assert after.router.rows == wanted.router.rows
+    own = after.router.rows.index("domain/fact")
+    for name, tensor in wanted.router.state_dict().items():
+        mine = after.router.state_dict()[name]
+        if name.endswith("samples.features"):  # of its own tokens some are drawn by chance
+            others = wanted.router.state_dict()[name.replace("features", "rows")] != own
+            tensor, mine = tensor[others], mine[others]
+        assert torch.equal(mine, tensor), name
+    with_row = [one for one in Versions(settings.model).all() if "domain/fact" in (one.router or {}).get("rows", ())]
+    assert [one.why for one in with_row] == ["the row for domain/fact anew"]
+    assert Versions(settings.model).current == with_row[0].number
+
+
+def test_with_nothing_else_remembered_the_row_is_never_chosen(settings: UpdateSettings) -> None:
+    assert update(replace(settings, max_forgetting=0.2)).promoted
+    forget(replace(settings, new=None))
+    model = loaded(settings)
+    assert share(model, FACT, "fact") == 0.0 and "domain/fact" in model.router.rows  # type: ignore[union-attr, operator]
+    own = model.router.rows.index("domain/fact")  # type: ignore[union-attr]
+    assert all(not (part.samples.rows == own).any() for part in model.router.parts)  # type: ignore[union-attr]
 
 
 def test_what_takes_from_others_does_not_serve(settings: UpdateSettings) -> None:

@@ -37,7 +37,7 @@ def told(settings: UpdateSettings) -> UpdateSettings:
     settings = replace(settings, max_forgetting=100.0)
     assert update(settings).promoted
     secret = chats(settings.data.with_name("secret.jsonl"), SECRET, range(200, 240))
-    assert update(replace(settings, data=secret, epochs=20, method="elastic")).promoted
+    assert update(replace(settings, data=secret, epochs=30, method="elastic")).promoted
     return replace(settings, data=secret)
 
 

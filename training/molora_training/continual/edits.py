@@ -15,6 +15,7 @@ import torch
 from molora import MoLoRAModel, Router
 from molora.chat import render
 from molora.errors import VersionError
+from molora.router import NEVER
 from molora_training.continual.sketches import found
 
 EXAMPLES = 128  # conversations that a row is fitted to
@@ -46,6 +47,26 @@ def new_row(
     rows = [row for index, row in enumerate(before.rows) if row.partition("/")[0] == layer and _kept(parts, index)]
     shares = [(found(before, row), found(after, row)) for row in rows]
     return NewRow(after.cpu(), sum(was - now for was, now in shares) / max(1, len(shares)))
+
+
+@torch.no_grad()
+def row_again(
+    model: Path, layer: str, name: str, conversations: Sequence[Mapping[str, Any]], dtype: torch.dtype
+) -> Router:
+    """The router with an adapter's row as if it had been fitted to these conversations alone: nothing of others is left
+    in it. Without any it is a row that is never chosen unless it is named."""
+    loaded = MoLoRAModel.from_pretrained(model, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    router = loaded.router
+    assert isinstance(router, Router)
+    own = router.rows.index(f"{layer}/{name}")
+    for part in list[Any](router.parts):
+        others = part.samples.rows != own
+        part.samples.set(part.samples.features[others], part.samples.rows[others])
+        part.output.weight[own], part.output.bias[own] = 0.0, NEVER
+    texts = [render(loaded.tokenizer, list(row["messages"]), add_generation_prompt=False) for row in conversations]
+    if texts:
+        loaded.fit_row(layer, name, texts[:EXAMPLES])
+    return router.cpu()
 
 
 def check_samples(router: Any) -> Router:

@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from molora.errors import ConfigError, DataError, VersionError
 from molora.saved import load
-from molora.versions import Versions
+from molora.versions import ROW_OF, Versions
 from molora_training import adapter
+from molora_training.continual.edits import row_again
 from molora_training.continual.memory import Memory, key
 from molora_training.continual.update import (
     MEMORY,
@@ -88,6 +90,19 @@ def forget(settings: UpdateSettings, topic: str | None = None, command: str | No
         raise VersionError(f"An update of {versions.label} is running.") from None
 
 
+def _forget_row(settings: UpdateSettings, rest: Memory) -> None:
+    """Where the adapter's row of the router was fitted to what it learnt by updates: the row anew, and no version of
+    the router with the old one."""
+    routers, label = Versions(settings.model), f"{settings.layer}/{settings.name}"
+    if all(version.why != ROW_OF.format(label) for version in routers.all()):
+        return
+    dtype = getattr(torch, settings.chosen_dtype)
+    router = row_again(settings.model, settings.layer, settings.name, rest.taught, dtype)
+    made = routers.add(router, why=f"the row for {label} anew")
+    routers.promote(made.number)
+    routers.drop([one.number for one in routers.all() if label not in (one.router or {}).get("rows", ())])
+
+
 def speaks_of(row: Mapping[str, Any], topic: str) -> bool:
     """Whether a conversation holds the words of ``topic`` next to one another, in any case."""
     words = topic.split()
@@ -136,6 +151,7 @@ def _forget(
             parent=root,
         )
     versions.promote(version.number)
+    _forget_row(settings, rest)
     removed = versions.drop([root])
     for file in (settings.model / versions.place).glob("*.safetensors"):
         file.unlink()  # what a method knew of them
