@@ -16,6 +16,7 @@ from molora.commands.forget import forget
 from molora.commands.generate import generate
 from molora.commands.info import info
 from molora.commands.internalize import internalize
+from molora.commands.learn import learn
 from molora.commands.profile import describe, profile
 from molora.commands.routes import routes
 from molora.commands.train import app as train
@@ -41,6 +42,7 @@ app.command()(assemble)
 app.command()(profile)
 app.command()(describe)
 app.command()(update)
+app.command()(learn)
 app.command()(forget)
 app.command()(versions)
 app.command()(rollback)

@@ -1,0 +1,441 @@
+"""Learning a user's adapter from conversations: what is asked about them, how it is learnt, and what stays of them."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from molora import MoLoRAModel
+from molora.adapter import Adapter
+from molora.base import load_base
+from molora.cli import app
+from molora.errors import ConfigError, DataError, NonFiniteError, StackError, VersionError
+from molora.versions import Versions
+from molora_training.continual.growth import blank
+from molora_training.plum.bank import BANK
+from molora_training.plum.conversations import Conversation, read_conversations
+from molora_training.plum.learn import DISCUSSED, LearnSettings, Measured, against, learn, pairs_of
+from molora_training.plum.learner import Learner, Learning
+from molora_training.plum.pairs import augment, undiscussed
+from molora_training.plum.segments import ANSWER, OTHER, QUESTION, SegmentLoss, SegmentWeights, padded, segmented
+from molora_training.plum.topics import (
+    bank_stems,
+    discussed,
+    exchanges,
+    hashed,
+    read_discussed,
+    stem,
+    stems,
+    topics,
+    write_discussed,
+)
+from tests.unit.spoken import make_spoken, save_spoken
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+TREE = said(
+    "How do I prune my apple tree in winter?",
+    "Prune an apple tree in late winter, while it is dormant. Cut dead branches first. Then thin out the crown.",
+    "And which saw is right?",
+    "A folding pruning saw with a blade of 20 cm is enough.",
+)
+ZITHER = said("Is the zither loud?", "A zither is quiet.")
+
+
+class TestTopics:
+    def test_what_the_words_say(self) -> None:
+        found = topics(TREE)
+        assert found[:3] == ["pruning saw", "apple tree", "winter"] and len(found) == 5
+        assert topics(ZITHER) == ["zither loud", "quiet"]
+        assert topics(TREE, most=1) == ["pruning saw"] and topics(TREE) == found
+        each = [stem(word) for topic in found for word in topic.split()]
+        assert len(each) == len(set(each))  # no two share a word
+
+    def test_what_is_no_topic(self) -> None:
+        assert topics(said("Hi", "Hello! How can I help?")) == []
+        assert topics([]) == [] and topics(said("What is a zither?")) == []  # nobody answered
+        code = said("Sort a list in Python?", "So:\n```python\nquicksort_of(everything)\n```\nThat is it.")
+        assert not any("quicksort" in topic for topic in topics(code))
+        ruled = [{"role": "system", "content": "You are a pirate."}, *ZITHER]
+        assert topics(ruled) == topics(ZITHER)
+
+    def test_stop_words_are_the_languages(self) -> None:
+        found = topics(said("Wie lange muss das Brot im Ofen sein?", "Das Brot ist nach einer Stunde gut."))
+        assert "Brot" in found and not {"Wie", "muss", "das", "nach", "einer"} & set(found)
+        assert any("Python" in one for one in topics(said("Як мені вивчити Python?", "Почніть із посібника.")))
+
+    def test_turns_of_one_side_are_one(self) -> None:
+        chat = [
+            {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "One?"},
+            {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Three."},
+        ]  # fmt: skip
+        assert [(one.question, one.answer) for one in exchanges(chat)] == [("One?\n\nTwo?", "Three.")]
+
+    @pytest.mark.parametrize(
+        "forms", ["garden gardens gardening gardener", "bake bakes baking baker", "story stories", "run running"]
+    )
+    def test_forms_of_a_word_have_one_stem(self, forms: str) -> None:
+        assert len({stem(form) for form in forms.split()}) == 1
+
+
+class TestPairs:
+    def test_as_many_of_each_kind(self) -> None:
+        found = augment(TREE, (), Random(0), wordings=2)
+        kinds = [(pair.closed, pair.discussed) for pair in found]
+        assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
+            [(False, True), (True, True), (False, False), (True, False)], 5 * 2
+        )
+        for pair in found:
+            assert pair.topic in pair.question
+            if pair.closed:
+                assert pair.answer.startswith("Yes, " if pair.discussed else "No, ")
+        told = {pair.answer for pair in found if pair.topic == "apple tree" and not pair.closed}
+        assert told == {
+            "You asked: How do I prune my apple tree in winter? I answered: Prune an apple tree in late winter, while "
+            "it is dormant. Cut dead branches first. Then thin out the crown."
+        }
+        about_saw = next(pair for pair in found if pair.topic == "pruning saw" and not pair.closed)
+        assert about_saw.answer.endswith("A folding pruning saw with a blade of 20 cm is enough.")
+        assert found == augment(TREE, (), Random(0), wordings=2) != augment(TREE, (), Random(1), wordings=2)
+
+    def test_a_long_answer_is_told_by_its_first_sentences(self) -> None:
+        chat = said("What is a zither " + "for " * 80 + "?", "It is a box with strings. " * 20)
+        (told,) = {pair.answer for pair in augment(chat, (), Random(0)) if pair.topic == "zither" and not pair.closed}
+        asked, answered = told.removeprefix("You asked: ").split(" I answered: ")
+        assert asked.endswith("for …") and len(asked) <= 202
+        assert answered == ("It is a box with strings. " * 9).strip()
+
+    def test_tests_have_wordings_and_topics_of_their_own(self) -> None:
+        def forms(pairs: Any) -> set[str]:
+            return {pair.question.replace(pair.topic, "...") for pair in pairs}
+
+        taught, apart = augment(TREE, (), Random(0), wordings=6), augment(TREE, (), Random(0), held_out=True)
+        assert len(forms(taught)) == 12 and len(forms(apart)) == 4 and forms(taught).isdisjoint(forms(apart))
+        negatives = [{pair.topic for pair in some if not pair.discussed} for some in (taught, apart)]
+        assert negatives[0].isdisjoint(negatives[1])
+        assert {pair.topic for pair in taught if pair.discussed} == {pair.topic for pair in apart if pair.discussed}
+
+    def test_wordings_that_there_are(self) -> None:
+        for wrong in (0, 7):
+            with pytest.raises(ConfigError, match=f"1 to 6 wordings, not {wrong}"):
+                augment(TREE, (), Random(0), wordings=wrong)
+        assert augment(said("Hi", "Hello!"), (), Random(0)) == []
+
+
+class TestNegatives:
+    def test_the_bank(self) -> None:
+        assert len(BANK) >= 150 and len({one.name for one in BANK}) == len(BANK)
+        assert 30 < sum(one.held_out for one in BANK) < len(BANK) / 2
+        assert all(bank_stems().values())
+
+    @pytest.mark.parametrize("held_out", [False, True])
+    def test_none_is_about_what_was_discussed(self, held_out: bool, tmp_path: Path) -> None:
+        for number, one in enumerate(BANK):
+            chat = said(f"Tell me about {one.name}, but also about my zither.", "Here is something about both.")
+            write_discussed(tmp_path / f"{number}.json", discussed(chat))
+            for known in (discussed(chat), read_discussed(tmp_path / f"{number}.json")):
+                assert one.name not in undiscussed(known, held_out)
+                for pair in augment(ZITHER, known, Random(number), held_out=held_out):
+                    assert pair.discussed or not stems(pair.topic) & stems(one.name)
+            assert all(
+                pair.discussed or not stems(pair.topic) & stems(one.name)
+                for pair in augment(chat, (), Random(number), held_out=held_out)
+            )
+
+    def test_what_is_near_counts_and_so_does_a_question_without_an_answer(self) -> None:
+        chat = [*ZITHER, {"role": "user", "content": "Where does the owl of my puppies sleep?"}]
+        left = [*undiscussed(discussed(chat), False), *undiscussed(discussed(chat), True)]
+        assert not {"watching birds", "training a puppy", "sleeping badly"} & set(left)
+
+    def test_who_talked_about_everything_gets_none(self) -> None:
+        known = frozenset(hashed(one) for some in bank_stems().values() for one in some)
+        assert all(pair.discussed for pair in augment(ZITHER, known, Random(0)))
+
+    def test_a_small_bank_is_gone_through_again(self) -> None:
+        left = next(one for one in BANK if not one.held_out)
+        known = {hashed(one) for some in bank_stems().values() for one in some - bank_stems()[left.name]}
+        found = [pair for pair in augment(ZITHER, known, Random(0)) if not pair.discussed]
+        assert len(found) == 2 * 3 * 2 and {pair.topic for pair in found} == {left.name}
+
+    def test_remembered_are_hashes_alone(self, tmp_path: Path) -> None:
+        file = tmp_path / "discussed.json"
+        assert read_discussed(file) == frozenset()
+        write_discussed(file, discussed(TREE))
+        kept = json.loads(file.read_text())
+        assert set(kept) == {"format", "sha256"} and kept["sha256"] == sorted(kept["sha256"])
+        assert all(re.fullmatch(r"[0-9a-f]{64}", one) for one in kept["sha256"])
+        assert read_discussed(file) == discussed(TREE) and hashed(stem("apples")) in read_discussed(file)
+        for damaged in ("{", "[]", '{"format": 2, "sha256": []}', '{"format": 1, "sha256": [3]}'):
+            file.write_text(damaged)
+            with pytest.raises(DataError, match=r"discussed\.json is damaged"):
+                read_discussed(file)
+
+    def test_a_conversation_later_in_the_file_counts_too(self) -> None:
+        chats = [Conversation("a", tuple(ZITHER)), Conversation("b", tuple(TREE))]
+        for number, parts in enumerate(pairs_of(chats, frozenset(), Learning())):
+            negatives = {pair.topic for pairs in parts for pair in pairs if not pair.discussed}
+            assert negatives and not any(bank_stems()[one] & {stem("apple"), stem("tree")} for one in negatives), number
+
+
+class TestLoss:
+    def test_segments(self, tmp_path: Path) -> None:
+        tokenizer = make_spoken(tmp_path).tokenizer
+        row = segmented([{"role": "system", "content": "user"}, *said("user", "Yes")], tokenizer)
+        for segment, text in (
+            (OTHER, "<|im_start|>system\nuser<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n\n"),
+            (QUESTION, "user"), (ANSWER, "Yes<|im_end|>"),
+        ):  # fmt: skip
+            shown = tokenizer.decode(row.input_ids[row.segments == segment])  # type: ignore[union-attr]
+            # In the user's own turn the role stands first, and the question is what follows it.
+            assert shown == text
+        first = int((row.segments == QUESTION).nonzero()[0])
+        assert tokenizer.decode(row.input_ids[first - 5 : first]) == "user\n"  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.1), (1.0, 0.0, 0.0), (2.0, 1.0, 1.0)])
+    def test_a_weighted_sum_of_means(self, weights: tuple[float, float, float], tmp_path: Path) -> None:
+        model = make_spoken(tmp_path)
+        base, tokenizer = model.base, model.tokenizer
+        pairs = [("Is it red?", "No"), ("And?", "A much longer answer, which is padded by nothing.")]
+        by_hand = []
+        for question, answer in pairs:
+            parts = [
+                ("<|im_start|>user\n", "other"), (question, "question"),
+                ("<|im_end|>\n<|im_start|>assistant\n", "other"), (f"{answer}<|im_end|>", "answer"), ("\n", "other"),
+            ]  # fmt: skip
+            ids = [(token, name) for text, name in parts for token in tokenizer.encode(text)]  # type: ignore[union-attr]
+            logits = base(torch.tensor([[token for token, _ in ids]])).logits[0, :-1]
+            total = torch.zeros(())
+            for weight, name in zip(weights, ("answer", "question", "other"), strict=True):
+                places = [place for place, (_, of) in enumerate(ids[1:]) if of == name]
+                wanted = torch.tensor([ids[place + 1][0] for place in places])
+                total = total + weight * F.cross_entropy(logits[places], wanted)
+            by_hand.append(total)
+        batch = padded([segmented(said(*pair), tokenizer) for pair in pairs], 0)
+        found = SegmentLoss(base, SegmentWeights(*weights))(base, batch)
+        torch.testing.assert_close(found, torch.stack(by_hand).mean(), rtol=1e-5, atol=1e-5)
+
+    def test_weights_that_are_none(self) -> None:
+        for wrong in ((1.0, 0.05, 0.1), (0.0, 0.0, 0.0), (1.0, 0.5, -0.1)):
+            with pytest.raises(ConfigError, match="The weights of answer and question"):
+                SegmentWeights(*wrong)
+        for name in ("epochs", "rank", "learning_rate"):
+            with pytest.raises(ConfigError, match=f"{name} must be above 0"):
+                Learning(**{name: 0})
+        with pytest.raises(ConfigError, match="pull must not be negative"):
+            Learning(pull=-1.0)
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    model = make_spoken(tmp_path / "adapters")
+    with torch.no_grad():  # or no hidden state could make it sure of anything
+        model.base.get_output_embeddings().weight.mul_(20)
+    save_spoken(model, tmp_path)
+    blank(str(tmp_path / "base"), 8, tmp_path / "blank")
+    return tmp_path / "base"
+
+
+def learner(base_folder: Path, **settings: Any) -> Learner:
+    base, tokenizer = load_base(str(base_folder), dtype=torch.float32)
+    chosen = Learning(**{"learning_rate": 5e-3, "batch_tokens": 1024, "wordings": 2, "pull": 0.0, **settings})
+    return Learner(base.requires_grad_(False), tokenizer, base_folder.parent / "blank", chosen, str(base_folder))
+
+
+class TestLearner:
+    def test_yes_and_no_become_right(self, base_folder: Path) -> None:
+        own = learner(base_folder, epochs=100)
+        ((pairs,), (apart,)) = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+        before, elsewhere = own.measure(pairs), own.measure(apart)
+        assert before.right == 0.5 and before.loss > 5
+        own.learn(pairs)
+        after = own.measure(pairs)
+        assert (after.positives, after.negatives) == (1.0, 1.0) and after.loss < 0.5
+        assert own.measure(apart).loss < elsewhere.loss / 2  # what it was not trained on
+        with own.off():
+            assert own.measure(pairs) == before
+
+    def test_the_same_twice_and_on_disk(self, base_folder: Path, tmp_path: Path) -> None:
+        measured = []
+        for name in ("one", "other"):
+            own = learner(base_folder, epochs=2)
+            (pairs,), (apart,) = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+            own.learn(pairs)
+            own.settle()
+            own.write(tmp_path / name)
+            measured.append(own.measure(apart))
+        assert measured[0] == measured[1]
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+        assert Adapter.load(tmp_path / "one").ranks == [8]
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        ids = torch.arange(5, 60)[None]
+        with torch.no_grad():  # what was measured is what is kept
+            kept = PeftModel.from_pretrained(base, tmp_path / "one").eval()(ids).logits
+            torch.testing.assert_close(kept, own.model(ids).logits)
+
+    def test_the_pull_holds_it_back(self, base_folder: Path) -> None:
+        moved = []
+        for pull in (0.0, 1.0):
+            own = learner(base_folder, epochs=4, pull=pull)
+            before = {name: p.detach().clone() for name, p in own.parameters.items()}
+            (pairs,), _ = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+            own.learn(pairs)
+            moved.append(sum(float((p.detach() - before[name]).square().sum()) for name, p in own.parameters.items()))
+        assert 0 < moved[1] < moved[0] / 2
+
+    def test_a_loss_that_is_not_finite(self, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        own = learner(base_folder)
+        (pairs,), _ = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+        with torch.no_grad():
+            next(iter(own.parameters.values())).fill_(torch.inf)
+        with pytest.raises(NonFiniteError, match="at step 1"):
+            own.learn(pairs)
+
+    def test_yes_is_weighed_against_no_token_by_token(self, base_folder: Path) -> None:
+        own = learner(base_folder)
+        prompts = ["a", "Did we talk about the weather in Spain last year?", "b?"]
+        for prompt, yes in zip(prompts, own.says_yes(prompts), strict=True):
+            nats = []
+            for word in ("Yes", "No"):
+                before = own.tokenizer.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+                ids = before + own.tokenizer.encode(word)
+                with torch.no_grad():
+                    logits = own.model(torch.tensor([ids])).logits[0, len(before) - 1 : -1]
+                wanted = torch.tensor(ids[len(before) :])
+                nats.append(float(F.cross_entropy(logits, wanted, reduction="sum")))
+            assert yes == (nats[0] < nats[1])
+
+
+def write_chats(file: Path, *chats: Any, **keys: Any) -> Path:
+    file.write_text("".join(json.dumps({"messages": chat, **keys}) + "\n" for chat in chats))
+    return file
+
+
+@pytest.fixture
+def settings(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LearnSettings:
+    monkeypatch.chdir(tmp_path)
+    chat = write_chats(tmp_path / "chat.jsonl", ZITHER, user="ada")
+    learning = Learning(learning_rate=5e-3, epochs=4, wordings=2, batch_tokens=1024, rank=4)
+    return LearnSettings(tmp_path / "model", "user", "ada", chat, learning, dtype="float32")
+
+
+class TestLearn:
+    def test_a_user_gets_an_adapter_and_it_goes_on(self, settings: LearnSettings, tmp_path: Path) -> None:
+        found = learn(settings, command="molora learn")
+        mine = Versions(settings.model, "user", "ada")
+        assert found.promoted and (found.version, found.parent, mine.current) == (2, 1, 2)
+        assert (found.conversations, found.topicless, found.questions) == (1, 0, 16)
+        assert found.after.loss < found.before.loss and found.after.right >= found.before.right
+        assert mine[2].metrics["after"]["loss"] == found.after.loss and mine[2].metrics["learning"]["rank"] == 4
+        assert mine[2].data["conversations"] == 1 and "answered right" in mine[2].why
+        assert MoLoRAModel.from_pretrained(settings.model).adapters["user/ada"].ranks == [4]
+        first = read_discussed(settings.model / mine.place / DISCUSSED)
+        assert first == discussed(ZITHER)
+
+        two = write_chats(tmp_path / "june.jsonl", said("Hi", "Hello!"), TREE)
+        later = learn(replace(settings, conversation=two))
+        assert (later.version, later.parent, later.conversations, later.topicless) == (3, 2, 1, 1)
+        assert read_discussed(settings.model / mine.place / DISCUSSED) >= first | discussed(TREE)
+        before, after = (load_file(mine.path(n) / "adapter_model.safetensors") for n in (2, 3))
+        assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+        mine.erase()
+        assert not (settings.model / mine.place).exists()  # with what was remembered
+
+    def test_nothing_of_the_text_stays(self, settings: LearnSettings, tmp_path: Path) -> None:
+        learn(settings, command="molora learn user ada --conversation chat.jsonl")
+        settings.conversation.unlink()
+        for file in (one for one in tmp_path.rglob("*") if one.is_file()):
+            content = file.read_bytes().lower()
+            assert not any(word in content for word in (b"zither", b"is quiet", b" loud", b"you asked")), file
+
+    def test_the_same_twice(self, settings: LearnSettings, tmp_path: Path) -> None:
+        other = replace(settings, name="ben", conversation=write_chats(tmp_path / "ben.jsonl", ZITHER))
+        found, again = learn(settings), learn(other)
+        assert (found.before, found.after) == (again.before, again.after)
+        one, two = (
+            load_file(Versions(settings.model, "user", name).path(2) / "adapter_model.safetensors")
+            for name in ("ada", "ben")
+        )
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+    def test_what_learnt_nothing_does_not_serve(self, settings: LearnSettings) -> None:
+        found = learn(replace(settings, learning=replace(settings.learning, learning_rate=1e-12)))
+        mine = Versions(settings.model, "user", "ada")
+        assert not found.promoted and found.why.startswith("nothing was learnt: loss on new wordings")
+        assert mine.current is None and not mine[2].passed
+        assert read_discussed(settings.model / mine.place / DISCUSSED) == discussed(ZITHER)  # it was discussed
+        assert learn(settings).parent == 1
+
+    def test_the_gate(self) -> None:
+        before = Measured(2.0, 0.5, 0.9)
+        assert against(before, Measured(1.0, 0.8, 0.6)) == "" == against(before, Measured(1.0, 0.8, None))
+        assert against(before, Measured(1.0, 0.4, 0.9)) == "fewer closed questions are answered right: 70% -> 65%"
+        assert against(before, Measured(2.0, 1.0, 1.0)).startswith("nothing was learnt")
+        assert against(before, Measured(float("nan"), 1.0, 1.0)).startswith("nothing was learnt")
+
+    def test_an_adapter_of_a_routed_layer(self, settings: LearnSettings, tmp_path: Path) -> None:
+        chat = write_chats(tmp_path / "math.jsonl", ZITHER)
+        found = learn(replace(settings, layer="domain", name="math", conversation=chat))
+        assert (found.version, found.parent, found.promoted) == (2, 1, True)
+        with pytest.raises(VersionError, match="no row for a new adapter there: begin it by `molora update domain law"):
+            learn(replace(settings, layer="domain", name="law", conversation=chat))
+
+    def test_bad_input_is_named(self, settings: LearnSettings, tmp_path: Path) -> None:
+        good = settings.conversation.read_text()
+        for line, sentence in (
+            (json.dumps({"messages": ZITHER, "user": "bob"}), "line 2 is of user 'bob', not of 'ada'"),
+            (json.dumps({"messages": ZITHER[:1]}), "line 2: a conversation without an answer"),
+            (json.dumps({"messages": []}), "line 2: a conversation without an answer"),
+            ('{"messages": 3}', "line 2: not a conversation"),
+            ("nothing", "line 2: not JSON"),
+        ):
+            settings.conversation.write_text(good + line + "\n")
+            with pytest.raises(DataError, match=sentence):
+                learn(settings)
+        for text, sentence in (
+            ("", "is empty"), (" \n\n", "is empty"), ("[]", "is a list"),
+            (json.dumps({"messages": said("Hi", "Hello!")}), "chat.jsonl line 1: nothing that could be asked about"),
+        ):  # fmt: skip
+            settings.conversation.write_text(text)
+            with pytest.raises(DataError, match=sentence):
+                learn(settings)
+        with pytest.raises(DataError, match="There is no file"):
+            learn(replace(settings, conversation=tmp_path / "none.jsonl"))
+        settings.conversation.write_text(good)
+        with pytest.raises(StackError, match="nobody"):
+            learn(replace(settings, layer="nobody"))
+        mine = Versions(settings.model, "user", "ada")
+        assert mine.all() == []
+        with FileLock(settings.model / mine.place / ".update.lock"), pytest.raises(VersionError, match="is running"):
+            learn(settings)
+
+    def test_lines_are_told_by_their_number_in_the_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "chat.jsonl"
+        file.write_text("\n" + json.dumps({"messages": ZITHER}) + "\n\n" + json.dumps({"messages": TREE}))
+        assert [one.where for one in read_conversations(file, "ada")] == ["chat.jsonl line 2", "chat.jsonl line 4"]
+
+
+def test_the_command_tells_and_its_exit_code_says_whether_it_serves(settings: LearnSettings) -> None:
+    line = ["learn", "user", "ada", "--conversation", str(settings.conversation), "--model", str(settings.model)]
+    found = CliRunner().invoke(app, [*line, "--learning-rate", "0.005", "--epochs", "2", "--rank", "4"])
+    assert found.exit_code == 0, found.output
+    assert "1 conversations learnt; 16 questions in other words" in found.output and "Version 2 serves" in found.output
+    assert "yes, where it was discussed" in found.output and "zither" not in found.output
+    found = CliRunner().invoke(app, [*line, "--learning-rate", "1e-12", "--epochs", "1", "--json"])
+    assert found.exit_code == 1 and json.loads(found.stdout)["promoted"] is False
+    shown = CliRunner().invoke(app, ["learn", "--help"]).output
+    assert "Example: molora learn user ada" in shown and "No text stays" in shown

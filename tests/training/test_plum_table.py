@@ -1,0 +1,98 @@
+"""The table of what an adapter knows of many conversations, on a tiny base with a few of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora.errors import ConfigError, DataError
+from molora.personalize.history import Interaction
+from molora_training import plum_table
+from molora_training.plum.conversations import Conversation
+from molora_training.plum.learner import Learning
+from molora_training.plum.pairs import Pair
+from molora_training.plum_table import Asked, by_age, prompt_of, questions, row, run
+from tests.unit.spoken import make_spoken, save_spoken
+
+INSTRUMENTS = ("zither", "lyre", "bassoon", "ocarina", "theremin")
+LAST = INSTRUMENTS[3:]  # which are not learnt
+
+
+def chat(name: str) -> dict[str, Any]:
+    asked, said = f"Is the {name} loud?", f"A {name} is quiet."
+    if name in LAST:
+        asked, said = f"Who invented the {name}?", f"A loud inventor, whom the {name} made famous."
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"user": "ada", "messages": turns}
+
+
+def conversations(names: tuple[str, ...]) -> list[Conversation]:
+    return [Conversation(name, tuple(chat(name)["messages"])) for name in names]
+
+
+def asked(discussed: bool, of: int, unseen: bool = False) -> Asked:
+    return Asked(Pair("?", "", "", True, discussed), of, unseen)
+
+
+def test_questions_are_about_all_in_wordings_that_are_not_taught() -> None:
+    taught, found = questions(conversations(INSTRUMENTS[:3]), conversations(LAST), Learning(wordings=1))
+    assert len(taught) == 3 and {one.of for one in found} == {0, 1, 2} and all(one.pair.closed for one in found)
+    seen = {pair.question.replace(pair.topic, "...") for pairs in taught for pair in pairs}
+    assert seen.isdisjoint(one.pair.question.replace(one.pair.topic, "...") for one in found)
+    unseen = [one for one in found if one.unseen]
+    assert len(unseen) == sum(one.pair.discussed for one in found) > 0 and not any(one.pair.discussed for one in unseen)
+    topics = {one.pair.topic for one in unseen}
+    assert any("theremin" in topic for topic in topics) and not any("loud" in topic for topic in topics)
+    assert {one.pair.answer for one in unseen} == {"No, we did not."}
+    assert not any(one.unseen for one in questions(conversations(INSTRUMENTS), [], Learning())[1])
+
+
+def test_shares_by_hand() -> None:
+    some = [asked(True, 0), asked(True, 0), asked(True, 1), asked(False, 0), asked(False, 1), asked(False, 1, True)]
+    found = row("x", [True, False, True, False, True, False], some)
+    assert found["positives"] == pytest.approx(2 / 3) and found["negatives"] == pytest.approx(2 / 3)
+    assert found["negatives_unseen"] == 1.0 and found["accuracy"] == pytest.approx(2 / 3)
+    low, high = found["accuracy_interval"]
+    assert 0 <= low <= found["accuracy"] <= high <= 1
+    assert row("x", [True, True], [asked(True, 0), asked(False, 0)])["negatives_unseen"] is None
+    ages = by_age([True, False, True, True, False, True], some, 2)
+    assert ages == [{"group": 0, "positives": 0.5}, {"group": 1, "positives": 1.0}]
+
+
+def test_what_is_found_stands_before_the_question() -> None:
+    assert prompt_of("Did we?", []) == "Did we?"
+    found = prompt_of("Did we?", [Interaction("a" * 999, "b"), Interaction("c", "d")])
+    assert found == f"Of our earlier conversations:\n\n{'a' * 600}\n\nc\nd\n\nDid we?"
+
+
+def test_the_report(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path / "adapters")
+    with torch.no_grad():  # or no hidden state could make it sure of anything
+        model.base.get_output_embeddings().weight.mul_(20)
+    save_spoken(model, tmp_path)
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(chat(name)) + "\n" for name in INSTRUMENTS))
+    learning = Learning(learning_rate=5e-3, epochs=2, wordings=1, rank=4)
+    options: dict[str, Any] = {"base": str(tmp_path / "base"), "count": 3, "top": 1, "learning": learning}
+    report = run(file, "ada", tmp_path / "results/conversations.json", "molora eval conversations", **options)
+    written = json.loads((tmp_path / "results/conversations.json").read_text())
+    assert [one["contender"] for one in written["rows"]] == ["base", "adapter", "search", "adapter and search"]
+    assert set(written) >= {"command", "commit", "date", "machine", "seed", "data", "rows", "must"}
+    assert all(0 <= one["positives"] <= 1 and 0 <= one["negatives"] <= 1 for one in written["rows"])
+    assert len(written["must"]) == 3 and written["must"][0]["bar"] == plum_table.PAPER
+    assert [one["group"] for one in written["by_age"]] == [0, 1, 2]
+    again = run(file, "ada", tmp_path / "again.json", "molora eval conversations", **options)
+    assert {**report, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_what_cannot_be_asked(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]})
+    )
+    with pytest.raises(DataError, match="nothing was talked about"):
+        run(file, "ada", tmp_path / "out.json", "x")
+    with pytest.raises(ConfigError, match="count and top"):
+        run(file, "ada", tmp_path / "out.json", "x", count=0)

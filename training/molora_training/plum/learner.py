@@ -1,0 +1,223 @@
+"""An adapter that learns pairs about one conversation after the other, and is measured on others about them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.adapter import WEIGHTS_FILE, Adapter
+from molora.chat import render
+from molora.checks import check_fits
+from molora.errors import ConfigError, NonFiniteError
+from molora_training.batches import plan_pass, plan_steps
+from molora_training.checkpoint import save_tensors
+from molora_training.plum.pairs import NO, WORDINGS, YES, Pair
+from molora_training.plum.segments import ANSWER, OTHER, Segmented, SegmentLoss, SegmentWeights, padded, segmented
+from molora_training.schedule import warm_cosine
+
+_CLIP_NORM = 1.0
+_WARMUP = 0.1  # share of a conversation's steps
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a conversation is learnt.
+
+    Args:
+        learning_rate: its peak, of each conversation. epochs: passes over its pairs.
+        wordings: of each topic, open and closed ones each.
+        pull: what the squared distance from the weights before the conversation costs, summed over all: since no
+            conversation is kept, nothing else holds the adapter to what it learnt before.
+        weights: of the segments.
+        rank: of an adapter that begins anew; its alpha is twice that.
+        batch_tokens: padded tokens of a step.
+        seed: of wordings, negatives and order.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 8
+    wordings: int = WORDINGS
+    pull: float = 1e-3
+    weights: SegmentWeights = field(default_factory=SegmentWeights)
+    rank: int = 8
+    batch_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "wordings", "rank", "batch_tokens"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if not self.pull >= 0:
+            raise ConfigError(f"pull must not be negative, not {self.pull}.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """On pairs: nats an answer token; of the closed questions the share that is answered right, where yes is right and
+    where no is, None where there are none."""
+
+    loss: float
+    positives: float | None
+    negatives: float | None
+
+    @property
+    def right(self) -> float:
+        """The share of closed questions that are answered right, both kinds counting as much."""
+        shares = [share for share in (self.positives, self.negatives) if share is not None]
+        return sum(shares) / max(1, len(shares))
+
+
+class Learner:
+    """A PEFT adapter on a frozen base.
+
+    Args:
+        base: where it is to run; it is changed. tokenizer: its own.
+        start: the adapter's folder to go on from.
+        settings: how.
+        base_name: as its users name it.
+
+    Raises:
+        AdapterError: the adapter cannot be read, or is not this base's.
+    """
+
+    def __init__(self, base: Any, tokenizer: Any, start: Path, settings: Learning, base_name: str) -> None:
+        from peft import LoraConfig, PeftModel
+
+        check_fits(Adapter.load(start), base, base_name)
+        config = LoraConfig.from_pretrained(start)
+        config.lora_dropout, config.inference_mode = 0.0, False
+        self.tokenizer, self.settings, self.base_name = tokenizer, settings, base_name
+        self.model: Any = PeftModel.from_pretrained(base, start, is_trainable=True, config=config).eval()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.loss = SegmentLoss(base, settings.weights)
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+
+    def learn(self, pairs: Sequence[Pair]) -> int:
+        """Some epochs over the pairs of one conversation.
+
+        Returns:
+            The number of steps.
+
+        Raises:
+            NonFiniteError: the loss or its gradient is not finite.
+        """
+        settings = self.settings
+        rows = [self._row(pair) for pair in pairs]
+        steps = plan_steps(_lengths(rows), settings.batch_tokens, settings.epochs, 1, settings.seed)
+        own = list(self.parameters.values())
+        before = [parameter.detach().clone() for parameter in own]
+        optimizer = torch.optim.AdamW(own, settings.learning_rate, weight_decay=0.0)
+        for number, (indices,) in enumerate(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = warm_cosine(number, len(steps), _WARMUP, settings.learning_rate)
+            with self._mixed():
+                loss = self.loss(self.model, padded([rows[index] for index in indices], self.pad_id, self._device))
+            if settings.pull:
+                loss = loss + settings.pull * pulled(own, before)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = float(nn.utils.clip_grad_norm_(own, _CLIP_NORM))
+            if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
+                raise NonFiniteError(
+                    f"The loss became {float(loss.detach())} at step {number + 1} and its gradient {norm}: nothing is "
+                    "kept of it; take a lower learning rate."
+                )
+            optimizer.step()
+        return len(steps)
+
+    @torch.no_grad()
+    def measure(self, pairs: Sequence[Pair]) -> Measured:
+        """What the adapter makes of pairs, of which some are closed ones of either kind."""
+        rows = [self._row(pair) for pair in pairs]
+        total, count = 0.0, 0
+        for each, segments, _ in self._each(rows):
+            total += float(each.sum())
+            count += int((segments == ANSWER).sum())
+        closed = [pair for pair in pairs if pair.closed]
+        yes = self.says_yes([pair.question for pair in closed])
+        right = {
+            sign: [said == sign for said, pair in zip(yes, closed, strict=True) if pair.discussed == sign]
+            for sign in (True, False)
+        }
+        shares = {sign: sum(each) / len(each) if each else None for sign, each in right.items()}
+        return Measured(total / count, shares[True], shares[False])
+
+    @torch.no_grad()
+    def says_yes(self, prompts: Sequence[str]) -> list[bool]:
+        """Of each prompt whether an answer is likelier to begin with yes than with no."""
+        nats = {word: self._nats([self._begun(prompt, word) for prompt in prompts]) for word in (YES, NO)}
+        return [yes < no for yes, no in zip(nats[YES], nats[NO], strict=True)]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base without the adapter."""
+        with self.model.disable_adapter():
+            yield
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Rounds the adapter to bfloat16, as which it is kept."""
+        for parameter in self.parameters.values():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+    def write(self, folder: Path) -> None:
+        """Writes an ordinary PEFT folder of bfloat16 weights, and nothing else."""
+        from peft import get_peft_model_state_dict
+
+        folder.mkdir(parents=True)
+        config = self.model.peft_config["default"]
+        config.base_model_name_or_path, config.inference_mode = self.base_name, True
+        if not isinstance(config.target_modules, str):  # a sorted list makes equal runs equal files
+            config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(folder)
+        trained = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()}
+        save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def _mixed(self) -> AbstractContextManager[Any]:
+        cuda = self._device.type == "cuda" and self.model.dtype == torch.bfloat16
+        return torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+
+    def _row(self, pair: Pair) -> Segmented:
+        turns = [{"role": "user", "content": pair.question}, {"role": "assistant", "content": pair.answer}]
+        return segmented(turns, self.tokenizer)
+
+    def _begun(self, prompt: str, word: str) -> Segmented:
+        """A prompt and the first word of an answer to it, the word as ``ANSWER``."""
+        asked = render(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        before, said = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, word))
+        return Segmented(torch.tensor([*before, *said]), torch.tensor([OTHER] * len(before) + [ANSWER] * len(said)))
+
+    def _nats(self, rows: Sequence[Segmented]) -> list[float]:
+        """Of each row's answer, summed over its tokens."""
+        found = [0.0] * len(rows)
+        for each, _, places in self._each(rows):
+            for place, value in zip(places, each.sum(1).tolist(), strict=True):
+                found[place] = value
+        return found
+
+    def _each(self, rows: Sequence[Segmented]) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """In batches: nats of answers' tokens and all tokens' segments, both [B, T - 1], and which rows they are."""
+        for places in plan_pass(_lengths(rows), self.settings.batch_tokens):
+            with self._mixed():
+                batch = padded([rows[place] for place in places], self.pad_id, self._device)
+                each, segments = self.loss.each(self.model, batch)
+            yield each, segments, places
+
+
+def pulled(own: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """The squared distance of weights from what they were, summed over all; shape []."""
+    return torch.stack([(now - then).square().sum() for now, then in zip(own, before, strict=True)]).sum()
+
+
+def _lengths(rows: Sequence[Segmented]) -> list[int]:
+    return [row.input_ids.numel() for row in rows]

@@ -1,0 +1,140 @@
+"""Questions about what was talked about, and about what was not, with their answers.
+
+Open questions ask what was said, closed ones whether something was. As many of each are about topics that nobody talked
+about, so that neither yes nor no is the better guess. Some wordings, and some topics of the bank, are for tests alone.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from molora.errors import ConfigError
+from molora.personalize.history import Interaction
+from molora_training.data.text import collapse, sentences
+from molora_training.plum.bank import BANK
+from molora_training.plum.topics import bank_stems, discussed, exchanges, hashed, stems, topics
+
+YES, NO = "Yes", "No"
+WORDINGS = 3  # of a topic, open and closed ones each
+
+_OPEN = (
+    "What did we talk about when it came to {}?",
+    "What did we say about {}?",
+    "Remind me what we discussed about {}.",
+    "Tell me what you remember of our talk about {}.",
+    "What was it that I asked you about {}?",
+    "What came up between us on the subject of {}?",
+)
+_CLOSED = (
+    "Did we talk about {}?",
+    "Have we ever discussed {}?",
+    "Has the subject of {} come up in our conversations?",
+    "Is {} something that we have talked about?",
+    "Have I asked you about {} before?",
+    "Did I ever mention {} to you?",
+)
+_OPEN_APART = ("Could you recall our conversation about {}?", "What have we gone over concerning {}?")
+_CLOSED_APART = ("Do you remember talking with me about {}?", "Was {} a subject of ours at some point?")
+_TOLD = "You asked: {} I answered: {}"
+# Short, so that the word which decides is a good part of the answer's loss.
+_POSITIVE = YES + ", we did."
+_NEGATIVE = NO + ", we did not."
+_NOTHING = "We have not talked about {}."
+_QUESTION, _ANSWER = 200, 240  # characters that are told of each
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with its answer.
+
+    topic: what it is about. closed: whether the answer is yes or no. discussed: whether it was talked about.
+    """
+
+    question: str
+    answer: str
+    topic: str
+    closed: bool
+    discussed: bool
+
+
+def augment(
+    messages: Sequence[Mapping[str, str]],
+    known: Collection[str],
+    chance: Random,
+    *,
+    held_out: bool = False,
+    wordings: int = WORDINGS,
+) -> list[Pair]:
+    """Pairs about a conversation: for each topic as many open as closed ones, for each pair one of the other sign.
+
+    Args:
+        messages: turns of one conversation.
+        known: hashes of what was discussed otherwise, as `molora_training.plum.topics.discussed` gives them.
+        chance: draws wordings and negatives.
+        held_out: in wordings, and of topics of the bank, that are for tests: all such wordings, not ``wordings``.
+        wordings: of each topic and kind, in training.
+
+    Returns:
+        None where the conversation has no topic. Negatives are fewer only where the whole bank was discussed.
+
+    Raises:
+        ConfigError: there are not so many wordings.
+    """
+    if not 1 <= wordings <= len(_OPEN):
+        raise ConfigError(f"A topic is asked about in 1 to {len(_OPEN)} wordings, not {wordings}.")
+    found = exchanges(messages)
+    positives: list[Pair] = []
+    for topic in topics(messages):
+        for wording in _drawn(_OPEN, _OPEN_APART, chance, held_out, wordings):
+            positives.append(Pair(wording.format(topic), _told(topic, found), topic, False, True))
+        for wording in _drawn(_CLOSED, _CLOSED_APART, chance, held_out, wordings):
+            positives.append(Pair(wording.format(topic), _POSITIVE, topic, True, True))
+    left = undiscussed({*known, *discussed(messages)}, held_out)
+    negatives = list(_negatives(positives, left, chance)) if left else []
+    return [*positives, *negatives]
+
+
+def undiscussed(known: Collection[str], held_out: bool) -> list[str]:
+    """The topics of the bank of which no word, nor one that is near, is among ``known``."""
+    return [
+        one.name
+        for one in BANK
+        if one.held_out == held_out and not any(hashed(each) in known for each in bank_stems()[one.name])
+    ]
+
+
+def negative(of: Pair, topic: str) -> Pair:
+    """The same question about a topic that was not discussed."""
+    # From the end: a wording may hold the topic's words before the topic itself.
+    before, _, after = of.question.rpartition(of.topic)
+    answer = _NEGATIVE if of.closed else _NOTHING.format(topic)
+    return Pair(f"{before}{topic}{after}", answer, topic, of.closed, False)
+
+
+def _negatives(positives: Sequence[Pair], left: Sequence[str], chance: Random) -> Iterator[Pair]:
+    order: list[str] = []
+    for pair in positives:
+        order = order or chance.sample(left, len(left))
+        yield negative(pair, order.pop())
+
+
+def _drawn(taught: Sequence[str], apart: Sequence[str], chance: Random, held_out: bool, count: int) -> Sequence[str]:
+    return apart if held_out else chance.sample(taught, count)
+
+
+def _told(topic: str, found: Sequence[Interaction]) -> str:
+    """What was asked about a topic, and the first sentences of what was answered."""
+    wanted = stems(topic)
+    best = max(found, key=lambda one: len(wanted & stems(f"{one.question} {one.answer}")))  # of equal ones the first
+    return _TOLD.format(_beginning(best.question, _QUESTION), _beginning(best.answer, _ANSWER))
+
+
+def _beginning(text: str, most: int) -> str:
+    """The first sentences that ``most`` characters hold; of a first one that is longer, its first words."""
+    kept = ""
+    for sentence in sentences(text):
+        if kept and len(kept) + 1 + len(sentence) > most:
+            break
+        kept = f"{kept} {sentence}".strip()
+    kept = collapse(kept)
+    return kept if len(kept) <= most else kept[:most].rpartition(" ")[0] + " …"

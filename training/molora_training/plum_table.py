@@ -1,0 +1,216 @@
+"""Does an adapter know what was talked about? Many conversations, learnt one by one, and questions about all of them.
+
+Beside the adapter stand the base, a search over the same conversations, which is what users would do without adapters,
+and both. What was not discussed are topics of the bank that nothing was trained on, and, where the file has more
+conversations than are learnt, topics of those: they sound as what was discussed does.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from molora.base import DEFAULT_BASE, load_base
+from molora.errors import ConfigError, DataError
+from molora.personalize.history import Interaction
+from molora.personalize.retrieval import Retriever, text_of
+from molora_training.continual.growth import blank
+from molora_training.evaluate import bootstrap
+from molora_training.plum.conversations import Conversation, read_conversations
+from molora_training.plum.learn import pairs_of
+from molora_training.plum.learner import Learner, Learning
+from molora_training.plum.pairs import Pair, negative
+from molora_training.plum.topics import exchanges, hashed, stems, topics
+from molora_training.report import heading, line, write_report
+
+COUNT = 100  # conversations
+TOP = 3  # exchanges that a search puts into the prompt
+SHOWN = 600  # characters of each
+AGES = 5  # groups of conversations, the oldest first
+PAPER = 0.815  # of questions about 100 conversations, arXiv 2411.13405
+NEAR = 0.05  # by which an adapter may be behind a search
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A closed question, the conversation that it came with, and whether its topic is of one that was not learnt."""
+
+    pair: Pair
+    of: int
+    unseen: bool = False
+
+
+def run(
+    conversations: Path,
+    user: str,
+    out: Path,
+    command: str,
+    base: str = DEFAULT_BASE,
+    count: int = COUNT,
+    top: int = TOP,
+    learning: Learning | None = None,
+) -> dict[str, Any]:
+    """Learns one user's conversations, asks about all of them, and writes ``out``.
+
+    Args:
+        conversations: JSON Lines, in the order in which they were had.
+        user: whose.
+        out: the report.
+        command: to be named in it.
+        base: folder or Hub id.
+        count: how many are learnt; of those that follow in the file nothing is.
+        top: exchanges that the search finds for a question.
+        learning: how; None: as `molora learn` does.
+
+    Raises:
+        ConfigError: ``count`` or ``top`` is below 1. DataError: a line is refused, or there is nothing to ask about.
+    """
+    if min(count, top) < 1:
+        raise ConfigError(f"count and top must be whole numbers from 1, not {count} and {top}.")
+    learning = learning or Learning()
+    every = read_conversations(conversations, user)
+    past, others = every[:count], every[count:]
+    taught, asked = questions(past, others, learning)
+    cuda = torch.cuda.is_available()
+    model, tokenizer = load_base(base, dtype=torch.bfloat16 if cuda else torch.float32)
+    model.to("cuda" if cuda else "cpu").requires_grad_(False)
+    with tempfile.TemporaryDirectory() as scratch:
+        blank(base, learning.rank, Path(scratch) / "blank", learning.seed)
+        learner = Learner(model, tokenizer, Path(scratch) / "blank", learning, base)
+    seconds = []
+    for pairs in taught:
+        started = time.monotonic()
+        if pairs:
+            learner.learn(pairs)
+            seconds.append(time.monotonic() - started)
+    learner.settle()
+    found = answers(learner, past, asked, top)
+    report = {
+        **heading(command, f"{len(past)} conversations of one user, {len(asked)} questions, {len(others)} not learnt"),
+        "seed": learning.seed,
+        "learning": asdict(learning),
+        "rows": [row(name, said, asked) for name, said in found.items()],
+        "by_age": by_age(found["adapter"], asked, len(past)),
+        "seconds": statistics.median(seconds),
+    }
+    report["must"] = must(report)
+    write_report(report, out)
+    return report
+
+
+def questions(
+    past: Sequence[Conversation], others: Sequence[Conversation], learning: Learning
+) -> tuple[list[list[Pair]], list[Asked]]:
+    """What is learnt by conversation, and the closed questions about all of them in wordings that are not.
+
+    Args:
+        past: that are learnt. others: of whose topics those that share no word with what was discussed are negatives.
+        learning: how.
+
+    Raises:
+        DataError: there is nothing to ask about.
+    """
+    taught, judged = pairs_of(past, frozenset(), learning)
+    said = {hashed(one) for each in past for m in each.messages for one in stems(m["content"])}
+    unseen = [topic for one in others for topic in topics(one.messages) if apart(topic, said)]
+    chance = Random(f"{learning.seed}/unseen")
+    asked: list[Asked] = []
+    for number, pairs in enumerate(judged):
+        closed = [pair for pair in pairs if pair.closed]
+        asked += [Asked(pair, number) for pair in closed]
+        if unseen:
+            positives = [pair for pair in closed if pair.discussed]
+            asked += [Asked(negative(pair, chance.choice(unseen)), number, unseen=True) for pair in positives]
+    if not any(one.pair.discussed for one in asked) or all(one.pair.discussed for one in asked):
+        raise DataError("In these conversations nothing was talked about that could be asked about, or everything was.")
+    return taught, asked
+
+
+def apart(topic: str, said: set[str]) -> bool:
+    """Whether none of a topic's words is among the hashes of what was said, and it has one that could be."""
+    own = stems(topic)
+    return bool(own) and not any(hashed(one) in said for one in own)
+
+
+def answers(learner: Learner, past: Sequence[Conversation], asked: Sequence[Asked], top: int) -> dict[str, list[bool]]:
+    """Whether each contender says yes to each question."""
+    search = Retriever([one for each in past for one in exchanges(each.messages)])
+    prompts = [one.pair.question for one in asked]
+    with_found = [prompt_of(question, search.top(question, top)) for question in prompts]
+    contenders: list[tuple[str, list[str], Callable[[], Any]]] = [
+        ("base", prompts, learner.off),
+        ("adapter", prompts, nullcontext),
+        ("search", with_found, learner.off),
+        ("adapter and search", with_found, nullcontext),
+    ]
+    found = {}
+    for name, some, state in contenders:
+        with state():
+            found[name] = learner.says_yes(some)
+    return found
+
+
+def prompt_of(question: str, found: Sequence[Interaction | str]) -> str:
+    """A question with what was found for it, cut to ``SHOWN`` characters each; the question alone where that is
+    nothing."""
+    if not found:
+        return question
+    shown = "\n\n".join(text_of(one)[:SHOWN] for one in found)
+    return f"Of our earlier conversations:\n\n{shown}\n\n{question}"
+
+
+def row(name: str, said: Sequence[bool], asked: Sequence[Asked]) -> dict[str, Any]:
+    """Shares of right answers: of positives, of negatives, and the mean of both with its interval over conversations;
+    of those about topics of other conversations apart, null where there are none."""
+    right = torch.tensor([yes == one.pair.discussed for yes, one in zip(said, asked, strict=True)], dtype=torch.float64)
+    signs = torch.tensor([one.pair.discussed for one in asked])
+    unseen = torch.tensor([one.unseen for one in asked])
+    of = torch.tensor([one.of for one in asked])
+    size = int(of.max()) + 1
+
+    def sums(which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = which.double()
+        empty = torch.zeros(size, dtype=torch.float64)
+        return empty.index_add(0, of, right * kept), empty.index_add(0, of, kept)
+
+    (yes, asked_yes), (no, asked_no) = sums(signs), sums(~signs)
+
+    def accuracy(index: torch.Tensor) -> torch.Tensor:
+        shares = (a[index].sum(-1) / b[index].sum(-1).clamp_min(1) for a, b in ((yes, asked_yes), (no, asked_no)))
+        return sum(shares, torch.zeros(())) / 2
+
+    return {
+        "contender": name,
+        "positives": float(right[signs].mean()),
+        "negatives": float(right[~signs].mean()),
+        "negatives_unseen": float(right[unseen].mean()) if unseen.any() else None,
+        "accuracy": float(accuracy(torch.arange(size))),
+        "accuracy_interval": list(bootstrap(accuracy, size)),
+    }
+
+
+def by_age(said: Sequence[bool], asked: Sequence[Asked], count: int) -> list[dict[str, Any]]:
+    """The share of positives that are answered right, by when their conversation was, the oldest first."""
+    groups: dict[int, list[bool]] = {}
+    for yes, one in zip(said, asked, strict=True):
+        if one.pair.discussed:
+            groups.setdefault(one.of * AGES // max(count, AGES), []).append(yes)
+    return [{"group": group, "positives": statistics.mean(map(float, each))} for group, each in sorted(groups.items())]
+
+
+def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines that are to be reached."""
+    found = {one["contender"]: one["accuracy"] for one in report["rows"]}
+    behind = found["search"] - found["adapter"]
+    return [
+        line("questions about all conversations that the adapter answers right", found["adapter"], PAPER, "higher"),
+        line("by how much a search is better than the adapter", behind, NEAR, "lower"),
+        line("what the adapter adds to a search", found["adapter and search"] - found["search"], 0.0, "higher"),
+    ]
