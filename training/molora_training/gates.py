@@ -61,7 +61,7 @@ def train_gates(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not math.isfinite(float(loss.detach())):
-            raise NonFiniteError(f"The loss of the gates became {float(loss)} at step {number + 1}.")
+            raise NonFiniteError(f"The loss of the gates became {float(loss.detach())} at step {number + 1}.")
         optimizer.step()
     return {name: gate.detach().cpu() for name, gate in gates.items()}
 

@@ -365,18 +365,18 @@ def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[
         return
     context = multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count()
-    too_large = []
+    too_large = set()
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_settle, initargs=(gpus,)) as pool:
-        running = {pool.submit(function, *some): some for some in arguments}
+        running = {pool.submit(function, *some): index for index, some in enumerate(arguments)}
         for done in as_completed(running):
             if isinstance(done.exception(), torch.OutOfMemoryError):
-                too_large.append(running[done])
+                too_large.add(running[done])
             else:
                 print(done.result(), flush=True)
     if too_large:
         fewer = processes // 2
         print(f"{len(too_large)} did not fit into the GPU beside the others: again, {fewer} at once.", flush=True)
-        _parallel(fewer, function, too_large)
+        _parallel(fewer, function, [arguments[index] for index in sorted(too_large)])
 
 
 def _settle(gpus: int) -> None:
