@@ -11,6 +11,7 @@ from molora.commands.common import Dtype, JsonOption, extra, model_place, open_m
 if TYPE_CHECKING:
     from molora import MoLoRAModel
     from molora.personalize.factors import Factors
+    from molora.personalize.pieces import PiecePool
 
 
 def assemble(
@@ -30,6 +31,14 @@ def assemble(
     top: Annotated[
         int | None,
         typer.Option(min=1, help="Pieces of each module, or anchors. Default: 3, of anchors 2.", show_default=False),
+    ] = None,
+    beneath: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER/ADAPTER",
+            help="Of the saved MoLoRA: what the pool was trained on.",
+            show_default=False,
+        ),
     ] = None,
     on_top: Annotated[
         int, typer.Option(min=0, metavar="RANK", help="Train so small an adapter on top, on the history; 0: none.")
@@ -53,6 +62,7 @@ def assemble(
     with extra("personalize"):
         from molora.errors import DataError, HypernetError
         from molora.personalize.factors import concatenated
+        from molora.personalize.generated import generated, stacked
         from molora.personalize.history import read_history
         from molora.personalize.pieces import ANCHORS, TOP, PiecePool
         from molora.personalize.place import check_label, place
@@ -65,6 +75,7 @@ def assemble(
             raise DataError(f"{history.name} holds nothing of {name}: without a history the base answers as it is.")
         pieces = PiecePool.load(pool)
         loaded = open_model(str(saved), Dtype.bfloat16)
+        below = _below(loaded, beneath, pieces)
         turns = [
             [{"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer}] for one in said
         ]
@@ -76,10 +87,12 @@ def assemble(
             encoder = SentenceEncoder(pieces.config.encoder)
             chosen = pieces.nearest(encoder.encode([text_of(one) for one in said]).mean(0), top or ANCHORS)
         else:
-            chosen = pieces.assemble(loaded.base, loaded.tokenizer, turns, top or TOP)
+            with generated(loaded.base, stacked(below, loaded.base.device)):
+                chosen = pieces.assemble(loaded.base, loaded.tokenizer, turns, top or TOP)
         factors = pieces.factors(chosen)
         if on_top:
-            factors = concatenated([factors, _trained(loaded, factors, turns, on_top)])
+            trained = _trained(loaded, concatenated([*below, factors]), list(factors), turns, on_top)
+            factors = concatenated([factors, trained])
         kept = chosen.to_bytes()
         about = {
             "made_from": way,
@@ -104,11 +117,38 @@ def assemble(
         )
 
 
-def _trained(model: "MoLoRAModel", below: "Factors", turns: list[list[dict[str, str]]], rank: int) -> "Factors":
+def _below(model: "MoLoRAModel", beneath: str | None, pool: "PiecePool") -> "list[Factors]":
+    """What acts beneath the pieces: nothing, or one adapter.
+
+    Raises:
+        AdapterNotFoundError: there is none of that name. HypernetError: it is another one than the pool was trained on.
+    """
+    from molora.errors import AdapterNotFoundError, HypernetError
+    from molora.personalize.factors import of_adapter
+    from molora.personalize.pieces import weights_digest
+
+    if beneath is None:
+        if pool.config.beneath:
+            raise HypernetError(
+                "These pieces were trained on top of an adapter of their task: name it with --beneath LAYER/ADAPTER."
+            )
+        return []
+    if beneath not in model.adapters:
+        raise AdapterNotFoundError(f"The model has no adapter {beneath!r}; there are: {', '.join(model.adapters)}.")
+    adapter = model.adapters[beneath]
+    if weights_digest(adapter.path) != pool.config.beneath:
+        raise HypernetError(f"These pieces were not trained on top of {beneath}: give the adapter that they were.")
+    return [of_adapter(adapter)]
+
+
+def _trained(
+    model: "MoLoRAModel", below: "Factors", modules: list[str], turns: list[list[dict[str, str]]], rank: int
+) -> "Factors":
     with extra("train"):
         from molora_training.data import encode
-        from molora_training.on_top import train_on_top
+        from molora_training.side_by_side import ON_TOP, train_adapters
 
         tokenizer: Any = model.tokenizer
         rows = [encode(messages, tokenizer, ["user"], ["user"]) for messages in turns]
-        return train_on_top(model.base, below, rows, int(tokenizer.pad_token_id or 0), rank=rank)
+        pad = int(tokenizer.pad_token_id or 0)
+        return train_adapters(model.base, [rows], pad, ON_TOP, modules, rank, below=[below])[0]

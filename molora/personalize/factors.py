@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from molora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from molora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 from molora.atomic import new_folder
 from molora.errors import NonFiniteError
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """The base's module name -> A [R, in] and B [out, R], the scale in B: delta(x) = B (A x)."""
+
+
+def of_adapter(adapter: Adapter) -> Factors:
+    """What a PEFT folder holds."""
+    return {name: (weights.A, weights.B * weights.scale) for name, weights in adapter.modules.items()}
 
 
 def concatenated(parts: Sequence[Factors]) -> Factors:

@@ -8,6 +8,7 @@ The same pool is a bank of anchors (Merge-then-Adapt, arXiv 2511.20072): of the 
 user's, the whole adapters, merged.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.adapter import WEIGHTS_FILE as ADAPTER_FILE
 from molora.atomic import new_folder
 from molora.chat import pieces as cut_at_answers
 from molora.errors import DataError, HypernetError
@@ -33,13 +35,15 @@ ANCHORS = 2
 @dataclass(frozen=True)
 class PoolConfig:
     """base: the model, as its users name it. modules: names in it. sharers: how many there are. rank: of a piece.
-    encoder: what histories were embedded by, "" where they were not."""
+    encoder: what histories were embedded by, "" where they were not. beneath: the digest of the adapter that acted
+    beneath the sharers', "" where none did."""
 
     base: str
     modules: tuple[str, ...]
     sharers: int
     rank: int
     encoder: str = ""
+    beneath: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class PiecePool:
         """Chooses a user's pieces, in one forward pass over the user's history.
 
         A piece's score is the mean over answer tokens of LN(x) . LN(gate) / sqrt(d); of the ``top`` best of a module
-        the softmax are the weights.
+        the softmax are the weights. What acted beneath the sharers' adapters has to act in ``base`` here.
 
         Raises:
             DataError: the history has no answer. HypernetError: the pool is for another base.
@@ -194,6 +198,11 @@ class PiecePool:
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise HypernetError(f"The pool of pieces at {folder} is damaged: {error}") from error
         return cls(config, A, B, gates, tensors.get("embeddings"))
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Of a PEFT folder's weights."""
+    return hashlib.sha256((Path(folder) / ADAPTER_FILE).read_bytes()).hexdigest()
 
 
 @torch.no_grad()

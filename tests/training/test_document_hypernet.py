@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from molora.chat import render
 from molora.errors import ConfigError, DataError, HypernetError, NonFiniteError
 from molora.personalize.document_net import DocumentNet
+from molora.personalize.generated import generated
 from molora.personalize.internalize import factors_of
 from molora_training.data.items import Item, split_of
 from molora_training.data.lessons import Lesson, lessons_of, read_lessons, write_lessons
-from molora_training.generated import generated
 from molora_training.hypernet import document
 from molora_training.hypernet.document import DocumentHypernetSettings, NetShape, train
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective

@@ -9,11 +9,11 @@ import torch
 
 from molora.cli import app
 from molora.personalize.document_net import DocumentNet
+from molora.personalize.generated import generated
 from molora_training import document_table
 from molora_training.data import Example, write_examples
 from molora_training.data.lessons import Lesson, write_lessons
 from molora_training.document_table import Table, exact, f1, rouge_l
-from molora_training.generated import generated
 from tests.unit.spoken import make_spoken
 from tests.unit.test_internalize import make_net
 

@@ -9,8 +9,11 @@ import torch
 
 from molora.adapter import Adapter
 from molora.errors import NonFiniteError
+from molora.personalize.factors import of_adapter
+from molora.personalize.generated import stacked
 from molora_training.data import Encoded, encode
 from molora_training.gates import gated, train_gates
+from molora_training.side_by_side import Schedule
 from tests.conftest import write_adapter
 from tests.unit.spoken import make_spoken
 
@@ -36,10 +39,11 @@ def test_a_gate_of_zero_lets_half_through(model: Any, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj"
     module, weights = model.base.get_submodule(name), adapter.modules[name]
     plain, delta = module(x), weights.scale * (x @ weights.A.T @ weights.B.T)
-    with gated(model.base, adapter, half):
+    factors = stacked([of_adapter(adapter)])
+    with gated(model.base, factors, {name: gate[None] for name, gate in half.items()}):
         torch.testing.assert_close(module(x), plain + 0.5 * delta)
-    wide = {**half, name: torch.full((32,), 3.0)}
-    with gated(model.base, adapter, wide):
+    wide = {key: torch.full((1, len(gate)), 3.0) for key, gate in half.items()}
+    with gated(model.base, factors, wide):
         share = torch.sigmoid(3.0 * x.sum(-1, keepdim=True))
         torch.testing.assert_close(module(x), plain + share * delta)
     assert torch.equal(module(x), plain)
@@ -49,10 +53,17 @@ def test_gates_learn_and_the_adapter_stays(model: Any, tmp_path: Path) -> None:
     adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["q_proj", "v_proj"]))
     before = copy.deepcopy({name: weights.A for name, weights in adapter.modules.items()})
     some = rows(model)
-    found = train_gates(model.base, adapter, some, 0, epochs=2, learning_rate=1e-2, batch_tokens=128)
+    how = Schedule(learning_rate=1e-2, epochs=2, batch_tokens=128)
+    (found,) = train_gates(model.base, [of_adapter(adapter)], [some], 0, how)
     assert set(found) == set(adapter.modules) and all(gate.any() for gate in found.values())
-    again = train_gates(model.base, adapter, some, 0, epochs=2, learning_rate=1e-2, batch_tokens=128)
+    (again,) = train_gates(model.base, [of_adapter(adapter)], [some], 0, how)
     assert all(torch.equal(found[name], again[name]) for name in found)
+    other = of_adapter(
+        Adapter.load(write_adapter(model.base, tmp_path / "bob", 2, target_modules=["q_proj", "v_proj"]))
+    )
+    both = train_gates(model.base, [other, of_adapter(adapter)], [some[1:], some], 0, how)
+    for name, gate in found.items():  # beside another's
+        torch.testing.assert_close(both[1][name], gate, rtol=1e-3, atol=1e-5)
     assert all(torch.equal(weights.A, before[name]) for name, weights in adapter.modules.items())
     assert not any(parameter.requires_grad for parameter in model.base.parameters())
 
@@ -63,7 +74,8 @@ def test_gates_close_for_an_adapter_that_does_harm(model: Any, tmp_path: Path) -
     some = rows(model)
 
     def loss(gates: dict[str, torch.Tensor], adapter: Adapter = adapter) -> float:
-        with torch.no_grad(), gated(model.base, adapter, gates):
+        own = {name: gate[None] for name, gate in gates.items()}
+        with torch.no_grad(), gated(model.base, stacked([of_adapter(adapter)]), own):
             total = 0.0
             for row in some:
                 logits = model.base(row.input_ids[None]).logits[0, :-1]
@@ -71,7 +83,8 @@ def test_gates_close_for_an_adapter_that_does_harm(model: Any, tmp_path: Path) -
         return total
 
     start = {name: torch.zeros(weights.A.shape[1]) for name, weights in adapter.modules.items()}
-    found = train_gates(model.base, adapter, some, 0, epochs=20, learning_rate=1.0, batch_tokens=256)
+    how = Schedule(learning_rate=1.0, epochs=20, batch_tokens=256)
+    (found,) = train_gates(model.base, [of_adapter(adapter)], [some], 0, how)
     unchanged = Adapter(adapter.path, {}, adapter.config)
     plain = loss({}, unchanged)
     assert loss(start) - plain > 0.5 and loss(found) - plain < 0.1
@@ -81,4 +94,4 @@ def test_a_loss_that_is_not_finite(model: Any, tmp_path: Path) -> None:
     adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["q_proj"]))
     adapter.modules["model.layers.0.self_attn.q_proj"].A.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="at step 1"):
-        train_gates(model.base, adapter, rows(model), 0)
+        train_gates(model.base, [of_adapter(adapter)], [rows(model)], 0, Schedule())

@@ -1,6 +1,8 @@
 """The training of a pool of pieces, and a user's adapter that is put together from it, on a tiny base."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +12,14 @@ import torch
 
 from molora import MoLoRAModel
 from molora.adapter import Adapter
+from molora.base import load_base
 from molora.cli import app
-from molora.errors import ConfigError, DataError
+from molora.errors import AdapterNotFoundError, ConfigError, DataError, HypernetError
 from molora.personalize import embeddings
+from molora.personalize.factors import of_adapter
+from molora.personalize.generated import generated, stacked
 from molora.personalize.history import Interaction
-from molora.personalize.pieces import Assembled, PiecePool
+from molora.personalize.pieces import Assembled, PiecePool, PoolConfig
 from molora.versions import Versions
 from molora_training import pieces
 from molora_training.data.read_people import Asked, Person
@@ -70,12 +75,15 @@ def test_a_pool_is_the_sharers_adapters_and_goes_on_where_it_was(
     monkeypatch.setattr(pieces, "train_gates", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(settings, by_colour)
-    made = {name: (settings.work / "adapters" / name / "metrics.json").stat().st_mtime_ns for name in ("ada", "dan")}
+    weights = {name: settings.work / "adapters" / name / "adapter_model.safetensors" for name in ("ada", "dan")}
+    made = {name: file.stat().st_mtime_ns for name, file in weights.items()}
+    with pytest.raises(ConfigError, match="other settings"):
+        train(replace(settings, learning_rate=2e-2), by_colour)
     monkeypatch.setattr(pieces, "train_gates", honest)
     metrics = train(settings, by_colour)
     assert (metrics["sharers"], metrics["people"], metrics["interactions"]) == (2, 4, 6 + 9)
     for name, when in made.items():  # they were not trained again
-        assert (settings.work / "adapters" / name / "metrics.json").stat().st_mtime_ns == when
+        assert weights[name].stat().st_mtime_ns == when
     pool = PiecePool.load(settings.out)
     assert pool.config.rank == 2 and len(pool.config.modules) == 6
     for number, name in enumerate(("ada", "dan")):
@@ -85,8 +93,35 @@ def test_a_pool_is_the_sharers_adapters_and_goes_on_where_it_was(
             wanted = weights.scale * weights.B.float() @ weights.A.float()
             torch.testing.assert_close(delta, wanted, rtol=2e-2, atol=1e-4)
             assert pool.gates[module][number].any()
-    rows = [json.loads(line) for line in (settings.work / "data/ada.train.jsonl").read_text().splitlines()]
-    assert all("blue" in row["messages"][1]["content"] for row in rows)  # nobody else's text
+
+
+def test_pieces_on_top_of_what_the_task_is(settings: PiecesSettings, tmp_path: Path, capsys: Any) -> None:
+    """The adapter of the task acts while the pieces learn and while a user's are chosen, and is asked for."""
+    plain = PiecePool.load(train(settings, by_colour) and settings.out)
+    task = tmp_path / "adapters" / "math"
+    train(replace(settings, out=tmp_path / "above", task=task), by_colour)
+    above = PiecePool.load(tmp_path / "above")
+    assert above.config.beneath == hashlib.sha256((task / "adapter_model.safetensors").read_bytes()).hexdigest()
+    name = above.config.modules[0]
+    assert not torch.allclose(above.B[name], plain.B[name], atol=1e-3)
+    turns = [{"role": "user", "content": "Question 9?"}, {"role": "assistant", "content": "blue 9"}]
+    (tmp_path / "zoe.jsonl").write_text(json.dumps({"messages": turns, "user": "zoe"}) + "\n")
+    line = ["assemble", "user", "zoe", "--history", str(tmp_path / "zoe.jsonl"), "--pool", str(tmp_path / "above")]
+    line += ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "zoe.pieces")]
+    with pytest.raises(HypernetError, match="name it with --beneath"):
+        app(line, standalone_mode=False)
+    with pytest.raises(HypernetError, match="not trained on top of domain/code"):
+        app([*line, "--beneath", "domain/code"], standalone_mode=False)
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'domain/art'"):
+        app([*line, "--beneath", "domain/art"], standalone_mode=False)
+    app([*line, "--beneath", "domain/math", "--on-top", "1"], standalone_mode=False)
+    base, tokenizer = load_base(settings.base, dtype=torch.bfloat16)
+    with generated(base, stacked([of_adapter(Adapter.load(task))])):
+        wanted = above.assemble(base, tokenizer, [turns])
+    kept = Assembled.load(tmp_path / "zoe.pieces")
+    assert torch.equal(kept.places, wanted.places)
+    torch.testing.assert_close(kept.weights, wanted.weights, rtol=1e-2, atol=1e-3)
+    assert not torch.equal(kept.weights, above.assemble(base, tokenizer, [turns]).weights)
 
 
 def test_what_does_not_fit(settings: PiecesSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +130,11 @@ def test_what_does_not_fit(settings: PiecesSettings, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pieces, "read_people", lambda name, folder: PEOPLE[4:])
     with pytest.raises(DataError, match="Nobody in the set 'any'"):
         train(settings, by_colour)
-    first = Adapter.load(settings.data / "adapters/math")
+    first = of_adapter(Adapter.load(settings.data / "adapters/math"))
     with pytest.raises(ConfigError, match="differ in rank or modules"):
-        pool_of("x", [first, Adapter(first.path, dict(list(first.modules.items())[:1]), first.config)], [{}, {}])
+        pool_of(PoolConfig("x", (), 2, 4), [first, dict(list(first.items())[:1])], [{}, {}])
+    with pytest.raises(ConfigError, match="differ in rank or modules"):
+        pool_of(PoolConfig("x", (), 1, 5), [first], [{}])
 
 
 def test_a_users_adapter_is_assembled_into_a_saved_model(

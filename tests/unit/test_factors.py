@@ -12,7 +12,7 @@ from peft import PeftModel
 from molora.adapter import Adapter
 from molora.errors import NonFiniteError
 from molora.personalize.factors import concatenated, cut, write_factors
-from molora_training.generated import generated
+from molora.personalize.generated import generated
 
 NAME = "model.layers.{}.mlp.down_proj"
 

@@ -16,9 +16,9 @@ from molora.errors import ConfigError, DocumentError, HypernetError, StackError
 from molora.personalize import internalize
 from molora.personalize.document_net import DocumentNet, DocumentNetConfig, by_module
 from molora.personalize.factors import cut
+from molora.personalize.generated import generated
 from molora.personalize.internalize import factors_of, read_as, states_of
 from molora.versions import Versions
-from molora_training.generated import generated
 from tests.conftest import SMALL, make_base
 from tests.unit.spoken import make_spoken, save_spoken
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from molora.errors import AdapterError, ConfigError, DataError, HypernetError
 from molora.personalize.factors import write_factors
 from molora.personalize.from_text import adapter_from_text, adapters_from_texts, factors_from_texts
+from molora.personalize.generated import generated
 from molora.personalize.text_net import CONFIG_FILE, WEIGHTS_FILE, TextNet, TextNetConfig
-from molora_training.generated import generated
 from tests.conftest import make_base
 
 SIZE = 6

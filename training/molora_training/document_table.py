@@ -24,12 +24,12 @@ from molora.chat import render
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.documents import chunks
 from molora.personalize.factors import Factors, cut, write_factors
+from molora.personalize.generated import generated, stacked
 from molora.personalize.internalize import factors_of
 from molora.personalize.retrieval import Retriever
 from molora_training.data import IGNORED, collate, encode_within, read_examples
 from molora_training.data.lessons import Lesson, read_lessons
 from molora_training.evaluate import bootstrap
-from molora_training.generated import generated
 from molora_training.hypernet.lessons import Needles
 from molora_training.report import heading, line, write_report
 from molora_training.token_losses import TokenLosses
@@ -139,7 +139,7 @@ class Table:
         said = [""] * len(prompts)
         for first in range(0, len(order), self.batch):
             places = order[first : first + self.batch]
-            own = {} if factors is None else _stacked([factors[place] for place in places])
+            own = {} if factors is None else stacked([factors[place] for place in places])
             for place, text in zip(places, self._said([prompts[place] for place in places], own), strict=True):
                 said[place] = text
         return said
@@ -153,7 +153,7 @@ class Table:
             some = rows[first : first + self.batch]
             batch = collate(some, self.tokenizer.pad_token_id or 0).to(self.base.device)
             labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-            own = _stacked([self.factors(lessons[(first + n) % len(lessons)].text) for n in range(len(some))])
+            own = stacked([self.factors(lessons[(first + n) % len(lessons)].text) for n in range(len(some))])
             for name, factors in (("base", {}), ("adapter", own)):
                 with torch.no_grad(), generated(self.base, factors):
                     found[name] += float(
@@ -274,18 +274,3 @@ def _shuffled(text: str) -> str:
     words = text.split()
     random.Random(0).shuffle(words)
     return " ".join(words)
-
-
-def _stacked(factors: Sequence[Factors]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """[B, R, in] and [B, out, R]: where ranks differ, zeros fill them up."""
-    most = max(len(A) for one in factors for A, _ in one.values())
-
-    def filled(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        more = most - len(A)
-        return torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
-
-    found = {}
-    for name in factors[0]:
-        pairs = [filled(*one[name]) for one in factors]
-        found[name] = (torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs]))
-    return found

@@ -1,9 +1,11 @@
 """Train the pool of Personalized Pieces (Per-Pcs, EMNLP 2024): sharers, an adapter of each, its gates.
 
 Sharers stand for all: histories are embedded and put into clusters, and the one who has said most in each shares. Each
-adapter begins anew, from its own sharer's text alone.
+adapter begins anew and learns from its own sharer's text alone, on top of what the task is for everybody if there is an
+adapter of that. Several learn side by side.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +18,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from molora.adapter import Adapter
+from molora.atomic import write_text
 from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
+from molora.personalize.factors import Factors, of_adapter, write_factors
 from molora.personalize.history import Interaction
-from molora.personalize.pieces import PiecePool, PoolConfig
+from molora.personalize.pieces import PiecePool, PoolConfig, weights_digest
 from molora.personalize.retrieval import text_of
-from molora_training import adapter
-from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
 from molora_training.checkpoint import save_tensors
-from molora_training.data import Example, Split, data_dir, encode_within, read_examples, write_examples
+from molora_training.data import Encoded, Example, data_dir, encode_within
 from molora_training.data.people import read_people
 from molora_training.data.read_people import Person
 from molora_training.gates import train_gates
 from molora_training.report import write_report
 from molora_training.settings import work_folder
+from molora_training.side_by_side import Schedule, module_names, train_adapters
 
 METRICS = "metrics.json"
 Encode = Callable[[Sequence[str]], Tensor]
@@ -44,8 +47,10 @@ class PiecesSettings:
         people: a set of `data/people-<set>.*.jsonl`; those who are held out share nothing.
         data: its folder.
         sharers: how many, at most.
-        rank, alpha, targets, learning_rate, epochs, batch_tokens: of each sharer's adapter.
+        task: an adapter that acts beneath all of them: what the task is, whoever asks.
+        rank, alpha, targets, learning_rate, epochs: of each sharer's adapter.
         gate_epochs, gate_learning_rate: of the gates.
+        batch_tokens: of each sharer in a step. at_once: sharers in it.
         max_length: tokens of a conversation; longer ones are left out.
         dtype: of the base.
     """
@@ -55,21 +60,24 @@ class PiecesSettings:
     data: Path = field(default_factory=data_dir)
     base: str = DEFAULT_BASE
     sharers: int = 50
+    task: Path | None = None
     rank: int = 8
     alpha: float = 8.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     learning_rate: float = 1e-4
     epochs: int = 2
-    batch_tokens: int = 2048
     gate_epochs: int = 2
     gate_learning_rate: float = 2e-5
+    batch_tokens: int = 512
+    at_once: int = 8
     max_length: int = 1024
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.sharers < 1:
-            raise ConfigError(f"sharers must be a whole number from 1, not {self.sharers}.")
+        for name in ("sharers", "at_once", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number from 1, not {getattr(self, name)}.")
 
     @property
     def work(self) -> Path:
@@ -90,36 +98,26 @@ def train(
     Raises:
         DataError: the set is not prepared, or nobody in it shares.
     """
-    from tqdm.auto import tqdm
-
     started = time.monotonic()
+    _same_settings(settings)
     persons = [one for one in read_people(settings.people, settings.data) if not one.held_out and one.interactions()]
     if not persons:
         raise DataError(f"Nobody in the set {settings.people!r} has a history to share.")
     chosen = choose_sharers(persons, encode, settings.sharers, settings.seed)
-    files = {person.id: _files(settings, person) for person in chosen}
-    adapters = {}
-    for person in tqdm(chosen, desc="sharers"):
-        made = _adapter_settings(settings, files[person.id], person.id)
-        if not (made.out / "metrics.json").is_file():
-            adapter.train(made, command=command)
-        adapters[person.id] = Adapter.load(made.out)
     base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
     base.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
-    gates = {}
-    for person in tqdm(chosen, desc="gates"):
-        file = settings.work / "gates" / f"{person.id}.safetensors"
-        if not file.is_file():
-            rows = encode_within(read_examples(files[person.id].train), tokenizer, settings.max_length, [person.id])
-            found = train_gates(
-                base, adapters[person.id], rows, tokenizer.pad_token_id or 0, epochs=settings.gate_epochs,
-                learning_rate=settings.gate_learning_rate, batch_tokens=settings.batch_tokens, seed=settings.seed,
-            )  # fmt: skip
-            save_tensors(file, found)
-        gates[person.id] = load_file(file)
-    pool = pool_of(settings.base, [adapters[one.id] for one in chosen], [gates[one.id] for one in chosen])
+    rows = {one.id: history_rows(one, tokenizer, settings.max_length) for one in chosen}
+    task = None if settings.task is None else of_adapter(Adapter.load(settings.task))
+    sharing = _Sharing(settings, base, rows, tokenizer.pad_token_id or 0, task)
+    adapters = sharing.adapters([one.id for one in chosen])
+    gates = sharing.gates(adapters)
+    beneath = "" if settings.task is None else weights_digest(settings.task)
+    pool = pool_of(
+        PoolConfig(settings.base, (), len(chosen), settings.rank, encoder_name, beneath),
+        list(adapters.values()),
+        [gates[name] for name in adapters],
+    )
     pool.embeddings = torch.stack([mean_embedding(one, encode) for one in chosen])
-    pool.config = replace(pool.config, encoder=encoder_name)
     shutil.rmtree(settings.out, ignore_errors=True)
     pool.save(settings.out)
     metrics = {
@@ -156,51 +154,96 @@ def mean_embedding(person: Person, encode: Encode) -> Tensor:
     return encode([text_of(one) for one in person.interactions()]).mean(0)
 
 
-def pool_of(base_name: str, adapters: Sequence[Adapter], gates: Sequence[Mapping[str, Tensor]]) -> PiecePool:
-    """The pool of some adapters of one shape."""
-    modules = tuple(adapters[0].modules)
-    ranks = {weights.rank for one in adapters for weights in one.modules.values()}
-    if len(ranks) != 1 or any(tuple(one.modules) != modules for one in adapters):
-        raise ConfigError("The sharers' adapters differ in rank or modules: train them by the same settings.")
-    A = {name: torch.stack([one.modules[name].A.float() for one in adapters]) for name in modules}
-    B = {
-        name: torch.stack([one.modules[name].B.float() * one.modules[name].scale for one in adapters])
-        for name in modules
-    }
-    stacked = {name: torch.stack([own[name].float() for own in gates]) for name in modules}
-    return PiecePool(PoolConfig(base_name, modules, len(adapters), ranks.pop()), A, B, stacked)
+def history_rows(person: Person, tokenizer: Any, max_length: int) -> list[Encoded]:
+    """A person's history as an adapter's training reads it."""
+    some = [one for one in person.asked if one.split == "train"]
+    examples = [Example(one.id, person.id, "train", messages(one.interaction), one.form) for one in some]
+    return encode_within(examples, tokenizer, max_length, [person.id])
 
 
-def _files(settings: PiecesSettings, person: Person) -> DataFiles:
-    """The person's conversations, as an adapter's training reads them; one without held-out ones is judged by all."""
-    places: dict[Split, Path] = {}
-    splits: tuple[Split, ...] = ("train", "validation")
-    for split in splits:
-        some = [one for one in person.asked if one.split == split] or [
-            one for one in person.asked if one.split == "train"
-        ]
-        rows = [Example(one.id, person.id, split, _messages(one.interaction), one.form) for one in some]
-        places[split] = settings.work / "data" / f"{person.id}.{split}.jsonl"
-        write_examples(places[split], rows)
-    return DataFiles(places["train"], places["validation"], settings.max_length)
-
-
-def _adapter_settings(settings: PiecesSettings, files: DataFiles, person: str) -> AdapterTrainSettings:
-    return AdapterTrainSettings(
-        out=settings.work / "adapters" / person,
-        data=files,
-        lora=LoraShape(rank=settings.rank, alpha=settings.alpha, targets=settings.targets),
-        base=settings.base,
-        learning_rate=settings.learning_rate,
-        epochs=settings.epochs,
-        batch_tokens=settings.batch_tokens,
-        seed=settings.seed,
-        dtype=settings.dtype,
-    )
-
-
-def _messages(one: Interaction) -> tuple[dict[str, str], ...]:
+def messages(one: Interaction) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer})
+
+
+def pool_of(config: PoolConfig, adapters: Sequence[Factors], gates: Sequence[Mapping[str, Tensor]]) -> PiecePool:
+    """The pool of some adapters of one shape; the modules of ``config`` are theirs."""
+    modules = tuple(adapters[0])
+    ranks = {len(A) for one in adapters for A, _ in one.values()}
+    if ranks != {config.rank} or any(tuple(one) != modules for one in adapters):
+        raise ConfigError("The sharers' adapters differ in rank or modules: train them by the same settings.")
+    A = {name: torch.stack([one[name][0].float() for one in adapters]) for name in modules}
+    B = {name: torch.stack([one[name][1].float() for one in adapters]) for name in modules}
+    stacked = {name: torch.stack([own[name].float() for own in gates]) for name in modules}
+    return PiecePool(replace(config, modules=modules), A, B, stacked)
+
+
+class _Sharing:
+    """Adapters and gates of the sharers, some at once; those that are there already are not trained again."""
+
+    def __init__(
+        self, settings: PiecesSettings, base: Any, rows: Mapping[str, Sequence[Encoded]], pad: int, task: Factors | None
+    ) -> None:
+        self.settings, self.base, self.rows, self.pad, self.task = settings, base, rows, pad, task
+
+    def adapters(self, names: Sequence[str]) -> dict[str, Factors]:
+        own = self.settings
+        modules = module_names(self.base, own.targets)
+        below = [] if self.task is None else [self.task]
+
+        def train(some: Sequence[str]) -> None:
+            rows = [self.rows[name] for name in some]
+            how = Schedule(own.learning_rate, own.epochs, own.batch_tokens, weight_decay=1e-2, seed=own.seed)
+            made = train_adapters(self.base, rows, self.pad, how, modules, own.rank, own.alpha, below)
+            for name, factors in zip(some, made, strict=True):
+                write_factors(folder(name), factors, own.base)
+
+        def folder(name: str) -> Path:
+            return own.work / "adapters" / name
+
+        self._some([name for name in names if not folder(name).is_dir()], train, "sharers")
+        return {name: of_adapter(Adapter.load(folder(name))) for name in names}
+
+    def gates(self, adapters: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
+        own = self.settings
+        how = Schedule(own.gate_learning_rate, own.gate_epochs, own.batch_tokens, seed=own.seed)
+
+        def train(some: Sequence[str]) -> None:
+            rows = [self.rows[name] for name in some]
+            made = train_gates(self.base, [adapters[name] for name in some], rows, self.pad, how, self.task)
+            for name, gates in zip(some, made, strict=True):
+                save_tensors(file(name), gates)
+
+        def file(name: str) -> Path:
+            return own.work / "gates" / f"{name}.safetensors"
+
+        self._some([name for name in adapters if not file(name).is_file()], train, "gates")
+        return {name: load_file(file(name)) for name in adapters}
+
+    def _some(self, missing: Sequence[str], train: Callable[[Sequence[str]], None], shown: str) -> None:
+        from tqdm.auto import tqdm
+
+        # Those with as long a history go together, so that none waits for another's.
+        order = sorted(missing, key=lambda name: (-len(self.rows[name]), name))
+        with tqdm(total=len(order), desc=shown) as bar:
+            for first in range(0, len(order), self.settings.at_once):
+                some = order[first : first + self.settings.at_once]
+                train(some)
+                bar.update(len(some))
+
+
+def _same_settings(settings: PiecesSettings) -> None:
+    """Raises ConfigError where what an interrupted training has made is of other settings."""
+    beneath = "" if settings.task is None else weights_digest(settings.task)
+    own = {k: _plain(v) for k, v in asdict(settings).items() if k not in ("out", "data", "sharers", "at_once")}
+    now = json.dumps({**own, "task": beneath}, sort_keys=True)
+    note = settings.work / "settings.json"
+    if not note.is_file():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, now + "\n")
+    elif note.read_text(encoding="utf-8") != now + "\n":
+        raise ConfigError(
+            f"{settings.work} holds sharers that were trained with other settings: take those again, or delete it."
+        )
 
 
 def _plain(value: Any) -> Any:

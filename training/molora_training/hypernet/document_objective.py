@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from molora.errors import ConfigError, DataError
 from molora.personalize.document_net import DocumentNet, by_module
 from molora.personalize.documents import chunks
+from molora.personalize.generated import generated
 from molora.personalize.internalize import read_as, states_of
 from molora_training.data import IGNORED, Batch, Encoded, collate, encode
 from molora_training.data.lessons import Lesson
 from molora_training.evaluate import seeing
-from molora_training.generated import generated
 
 LIKELIEST = 16  # tokens of the teacher's that are learnt from
 

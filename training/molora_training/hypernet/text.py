@@ -24,12 +24,12 @@ from molora.base import load_base
 from molora.errors import AdapterMismatchError
 from molora.personalize.embeddings import SentenceEncoder
 from molora.personalize.from_text import TextEncoder
+from molora.personalize.generated import generated
 from molora.personalize.text_net import TextNet, TextNetConfig
 from molora_training.adapter_run import answer_count
 from molora_training.attention import attend_causally
 from molora_training.batches import rounded
 from molora_training.data import IGNORED, Encoded, collate
-from molora_training.generated import generated
 from molora_training.hypernet.loop import Loop
 from molora_training.hypernet.text_groups import Groups, Judged, draw, judged, read_groups
 from molora_training.hypernet.text_output import write_net
