@@ -47,10 +47,10 @@ def main(
         command = "molora eval main" + (" --routers runs/starter/routers" if routers else "")
         command += f" --limit {limit}" if limit else ""
         report = run(folder, routers, data or data_dir(), out, command, batch_tokens, limit)
-    _show(report, as_json)
+    show(report, as_json)
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
+def show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(report)
         return
@@ -103,37 +103,11 @@ def quality(
     if report is None:
         typer.echo("This process has done its share; the base or the label oracle is another one's.")
         return
-    _show(report, as_json)
+    show(report, as_json)
     if "best" in report and not as_json:
         typer.echo(f"The lowest loss of a router at top-1: {report['best']}.")
     if report["missing"]:
         typer.echo(f"Not measured yet: {', '.join(report['missing'])}.", err=True)
-
-
-@app.command()
-def documents(
-    hypernet: Annotated[Path, typer.Argument(help="A network from `molora train hypernet document`.")],
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
-    limit: Annotated[int, typer.Option(min=1, help="Passages of the test split.")] = 200,
-    needles: Annotated[int, typer.Option(min=1, help="Texts of each length with a number hidden in them.")] = 64,
-    as_json: JsonOption = False,
-) -> None:
-    """What does an adapter that was made of a document know of it?
-
-    In: a network and prepared data (`molora train data passages science`). Out: a JSON file with the needles that are
-    found by length, and answers to questions about passages: with the passage's adapter, another's, one of its words
-    shuffled, the passage in the prompt, and what a search puts there; what unrelated text loses; seconds and bytes.
-
-    Example: molora eval documents document-net
-    """
-    with extra("train"), extra("personalize"):
-        from molora_training.data import data_dir
-        from molora_training.document_table import run
-
-        command = f"molora eval documents {hypernet} --limit {limit} --needles {needles}"
-        report = run(hypernet, data or data_dir(), out, command, limit, needles)
-    _show(report, as_json)
 
 
 @app.command()
@@ -159,7 +133,7 @@ def adding(
 
         command = f"molora eval adding {few} {full}" + (f" --limit {limit}" if limit else "")
         report = run(few, full, data or data_dir(), out, command, limit, batch_tokens)
-    _show(report, as_json)
+    show(report, as_json)
 
 
 @app.command()
@@ -198,7 +172,7 @@ def continual(
         command += _changed(given)
         report = run(settings, out, command, _parse_share(share))
     if report is not None:
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command()
@@ -235,7 +209,7 @@ def stream(
         command += _changed(given)
         report = run(settings, out, command, _parse_share(share))
     if report is not None:
-        _show(report, as_json)
+        show(report, as_json)
 
 
 @app.command()
@@ -383,4 +357,4 @@ def headline(
         write_benchmarks(tasks, [name for name in BENCHMARKS if not (tasks / f"molora_{name}.yaml").is_file()])
         command = f"molora eval headline {model} {other.name}" + (f" --limit {limit}" if limit else "")
         report = run(model, other, tasks, out, command, limit, batch_size)
-    _show(report, as_json)
+    show(report, as_json)

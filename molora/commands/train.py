@@ -68,7 +68,7 @@ def adapter(
 
         settings = load_settings(AdapterTrainSettings, config, overrides or ())
         _join_processes()
-        metrics = train(settings, resume=resume, command=_command("adapter", config, overrides))
+        metrics = train(settings, resume=resume, command=command_line("train adapter", config, overrides))
     _report(metrics, settings.out, as_json)
 
 
@@ -100,7 +100,7 @@ def router(
 
         settings = load_settings(RouterTrainSettings, config, overrides or ())
         _join_processes()
-        metrics = train(settings, resume=resume, command=_command("router", config, overrides))
+        metrics = train(settings, resume=resume, command=command_line("train router", config, overrides))
     _report(metrics, settings.out, as_json)
 
 
@@ -118,7 +118,7 @@ def document(
     runs/. An interrupted training goes on when the same line is given again. A second training goes on from the first
     one's folder (`start`), with longer texts or passages.
 
-    Settings: out, task, tokens, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
+    Settings: out, task, tokens, grow, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
     loss.gold, loss.distil, loss.l1, texts, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet document out=document-net loop.steps=10000
@@ -128,7 +128,7 @@ def document(
         from molora_training.settings import load_settings
 
         settings = load_settings(DocumentHypernetSettings, config, overrides or ())
-        metrics = train(settings, resume=resume, command=_command("hypernet document", config, overrides))
+        metrics = train(settings, resume=resume, command=command_line("train hypernet document", config, overrides))
     _report(metrics, settings.out, as_json)
 
 
@@ -157,7 +157,7 @@ def text(
         from molora_training.settings import load_settings
 
         settings = load_settings(TextHypernetSettings, config, overrides or ())
-        metrics = train(settings, resume=resume, command=_command("hypernet text", config, overrides))
+        metrics = train(settings, resume=resume, command=command_line("train hypernet text", config, overrides))
     _report(metrics, settings.out, as_json)
 
 
@@ -224,7 +224,7 @@ def pieces(
 
         settings = load_settings(PiecesSettings, config, overrides or ())
         made = SentenceEncoder(encoder or DEFAULT_ENCODER)
-        metrics = train(settings, made.encode, _command("pieces", config, overrides), made.name)
+        metrics = train(settings, made.encode, command_line("train pieces", config, overrides), made.name)
     _report(metrics, settings.out, as_json)
 
 
@@ -264,7 +264,8 @@ def people(
     (e-mails), writers (Ukrainian texts), raters (films).
 
     In: nothing; the sources are fetched once. Out: people-SET.train.jsonl (the histories), .validation.jsonl and
-    .test.jsonl. A share of the people is held out of whatever is trained on several. Addresses of mail are hashed.
+    .test.jsonl; task-SET.train.jsonl and so on, which hold what all say but those held out, for an adapter of the task.
+    A share of the people is held out of whatever is trained on several. Addresses of mail are hashed.
 
     Example: molora train people presidents --out data
     """
@@ -337,10 +338,10 @@ def _join_processes() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
-def _command(kind: str, config: Path | None, overrides: Sequence[str] | None) -> str:
-    """The line that the model card names."""
+def command_line(kind: str, config: Path | None, overrides: Sequence[str] | None) -> str:
+    """The line that a model card or a report names."""
     file = ["--config", str(config)] if config is not None else []
-    return shlex.join(["molora", "train", kind, *file, *(overrides or ())])
+    return shlex.join(["molora", *kind.split(), *file, *(overrides or ())])
 
 
 def _report(metrics: Mapping[str, Any], out: Path, as_json: bool) -> None:

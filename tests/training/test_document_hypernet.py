@@ -200,6 +200,9 @@ def test_a_needle_is_in_its_text() -> None:
         assert f"The magic number for {name} is {number}." in lesson.text and len(number) == 5
     assert needles.of_step(3, 4) == needles.of_step(3, 4) != needles.of_step(4, 4)
     assert needles.of_length(1000)[0].text.count(" ") > 3 * needles.of_length(256)[0].text.count(" ")
+    growing = Needles((12, 1000), grow=100)
+    longest = [max(lesson.text.count(" ") for lesson in growing.of_step(step, 40)) for step in (0, 9, 99, 500)]
+    assert longest[0] < 40 and longest[0] < longest[1] < 200 < longest[2] and longest[3] > 500
     assert len(needle(random.Random(0), 1, 4).text.split(".")) == 2  # the needle alone
 
 

@@ -42,16 +42,15 @@ def test_a_batch_of_answers_is_each_alone(tmp_path: Path) -> None:
     ]
     factors = [table.factors(text) for text in texts]
     prompts = ["a", "a longer question?", "what"]
-    together = table.answers(prompts, factors)
-    assert together == [table.answers([prompt], [own])[0] for prompt, own in zip(prompts, factors, strict=True)]
-    assert together != table.answers(prompts)
+    together = table.speaker.answers(prompts, factors)
+    assert together == [table.speaker.answers([prompt], [own])[0] for prompt, own in zip(prompts, factors, strict=True)]
+    assert together != table.speaker.answers(prompts)
     ids = model.tokenizer(
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False, return_tensors="pt"
     )["input_ids"]
     with generated(model.base, {name: (A[None], B[None]) for name, (A, B) in factors[0].items()}):
-        said = model.base.generate(
-            ids, max_new_tokens=document_table.NEW_TOKENS, do_sample=False, eos_token_id=table.end, pad_token_id=0
-        )
+        new, end = document_table.NEW_TOKENS, table.speaker.end
+        said = model.base.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=end, pad_token_id=0)
     assert together[0] == model.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 

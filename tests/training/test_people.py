@@ -410,6 +410,9 @@ def test_what_is_written_is_read_again(tmp_path: Path, reads: list[str]) -> None
     examples = read_examples(tmp_path / "people-raters.train.jsonl")
     assert len(examples) == sum(len(person.interactions()) for person in found)
     assert {example.domain for example in examples} == {"raters"}
+    for split in ("train", "validation", "test"):  # what a task's adapter learns is nothing of those held out
+        ids = {example.id for example in read_examples(tmp_path / f"task-raters.{split}.jsonl")}
+        assert ids == {one.id for who in found if not who.held_out for one in who.asked if one.split == split}
 
 
 def test_one_persons_lines_are_a_history(tmp_path: Path, reads: list[str]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from molora_training.data.read_people import Person
-from molora_training.hypernet.profile_groups import HELD_OUT_FILE, write_groups
-from molora_training.hypernet.text_groups import read_groups
+from molora_training.hypernet.profile_groups import write_groups
+from molora_training.hypernet.text_groups import HELD_OUT_FILE, read_groups
 from molora_training.hypernet.text_settings import GroupFiles
 from tests.training.test_pieces_trainer import person
 from tests.unit.spoken import make_tokenizer
@@ -37,6 +37,6 @@ def test_the_first_half_tells_and_the_second_is_learnt(tmp_path: Path) -> None:
     assert any(one.answer in text for text in texts for one in history[:half])
     rows = [json.loads(line) for line in (tmp_path / "ada.train.jsonl").read_text().splitlines()]
     assert [row["messages"][1]["content"] for row in rows] == [one.answer for one in history[half:]]
-    groups = read_groups(GroupFiles(tmp_path, held_out=("eve",)), make_tokenizer(), encode)
+    groups = read_groups(GroupFiles(tmp_path), make_tokenizer(), encode)
     assert [group.name for group in groups.trained] == ["ada", "bob"]
     assert [group.name for group in groups.held_out] == ["eve"]

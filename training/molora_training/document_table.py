@@ -20,19 +20,17 @@ from typing import Any
 import torch
 
 from molora.base import load_base
-from molora.chat import render
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.documents import chunks
 from molora.personalize.factors import Factors, cut, write_factors
-from molora.personalize.generated import generated, stacked
 from molora.personalize.internalize import factors_of
 from molora.personalize.retrieval import Retriever
-from molora_training.data import IGNORED, collate, encode_within, read_examples
+from molora_training.data import Encoded, encode_within, read_examples
 from molora_training.data.lessons import Lesson, read_lessons
 from molora_training.evaluate import bootstrap
 from molora_training.hypernet.lessons import Needles
 from molora_training.report import heading, line, write_report
-from molora_training.token_losses import TokenLosses
+from molora_training.speaker import Speaker
 
 TIMES = (1, 2, 4, 16)  # the training length
 NEW_TOKENS = 32
@@ -95,8 +93,8 @@ class Table:
     """Answers of a base under generated adapters."""
 
     def __init__(self, base: Any, tokenizer: Any, net: DocumentNet, batch: int = 32) -> None:
-        self.base, self.tokenizer, self.net, self.batch = base, tokenizer, net, batch
-        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.base, self.tokenizer, self.net = base, tokenizer, net
+        self.speaker = Speaker(base, tokenizer, batch, NEW_TOKENS)
 
     def factors(self, text: str, rank: int | None = None) -> Factors:
         return factors_of(self.base, self.tokenizer, self.net, text, rank)
@@ -128,39 +126,20 @@ class Table:
         factors = [self.factors(lesson.text) for lesson in lessons]
         found: dict[str, Any] = {"rank": max(len(A) for A, _ in factors[0].values())}
         for name, some in (("recall", factors), (f"recall at rank {CUT}", [cut(one, CUT) for one in factors])):
-            said = self.answers([lesson.questions[0][0] for lesson in lessons], some)
+            said = self.speaker.answers([lesson.questions[0][0] for lesson in lessons], some)
             right = [float(_number(lesson.questions[0][1]) in text) for lesson, text in zip(lessons, said, strict=True)]
             found[name] = statistics.mean(right)
         return found
 
-    def answers(self, prompts: Sequence[str], factors: Sequence[Factors] | None = None) -> list[str]:
-        """What greedy decoding says to each prompt, with its own adapter."""
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-        said = [""] * len(prompts)
-        for first in range(0, len(order), self.batch):
-            places = order[first : first + self.batch]
-            own = {} if factors is None else stacked([factors[place] for place in places])
-            for place, text in zip(places, self._said([prompts[place] for place in places], own), strict=True):
-                said[place] = text
-        return said
-
-    def unrelated(self, rows: Sequence[Any], lessons: Sequence[Lesson]) -> dict[str, float]:
+    def unrelated(self, rows: Sequence[Encoded], lessons: Sequence[Lesson]) -> dict[str, float]:
         """Nats an answer token of conversations about other things: of the base, and with a text's adapter."""
-        losses = TokenLosses(self.base)
-        found = {"base": 0.0, "adapter": 0.0}
-        count = 0
-        for first in range(0, len(rows), self.batch):
-            some = rows[first : first + self.batch]
-            batch = collate(some, self.tokenizer.pad_token_id or 0).to(self.base.device)
-            labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-            own = stacked([self.factors(lessons[(first + n) % len(lessons)].text) for n in range(len(some))])
-            for name, factors in (("base", {}), ("adapter", own)):
-                with torch.no_grad(), generated(self.base, factors):
-                    found[name] += float(
-                        losses(lambda b=batch: self.base(b.input_ids, attention_mask=b.attention_mask), labels).sum()  # type: ignore[misc]
-                    )
-            count += int((labels != IGNORED).sum())
-        return {name: value / count for name, value in found.items()}
+        made = [self.factors(lesson.text) for lesson in lessons[: len(rows)]]
+        own = [made[place % len(made)] for place in range(len(rows))]
+        found = {}
+        for name, factors in (("base", None), ("adapter", own)):
+            total, count = self.speaker.losses(rows, factors).sum(0).tolist()
+            found[name] = total / count
+        return found
 
     def cost(self, lessons: Sequence[Lesson], times: int = 5) -> dict[str, float]:
         """Seconds to make a document of 2,000 tokens an adapter, its bytes on disk, and the memory that it took."""
@@ -190,7 +169,7 @@ class Table:
         asked = [(place, q, a) for place, lesson in enumerate(lessons) for q, a in lesson.questions]
         prompts = [one.prompt(lessons[place], question) for place, question, _ in asked]
         made = None if one.factors is None else [one.factors(place) for place in range(len(lessons))]
-        said = self.answers(prompts, None if made is None else [made[place] for place, _, _ in asked])
+        said = self.speaker.answers(prompts, None if made is None else [made[place] for place, _, _ in asked])
         pairs = [(text, answer) for text, (_, _, answer) in zip(said, asked, strict=True)]
         owner = torch.tensor([place for place, _, _ in asked])
         found: dict[str, Any] = {"contender": one.name}
@@ -201,24 +180,6 @@ class Table:
             found[name] = float(by_text.mean())
             found[f"{name}_interval"] = list(bootstrap(lambda index, b=by_text: b[index].mean(-1), len(by_text)))  # type: ignore[misc]
         return found
-
-    @torch.no_grad()
-    def _said(self, prompts: Sequence[str], factors: Mapping[str, Any]) -> list[str]:
-        rows = [
-            render(self.tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True) for text in prompts
-        ]
-        tokens = [torch.tensor(self.tokenizer(row, add_special_tokens=False)["input_ids"]).flip(0) for row in rows]
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad).flip(1)  # padded on the left
-        lengths = torch.tensor([len(some) for some in tokens])
-        mask = (torch.arange(ids.shape[1]).flip(0) < lengths.unsqueeze(1)).long()
-        device = self.base.device
-        with generated(self.base, factors):
-            found = self.base.generate(
-                ids.to(device), attention_mask=mask.to(device), max_new_tokens=NEW_TOKENS, do_sample=False,
-                eos_token_id=self.end, pad_token_id=pad,
-            )  # fmt: skip
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in found[:, ids.shape[1] :]]
 
 
 def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from .read_people import (
 )
 
 # Count this up when a reader or a rule changes what it writes.
-PEOPLE_VERSION = 1
+PEOPLE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class PeopleCounts:
 
 
 def prepare_people(sets: Sequence[str] = SETS, out: Path | None = None) -> dict[str, PeopleCounts]:
-    """Writes `people-<set>.<split>.jsonl`; what is there with the same settings is kept.
+    """Writes `people-<set>.<split>.jsonl`, and `task-<set>.<split>.jsonl` with what all say but those held out, for an
+    adapter of what the task is; what is there with the same settings is kept.
 
     A row is a conversation as `molora.personalize.history.read_history` and `read_examples` read one, with the person's
     id under ``user`` and ``held_out``.
@@ -126,6 +127,10 @@ def _write(folder: Path, name: str) -> PeopleCounts:
     for split in SPLITS:
         rows = [_row(name, person, one) for person in found for one in person.asked if one.split == split]
         write_text(_file(folder, name, split), "".join(f"{row}\n" for row in rows))
+        others = [
+            _row(name, one, each) for one in found if not one.held_out for each in one.asked if each.split == split
+        ]
+        write_text(task_file(folder, name, split), "".join(f"{row}\n" for row in others))
         interactions[split] = len(rows)
     unseen = sum(one.unseen for person in found for one in person.asked)
     counts = PeopleCounts({"train": len(found) - held_out, "held-out": held_out}, interactions, unseen, overlapping)
@@ -154,7 +159,13 @@ def _kept(folder: Path, name: str) -> PeopleCounts | None:
     note: dict[str, Any] = json.loads(_note(folder, name).read_text(encoding="utf-8"))
     if note.pop("fingerprint", None) != _fingerprint(name):
         return None
-    return PeopleCounts(**note) if all(_file(folder, name, split).is_file() for split in SPLITS) else None
+    files = [of(folder, name, split) for of in (_file, task_file) for split in SPLITS]
+    return PeopleCounts(**note) if all(file.is_file() for file in files) else None
+
+
+def task_file(folder: Path, name: str, split: Split) -> Path:
+    """The conversations of all who are not held out."""
+    return folder / f"task-{name}.{split}.jsonl"
 
 
 def _file(folder: Path, name: str, split: Split) -> Path:

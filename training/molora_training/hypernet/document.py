@@ -53,7 +53,7 @@ class DocumentHypernetSettings:
         out: folder of the result.
         task: "needle": a number in filler, made up as it goes; "passages": ``data``/<name>.train.jsonl.
         data, name: of the passages. questions: of a passage in a step, at most.
-        tokens: of a needle's text, the shortest and the longest.
+        tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there.
         start: folder of a network to go on from; its shape is kept, but for the chunk.
         net: shape of a new one.
         loss: weights of the terms.
@@ -69,7 +69,8 @@ class DocumentHypernetSettings:
     data: Path = field(default_factory=data_dir)
     name: str = "passages"
     questions: int = 4
-    tokens: tuple[int, ...] = (32, 256)
+    tokens: tuple[int, ...] = (12, 256)
+    grow: int = 0
     base: str = DEFAULT_BASE
     start: Path | None = None
     net: NetShape = field(default_factory=NetShape)
@@ -124,6 +125,7 @@ def train(
         loss,
         dict(net.named_parameters()),
         lambda: validate(objective, held_out),
+        "gold" if settings.loss.gold else "distil",
         settings.work,
         settings.loop,
         _fingerprint(settings),
@@ -131,7 +133,8 @@ def train(
     )
     counters = loop.run(resume, on_step)
     metrics = {
-        "validation": counters["validation"][-1][1],
+        "validation": counters["best"][1],
+        "best_step": counters["best"][0],
         "validations": counters["validation"],
         "losses": counters["losses"],
         "steps": settings.loop.steps,
@@ -164,7 +167,7 @@ def lessons_of(settings: DocumentHypernetSettings) -> Lessons:
     """What it learns from."""
     if settings.task == "needle":
         first, last = settings.tokens
-        return Needles((first, last), seed=settings.loop.seed, count=settings.validation)
+        return Needles((first, last), seed=settings.loop.seed, count=settings.validation, grow=settings.grow)
     return Passages(settings.data, settings.name, settings.questions, settings.loop.seed)
 
 
@@ -189,6 +192,7 @@ def validate(objective: DocumentObjective, lessons: list[Lesson]) -> dict[str, f
 
 def _fingerprint(settings: DocumentHypernetSettings) -> str:
     digest = hashlib.sha256(json.dumps(asdict(settings), default=str, sort_keys=True).encode())
+    digest.update(repr(lessons_of(settings).of_step(0, 1)).encode())  # what is made up may be made otherwise later
     files = [settings.data / f"{settings.name}.{split}.jsonl" for split in ("train", "validation")]
     for file in files if settings.task == "passages" else []:
         digest.update(file.read_bytes())

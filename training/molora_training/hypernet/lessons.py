@@ -46,17 +46,22 @@ class Lessons(Protocol):
 class Needles:
     """A number hidden in filler, and the question for it: the smallest task that shows whether a text was read.
 
-    tokens: the shortest and the longest text, about. digits: of the number. count: of the held-out lessons.
+    tokens: the shortest and the longest text, about. digits: of the number. count: of the held-out lessons. grow:
+    steps over which the longest grows to its length from the shortest: where every text is long from the first step
+    on, nothing tells the network that the number is what matters.
     """
 
     tokens: tuple[int, int] = (32, 256)
     digits: int = 4
     seed: int = 0
     count: int = 128
+    grow: int = 0
 
     def of_step(self, step: int, count: int) -> list[Lesson]:
         chance = random.Random(f"needle/{self.seed}/{step}")
-        return [needle(chance, chance.randint(*self.tokens), self.digits) for _ in range(count)]
+        first, last = self.tokens
+        longest = first + round((last - first) * min(1.0, (step + 1) / (self.grow or 1)))
+        return [needle(chance, chance.randint(first, longest), self.digits) for _ in range(count)]
 
     def held_out(self) -> list[Lesson]:
         return self.of_length(self.tokens[1])

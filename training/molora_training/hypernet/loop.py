@@ -1,4 +1,4 @@
-"""Steps of a training whose batches are made by number: resumable, with validation and curves."""
+"""Steps of a training whose batches are made by number: resumable, with curves; what validated best is kept."""
 
 import math
 import shutil
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from molora.errors import ConfigError, NonFiniteError
-from molora_training.checkpoint import load_state, save_state
+from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
 from molora_training.schedule import warm_cosine
 
@@ -43,6 +44,7 @@ class Loop:
         loss: of a step, by its number: terms, "loss" among them. What it draws must depend on the number alone.
         parameters: by name.
         validate: the figures that are kept at each checkpoint.
+        chosen: the one of them that decides: in the end the parameters are those of the step where it was lowest.
         work: folder of the checkpoint and the curves.
         settings: how long and how fast.
         fingerprint: changes with anything that a checkpoint depends on.
@@ -54,14 +56,15 @@ class Loop:
         loss: Callable[[int], Mapping[str, torch.Tensor]],
         parameters: Mapping[str, nn.Parameter],
         validate: Callable[[], dict[str, float]],
+        chosen: str,
         work: Path,
         settings: LoopSettings,
         fingerprint: str,
         name: str,
     ) -> None:
-        self.loss, self.parameters, self.validate = loss, dict(parameters), validate
+        self.loss, self.parameters, self.validate, self.chosen = loss, dict(parameters), validate, chosen
         self.work, self.settings, self.fingerprint, self.name = work, settings, fingerprint, name
-        self.state_file = work / "state.safetensors"
+        self.state_file, self.best_file = work / "state.safetensors", work / "best.safetensors"
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters.values() if p.dim() > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in self.parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
@@ -72,7 +75,8 @@ class Loop:
         """All steps that are left; the checkpoint stays until :meth:`done`.
 
         Returns:
-            "step", "losses" of all steps and "validation": [[step, figures], ...].
+            "step", "losses" of all steps, "validation": [[step, figures], ...] and "best": that of the step whose
+            parameters there are.
 
         Raises:
             ConfigError: there is a checkpoint of another training. NonFiniteError: the loss or its gradient is not
@@ -97,6 +101,8 @@ class Loop:
                 if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == total:
                     validation = self.validate()
                     counters["validation"].append([step + 1, validation])
+                    if self._best(counters)[0] == step + 1:
+                        save_tensors(self.best_file, {n: p.detach() for n, p in self.parameters.items()})
                     save_state(self.state_file, self.parameters, self.optimizer, counters)
                     figures |= {f"validation/{name}": value for name, value in validation.items()}
                     shown = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
@@ -109,11 +115,21 @@ class Loop:
                     on_step(step + 1, terms["loss"])
         if writer is not None:
             writer.close()
-        return counters
+        best = load_file(self.best_file)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(best[name])
+        return {**counters, "best": self._best(counters)}
 
     def done(self) -> None:
-        """The result is written: the checkpoint goes."""
+        """The result is written: the checkpoints go."""
         self.state_file.unlink(missing_ok=True)
+        self.best_file.unlink(missing_ok=True)
+
+    def _best(self, counters: Mapping[str, Any]) -> list[Any]:
+        """The last of the validations that none is better than."""
+        found: list[Any] = min(reversed(counters["validation"]), key=lambda one: one[1][self.chosen])
+        return found
 
     def _step(self, step: int) -> dict[str, float]:
         settings = self.settings

@@ -13,10 +13,9 @@ from molora.personalize.profile import profile_text
 from molora.personalize.retrieval import Encoder, text_of
 from molora_training.data import Example, write_examples
 from molora_training.data.read_people import Person
-from molora_training.hypernet.text_groups import TEXTS, TRAIN, VALIDATION
+from molora_training.hypernet.text_groups import HELD_OUT_FILE, TEXTS, TRAIN, VALIDATION
 
 PROFILES = 4  # of a person, each from another part of the first half
-HELD_OUT_FILE = "held-out.json"
 
 
 def write_groups(

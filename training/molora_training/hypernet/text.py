@@ -74,6 +74,7 @@ def train(
         run.loss,
         dict(run.net.named_parameters()),
         run.validate,
+        "held_out/right" if groups.held_out else "trained/right",
         settings.work,
         settings.loop,
         _fingerprint(settings, groups),
@@ -81,7 +82,8 @@ def train(
     )
     counters = loop.run(resume, on_step)
     metrics = {
-        "validation": counters["validation"][-1][1],
+        "validation": counters["best"][1],
+        "best_step": counters["best"][0],
         "train_loss": counters["losses"][-1],
         "steps": counters["step"],
         "trained_groups": len(groups.trained),

@@ -18,6 +18,8 @@ from molora_training.data.text import stable_fraction
 from molora_training.hypernet.text_settings import GroupFiles
 
 TEXTS, TRAIN, VALIDATION = ".texts.json", ".train.jsonl", ".validation.jsonl"
+HELD_OUT_FILE = "held-out.json"
+_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +126,16 @@ def judged(groups: Groups, which: Sequence[Group], seed: int) -> Judged:
 
 
 def _held_out(files: GroupFiles, names: Sequence[str]) -> set[str]:
-    if not isinstance(files.held_out, tuple):
-        return {name for name in names if stable_fraction(f"held out:{name}") < files.held_out}
-    for name in files.held_out:
+    named, note = files.held_out, files.folder / HELD_OUT_FILE
+    if named is None and note.is_file():
+        named = tuple(json.loads(note.read_text(encoding="utf-8")))
+    if not isinstance(named, tuple):
+        share = _HELD_OUT if named is None else named
+        return {name for name in names if stable_fraction(f"held out:{name}") < share}
+    for name in named:
         if name not in names:
             raise DataError(f"{files.folder} holds no {name}{TEXTS}, and {name} is to be held out.")
-    return set(files.held_out)
+    return set(named)
 
 
 def _texts(file: Path) -> list[str]:

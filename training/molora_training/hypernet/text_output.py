@@ -59,9 +59,9 @@ def model_card(settings: TextHypernetSettings, metrics: dict[str, Any], command:
         "## Training",
         f"- Command: `{command}`" if command else "- Made by `molora_training.hypernet.text.train`",
         f"- {_WAYS[settings.way][0].upper()}{_WAYS[settings.way][1:]}",
-        f"- Seed {loop.seed}, {metrics['steps']} steps of {settings.groups} groups with up to "
-        f"{settings.conversations} conversations each, peak learning rate {loop.learning_rate:g}, base in "
-        f"{settings.dtype}",
+        f"- Seed {loop.seed}, step {metrics['best_step']} (the best) of {metrics['steps']}, each of "
+        f"{settings.groups} groups with up to {settings.conversations} conversations each, peak learning rate "
+        f"{loop.learning_rate:g}, base in {settings.dtype}",
         f"- {metrics['seconds']:.0f} s on {metrics['machine']}",
         "",
         "## Loss for each answer token of validation conversations (natural logarithm)",

@@ -20,20 +20,21 @@ class GroupFiles:
     that stand for it: descriptions, or profiles. `source` and `licence` go into the model card.
 
     Args:
-        held_out: groups that are never learnt from, by their names, or the share of them, picked by name.
+        held_out: groups that are never learnt from, by their names, or the share of them, picked by name; None: those
+            that the folder's held-out.json names, and where there is none, a tenth.
         max_length: tokens; longer conversations are left out.
         validate: how many of a group's validation conversations are looked at.
     """
 
     folder: Path
-    held_out: tuple[str, ...] | float = 0.1
+    held_out: tuple[str, ...] | float | None = None
     max_length: int = 1024
     validate: int = 32
     source: str = "not stated"
     licence: str = "not stated"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.held_out, tuple) and not 0 <= self.held_out < 1:
+        if isinstance(self.held_out, float) and not 0 <= self.held_out < 1:
             raise ConfigError(f"data.held_out must be names of groups, or a share from 0 to 1, not {self.held_out}.")
         if self.max_length < 2 or self.validate < 1:
             raise ConfigError(

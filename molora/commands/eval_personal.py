@@ -1,0 +1,108 @@
+"""``molora eval documents``, ``people`` and ``conversations``: how much an adapter that was made of text knows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora.commands.common import JsonOption, extra, write_json
+from molora.commands.eval import app, show
+from molora.commands.train import ConfigOption, OverridesArgument, command_line
+
+
+@app.command()
+def documents(
+    hypernet: Annotated[Path, typer.Argument(help="A network from `molora train hypernet document`.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
+    limit: Annotated[int, typer.Option(min=1, help="Passages of the test split.")] = 200,
+    needles: Annotated[int, typer.Option(min=1, help="Texts of each length with a number hidden in them.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """What does an adapter that was made of a document know of it?
+
+    In: a network and prepared data (`molora train data passages science`). Out: a JSON file with the needles that are
+    found by length, and answers to questions about passages: with the passage's adapter, another's, one of its words
+    shuffled, the passage in the prompt, and what a search puts there; what unrelated text loses; seconds and bytes.
+
+    Example: molora eval documents document-net
+    """
+    with extra("train"), extra("personalize"):
+        from molora_training.data import data_dir
+        from molora_training.document_table import run
+
+        command = f"molora eval documents {hypernet} --limit {limit} --needles {needles}"
+        report = run(hypernet, data or data_dir(), out, command, limit, needles)
+    show(report, as_json)
+
+
+@app.command()
+def people(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/people.json"),
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FOLDER", help="Sentence embeddings. Default: MiniLM.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What does an adapter of one's own bring, and where had it best come from? On people that nothing was trained on.
+
+    In: a set of `molora train people`; what there is of a pool of pieces (on top of the task's adapter, if that is
+    given), a network for profiles, and the task's adapter. Out: a JSON file with, for the base, for adapters trained on
+    each history, put together from pieces or anchors, or made of profiles, for the same of other people, and for a
+    search or a profile in the prompt: loss, accuracy or ROUGE with intervals over people, loss on unrelated text,
+    seconds and bytes.
+
+    Settings: people, pool, net, task, data, general, limit, questions, found, learning_rates, epochs, batch_tokens,
+    at_once, new_tokens, seed.
+
+    Example: molora eval people people=raters pool=pieces net=profile-net new_tokens=6
+    """
+    with extra("train"), extra("personalize"):
+        from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
+        from molora_training.people_table import PeopleSettings, run
+        from molora_training.settings import load_settings
+
+        settings = load_settings(PeopleSettings, config, overrides or ())
+        command = command_line("eval people", config, overrides)
+        report = run(settings, SentenceEncoder(encoder or DEFAULT_ENCODER), out, command)
+    if as_json:
+        write_json(report)
+        return
+    for row in report["rows"]:
+        figures = ", ".join(f"{name} {row[name]:.3f}" for name in ("loss", "accuracy", "mae", "rouge_l") if name in row)
+        typer.echo(f"{row['contender']:<42} {figures}")
+    show(report, as_json)
+
+
+@app.command()
+def conversations(
+    file: Annotated[Path, typer.Argument(help="One user's conversations as JSON Lines, in the order they were had.")],
+    user: Annotated[str, typer.Option(help="Whose they are.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/conversations.json"),
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the starter's.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Conversations that are learnt, one by one.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Does an adapter know what was talked about? Many conversations are learnt one by one, then asked about.
+
+    In: a file of conversations; those after the first `count` are not learnt, and their topics are asked about too.
+    Out: a JSON file with the accuracy on questions whether something was discussed, of the adapter, of a search over
+    the conversations, of both and of the base, by the age of what is asked.
+
+    Example: molora eval conversations chats.jsonl --user ada
+    """
+    with extra("train"), extra("personalize"):
+        from molora.base import DEFAULT_BASE
+        from molora_training.plum_table import run
+
+        command = f"molora eval conversations {file.name} --user {user}" + f" --count {count}" * (count != 100)
+        report = run(file, user, out, command, base or DEFAULT_BASE, count)
+    if as_json:
+        write_json(report)
+        return
+    for row in report["rows"]:
+        typer.echo(f"{row['contender']:<20} {row['accuracy']:.1%} right")
+    show(report, as_json)

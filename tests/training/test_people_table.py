@@ -1,0 +1,152 @@
+"""The table of what an adapter of one's own brings, on a tiny base: its rows, its lines and its arithmetic."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from molora.base import load_base
+from molora.cli import app
+from molora.errors import ConfigError, DataError
+from molora.personalize import embeddings
+from molora.personalize.history import Interaction
+from molora.personalize.text_net import TextNet, TextNetConfig
+from molora_training import people_table, pieces
+from molora_training.data import Example, write_examples
+from molora_training.data.read_people import Asked, Person
+from molora_training.people_lines import must
+from molora_training.people_table import PeopleSettings, PeopleTable, run
+from molora_training.pieces import PiecesSettings
+from tests.unit.spoken import make_spoken
+
+
+def person(name: str, says: str, count: int, held_out: bool = False) -> Person:
+    splits = ["train", "train", "validation", "test"]
+    asked = [
+        Asked(f"{name}-{n}", splits[n % 4], "plain", False, Interaction(f"Question {n}?", says))  # type: ignore[arg-type]
+        for n in range(count)
+    ]
+    return Person(name, held_out, tuple(asked))
+
+
+PEOPLE = [
+    person("ada", "4", 16), person("bob", "2", 16), person("cyd", "4", 12, held_out=True),
+    person("dan", "2", 8, held_out=True), person("eve", "1", 8, held_out=True),
+]  # fmt: skip
+ENCODER = SimpleNamespace(
+    encode=lambda texts: torch.nn.functional.normalize(
+        torch.tensor([[float("4" in text), 1.0, float(len(text) % 3)] for text in texts])
+    )
+)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeopleSettings:
+    monkeypatch.chdir(tmp_path)
+    for module in (people_table, pieces):
+        monkeypatch.setattr(module, "read_people", lambda name, folder: PEOPLE)
+    model = make_spoken(tmp_path / "adapters", domains=())
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight.mul_(20)
+    model.base.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
+    task = tmp_path / "adapters" / "math"
+    pieces.train(
+        PiecesSettings(
+            out=tmp_path / "pool", people="any", data=tmp_path, base=str(tmp_path / "base"), rank=2, task=task,
+            learning_rate=1e-2, batch_tokens=128,
+        ),
+        ENCODER.encode,
+    )  # fmt: skip
+    config = TextNetConfig.for_base(model.base, str(tmp_path / "base"), 3, width=8, rank=2)
+    net = TextNet(config)
+    for bias in net.bias_B.values():
+        torch.nn.init.normal_(bias, std=0.1)
+    net.save(tmp_path / "net")
+    examples = [
+        Example(
+            f"s{n}", "science", "test", ({"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "x"})
+        )
+        for n in range(3)
+    ]
+    write_examples(tmp_path / "science.test.jsonl", examples)
+    return PeopleSettings(
+        people="any", pool=tmp_path / "pool", net=tmp_path / "net", task=task, data=tmp_path, new_tokens=2,
+        learning_rates=(1e-6, 3e-2), epochs=12, batch_tokens=128, at_once=2,
+    )  # fmt: skip
+
+
+WAYS = [
+    "base", "base, profile in the prompt", "base, search in the prompt", "task's adapter",
+    "task's adapter, search in the prompt", "own adapter", "own adapter, another's",
+    "own adapter, search in the prompt", "pieces", "pieces, another's", "anchors", "anchors and rank 4",
+    "anchors and rank 4, another's", "profile's adapter", "profile's adapter, another's",
+    "profile's adapter, of a random direction", "profile's adapter, search in the prompt",
+]  # fmt: skip
+
+
+def test_the_command_writes_every_row_and_line(
+    settings: PeopleSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(embeddings, "SentenceEncoder", lambda name: ENCODER)
+    given = [f"{name}={getattr(settings, name)}" for name in ("people", "pool", "net", "task", "data", "new_tokens")]
+    given += ["learning_rates=[1e-6,3e-2]", "epochs=12", "batch_tokens=128", "at_once=2"]
+    app(["eval", "people", *given, "--out", str(tmp_path / "o.json"), "--json"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "o.json").read_text())
+    rows = {row["contender"]: row for row in report["rows"]}
+    assert list(rows) == WAYS and report["people"] == 3
+    assert all(row["loss_interval"][0] <= row["loss"] <= row["loss_interval"][1] for row in rows.values())
+    assert report["learning_rate"] == 3e-2  # that of the two which teaches anything
+    # Three people say one thing each, and always: it can be learnt, and another's adapter says the wrong one.
+    assert rows["own adapter"]["loss"] < 0.2 * rows["task's adapter"]["loss"]
+    assert rows["own adapter, another's"]["loss"] > 2.0 + rows["own adapter"]["loss"]
+    assert rows["own adapter"]["accuracy"] == 1.0 and rows["own adapter"]["mae"] == 0.0
+    assert set(report["unrelated"]) == {name for name in WAYS if "prompt" not in name}
+    cost = report["cost"]
+    assert 0 < cost["pieces"]["kept_bytes"] < 2048 < cost["own adapter"]["adapter_bytes"]
+    assert {"seconds_of_one", "seconds_of_batch"} <= set(cost["profile's adapter"])
+    assert [one["name"].split(":")[0] for one in report["must"]] == [
+        *["profile's adapter"] * 3, "pieces", "pieces", "anchors and rank 4"
+    ]  # fmt: skip
+
+
+def test_without_a_pool_or_a_network_there_are_fewer_rows(settings: PeopleSettings, tmp_path: Path) -> None:
+    base, tokenizer = load_base(str(tmp_path / "base"), dtype=torch.float32)
+    held_out = [one for one in PEOPLE if one.held_out]
+    few = replace(settings, pool=None, net=None, task=None, learning_rates=(1e-2,), epochs=1)
+    table = PeopleTable(few, base.requires_grad_(False), tokenizer, held_out, ENCODER)
+    found = table.contenders(None)
+    assert [one.name for one in found] == [*WAYS[:3], *WAYS[5:8]]
+    assert found[4].own == [found[3].own[place] for place in (1, 2, 0)]  # type: ignore[index]
+    asked = table.asked[0][1].question
+    assert found[1].prompt(0, asked).startswith("Of the one who asks: ") and found[1].prompt(0, asked).endswith(asked)
+    assert found[2].prompt(0, asked).count("Answered: 4") == 3  # of cyd's history, nobody else's
+    rows = [table.row(one) for one in found]
+    row = rows[0]
+    losses = table.speaker.losses(table._rows(table.asked, table._plain))
+    assert row["loss"] == pytest.approx(float(losses[:, 0].sum() / losses[:, 1].sum()))
+    cost = {"one": {}}
+    assert must({"rows": rows, "cost": cost, "peak_bytes": None}) == []
+
+
+def test_numbers_and_texts_are_judged_by_what_they_are() -> None:
+    assert people_table._worth(["4", "x", "3.5"], ["4.0", "1", "3"]) == {
+        "accuracy": [1.0, 0.0, 0.0], "mae": [0.0, 4.0, 0.5]
+    }  # fmt: skip
+    found = people_table._worth(["the cat", "no"], ["the cat sat", "yes"])
+    assert found["rouge_1"] == pytest.approx([0.8, 0.0]) and found["rouge_l"] == pytest.approx([0.8, 0.0])
+
+
+def test_what_does_not_fit(settings: PeopleSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="on top of the task's adapter"):
+        run(replace(settings, task=None), ENCODER, tmp_path / "o.json", "x")
+    with pytest.raises(ConfigError, match="whole numbers from 1"):
+        replace(settings, found=0)
+    monkeypatch.setattr(people_table, "read_people", lambda name, folder: PEOPLE[:3])
+    with pytest.raises(DataError, match="fewer than two people are held out"):
+        run(settings, ENCODER, tmp_path / "o.json", "x")
