@@ -16,11 +16,14 @@ from molora.personalize import embeddings
 from molora.personalize.history import Interaction
 from molora.personalize.text_net import TextNet, TextNetConfig
 from molora_training import people_table, pieces
+from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.data import Example, write_examples
 from molora_training.data.read_people import Asked, Person
+from molora_training.hypernet.text_settings import TextHypernetSettings
 from molora_training.people_lines import must
 from molora_training.people_table import PeopleSettings, PeopleTable, run
 from molora_training.pieces import PiecesSettings
+from molora_training.settings import load_settings
 from tests.unit.spoken import make_spoken
 
 
@@ -145,8 +148,18 @@ def test_numbers_and_texts_are_judged_by_what_they_are() -> None:
 def test_what_does_not_fit(settings: PeopleSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on top of the task's adapter"):
         run(replace(settings, task=None), ENCODER, tmp_path / "o.json", "x")
-    with pytest.raises(ConfigError, match="whole numbers from 1"):
+    with pytest.raises(ConfigError, match="found must be a whole number from 1"):
         replace(settings, found=0)
     monkeypatch.setattr(people_table, "read_people", lambda name, folder: PEOPLE[:3])
     with pytest.raises(DataError, match="fewer than two people are held out"):
         run(settings, ENCODER, tmp_path / "o.json", "x")
+
+
+def test_the_configs_are_read() -> None:
+    folder = Path(people_table.__file__).parent / "configs"
+    for name in ("raters", "presidents"):
+        assert load_settings(PeopleSettings, folder / f"people-{name}.yaml").people == name
+    assert load_settings(PiecesSettings, folder / "pieces.yaml", ["people=x", "out=y"]).sharers == 50
+    assert load_settings(TextHypernetSettings, folder / "profile-net.yaml", ["data.folder=x", "out=y"]).net.head == "M"
+    files = ["data.train=a", "data.validation=b", "out=y"]
+    assert load_settings(AdapterTrainSettings, folder / "task.yaml", files).epochs == 1

@@ -61,7 +61,8 @@ class PeopleSettings:
         limit: people; 0: all. questions: of each, at most.
         found: interactions that a search puts into the prompt.
         learning_rates: of a person's own adapter; the best on validation is taken.
-        epochs, batch_tokens, at_once: of those trainings. new_tokens: of an answer.
+        epochs, batch_tokens, at_once: of those trainings.
+        new_tokens: of an answer. batch: prompts at once.
     """
 
     people: str
@@ -78,11 +79,15 @@ class PeopleSettings:
     batch_tokens: int = 512
     at_once: int = 8
     new_tokens: int = 64
+    batch: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.questions, self.found, self.epochs, self.at_once, self.new_tokens) < 1 or not self.learning_rates:
-            raise ConfigError("questions, found, epochs, at_once and new_tokens must be whole numbers from 1.")
+        for name in ("questions", "found", "epochs", "batch_tokens", "at_once", "new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number from 1, not {getattr(self, name)}.")
+        if not self.learning_rates:
+            raise ConfigError("learning_rates names none.")
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class PeopleTable:
     ) -> None:
         self.settings, self.base, self.tokenizer = settings, base, tokenizer
         self.persons, self.encoder = persons, encoder
-        self.speaker = Speaker(base, tokenizer, new_tokens=settings.new_tokens)
+        self.speaker = Speaker(base, tokenizer, settings.batch, settings.new_tokens)
         self.histories = [one.interactions() for one in persons]
         self.embedded = [encoder.encode([text_of(one) for one in some]) for some in self.histories]
         pairs = zip(self.histories, self.embedded, strict=True)
@@ -159,7 +164,7 @@ class PeopleTable:
 
     def contenders(self, pool: PiecePool | None) -> list[Contender]:
         """Every way there is, in the order of the table."""
-        alone = self._above([{}] * len(self.persons)) if self.task is not None else None
+        alone = None if self.task is None else self._above([{}]) * len(self.persons)
         found = [
             Contender("base", self._plain),
             Contender("base, profile in the prompt", self._with_profile),
@@ -313,7 +318,11 @@ class PeopleTable:
         return [Contender(name, self._plain, own), Contender(f"{name}, another's", self._plain, turned)]
 
     def _above(self, own: Sequence[Factors]) -> list[Factors]:
-        return [concatenated([one] if self.task is None else [self.task, one]) for one in own]
+        device = self.base.device  # where they are needed again and again
+        return [
+            {name: (A.to(device), B.to(device)) for name, (A, B) in concatenated(parts).items()}
+            for parts in ([one] if self.task is None else [self.task, one] for one in own)
+        ]
 
     def _timed(self, name: str, make: Callable[[], list[Factors]]) -> list[Factors]:
         """Notes seconds for a person, and the bytes of an adapter's folder."""
