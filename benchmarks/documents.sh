@@ -9,7 +9,7 @@ export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$
 out=${1:-runs/results}
 mkdir -p "$out"
 for stage in needle long passages; do
-    [ -f "runs/document/$stage/metrics.json" ] || python3 -m molora train hypernet document \
+    [ -f "runs/document/$stage/metrics.json" ] || python3 -m molora train hypernet doc \
         --config "$root/training/molora_training/configs/document-$stage.yaml"
     [ "$stage" = needle ] || python3 -m molora eval documents "runs/document/$stage" --out "$out/documents-$stage.json"
 done

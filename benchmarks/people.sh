@@ -24,9 +24,8 @@ measure() {
         "data.train=$data/task-$set.train.jsonl" "data.validation=$data/task-$set.validation.jsonl"
     [ -f "$here/pieces/metrics.json" ] || molora train pieces --config "$configs/pieces.yaml" "people=$set" \
         "task=$here/task" "out=$here/pieces"
-    [ -f "$here/profiles/held-out.json" ] || molora train profiles "$set" --out "$here/profiles"
-    [ -f "$here/net/metrics.json" ] || molora train hypernet text --config "$configs/profile-net.yaml" \
-        "data.folder=$here/profiles" "out=$here/net"
+    [ -f "$here/net/metrics.json" ] || molora train hypernet profile "$set" --config "$configs/profile-net.yaml" \
+        "out=$here/net"
     molora eval people --config "$configs/people-$set.yaml" "pool=$here/pieces" "net=$here/net" "task=$here/task" \
         --out "$out/people-$set.json"
 }

@@ -300,7 +300,7 @@ class MoLoRAModel(nn.Module):
 
         Args:
             document: a file (.txt, .md, .html, .pdf), or the text itself.
-            hypernet: folder of the network, from ``molora train hypernet document``.
+            hypernet: folder of the network, from ``molora train hypernet doc``.
             name, layer: what it becomes. A layer that the stack does not have is made; where there is a router, and
                 the layer is left to it, the document's own sentences say which tokens are for it.
             most_rank: see :func:`molora.personalize.internalize.factors_of`.

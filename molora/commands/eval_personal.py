@@ -12,7 +12,7 @@ from molora.commands.train import ConfigOption, OverridesArgument, command_line
 
 @app.command()
 def documents(
-    hypernet: Annotated[Path, typer.Argument(help="A network from `molora train hypernet document`.")],
+    hypernet: Annotated[Path, typer.Argument(help="A network from `molora train hypernet doc`.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
     limit: Annotated[int, typer.Option(min=1, help="Passages of the test split.")] = 200,

@@ -13,9 +13,7 @@ from molora.commands.common import Dtype, JsonOption, extra, model_place, open_m
 def internalize(
     document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A .txt, .md, .html or .pdf file.")],
     label: Annotated[str, typer.Option("--as", metavar="LAYER/NAME", help="What it becomes, such as user/ada.")],
-    hypernet: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="The network, from `molora train hypernet document`.")
-    ],
+    hypernet: Annotated[Path, typer.Option(metavar="FOLDER", help="The network, from `molora train hypernet doc`.")],
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
     ] = None,
@@ -31,7 +29,7 @@ def internalize(
     ordinary PEFT folder; where the router chooses in its layer, the document's sentences say which tokens are for it.
     Nothing is trained. What was there under that name stays as an earlier version: molora rollback.
 
-    Example: molora internalize report.pdf --as user/ada --model my-molora --hypernet document-net
+    Example: molora internalize report.pdf --as user/ada --model my-molora --hypernet doc-net
     """
     with extra("personalize"):
         from molora.personalize.document_net import DocumentNet

@@ -20,7 +20,7 @@ app = typer.Typer(
 
 hypernet = typer.Typer(
     help="Train a network that makes adapters: of documents, or of short texts about somebody.\n\n"
-    "Example: molora train hypernet document out=net loop.steps=10000",
+    "Example: molora train hypernet doc out=net loop.steps=10000",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -105,7 +105,7 @@ def router(
 
 
 @hypernet.command()
-def document(
+def doc(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     resume: ResumeOption = True,
@@ -121,14 +121,14 @@ def document(
     Settings: out, task, tokens, grow, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
     loss.gold, loss.distil, loss.l1, texts, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
 
-    Example: molora train hypernet document out=document-net loop.steps=10000
+    Example: molora train hypernet doc out=document-net loop.steps=10000
     """
     with extra("train"):
         from molora_training.hypernet.document import DocumentHypernetSettings, train
         from molora_training.settings import load_settings
 
         settings = load_settings(DocumentHypernetSettings, config, overrides or ())
-        metrics = train(settings, resume=resume, command=command_line("train hypernet document", config, overrides))
+        metrics = train(settings, resume=resume, command=command_line("train hypernet doc", config, overrides))
     _report(metrics, settings.out, as_json)
 
 
@@ -142,14 +142,14 @@ def text(
     """Train the network that makes adapters of short texts: of profiles, or of descriptions; the base stays frozen.
 
     In: a folder with three files for each group, which is a user or a task: GROUP.texts.json (a list of texts that
-    stand for it), GROUP.train.jsonl and GROUP.validation.jsonl (conversations). `molora train profiles` writes it for a
-    set of people. Out: a folder for `molora profile` and `molora describe`, with metrics.json and a model card. It is
-    judged on groups that are held out, beside another group's text, a random one, and no adapter.
+    stand for it), GROUP.train.jsonl and GROUP.validation.jsonl (conversations); for people's profiles there is `molora
+    train hypernet profile`. Out: a folder for `molora profile` and `molora describe`, with metrics.json and a model
+    card. It is judged on groups that are held out, beside another group's text, a random one, and no adapter.
 
     Settings: out, data.folder, data.held_out, net.width, net.rank, net.targets, net.head, base, encoder, groups,
     conversations, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
 
-    Example: molora train hypernet text out=profile-net data.folder=profiles loop.steps=2000
+    Example: molora train hypernet text out=text-net data.folder=tasks loop.steps=2000
     """
     with extra("train"), extra("personalize"):
         from molora_training.hypernet.text import train
@@ -161,40 +161,35 @@ def text(
     _report(metrics, settings.out, as_json)
 
 
-@app.command()
-def profiles(
+@hypernet.command()
+def profile(
     name: Annotated[str, typer.Argument(metavar="SET", help="A set from `molora train people`.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the groups go.")] = Path("profiles"),
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FOLDER", help="Sentence embeddings. Default: MiniLM.", show_default=False),
-    ] = None,
+    resume: ResumeOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Write profiles of a set of people, and what is to be learnt of each, for `molora train hypernet text`.
+    """Train the network that makes adapters of people's profiles.
 
-    In: a prepared set of people. Out: a folder of groups, and held-out.json with the names of those to be held out.
+    In: a prepared set of people. Of each, profiles of the first half of the history are written, and the second half is
+    learnt; those held out are judged alone. Out: as of `molora train hypernet text`, whose settings these are, but for
+    data.folder: the profiles go to runs/.
 
-    Example: molora train profiles raters --out profiles
+    Example: molora train hypernet profile raters out=profile-net loop.steps=2000
     """
     with extra("train"), extra("personalize"):
-        from tqdm.auto import tqdm
+        from molora_training.hypernet.profile_groups import prepared_groups
+        from molora_training.hypernet.text import train
+        from molora_training.hypernet.text_settings import TextHypernetSettings
+        from molora_training.settings import load_settings
 
-        from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
-        from molora_training.data.people import read_people
-        from molora_training.hypernet.profile_groups import write_groups
-
-        persons = read_people(name, data)
-        out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(persons), desc="profiles") as bar:
-            found = write_groups(
-                persons, out, SentenceEncoder(encoder or DEFAULT_ENCODER), lambda done: bar.update(done - bar.n)
-            )
-    if as_json:
-        write_json({"folder": out, **found})
-    else:
-        typer.echo(f"{found['trained']} groups to learn from and {found['held out']} held out lie in {out}.")
+        given = [*(overrides or ()), f"data.folder={Path('runs/profiles') / name}"]  # which is where they go
+        settings = load_settings(TextHypernetSettings, config, given)
+        prepared_groups(name, data, settings.data.folder, settings.encoder)
+        command = command_line(f"train hypernet profile {name}", config, overrides)
+        metrics = train(settings, resume=resume, command=command)
+    _report(metrics, settings.out, as_json)
 
 
 @app.command()

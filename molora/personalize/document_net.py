@@ -227,7 +227,7 @@ class DocumentNet(nn.Module):
         except FileNotFoundError as error:
             raise HypernetError(
                 f"There is no hypernetwork at {folder}: it holds no {Path(error.filename or '').name}. "
-                f"Train one with `molora train hypernet document`."
+                f"Train one with `molora train hypernet doc`."
             ) from error
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
             if isinstance(error, HypernetError):

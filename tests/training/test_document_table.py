@@ -72,6 +72,7 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
     net = make_net(model.base)
     object.__setattr__(net.config, "base", str(tmp_path / "base"))
     net.save(tmp_path / "net")
+    (tmp_path / "net/metrics.json").write_text(json.dumps({"longest": 64}))
     write_lessons(tmp_path / "data/passages.test.jsonl", LESSONS)
     write_examples(tmp_path / "data/science.test.jsonl", [_example(n) for n in range(3)])
     monkeypatch.setattr(document_table, "NEW_TOKENS", 3)

@@ -5,10 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from molora.personalize import embeddings
 from molora_training.data.read_people import Person
-from molora_training.hypernet.profile_groups import write_groups
+from molora_training.hypernet import profile_groups
+from molora_training.hypernet.profile_groups import prepared_groups, write_groups
 from molora_training.hypernet.text_groups import HELD_OUT_FILE, read_groups
 from molora_training.hypernet.text_settings import GroupFiles
 from tests.training.test_pieces_trainer import person
@@ -17,6 +20,20 @@ from tests.unit.spoken import make_tokenizer
 
 def encode(texts: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.tensor([[float(len(text)), float(text.count("b"))] for text in texts]))
+
+
+def test_they_are_written_once_for_the_same_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    people = [person("ada", "blue", 16), person("eve", "grey", 12, held_out=True)]
+    monkeypatch.setattr(profile_groups, "read_people", lambda name, data: people)
+    monkeypatch.setattr(embeddings, "SentenceEncoder", lambda name: SimpleNamespace(encode=encode))
+    folder, stale = tmp_path / "groups", tmp_path / "groups" / "old.texts.json"
+    prepared_groups("any", None, folder, "words")
+    stale.write_text("[]")
+    prepared_groups("any", None, folder, "words")
+    assert stale.is_file()
+    people[0] = person("ada", "red", 16)
+    prepared_groups("any", None, folder, "words")
+    assert not stale.exists() and "red" in (folder / "ada.train.jsonl").read_text()
 
 
 def test_the_first_half_tells_and_the_second_is_learnt(tmp_path: Path) -> None:

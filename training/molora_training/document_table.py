@@ -28,11 +28,12 @@ from molora.personalize.retrieval import Retriever
 from molora_training.data import Encoded, encode_within, read_examples
 from molora_training.data.lessons import Lesson, read_lessons
 from molora_training.evaluate import bootstrap
+from molora_training.hypernet.document import METRICS
 from molora_training.hypernet.lessons import Needles
 from molora_training.report import heading, line, write_report
 from molora_training.speaker import Speaker
 
-TIMES = (1, 2, 4, 16)  # the training length
+TIMES = (1, 2, 4, 16)  # the longest text in training
 NEW_TOKENS = 32
 QUESTIONS = 2  # about each passage
 PIECE, PIECES = 128, 3  # tokens of what is searched, and how many of them go into the prompt
@@ -75,13 +76,15 @@ def run(
     ]
     apart = encode_within(read_examples(data / f"{general}.test.jsonl")[:limit], tokenizer, 1024, [general])
     rows = table.passages(lessons)
-    recall = {times: table.recall(times * net.config.chunk, needles) for times in TIMES}
+    made = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
+    trained = made.get("longest") or net.config.chunk
+    recall = [{"times": times, "tokens": times * trained, **table.recall(times * trained, needles)} for times in TIMES]
     report = {
         **heading(command, f"{len(lessons)} passages of the test split, {needles} needles of each length"),
         "network": json.loads((folder / "hypernet.json").read_text(encoding="utf-8")),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "rows": rows,
-        "needles": [{"tokens": times * net.config.chunk, **found} for times, found in recall.items()],
+        "needles": recall,
         "unrelated": table.unrelated(apart, lessons),
         "cost": table.cost(lessons),
     }
@@ -188,7 +191,7 @@ def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     base, own, ceiling = rows["base"], rows["adapter of the text"], rows["text in the prompt"]
     lines = []
     for times, bar in ((4, 0.95), (16, 0.80)):
-        found = next(one for one in report["needles"] if one["tokens"] == times * report["network"]["chunk"])
+        found = next(one for one in report["needles"] if one["times"] == times)
         lines.append(line(f"needle: recall at {times} times the length", found[f"recall at rank {CUT}"], bar, "higher"))
     for name, shown in (("f1", "F1"), ("rouge_l", "ROUGE-L")):
         gain = ceiling[name] - base[name]

@@ -53,8 +53,9 @@ class DocumentHypernetSettings:
         out: folder of the result.
         task: "needle": a number in filler, made up as it goes; "passages": ``data``/<name>.train.jsonl.
         data, name: of the passages. questions: of a passage in a step, at most.
-        tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there.
-        start: folder of a network to go on from; its shape is kept, but for the chunk.
+        tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there
+            from the shortest; None: half of all.
+        start: folder of a network to go on from; its shape is kept.
         net: shape of a new one.
         loss: weights of the terms.
         texts: in a step.
@@ -70,7 +71,7 @@ class DocumentHypernetSettings:
     name: str = "passages"
     questions: int = 4
     tokens: tuple[int, ...] = (12, 256)
-    grow: int = 0
+    grow: int | None = None
     base: str = DEFAULT_BASE
     start: Path | None = None
     net: NetShape = field(default_factory=NetShape)
@@ -137,6 +138,7 @@ def train(
         "best_step": counters["best"][0],
         "validations": counters["validation"],
         "losses": counters["losses"],
+        "longest": longest(settings),
         "steps": settings.loop.steps,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "seconds": round(time.monotonic() - started, 1),
@@ -167,8 +169,18 @@ def lessons_of(settings: DocumentHypernetSettings) -> Lessons:
     """What it learns from."""
     if settings.task == "needle":
         first, last = settings.tokens
-        return Needles((first, last), seed=settings.loop.seed, count=settings.validation, grow=settings.grow)
+        grow = settings.loop.steps // 2 if settings.grow is None else settings.grow
+        return Needles((first, last), seed=settings.loop.seed, count=settings.validation, grow=grow)
     return Passages(settings.data, settings.name, settings.questions, settings.loop.seed)
+
+
+def longest(settings: DocumentHypernetSettings) -> int:
+    """Tokens of the longest needle's text that the network, or those it goes on from, had in training, about."""
+    own = settings.tokens[1] if settings.task == "needle" else 0
+    if settings.start is None or not (settings.start / METRICS).is_file():
+        return own
+    before = json.loads((settings.start / METRICS).read_text(encoding="utf-8"))
+    return max(own, int(before.get("longest", 0)))
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Groups for a network that makes adapters of profiles (arXiv 2510.16282): what came first tells, what came later is
 learnt."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,10 +14,34 @@ from molora.personalize.history import Interaction
 from molora.personalize.profile import profile_text
 from molora.personalize.retrieval import Encoder, text_of
 from molora_training.data import Example, write_examples
+from molora_training.data.people import read_people
 from molora_training.data.read_people import Person
 from molora_training.hypernet.text_groups import HELD_OUT_FILE, TEXTS, TRAIN, VALIDATION
 
+PREPARED_FILE = "prepared.json"
 PROFILES = 4  # of a person, each from another part of the first half
+
+
+def prepared_groups(name: str, data: Path | None, folder: Path, encoder: str) -> None:
+    """Writes the groups of a prepared set of people, unless they are there, of the same people and encoder.
+
+    Raises:
+        DataError: the set is not prepared. EncoderError: the encoder cannot be had.
+    """
+    from tqdm.auto import tqdm
+
+    from molora.personalize.embeddings import SentenceEncoder
+
+    persons = read_people(name, data)
+    digest = hashlib.sha256(repr([encoder, persons]).encode()).hexdigest()
+    note = folder / PREPARED_FILE
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == digest:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with tqdm(total=len(persons), desc="profiles") as bar:
+        write_groups(persons, folder, SentenceEncoder(encoder), lambda done: bar.update(done - bar.n))
+    write_text(note, json.dumps(digest) + "\n")
 
 
 def write_groups(
