@@ -10,7 +10,7 @@ from molora.commands.common import Dtype, JsonOption, extra, model_place, open_m
 
 if TYPE_CHECKING:
     from molora import MoLoRAModel
-    from molora.personalize.factors import Factors
+    from molora.factors import Factors
     from molora.personalize.pieces import PiecePool
 
 
@@ -61,7 +61,7 @@ def assemble(
     """
     with extra("personalize"):
         from molora.errors import DataError, HypernetError
-        from molora.personalize.factors import concatenated
+        from molora.factors import concatenated
         from molora.personalize.generated import generated, stacked
         from molora.personalize.history import read_history
         from molora.personalize.pieces import ANCHORS, TOP, PiecePool
@@ -124,7 +124,7 @@ def _below(model: "MoLoRAModel", beneath: str | None, pool: "PiecePool") -> "lis
         AdapterNotFoundError: there is none of that name. HypernetError: it is another one than the pool was trained on.
     """
     from molora.errors import AdapterNotFoundError, HypernetError
-    from molora.personalize.factors import of_adapter
+    from molora.factors import of_adapter
     from molora.personalize.pieces import weights_digest
 
     if beneath is None:

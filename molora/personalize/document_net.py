@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from molora.atomic import new_folder
 from molora.errors import ConfigError, HypernetError
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 from molora.routing import decoder_layers
 
 CONFIG_FILE, WEIGHTS_FILE = "hypernet.json", "hypernet.safetensors"

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from molora.errors import AdapterError, DataError, HypernetError
-from molora.personalize.factors import Factors, write_factors
+from molora.factors import Factors, write_factors
 from molora.personalize.text_net import KIND, TextNet
 
 
@@ -62,7 +62,7 @@ def adapters_from_texts(
 
 @torch.no_grad()
 def factors_from_texts(net: TextNet, encoder: TextEncoder, texts: Sequence[str]) -> list[Factors]:
-    """The factors of each text's adapter, for :func:`molora.personalize.factors.write_factors`.
+    """The factors of each text's adapter, for :func:`molora.factors.write_factors`.
 
     Raises:
         DataError: a text is empty. HypernetError: the encoder is not the network's own.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 
 Generated = Mapping[str, tuple[Tensor, Tensor]]
 """The base's module name -> A [B, R, in] and B [B, out, R], the scale in B; B sequences, or 1 for all of them."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from molora.chat import render
 from molora.errors import DocumentError
+from molora.factors import Factors, cut
 from molora.personalize.document_net import DocumentNet, of_text
 from molora.personalize.documents import chunks
-from molora.personalize.factors import Factors, cut
 from molora.routing import decoder_layers
 
 MOST_TOKENS = 131_072

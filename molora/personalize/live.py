@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from molora.errors import StackError
+from molora.factors import write_factors
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.documents import KINDS, chunks, read_document
-from molora.personalize.factors import write_factors
 from molora.personalize.internalize import factors_of
 from molora.router import Router
 from molora.stack import AUTO, NONE, StackLayer, check_name

@@ -25,7 +25,7 @@ from molora.adapter import WEIGHTS_FILE as ADAPTER_FILE
 from molora.atomic import new_folder
 from molora.chat import pieces as cut_at_answers
 from molora.errors import DataError, HypernetError
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 
 POOL_FILE, WEIGHTS_FILE = "pool.json", "pool.safetensors"
 TOP = 3

@@ -7,7 +7,7 @@ from typing import Any
 
 from molora import MoLoRAModel, Router, Stack
 from molora.errors import StackError
-from molora.personalize.factors import Factors, write_factors
+from molora.factors import Factors, write_factors
 from molora.saved import read_manifest
 from molora.stack import check_name
 from molora.versions import Version, Versions

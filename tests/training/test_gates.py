@@ -9,7 +9,7 @@ import torch
 
 from molora.adapter import Adapter
 from molora.errors import NonFiniteError
-from molora.personalize.factors import of_adapter
+from molora.factors import of_adapter
 from molora.personalize.generated import stacked
 from molora_training.data import Encoded, encode
 from molora_training.gates import gated, train_gates

@@ -15,8 +15,8 @@ from molora.adapter import Adapter
 from molora.base import load_base
 from molora.cli import app
 from molora.errors import AdapterNotFoundError, ConfigError, DataError, HypernetError
+from molora.factors import of_adapter
 from molora.personalize import embeddings
-from molora.personalize.factors import of_adapter
 from molora.personalize.generated import generated, stacked
 from molora.personalize.history import Interaction
 from molora.personalize.pieces import Assembled, PiecePool, PoolConfig

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from molora.errors import ConfigError, NonFiniteError
-from molora.personalize.factors import Factors, concatenated
+from molora.factors import Factors, concatenated
 from molora.personalize.generated import generated, stacked
 from molora_training.batches import plan_steps
 from molora_training.data import Encoded, collate, encode

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 from molora.personalize.generated import generated, stacked
 from molora_training.data import Encoded, encode
 from molora_training.speaker import Speaker

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from molora.adapter import Adapter
 from molora.errors import NonFiniteError
-from molora.personalize.factors import concatenated, cut, write_factors
+from molora.factors import concatenated, cut, write_factors
 from molora.personalize.generated import generated
 
 NAME = "model.layers.{}.mlp.down_proj"

@@ -13,9 +13,9 @@ from molora.adapter import Adapter
 from molora.chat import render
 from molora.cli import app
 from molora.errors import ConfigError, DocumentError, HypernetError, StackError
+from molora.factors import cut
 from molora.personalize import internalize
 from molora.personalize.document_net import DocumentNet, DocumentNetConfig, by_module
-from molora.personalize.factors import cut
 from molora.personalize.generated import generated
 from molora.personalize.internalize import factors_of, read_as, states_of
 from molora.versions import Versions

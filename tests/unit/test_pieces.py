@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from molora.chat import render
 from molora.errors import DataError, HypernetError
-from molora.personalize.factors import write_factors
+from molora.factors import write_factors
 from molora.personalize.pieces import Assembled, PiecePool, PoolConfig, mean_inputs
 from tests.unit.spoken import make_spoken
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from molora.errors import AdapterError, ConfigError, DataError, HypernetError
-from molora.personalize.factors import write_factors
+from molora.factors import write_factors
 from molora.personalize.from_text import adapter_from_text, adapters_from_texts, factors_from_texts
 from molora.personalize.generated import generated
 from molora.personalize.text_net import CONFIG_FILE, WEIGHTS_FILE, TextNet, TextNetConfig

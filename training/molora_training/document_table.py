@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from molora.base import load_base
+from molora.factors import Factors, cut, write_factors
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.documents import chunks
-from molora.personalize.factors import Factors, cut, write_factors
 from molora.personalize.internalize import factors_of
 from molora.personalize.retrieval import Retriever
 from molora_training.data import Encoded, encode_within, read_examples

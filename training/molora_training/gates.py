@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 from molora.personalize.generated import Generated, generated, stacked
 from molora_training.data import Encoded
 from molora_training.side_by_side import Schedule, learn, picked

@@ -18,7 +18,7 @@ import torch
 from molora.adapter import Adapter
 from molora.base import load_base
 from molora.errors import ConfigError, DataError
-from molora.personalize.factors import Factors, concatenated, of_adapter, write_factors
+from molora.factors import Factors, concatenated, of_adapter, write_factors
 from molora.personalize.from_text import factors_from_texts
 from molora.personalize.generated import generated, stacked
 from molora.personalize.history import Interaction

@@ -21,7 +21,7 @@ from molora.adapter import Adapter
 from molora.atomic import write_text
 from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
-from molora.personalize.factors import Factors, of_adapter, write_factors
+from molora.factors import Factors, of_adapter, write_factors
 from molora.personalize.history import Interaction
 from molora.personalize.pieces import PiecePool, PoolConfig, weights_digest
 from molora.personalize.retrieval import text_of

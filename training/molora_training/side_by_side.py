@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from molora.checks import linear_sizes
 from molora.errors import ConfigError, NonFiniteError
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 from molora.personalize.generated import Generated, generated, stacked
 from molora_training.batches import plan_steps
 from molora_training.data import IGNORED, Encoded, collate

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.chat import render
-from molora.personalize.factors import Factors
+from molora.factors import Factors
 from molora.personalize.generated import Generated, generated, stacked
 from molora_training.data import IGNORED, Encoded, collate
 from molora_training.token_losses import TokenLosses

@@ -1,4 +1,4 @@
-"""Generated low-rank factors: put together, cut to a rank, and written as an ordinary PEFT folder."""
+"""Low-rank factors by module: read from adapters, put together, cut to a rank, and written as a PEFT folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -50,14 +50,21 @@ def cut(factors: Factors, rank: int) -> Factors:
     return found
 
 
-def write_factors(folder: Path, factors: Factors, base_name: str, about: Mapping[str, object] | None = None) -> None:
-    """Writes a PEFT folder of bfloat16 weights, alpha being the rank. ``folder`` appears whole or not at all.
+def write_factors(
+    folder: Path,
+    factors: Factors,
+    base_name: str,
+    about: Mapping[str, object] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes a PEFT folder, alpha being the rank. ``folder`` appears whole or not at all.
 
     Args:
         folder: of which there must be none.
         factors: by module.
         base_name: the base that they were made for, as its users name it.
         about: how they were made, kept beside them as ``generated.json``.
+        dtype: of the weights that are written.
 
     Raises:
         NonFiniteError: a factor holds NaN or infinite values.
@@ -75,8 +82,8 @@ def write_factors(folder: Path, factors: Factors, base_name: str, about: Mapping
     }  # fmt: skip
     tensors = {}
     for name, (A, B) in factors.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().to("cpu", torch.bfloat16).contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().to("cpu", torch.bfloat16).contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().to("cpu", dtype).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().to("cpu", dtype).contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as made:
         save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
