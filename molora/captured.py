@@ -46,7 +46,7 @@ class CapturedSteps:
     ) -> None:
         self.base, self.routing, self.groups, self.backend = base, routing, groups, backend
         self._plan: tuple[object, Blueprint | None] | None = None
-        self._steps: OrderedDict[tuple[int, int], tuple[object, Any]] = OrderedDict()
+        self._steps: OrderedDict[tuple[int, int, int], tuple[object, Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies capture for themselves."""
@@ -147,16 +147,17 @@ class CapturedSteps:
                 break
             self._steps.popitem(last=False)
 
-    def _make(self, plan: Blueprint, batch: int, longest: int) -> tuple[object, Any]:
+    def _make(self, plan: Blueprint, batch: int, longest: int, more: int) -> tuple[object, Any]:
         from molora.decode import DecodeStep  # needs Triton
         from molora.step_routes import StepRoutes
 
-        step = DecodeStep(plan, self.groups, StepRoutes(self.routing, batch, plan.device), batch, longest)
+        step = DecodeStep(plan, self.groups, StepRoutes(self.routing, batch, plan.device, more), batch, longest)
         step.capture()
         return self._signature(plan), step
 
-    def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Batch and length of a generation that a captured step can serve."""
+    def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+        """Of a generation that a captured step can serve the batch, the length, and the columns that its selection has
+        beyond those of the stack."""
         config: Any = kwargs.get("generation_config") or self.base.generation_config
 
         def wanted(name: str) -> Any:
@@ -181,7 +182,10 @@ class CapturedSteps:
         if not wanted("max_new_tokens"):
             length = max(length, wanted("max_length") or 0)
         longest = max(_SHORTEST, 1 << (length - 1).bit_length())
-        return (batch, longest) if 1 <= batch <= LARGEST_BATCH else None
+        columns = sum(layer.top_k for layer in self.routing.layers)
+        selection = self.routing.selection
+        more = 0 if selection is None else selection.forced.shape[1] - columns
+        return (batch, longest, more) if 1 <= batch <= LARGEST_BATCH else None
 
     def _blueprint(self) -> Blueprint | None:
         weight = self.base.get_input_embeddings().weight

@@ -19,7 +19,7 @@ from molora.errors import BaseModelError, SelectionError, StackError
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
 from molora.router import Router, RouterConfig
 from molora.routing import RoutingState
-from molora.selection import Selection, candidates, resolve, router_rows
+from molora.selection import Selection, candidates, column_layers, resolve, router_rows
 from molora.stack import SlotTable, Stack, check_name
 from molora.streaming import stream
 from molora.vocabulary import VocabularyRouter
@@ -175,7 +175,8 @@ class MoLoRAModel(nn.Module):
         Args:
             input_ids: [batch, tokens] int64.
             attention_mask: [batch, past + tokens], 0 at padding.
-            selection: layer -> "auto", a list of names, a name or None; a layer left out has its default.
+            selection: layer -> "auto", a list of names, a name, names with weights or None; a layer left out has its
+                default.
             output_routes: add ``routes`` to the output.
             kwargs: for the base: ``labels``, ``past_key_values``, ``inputs_embeds``, ...
 
@@ -368,9 +369,9 @@ class MoLoRAModel(nn.Module):
 
     def _routes(self) -> Routes:
         state = self.routing
-        columns = [layer.name for layer in state.layers for _ in range(layer.top_k)]
         plan = state.plans[-1]
         assert plan is not None and state._real is not None
+        columns = column_layers(state.layers, plan.shape[-1])
         rows = state.router.rows if state.router is not None else []
         return routes_of(
             plan, names=self.slots.names, columns=columns, logits=list(state.logits), rows=rows, real=state._real
@@ -381,7 +382,7 @@ class MoLoRAModel(nn.Module):
         plan = self.routing.plans[-1]
         assert plan is not None
         index = position - int(self.routing.first)
-        columns = [layer.name for layer in self.routing.layers for _ in range(layer.top_k)]
+        columns = column_layers(self.routing.layers, plan.shape[-1])
         return read_plan(plan.slots[0, index], plan.weights[0, index], self.slots.names, columns)
 
     def fit_row(self, layer: str, name: str, examples: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ class Routes:
     """Which adapters acted on each token of a forward.
 
     slots: [batch, tokens, S] int64, -1 for none; weights: [batch, tokens, S] float32 (in the layers from the deepest
-    reading point on). names: slot -> "layer/adapter". columns: the stack layer of each of the S columns. logits: by
+    reading point on). names: slot -> "layer/adapter". columns: the stack layer of each of the S columns, None for those
+    that hold what a selection forces beyond them. logits: by
     part of the router [batch, tokens, rows], None for a part that was not asked; rows: their names. real: [batch,
     tokens] bool, False at padding.
     """
@@ -22,7 +23,7 @@ class Routes:
     slots: torch.Tensor
     weights: torch.Tensor
     names: list[str]
-    columns: list[str]
+    columns: list[str | None]
     logits: list[torch.Tensor | None]
     rows: list[str]
     real: torch.Tensor
@@ -43,13 +44,18 @@ class Routes:
 
 
 def read_plan(
-    slots: torch.Tensor, weights: torch.Tensor, names: list[str], columns: list[str]
+    slots: torch.Tensor, weights: torch.Tensor, names: list[str], columns: list[str | None]
 ) -> list[tuple[str, str | None, float]]:
-    """(layer, adapter or None, weight) of each column of one token's slots and weights [S]."""
-    return [
-        (layer, names[slot].split("/", 1)[1] if slot >= 0 else None, float(weight) if slot >= 0 else 0.0)
-        for layer, slot, weight in zip(columns, slots.tolist(), weights.tolist(), strict=True)
-    ]
+    """(layer, adapter or None, weight) of each column of one token's slots and weights [S]; of those beyond the layers'
+    own the ones alone in which something acts."""
+    found: list[tuple[str, str | None, float]] = []
+    for layer, slot, weight in zip(columns, slots.tolist(), weights.tolist(), strict=True):
+        if slot >= 0:
+            own, name = names[slot].split("/", 1)
+            found.append((own, name, float(weight)))
+        elif layer is not None:
+            found.append((layer, None, 0.0))
+    return found
 
 
 def routes_of(plan: RoutingPlan, **rest: Any) -> Routes:

@@ -61,10 +61,9 @@ class RoutingPlan:
 
 
 def forced_plan(selection: ResolvedSelection, tokens: int) -> RoutingPlan:
-    """The plan of what is forced: slots at weight 1, the same at every token of a sequence."""
-    slots = selection.forced.unsqueeze(1).expand(-1, tokens, -1)
-    weights = torch.ones(slots.shape, device=slots.device)
-    return RoutingPlan(slots, weights, uniform=selection.uniform, unit=True)
+    """The plan of what is forced: the same at every token of a sequence."""
+    slots, weights = (some.unsqueeze(1).expand(-1, tokens, -1) for some in (selection.forced, selection.shares))
+    return RoutingPlan(slots, weights, uniform=selection.uniform, unit=selection.unit)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def route(
     """
     batch, tokens = logits.shape[:2]
     slots = selection.forced.unsqueeze(1).expand(batch, tokens, -1).clone()
-    weights = torch.ones(slots.shape, device=slots.device)
+    weights = selection.shares.unsqueeze(1).expand(batch, tokens, -1)
     for index in selection.routed_layers:
         table = tables[index]
         own = logits.index_select(-1, table.rows)
@@ -124,7 +123,7 @@ def route(
         weights = torch.cat(
             [weights[..., : k.start], torch.where(mask, weight, weights[..., k]), weights[..., k.stop :]], -1
         )
-    unit = mode == "unit" and not weights.requires_grad
+    unit = mode == "unit" and selection.unit and not weights.requires_grad
     return RoutingPlan(slots, weights, uniform=False, unit=unit)
 
 
@@ -132,13 +131,17 @@ def route_by_kernel(logits: torch.Tensor, found: "Candidates", selection: Resolv
     """:func:`route` in one launch on a GPU, without gradients. ``found``: of :func:`kernel_candidates`."""
     from molora_kernels.route import choose  # needs Triton
 
-    return RoutingPlan(*choose(logits, found, selection.for_kernels, mode == "softmax"), unit=mode == "unit")
+    plan = choose(logits, found, selection.for_kernels, mode == "softmax")
+    return RoutingPlan(*plan, unit=mode == "unit" and selection.unit)
 
 
 def kernel_candidates(
     rows: Sequence[str], layers: Sequence[LayerCandidates], columns: int, device: torch.device
 ) -> "Candidates":
-    """The candidates of ``layers`` as the routing kernels read them, for a router with ``rows``."""
+    """The candidates of ``layers`` as the routing kernels read them, for a router with ``rows``.
+
+    What ``columns`` has beyond those of the layers is a layer of its own, of which nothing is a candidate.
+    """
     from molora_kernels.route import Candidates  # needs Triton
 
     flat_rows = [rows.index(row) for layer in layers for row in layer.rows]
@@ -147,12 +150,11 @@ def kernel_candidates(
     def ints(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    return Candidates(
-        ints(flat_rows),
-        ints(flat_slots),
-        ints([*(layer.first for layer in layers), len(flat_rows)]),
-        ints([*(layer.column for layer in layers), columns]),
-    )
+    own = sum(layer.top_k for layer in layers)
+    firsts, starts = [*(layer.first for layer in layers), len(flat_rows)], [*(layer.column for layer in layers), own]
+    if columns > own:
+        firsts, starts = [*firsts, len(flat_rows)], [*starts, columns]
+    return Candidates(ints(flat_rows), ints(flat_slots), ints(firsts), ints(starts))
 
 
 def _choose(

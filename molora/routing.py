@@ -215,7 +215,7 @@ class RoutingState:
         if memory is not None:
             memory.keep(found.z, self._real, found.memory)
         self.features[index], self.logits[index] = found.q, found.logits
-        return RoutingPlan(found.slots, found.weights, unit=not softmax)
+        return RoutingPlan(found.slots, found.weights, unit=not softmax and self._current.unit)
 
     def _kernel_candidates(self, device: torch.device) -> Any:
         """The candidates as the routing kernels read them; None where kernels do not route."""
@@ -223,7 +223,7 @@ class RoutingState:
         columns = self._current.forced.shape[1]
         if torch.is_grad_enabled() or not columns or backend_for(device) != "triton":
             return None
-        key = (list(self.router.rows), list(self.layers), device)
+        key = (list(self.router.rows), list(self.layers), columns, device)
         if self._flat is None or self._flat[0] != key:
             self._flat = (key, kernel_candidates(self.router.rows, self.layers, columns, device))
         return self._flat[1]

@@ -1,7 +1,8 @@
 """Selections: which adapters may act on each sequence, turned into masks that the router and the plan read."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,9 +14,10 @@ from molora.stack import AUTO, NONE, SlotTable, Stack, StackLayer
 if TYPE_CHECKING:
     from molora_kernels import route
 
-Choice: TypeAlias = str | Sequence[str] | None
+Choice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 Selection: TypeAlias = Mapping[str, Choice]
-"""layer -> "auto" | list of names (the router chooses among these and none) | one name (forced) | None (off)."""
+"""layer -> "auto" | list of names (the router chooses among these and none) | one name (forced) | names with weights
+(all of them are forced, each at its weight times its own scale) | None (off)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class LayerCandidates:
     @property
     def columns(self) -> slice:
         return slice(self.column, self.column + self.top_k)
+
+
+def column_layers(layers: Sequence[LayerCandidates], columns: int) -> list[str | None]:
+    """The layer of each of a plan's columns; None where it is of what stands there."""
+    named: list[str | None] = [layer.name for layer in layers for _ in range(layer.top_k)]
+    return named + [None] * (columns - len(named))
 
 
 def candidates(stack: Stack, slots: SlotTable) -> list[LayerCandidates]:
@@ -67,16 +75,20 @@ class ResolvedSelection:
     """A selection for N sequences against one stack.
 
     allowed: bool [N, candidates], what the router may choose (all False in a layer that is forced or off).
-    forced: int64 [N, S], the slot that acts at weight 1 in each column of the plan, -1 for none.
-    routed: bool [N, layers], the layers that the router decides.
+    forced: int64 [N, S], the slot that acts in each column of the plan, -1 for none. Where more adapters are forced
+    than layers have columns, the rest stands in more columns after them.
+    shares: float32 [N, S], the weights of what is forced.
+    routed: bool [N, layers], the layers that the router decides; with more columns one more, which it does not.
     routed_layers: those that it decides in at least one sequence. Known here, so that no step has to ask the device.
     """
 
     allowed: torch.Tensor
     forced: torch.Tensor
+    shares: torch.Tensor
     routed: torch.Tensor
     routed_layers: tuple[int, ...]
     uniform: bool  # the same in every sequence
+    unit: bool  # every weight of what is forced is 1
 
     @property
     def any_routed(self) -> bool:
@@ -87,7 +99,7 @@ class ResolvedSelection:
         """As the routing kernels read it: made once for all forwards under this selection."""
         from molora_kernels import route  # needs Triton
 
-        return route.Choice(self.allowed, self.forced.int(), self.routed)
+        return route.Choice(self.allowed, self.forced.int(), self.shares, self.routed)
 
     def expand(self, batch: int) -> "ResolvedSelection":
         """For ``batch`` sequences: one for all, or each repeated in place as beam search and
@@ -108,8 +120,12 @@ class ResolvedSelection:
         return self if self.allowed.device == device else self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ResolvedSelection":
-        return ResolvedSelection(
-            change(self.allowed), change(self.forced), change(self.routed), self.routed_layers, self.uniform
+        return replace(
+            self,
+            allowed=change(self.allowed),
+            forced=change(self.forced),
+            shares=change(self.shares),
+            routed=change(self.routed),
         )
 
 
@@ -119,7 +135,7 @@ def resolve(
     """Checks a selection (or one per sequence) against ``stack``.
 
     Raises:
-        SelectionError: an unknown layer or adapter, a wrong type, "auto" without a router.
+        SelectionError: an unknown layer or adapter, a wrong type, a weight that is no number, "auto" without a router.
     """
     if selection is not None and (isinstance(selection, str) or not isinstance(selection, Mapping | Sequence)):
         raise SelectionError(f"A selection maps layers to choices; {selection!r} does not.")
@@ -129,22 +145,38 @@ def resolve(
     layers = candidates(stack, slots)
     columns = sum(layer.top_k for layer in layers)
     allowed = torch.zeros(len(many), sum(len(layer.slots) for layer in layers), dtype=torch.bool)
-    forced = torch.full((len(many), columns), -1, dtype=torch.int64)
+    forced: list[dict[int, tuple[int, float]]] = [{} for _ in many]  # column -> slot and weight
     routed = torch.zeros(len(many), len(layers), dtype=torch.bool)
     for n, one in enumerate(many):
         _check_layers(one, stack)
+        more = columns
         for index, (layer, entry) in enumerate(zip(stack.layers, layers, strict=True)):
             choice = one.get(layer.name, layer.default if has_router or layer.default != AUTO else None)
             names = _allowed_names(layer, choice, has_router)
-            if isinstance(names, str):
-                forced[n, entry.column] = slots[f"{layer.name}/{names}"]
+            if isinstance(names, Mapping):
+                for place, (name, share) in enumerate(names.items()):
+                    column = entry.column + place
+                    if place >= entry.top_k:
+                        column, more = more, more + 1
+                    forced[n][column] = (slots[f"{layer.name}/{name}"], share)
             elif names:
                 positions = [entry.first + list(layer.adapters).index(name) for name in names]
                 allowed[n, [*positions, entry.all.stop - 1]] = True
                 routed[n, index] = True
-    uniform = bool((allowed == allowed[:1]).all() and (forced == forced[:1]).all())
-    routed_layers = tuple(routed.any(0).nonzero().flatten().tolist())
-    return ResolvedSelection(allowed, forced, routed, routed_layers, uniform)
+    wide = max(columns, *(max(own, default=-1) + 1 for own in forced))
+    slots_of = [[own.get(column, (-1, 1.0))[0] for column in range(wide)] for own in forced]
+    shares_of = [[own.get(column, (-1, 1.0))[1] for column in range(wide)] for own in forced]
+    if wide > columns:
+        routed = torch.cat([routed, torch.zeros(len(many), 1, dtype=torch.bool)], 1)
+    return ResolvedSelection(
+        allowed,
+        torch.tensor(slots_of, dtype=torch.int64).view(len(many), wide),
+        torch.tensor(shares_of, dtype=torch.float32).view(len(many), wide),
+        routed,
+        routed_layers=tuple(routed.any(0).nonzero().flatten().tolist()),
+        uniform=bool((allowed == allowed[:1]).all()) and forced.count(forced[0]) == len(forced),
+        unit=all(share == 1.0 for own in forced for _, share in own.values()),
+    )
 
 
 def _check_layers(selection: Any, stack: Stack) -> None:
@@ -156,16 +188,23 @@ def _check_layers(selection: Any, stack: Stack) -> None:
             raise SelectionError(f"There is no layer {name!r} in this stack; it has {known}.")
 
 
-def _allowed_names(layer: StackLayer, choice: Any, has_router: bool) -> list[str] | str:
-    """The names that the router may choose among ([]: the layer is off), or the one that is forced."""
+def _allowed_names(layer: StackLayer, choice: Any, has_router: bool) -> list[str] | dict[str, float]:
+    """The names that the router may choose among ([]: the layer is off), or those that are forced, with weights."""
     if choice is None:
         return []
     if isinstance(choice, str) and choice != AUTO:
         _check_adapter(layer, choice)
-        return choice
+        return {choice: 1.0}
+    if isinstance(choice, Mapping):
+        for name, share in choice.items():
+            _check_adapter(layer, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
+                raise SelectionError(f"Layer {layer.name!r}: the weight of {name!r} must be a number, not {share!r}.")
+        return {name: float(share) for name, share in choice.items()}
     if not isinstance(choice, str) and not (isinstance(choice, Sequence) and all(isinstance(c, str) for c in choice)):
         raise SelectionError(
-            f"Layer {layer.name!r}: {choice!r} is no choice. Give 'auto', a name, a list of names or None."
+            f"Layer {layer.name!r}: {choice!r} is no choice. Give 'auto', a name, a list of names, names with "
+            f"weights, or None."
         )
     names = list(layer.adapters) if choice == AUTO else list(dict.fromkeys(choice))
     for name in names:

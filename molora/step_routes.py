@@ -20,19 +20,23 @@ BY_SLOT = 4  # sequences from which on an adapter is read once for all that it a
 
 class StepRoutes:
     """For each region of the model (below the layer at which a deeper part of the router reads, and from it on) the
-    slots [N, S] int32 and weights [N, S] float32 of one token of each of N sequences."""
+    slots [N, S] int32 and weights [N, S] float32 of one token of each of N sequences.
 
-    def __init__(self, routing: RoutingState, batch: int, device: torch.device) -> None:
+    ``more``: columns of a selection that forces more adapters than the stack's layers have columns.
+    """
+
+    def __init__(self, routing: RoutingState, batch: int, device: torch.device, more: int = 0) -> None:
         self.routing = routing
         self.boundary = routing.boundary
         router = routing.router
         self.layers: Sequence[LayerCandidates] = routing.layers
-        columns = sum(layer.top_k for layer in self.layers)
+        columns = sum(layer.top_k for layer in self.layers) + more
         count = sum(len(layer.slots) for layer in self.layers)
         self.choice = Choice(
             torch.zeros(batch, count, dtype=torch.bool, device=device),
             torch.full((batch, columns), -1, dtype=torch.int32, device=device),
-            torch.zeros(batch, len(self.layers), dtype=torch.bool, device=device),
+            torch.ones(batch, columns, device=device),
+            torch.zeros(batch, len(self.layers) + bool(more), dtype=torch.bool, device=device),
         )
         self.real = torch.ones(batch, dtype=torch.bool, device=device)
         self.each = torch.arange(batch, device=device)
@@ -50,7 +54,6 @@ class StepRoutes:
                 self.parts.append(part)
                 self.weights.append(weights)
                 self.states.append(StepState.new(batch, weights, columns))
-        self.ones = torch.ones(batch, columns, device=device)
         different = len({slot for layer in self.layers for slot in layer.slots} - {-1})
         self._blocks: dict[int, Blocks] = {}  # by the address of the slots that they list
         if batch >= BY_SLOT and columns:
@@ -63,6 +66,7 @@ class StepRoutes:
         for mine, given in (
             (self.choice.allowed, selection.allowed),
             (self.choice.forced, selection.forced),
+            (self.choice.shares, selection.shares),
             (self.choice.routed, selection.routed),
         ):
             mine.copy_(given)
@@ -93,7 +97,7 @@ class StepRoutes:
             return self.states[-1].slots, self.states[-1].weights
         if self.parts and self.parts[0].reads == 0:
             return self.states[0].slots, self.states[0].weights
-        return self.choice.forced, self.ones
+        return self.choice.forced, self.choice.shares
 
     def blocks(self, layer: int) -> Blocks | None:
         """The lists of what :meth:`plan` gives; None for few sequences, whose adapters are taken token by token."""

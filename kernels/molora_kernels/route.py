@@ -60,10 +60,11 @@ class Candidates:
 @dataclass
 class Choice:
     """What the selections of N sequences leave to the router. allowed: [N, C] bool. forced: [N, S] int32, the slot that
-    acts anyway, -1 for none. routed: [N, L] bool."""
+    acts anyway, -1 for none; shares: [N, S] float32, at which weight. routed: [N, L] bool."""
 
     allowed: torch.Tensor
     forced: torch.Tensor
+    shares: torch.Tensor
     routed: torch.Tensor
 
 
@@ -132,7 +133,8 @@ def _remember_kernel(
 
 @triton.jit
 def _choose_kernel(
-    logits_ptr, rows_ptr, slots_of_ptr, firsts_ptr, columns_ptr, allowed_ptr, forced_ptr, routed_ptr,
+    logits_ptr, rows_ptr, slots_of_ptr, firsts_ptr, columns_ptr, allowed_ptr, forced_ptr, shares_ptr,
+    routed_ptr,
     slots_ptr, weights_ptr, rows, candidates, columns, each,
     LAYERS: tl.constexpr, MOST: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -147,9 +149,9 @@ def _choose_kernel(
         top = tl.load(columns_ptr + layer + 1) - column
         if tl.load(routed_ptr + sequence * LAYERS + layer) == 0:
             for k in range(top):
-                at = n * columns + column + k
-                tl.store(slots_ptr + at, tl.load(forced_ptr + sequence * columns + column + k))
-                tl.store(weights_ptr + at, 1.0)
+                at, given = n * columns + column + k, sequence * columns + column + k
+                tl.store(slots_ptr + at, tl.load(forced_ptr + given))
+                tl.store(weights_ptr + at, tl.load(shares_ptr + given))
         else:
             first = tl.load(firsts_ptr + layer)
             end = tl.load(firsts_ptr + layer + 1)
@@ -297,7 +299,7 @@ def _choose(
     columns = slots.shape[-1]
     _choose_kernel[(slots.numel() // columns,)](
         logits, candidates.rows, candidates.slots, candidates.firsts, candidates.columns,
-        choice.allowed, choice.forced, choice.routed, slots, weights,
+        choice.allowed, choice.forced, choice.shares, choice.routed, slots, weights,
         logits.shape[-1], len(candidates.rows), columns, each,
         LAYERS=len(candidates.firsts) - 1, MOST=triton.next_power_of_2(columns), SOFTMAX=softmax, BLOCK_C=64,
         num_warps=1, **launch,

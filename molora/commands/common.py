@@ -45,8 +45,9 @@ SelectOption = Annotated[
     typer.Option(
         "--select",
         metavar="LAYER=CHOICE",
-        help="Who may act in a layer: auto (the router decides), none, a name (forced), or name1,name2 (the router "
-        "decides among these). Repeat it for other layers; layers left out have their default.",
+        help="Who may act in a layer: auto (the router decides), none, a name (forced), name1,name2 (the router "
+        "decides among these), or name1:0.7,name2:0.5 (all of them, at these weights). Repeat it for other layers; "
+        "layers left out have their default.",
         show_default=False,
     ),
 ]
@@ -114,11 +115,25 @@ def parse_selection(entries: Sequence[str] | None) -> "dict[str, Choice]":
             raise SelectionError(
                 f"{entry!r} is no selection: write layer=choice, as in domain=auto or domain=math,code."
             )
+        if any(":" in name for name in names):
+            selection[layer.strip()] = _weights(entry, names)
+            continue
         single = None if names[0] == NONE else names[0]
         if len(names) > 1 and {AUTO, NONE} & set(names):
             raise SelectionError(f"{entry!r}: 'auto' and 'none' stand alone; a list holds names of adapters.")
         selection[layer.strip()] = names if len(names) > 1 else single
     return selection
+
+
+def _weights(entry: str, names: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for each in names:
+        name, _, share = each.partition(":")
+        try:
+            found[name.strip()] = float(share)
+        except ValueError:
+            raise SelectionError(f"{entry!r}: give each name a weight, as in domain=math:0.7,code:0.5.") from None
+    return found
 
 
 def check_selection(model: "MoLoRAModel", selection: "dict[str, Choice]") -> None:

@@ -224,6 +224,32 @@ def pieces(
 
 
 @app.command()
+def soup(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a soup: one adapter out of several, each weighed anew in every module (LoRA Soups, CAT).
+
+    In: PEFT folders (adapters.NAME) and JSON Lines of conversations of all that it is to do (train, validation). Out: a
+    PEFT folder of the sum of the ranks, with metrics.json: the loss on the validation text of the base, of each
+    adapter, of even weights, and of the soup.
+
+    Settings: adapters, train, validation, out, base, steps, learning_rate, batch_tokens, max_length, seed, dtype.
+
+    Example: molora train soup adapters.math=adapters/math adapters.law=adapters/law train=both.jsonl
+    validation=held-out.jsonl out=soup
+    """
+    with extra("train"):
+        from molora_training.settings import load_settings
+        from molora_training.soup_run import SoupSettings, run
+
+        settings = load_settings(SoupSettings, config, overrides or ())
+        metrics = run(settings, command_line("train soup", config, overrides))
+    _report(metrics, settings.out, as_json)
+
+
+@app.command()
 def data(
     domains: Annotated[
         list[str] | None,

@@ -8,7 +8,7 @@ import torch
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora.memory import Memory
-from molora.plan import RoutingPlan, layer_tables, route
+from molora.plan import RoutingPlan, kernel_candidates, layer_tables, route
 from molora.router import RouterPart
 from molora.selection import candidates, resolve, router_rows
 from molora.stack import SlotTable
@@ -29,7 +29,7 @@ VOCABULARY, HIDDEN = 40, 24
 SELECTIONS: list[dict[str, Any]] = [
     {"personality": None, "domain": "auto", "user": "auto"},
     {"personality": "sage", "domain": ["law", "code"], "user": None},
-    {"personality": "auto", "domain": "math", "user": "ada"},
+    {"personality": "auto", "domain": {"math": 0.7, "law": -0.5, "art": 1.0, "code": 2.0}, "user": "ada"},
     {"personality": ["sage"], "domain": ["math"], "user": None},
 ]
 
@@ -61,19 +61,9 @@ class Case:
     def kernel(self) -> tuple[RouterWeights, Candidates, Choice]:
         self.part.fold(self.embedding, DEVICE)
         assert self.part.table is not None
-        flat_rows = [self.rows.index(row) for layer in self.layers for row in layer.rows]
-        flat_slots = [slot for layer in self.layers for slot in layer.slots]
-        firsts = [*(layer.first for layer in self.layers), len(flat_rows)]
-        columns = [*(layer.column for layer in self.layers), self.selection.forced.shape[1]]
-
-        def ints(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-        return (
-            self.part.for_kernels(self.part.table),
-            Candidates(ints(flat_rows), ints(flat_slots), ints(firsts), ints(columns)),
-            Choice(self.selection.allowed, self.selection.forced.int(), self.selection.routed),
-        )
+        columns = self.selection.forced.shape[1]
+        found = kernel_candidates(self.rows, self.layers, columns, DEVICE)
+        return self.part.for_kernels(self.part.table), found, self.selection.for_kernels
 
 
 @pytest.mark.parametrize(("top_k", "weights"), [(1, "unit"), (2, "unit"), (2, "softmax"), (3, "softmax")])
@@ -95,7 +85,8 @@ def test_every_step_is_the_routers(copies: int, memory: dict[str, Any], top_k: i
     plan = route(logits, tables, case.selection, weights, False)
     assert len(plan.slots.unique()) >= 4
     router, flat, choice = case.kernel()
-    choice = Choice(*(mask.repeat(copies, 1) for mask in (choice.allowed, choice.forced, choice.routed)))
+    masks = (choice.allowed, choice.forced, choice.shares, choice.routed)
+    choice = Choice(*(mask.repeat(copies, 1) for mask in masks))
     state = StepState.new(4 * copies, router, plan.slots.shape[-1])
     for t in range(steps):
         column = [each[:, t].repeat(copies) for each in (ids, real)]
@@ -191,6 +182,11 @@ SELECTED: dict[str, list[dict[str, Any]]] = {
     "some forced": [
         {"personality": "sage", "domain": "auto", "user": None},
         {"personality": None, "domain": "code", "user": "ada"},
+        {"personality": None, "domain": ["math"], "user": None},
+    ],
+    "at weights": [
+        {"personality": {"sage": 0.5}, "domain": "auto", "user": None},
+        {"personality": None, "domain": {"math": 0.7, "code": -0.5}, "user": "ada"},
         {"personality": None, "domain": ["math"], "user": None},
     ],
     "all forced": [{"personality": "sage", "domain": "math", "user": None}],

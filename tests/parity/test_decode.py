@@ -98,6 +98,8 @@ def test_padding_and_selections(both: Both, ids: torch.Tensor) -> None:
     mask[1, :2] = 0
     selections = [AUTO, {"personality": "sage", "domain": None, "user": None}, {"domain": ["math"]}]
     both.check(ids, attention_mask=mask, selection=selections)
+    selections[1] = {"domain": {"math": 0.7, "code": -0.5}, "user": {"ada": 1.5}}  # a column more
+    both.check(ids, attention_mask=mask, selection=selections)
 
 
 @many_steps

@@ -101,6 +101,33 @@ def test_two_forced_layers_are_peft_with_both(base: Any, adapters: dict[str, Pat
     close(model(ids, selection={"personality": "sage", "domain": "code", "user": None}).logits, expected)
 
 
+MIXTURES: list[dict[str, float]] = [{"math": 0.7, "code": 0.5}, {"code": -1.5}, {"code": 1.0, "math": 2.0}]
+
+
+@torch.no_grad()
+def test_adapters_at_weights_are_peft_with_all(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
+    """Each sequence of a batch has its own weights."""
+    expected = []
+    for row, mixture in zip(ids, MIXTURES, strict=True):
+        peft = PeftModel.from_pretrained(copy.deepcopy(base), adapters["math"], adapter_name="math")
+        peft.load_adapter(adapters["code"], adapter_name="code")
+        peft.base_model.set_adapter(list(mixture))
+        for module in peft.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                for name in mixture.keys() & module.scaling.keys():
+                    module.scaling[name] *= mixture[name]
+        expected.append(peft.eval()(row[None]).logits)
+    model = MoLoRAModel.from_base(copy.deepcopy(base), make_stack(adapters))
+    off = {"personality": None, "user": None}
+    found = model(ids, selection=[{**off, "domain": mixture} for mixture in MIXTURES], output_routes=True)
+    close(found.logits, torch.cat(expected))
+    for row, mixture, wanted in zip(ids, MIXTURES, expected, strict=True):
+        close(model(row[None], selection={**off, "domain": mixture}).logits, wanted)
+    for number, mixture in enumerate(MIXTURES):
+        acting = {name: share for _, name, share in found.routes.at(number, 3) if name is not None}
+        assert acting == pytest.approx(mixture)
+
+
 @torch.no_grad()
 def test_merged_by_cat_is_stacked(base: Any, adapters: dict[str, Path], ids: torch.Tensor, tmp_path: Path) -> None:
     peft = PeftModel.from_pretrained(copy.deepcopy(base), adapters["math"], adapter_name="math")

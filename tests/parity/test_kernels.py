@@ -6,6 +6,7 @@ import pytest
 
 from tests.parity.test_equalities import (
     test_a_routed_forward_is_a_loop_over_peft_adapters,
+    test_adapters_at_weights_are_peft_with_all,
     test_an_adapted_head_is_peft,
     test_every_config_is_peft,
     test_null_everywhere_is_the_base,
@@ -15,6 +16,7 @@ from tests.parity.test_equalities import (
 
 __all__ = [
     "test_a_routed_forward_is_a_loop_over_peft_adapters",
+    "test_adapters_at_weights_are_peft_with_all",
     "test_an_adapted_head_is_peft",
     "test_every_config_is_peft",
     "test_null_everywhere_is_the_base",

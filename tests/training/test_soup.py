@@ -1,6 +1,7 @@
 """LoRA Soups: the folder is the weighed sum that was trained, only the weights learn, and the base stays as it was."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from peft import PeftModel
 
 from molora import MoLoRAModel, Stack, StackLayer
 from molora.adapter import Adapter
+from molora.cli import app
 from molora.errors import ConfigError, DataError, NonFiniteError
 from molora_training import soup
 from molora_training.data import IGNORED, Encoded, collate
@@ -19,6 +21,7 @@ from molora_training.evaluate import losses_of
 from molora_training.peft_routers import Logits
 from molora_training.soup import train_soup
 from tests.conftest import DEVICE, make_base, write_adapter
+from tests.unit.spoken import make_spoken
 
 
 def conversation(seed: int, domain: int, length: int = 24) -> Encoded:
@@ -181,3 +184,27 @@ def test_what_does_not_fit_is_refused(two: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(DataError, match="nothing to learn from"):
         train_soup(make_base(), two, [], tmp_path / "out", 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_brought(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_spoken(tmp_path / "adapters")
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight.mul_(20)
+    model.base.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
+    turns = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "blue"}]
+    for split in ("train", "validation"):
+        line = {"id": "a", "domain": "math", "split": split, "messages": turns}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+    given = [f"{split}={tmp_path / f'{split}.jsonl'}" for split in ("train", "validation")]
+    given += [f"adapters.{name}={tmp_path / 'adapters' / name}" for name in ("math", "code")]
+    given += [f"out={tmp_path / 'soup'}", f"base={tmp_path / 'base'}", "steps=30", "dtype=float32"]
+    app(["train", "soup", *given, "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    losses = found["validation"]
+    assert list(losses) == ["base", "math", "code", "even weights", "soup"]
+    assert losses["soup"] < losses["even weights"] - 0.01
+    assert json.loads((tmp_path / "soup/metrics.json").read_text())["validation"] == losses
+    assert Adapter.load(tmp_path / "soup").ranks == [8]
+    with pytest.raises(ConfigError, match="is there already"):
+        app(["train", "soup", *given], standalone_mode=False)

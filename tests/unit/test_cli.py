@@ -123,9 +123,11 @@ class TestSelection:
         expected = {"domain": ["math", "code"], "personality": None, "user": "ben", "mood": "auto"}
         assert parse_selection(entries) == expected
         assert parse_selection(None) == {}
+        assert parse_selection(["domain=math:0.7, code:-.5"]) == {"domain": {"math": 0.7, "code": -0.5}}
 
     @pytest.mark.parametrize(
-        "entry", ["domain", "=math", "domain=", "domain=math,", "domain=auto,math", "domain=a,none"]
+        "entry",
+        ["domain", "=math", "domain=", "domain=math,", "domain=auto,math", "domain=a,none", "domain=a:1,b", "d=a:x"],
     )
     def test_other_forms(self, entry: str) -> None:
         with pytest.raises(SelectionError):

@@ -7,7 +7,7 @@ import torch
 
 from molora import Stack, StackLayer
 from molora.errors import SelectionError
-from molora.selection import ResolvedSelection, candidates, resolve, router_rows
+from molora.selection import ResolvedSelection, candidates, column_layers, resolve, router_rows
 from molora.stack import SlotTable
 
 
@@ -89,6 +89,29 @@ def test_a_list_leaves_these_and_none() -> None:
     assert not run({"domain": []}).any_routed
 
 
+def test_weights_force_several_adapters() -> None:
+    """What a layer has no column for stands in columns after all layers'."""
+    resolved = run({"domain": {"math": 0.5, "code": -2}, "user": {"bob": 1.0, "ada": 0.25}})
+    assert forced(resolved) == [[0, 1, 4, -1, 2, 3]]
+    assert resolved.shares.tolist() == [[1.0, 0.5, 1.0, 1.0, -2.0, 0.25]]
+    assert resolved.routed.shape == (1, 5) and not resolved.any_routed and resolved.uniform and not resolved.unit
+    assert column_layers(candidates(make_stack(), slots_of(make_stack())), 6) == [
+        "personality", "domain", "user", "empty", None, None
+    ]  # fmt: skip
+    wide = run({"domain": {"math": 1.0, "code": 1.0}}, top_k=2)
+    assert forced(wide) == [[0, 1, 2, -1, -1]] and wide.routed.shape == (1, 4) and wide.unit
+    assert forced(run({"domain": {}})) == [[0, -1, -1, -1]] and run({"domain": {}}).unit
+
+
+def test_sequences_with_other_weights() -> None:
+    resolved = run([{"domain": {"math": 0.5, "code": 1.0}}, {"domain": "auto"}, {"domain": {"math": 0.5}}])
+    assert forced(resolved) == [[0, 1, -1, -1, 2], [0, -1, -1, -1, -1], [0, 1, -1, -1, -1]]
+    assert resolved.routed.tolist() == [[False] * 5, [False, True, False, False, False], [False] * 5]
+    assert not resolved.uniform and resolved.routed_layers == (1,)
+    assert not run([{"domain": {"math": 0.5}}, {"domain": {"math": 0.6}}]).uniform
+    assert run([{"domain": {"math": 0.5}}] * 2).expand(4).shares.tolist() == [[1.0, 0.5, 1.0, 1.0]] * 4
+
+
 def test_one_shared_adapter_may_be_routed() -> None:
     resolved = run({"user": ["bob"]})
     assert resolved.routed[0, 2] and resolved.allowed[0, 5:8].tolist() == [False, True, True]
@@ -137,7 +160,11 @@ def test_more_selections_than_sequences(count: int, batch: int) -> None:
         ({"domain": 3}, "Layer 'domain': 3 is no choice"),
         ({"domain": ["math", 3]}, "is no choice"),
         ({"domain": True}, "is no choice"),
-        ({"domain": {"math": 1}}, "is no choice"),
+        ({"domain": {"math": "half"}}, "the weight of 'math' must be a number, not 'half'"),
+        ({"domain": {"math": True}}, "must be a number"),
+        ({"domain": {"math": float("nan")}}, "must be a number"),
+        ({"domain": {"math": 0.5, "law": 0.5}}, "Layer 'domain' has no adapter 'law'"),
+        ({"domain": {3: 0.5}}, "no adapter 3"),
         ({"domain": {"math"}}, "is no choice"),
         ({"domain": ["auto"]}, "no adapter 'auto'"),
         ({"domain": "none"}, "no adapter 'none'"),
