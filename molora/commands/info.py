@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molora.commands.common import JsonOption, model_place, write_json
-from molora.errors import AdapterError, StackError
+from molora.errors import AdapterError, ConfigError, StackError
 
 if TYPE_CHECKING:
     from molora import Adapter, Router, Stack, VocabularyRouter
@@ -21,14 +21,35 @@ def info(
             help="A saved MoLoRA or a PEFT adapter (folder or Hub id), or a stack file. Default: the starter stack.",
         ),
     ] = None,
+    interference: Annotated[
+        bool, typer.Option("--interference", help="How much its adapters fight: which to merge, stack or route.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="For --interference: NAME.test.jsonl of adapters. Then losses decide, which take a while; by weights "
+            "alone the advice is a guess.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Conversations of each adapter in --data.")] = 16,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write --interference as a page of maps.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the layers, adapters (rank, targets, size) and router of a model, without loading its base.
 
-    Every file is checked on the way: a damaged adapter is named.
+    Every file is checked on the way: a damaged adapter is named. With --interference each two of its adapters are
+    compared instead.
 
     Example: molora info adapters/domain/math
     """
+    if interference:
+        from molora.commands.interference import interference as compare
+
+        compare(model_place(what), html, data, limit, as_json)
+        return
+    if data is not None or html is not None:
+        raise ConfigError("--data and --html belong to --interference.")
     record = describe(model_place(what))
     if as_json:
         write_json(record)

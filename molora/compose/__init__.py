@@ -1,0 +1,1 @@
+"""Several LoRA adapters made into one, without their base."""
