@@ -79,8 +79,15 @@ def people(
 
 @app.command()
 def conversations(
-    file: Annotated[Path, typer.Argument(help="One user's conversations as JSON Lines, in the order they were had.")],
-    user: Annotated[str, typer.Option(help="Whose they are.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="One user's conversations as JSON Lines, in the order they were had. Default: made up of texts with "
+            "questions, from `molora train data passages`.",
+            show_default=False,
+        ),
+    ] = None,
+    user: Annotated[str, typer.Option(help="Whose they are.")] = "ada",
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/conversations.json"),
     base: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the starter's.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Conversations that are learnt, one by one.")] = 100,
@@ -89,20 +96,29 @@ def conversations(
     """Does an adapter know what was talked about? Many conversations are learnt one by one, then asked about.
 
     In: a file of conversations; those after the first `count` are not learnt, and their topics are asked about too.
-    Out: a JSON file with the accuracy on questions whether something was discussed, of the adapter, of a search over
-    the conversations, of both and of the base, by the age of what is asked.
+    Out: a JSON file with the accuracy on questions whether something was discussed, and what is said of it, of the
+    adapter, of a search over the conversations, of both and of the base; by the age of what is asked.
 
     Example: molora eval conversations chats.jsonl --user ada
     """
     with extra("train"), extra("personalize"):
         from molora.base import DEFAULT_BASE
+        from molora_training.data import data_dir
+        from molora_training.data.lessons import read_lessons
+        from molora_training.plum.conversations import about_texts, read_conversations
         from molora_training.plum_table import run
 
-        command = f"molora eval conversations {file.name} --user {user}" + f" --count {count}" * (count != 100)
-        report = run(file, user, out, command, base or DEFAULT_BASE, count)
+        if file is None:
+            every = about_texts(read_lessons(data_dir() / "passages.test.jsonl"))
+        else:
+            every = read_conversations(file, user)
+        command = "molora eval conversations" + (f" {file.name} --user {user}" if file is not None else "")
+        command += f" --count {count}" * (count != 100)
+        report = run(every, out, command, base or DEFAULT_BASE, count)
     if as_json:
         write_json(report)
         return
     for row in report["rows"]:
-        typer.echo(f"{row['contender']:<20} {row['accuracy']:.1%} right")
+        figures = f"{row['accuracy']:.1%} of closed questions right, ROUGE-L of open ones {row['open_positives']:.3f}"
+        typer.echo(f"{row['contender']:<20} {figures}")
     show(report, as_json)

@@ -10,10 +10,11 @@ import torch
 from molora.errors import ConfigError, DataError
 from molora.personalize.history import Interaction
 from molora_training import plum_table
-from molora_training.plum.conversations import Conversation
+from molora_training.data.lessons import Lesson
+from molora_training.plum.conversations import Conversation, about_texts, read_conversations
 from molora_training.plum.learner import Learning
 from molora_training.plum.pairs import Pair
-from molora_training.plum_table import Asked, by_age, prompt_of, questions, row, run
+from molora_training.plum_table import Asked, by_age, open_row, prompt_of, questions, row, run
 from tests.unit.spoken import make_spoken, save_spoken
 
 INSTRUMENTS = ("zither", "lyre", "bassoon", "ocarina", "theremin")
@@ -37,8 +38,9 @@ def asked(discussed: bool, of: int, unseen: bool = False) -> Asked:
 
 
 def test_questions_are_about_all_in_wordings_that_are_not_taught() -> None:
-    taught, found = questions(conversations(INSTRUMENTS[:3]), conversations(LAST), Learning(wordings=1))
+    taught, found, open_ = questions(conversations(INSTRUMENTS[:3]), conversations(LAST), Learning(wordings=1))
     assert len(taught) == 3 and {one.of for one in found} == {0, 1, 2} and all(one.pair.closed for one in found)
+    assert open_ and not any(pair.closed for pair in open_) and {pair.discussed for pair in open_} == {True, False}
     seen = {pair.question.replace(pair.topic, "...") for pairs in taught for pair in pairs}
     assert seen.isdisjoint(one.pair.question.replace(one.pair.topic, "...") for one in found)
     unseen = [one for one in found if one.unseen]
@@ -47,6 +49,21 @@ def test_questions_are_about_all_in_wordings_that_are_not_taught() -> None:
     assert any("theremin" in topic for topic in topics) and not any("loud" in topic for topic in topics)
     assert {one.pair.answer for one in unseen} == {"No, we did not."}
     assert not any(one.unseen for one in questions(conversations(INSTRUMENTS), [], Learning())[1])
+
+
+def test_open_questions_are_judged_by_what_was_said() -> None:
+    asked = [Pair("q", "the cat sat", "cat", False, True), Pair("q", "none", "dog", False, False)] * 2
+    found = open_row(["the cat", "We have not talked about it.", "no", "A dog!"], asked)
+    assert found == {"open_positives": pytest.approx(0.4), "open_negatives": 0.5}
+
+
+def test_texts_become_conversations() -> None:
+    lessons = [Lesson("A text.", tuple((f"q{n}", f"a{n}") for n in range(6))), Lesson("Short.", (("q", "a"),))]
+    (found,) = about_texts(lessons)
+    assert [one["content"] for one in found.messages] == [
+        "A text.\n\nq0", "a0", "q1", "a1", "q2", "a2", "q3", "a3"
+    ]  # fmt: skip
+    assert [one["role"] for one in found.messages] == ["user", "assistant"] * 4
 
 
 def test_shares_by_hand() -> None:
@@ -76,14 +93,16 @@ def test_the_report(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(chat(name)) + "\n" for name in INSTRUMENTS))
     learning = Learning(learning_rate=5e-3, epochs=2, wordings=1, rank=4)
     options: dict[str, Any] = {"base": str(tmp_path / "base"), "count": 3, "top": 1, "learning": learning}
-    report = run(file, "ada", tmp_path / "results/conversations.json", "molora eval conversations", **options)
+    every = read_conversations(file, "ada")
+    report = run(every, tmp_path / "results/conversations.json", "molora eval conversations", **options)
     written = json.loads((tmp_path / "results/conversations.json").read_text())
     assert [one["contender"] for one in written["rows"]] == ["base", "adapter", "search", "adapter and search"]
     assert set(written) >= {"command", "commit", "date", "machine", "seed", "data", "rows", "must"}
     assert all(0 <= one["positives"] <= 1 and 0 <= one["negatives"] <= 1 for one in written["rows"])
-    assert len(written["must"]) == 3 and written["must"][0]["bar"] == plum_table.PAPER
+    assert all(0 <= one["open_positives"] <= 1 and 0 <= one["open_negatives"] <= 1 for one in written["rows"])
+    assert len(written["must"]) == 4 and written["must"][0]["bar"] == plum_table.PAPER
     assert [one["group"] for one in written["by_age"]] == [0, 1, 2]
-    again = run(file, "ada", tmp_path / "again.json", "molora eval conversations", **options)
+    again = run(every, tmp_path / "again.json", "molora eval conversations", **options)
     assert {**report, "seconds": 0} == {**again, "seconds": 0}
 
 
@@ -93,6 +112,6 @@ def test_what_cannot_be_asked(tmp_path: Path) -> None:
         json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]})
     )
     with pytest.raises(DataError, match="nothing was talked about"):
-        run(file, "ada", tmp_path / "out.json", "x")
+        run(read_conversations(file, "ada"), tmp_path / "out.json", "x")
     with pytest.raises(ConfigError, match="count and top"):
-        run(file, "ada", tmp_path / "out.json", "x", count=0)
+        run(read_conversations(file, "ada"), tmp_path / "out.json", "x", count=0)

@@ -22,15 +22,18 @@ from molora.errors import ConfigError, DataError
 from molora.personalize.history import Interaction
 from molora.personalize.retrieval import Retriever, text_of
 from molora_training.continual.growth import blank
+from molora_training.document_table import rouge_l
 from molora_training.evaluate import bootstrap
-from molora_training.plum.conversations import Conversation, read_conversations
+from molora_training.plum.conversations import Conversation
 from molora_training.plum.learn import pairs_of
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.pairs import Pair, negative
 from molora_training.plum.topics import exchanges, hashed, stems, topics
 from molora_training.report import heading, line, write_report
+from molora_training.speaker import Speaker
 
 COUNT = 100  # conversations
+TOLD = 96  # tokens of an answer to an open question
 TOP = 3  # exchanges that a search puts into the prompt
 SHOWN = 600  # characters of each
 AGES = 5  # groups of conversations, the oldest first
@@ -48,8 +51,7 @@ class Asked:
 
 
 def run(
-    conversations: Path,
-    user: str,
+    every: Sequence[Conversation],
     out: Path,
     command: str,
     base: str = DEFAULT_BASE,
@@ -60,24 +62,22 @@ def run(
     """Learns one user's conversations, asks about all of them, and writes ``out``.
 
     Args:
-        conversations: JSON Lines, in the order in which they were had.
-        user: whose.
+        every: conversations, in the order in which they were had.
         out: the report.
         command: to be named in it.
         base: folder or Hub id.
-        count: how many are learnt; of those that follow in the file nothing is.
+        count: how many are learnt; of those that follow nothing is.
         top: exchanges that the search finds for a question.
         learning: how; None: as `molora learn` does.
 
     Raises:
-        ConfigError: ``count`` or ``top`` is below 1. DataError: a line is refused, or there is nothing to ask about.
+        ConfigError: ``count`` or ``top`` is below 1. DataError: there is nothing to ask about.
     """
     if min(count, top) < 1:
         raise ConfigError(f"count and top must be whole numbers from 1, not {count} and {top}.")
     learning = learning or Learning()
-    every = read_conversations(conversations, user)
     past, others = every[:count], every[count:]
-    taught, asked = questions(past, others, learning)
+    taught, asked, open_ = questions(past, others, learning)
     cuda = torch.cuda.is_available()
     model, tokenizer = load_base(base, dtype=torch.bfloat16 if cuda else torch.float32)
     model.to("cuda" if cuda else "cpu").requires_grad_(False)
@@ -91,12 +91,18 @@ def run(
             learner.learn(pairs)
             seconds.append(time.monotonic() - started)
     learner.settle()
-    found = answers(learner, past, asked, top)
+    search = Retriever([one for each in past for one in exchanges(each.messages)])
+    found = answers(learner, search, [one.pair.question for one in asked], top)
+    told = told_by(learner, search, [pair.question for pair in open_], top)
     report = {
-        **heading(command, f"{len(past)} conversations of one user, {len(asked)} questions, {len(others)} not learnt"),
+        **heading(
+            command,
+            f"{len(past)} conversations of one user, {len(asked)} closed and {len(open_)} open questions, "
+            f"{len(others)} conversations not learnt",
+        ),
         "seed": learning.seed,
         "learning": asdict(learning),
-        "rows": [row(name, said, asked) for name, said in found.items()],
+        "rows": [{**row(name, said, asked), **open_row(told[name], open_)} for name, said in found.items()],
         "by_age": by_age(found["adapter"], asked, len(past)),
         "seconds": statistics.median(seconds),
     }
@@ -107,8 +113,8 @@ def run(
 
 def questions(
     past: Sequence[Conversation], others: Sequence[Conversation], learning: Learning
-) -> tuple[list[list[Pair]], list[Asked]]:
-    """What is learnt by conversation, and the closed questions about all of them in wordings that are not.
+) -> tuple[list[list[Pair]], list[Asked], list[Pair]]:
+    """What is learnt by conversation, and the closed and the open questions about all of them in wordings that are not.
 
     Args:
         past: that are learnt. others: of whose topics those that share no word with what was discussed are negatives.
@@ -130,7 +136,7 @@ def questions(
             asked += [Asked(negative(pair, chance.choice(unseen)), number, unseen=True) for pair in positives]
     if not any(one.pair.discussed for one in asked) or all(one.pair.discussed for one in asked):
         raise DataError("In these conversations nothing was talked about that could be asked about, or everything was.")
-    return taught, asked
+    return taught, asked, [pair for pairs in judged for pair in pairs if not pair.closed]
 
 
 def apart(topic: str, said: set[str]) -> bool:
@@ -139,22 +145,45 @@ def apart(topic: str, said: set[str]) -> bool:
     return bool(own) and not any(hashed(one) in said for one in own)
 
 
-def answers(learner: Learner, past: Sequence[Conversation], asked: Sequence[Asked], top: int) -> dict[str, list[bool]]:
+def answers(learner: Learner, search: Retriever, asked: Sequence[str], top: int) -> dict[str, list[bool]]:
     """Whether each contender says yes to each question."""
-    search = Retriever([one for each in past for one in exchanges(each.messages)])
-    prompts = [one.pair.question for one in asked]
-    with_found = [prompt_of(question, search.top(question, top)) for question in prompts]
-    contenders: list[tuple[str, list[str], Callable[[], Any]]] = [
-        ("base", prompts, learner.off),
-        ("adapter", prompts, nullcontext),
+    found = {}
+    for name, prompts, state in _contenders(learner, search, asked, top):
+        with state():
+            found[name] = learner.says_yes(prompts)
+    return found
+
+
+def told_by(learner: Learner, search: Retriever, asked: Sequence[str], top: int) -> dict[str, list[str]]:
+    """What each contender says to each open question."""
+    speaker = Speaker(learner.model, learner.tokenizer, new_tokens=TOLD)
+    found = {}
+    for name, prompts, state in _contenders(learner, search, asked, top):
+        with state():
+            found[name] = speaker.answers(prompts)
+    return found
+
+
+def _contenders(
+    learner: Learner, search: Retriever, asked: Sequence[str], top: int
+) -> list[tuple[str, list[str], Callable[[], Any]]]:
+    with_found = [prompt_of(question, search.top(question, top)) for question in asked]
+    return [
+        ("base", list(asked), learner.off),
+        ("adapter", list(asked), nullcontext),
         ("search", with_found, learner.off),
         ("adapter and search", with_found, nullcontext),
     ]
-    found = {}
-    for name, some, state in contenders:
-        with state():
-            found[name] = learner.says_yes(some)
-    return found
+
+
+def open_row(said: Sequence[str], asked: Sequence[Pair]) -> dict[str, float]:
+    """Of answers to open questions ROUGE-L to what was said where it was, and elsewhere the share that say that nothing
+    was."""
+    pairs = list(zip(said, asked, strict=True))
+    return {
+        "open_positives": statistics.mean(rouge_l(text, pair.answer) for text, pair in pairs if pair.discussed),
+        "open_negatives": statistics.mean(float("not talked" in text) for text, pair in pairs if not pair.discussed),
+    }
 
 
 def prompt_of(question: str, found: Sequence[Interaction | str]) -> str:
@@ -209,8 +238,10 @@ def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines that are to be reached."""
     found = {one["contender"]: one["accuracy"] for one in report["rows"]}
     behind = found["search"] - found["adapter"]
+    told = {one["contender"]: one["open_positives"] for one in report["rows"]}
     return [
         line("questions about all conversations that the adapter answers right", found["adapter"], PAPER, "higher"),
         line("by how much a search is better than the adapter", behind, NEAR, "lower"),
         line("what the adapter adds to a search", found["adapter and search"] - found["search"], 0.0, "higher"),
+        line("open questions: ROUGE-L above a search's", told["adapter"] - told["search"], 0.0, "higher"),
     ]

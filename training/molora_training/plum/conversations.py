@@ -1,11 +1,13 @@
 """One user's conversations, each as a whole, in the order in which they were had."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from molora.errors import DataError
 from molora.personalize.history import read_history
+from molora_training.data.lessons import Lesson
 from molora_training.plum.topics import exchanges
 
 
@@ -15,6 +17,20 @@ class Conversation:
 
     where: str
     messages: tuple[dict[str, str], ...]
+
+
+def about_texts(lessons: Sequence[Lesson], most: int = 4) -> list[Conversation]:
+    """Made up of texts with questions: somebody shows each, and asks ``most`` questions about it at most. Texts with
+    fewer than two are left out."""
+    found = []
+    for number, lesson in enumerate(lessons):
+        if len(lesson.questions) >= 2:
+            messages: list[dict[str, str]] = []
+            for question, answer in lesson.questions[:most]:
+                asked = question if messages else f"{lesson.text}\n\n{question}"
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            found.append(Conversation(f"text {number}", tuple(messages)))
+    return found
 
 
 def read_conversations(file: Path, user: str) -> list[Conversation]:
