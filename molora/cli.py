@@ -17,6 +17,7 @@ from molora.commands.generate import generate
 from molora.commands.info import info
 from molora.commands.internalize import internalize
 from molora.commands.learn import learn
+from molora.commands.merge import merge
 from molora.commands.profile import describe, profile
 from molora.commands.routes import routes
 from molora.commands.train import app as train
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(routes)
 app.command()(info)
+app.command()(merge)
 app.command()(internalize)
 app.command()(assemble)
 app.command()(profile)

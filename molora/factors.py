@@ -42,7 +42,7 @@ def cut(factors: Factors, rank: int) -> Factors:
         if len(A) > rank:
             q_in, r_in = torch.linalg.qr(A.float().T)  # A = r_in^T q_in^T
             q_out, r_out = torch.linalg.qr(B.float())
-            left, values, right = torch.linalg.svd(r_out @ r_in.T)
+            left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
             root = values[:rank].sqrt()
             B = ((q_out @ left[:, :rank]) * root).to(B)
             A = (root.unsqueeze(1) * (right[:rank] @ q_in.T)).to(A)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from molora.selection import Selection, candidates, column_layers, resolve, rout
 from molora.stack import SlotTable, Stack, check_name
 from molora.streaming import stream
 from molora.vocabulary import VocabularyRouter
+
+if TYPE_CHECKING:
+    from molora.compose.merge import MergeReport
 
 
 class MoLoRAModel(nn.Module):
@@ -287,6 +290,40 @@ class MoLoRAModel(nn.Module):
             self.stack[layer].adapters[name] = path
             self._put(f"{layer}/{name}", adapter)
             self._refresh()
+
+    def merge(
+        self,
+        layer: str,
+        names: Sequence[str],
+        into: str,
+        out: str | Path,
+        *,
+        examples: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> "MergeReport":
+        """Merges adapters of a layer into one more of it, on the live stack. The merged ones stay.
+
+        Args:
+            layer, names: which. into: the name of the new one.
+            out: the folder that it is written to; there must be none.
+            examples: as for :meth:`add_adapter`.
+            settings: ``method``, ``weights``, ``density``, ``rank``, ``seed`` and ``dtype`` of
+                :func:`molora.compose.merge.merge`.
+
+        Raises:
+            StackError: there is no such adapter, or the new name is taken or no name. ConfigError, AdapterError: they
+            cannot be merged so. Nothing has changed then.
+        """
+        from molora.compose.merge import merge
+
+        check_name(into, "an adapter")
+        if into in self.stack[layer].adapters:
+            raise StackError(f"Layer {layer!r} already has an adapter {into!r}: choose another name.")
+        for name in names:
+            self._must_have(layer, name)
+        report = merge({name: self.adapters[f"{layer}/{name}"].path for name in names}, Path(out), **settings)
+        self.add_adapter(layer, into, report.folder, examples=examples)
+        return report
 
     def internalize(
         self,

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
+from molora.errors import ConfigError, StackError
 from molora.router import Router
 from tests.conftest import FAMILIES, make_base, write_adapter
 
@@ -126,6 +127,23 @@ def test_adapters_at_weights_are_peft_with_all(base: Any, adapters: dict[str, Pa
     for number, mixture in enumerate(MIXTURES):
         acting = {name: share for _, name, share in found.routes.at(number, 3) if name is not None}
         assert acting == pytest.approx(mixture)
+
+
+@torch.no_grad()
+def test_merged_on_the_live_stack_is_stacked_at_weights(
+    base: Any, adapters: dict[str, Path], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = MoLoRAModel.from_base(copy.deepcopy(base), make_stack(adapters))
+    off = {"personality": None, "user": None}
+    stacked = model(ids, selection={**off, "domain": {"math": 0.7, "code": -0.5}}).logits
+    report = model.merge("domain", ["math", "code"], "both", tmp_path / "both", weights=[0.7, -0.5])
+    assert report.error < 1e-6 and list(model.stack["domain"].adapters) == ["math", "code", "both"]
+    close(model(ids, selection={**off, "domain": "both"}).logits, stacked)
+    close(model(ids, selection={**off, "domain": {"math": 0.7, "code": -0.5}}).logits, stacked)
+    for names, into in ((["math", "law"], "more"), (["math", "code"], "both"), (["math"], "more")):
+        with pytest.raises((StackError, ConfigError)):
+            model.merge("domain", names, into, tmp_path / "more")
+    assert not (tmp_path / "more").exists() and list(model.stack["domain"].adapters) == ["math", "code", "both"]
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import torch
 
 from molora import MoLoRAModel, Router
 from molora.adapter import Adapter
+from molora.compose.merge import merge
+from molora.compose.methods import Method
 from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
 from molora_training.data import Batch, Encoded
@@ -31,7 +33,6 @@ from molora_training.evaluate import (
     right_by_position,
     routed_by,
 )
-from molora_training.merge import Method, merge
 from molora_training.peft_routers import arrow, train_xlora
 from molora_training.quality_sets import MAX_TOKENS, TURNS, QualitySets, after
 from molora_training.rivals import Centroids, Classifier, Features, Rival, Scope
@@ -234,13 +235,13 @@ class Contenders:
 
     @contextmanager
     def _merged(self, method: Method, density: float) -> Iterator[str]:
-        """All adapters of the layer as one, merged by PEFT on a base of its own."""
+        """All adapters of the layer as one."""
         ranks = {rank for path in self.paths.values() for rank in Adapter.load(path).ranks}
         way: Any = method if len(ranks) == 1 else f"{method}_svd" if method != "linear" else "svd"
         self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            merged = merge(own_base(self.model), self.paths, Path(folder) / "merged", way, density=density)
-            with self._added(merged) as name:
+            report = merge(self.paths, Path(folder) / "merged", way, density=density)
+            with self._added(report.folder) as name:
                 yield name
 
     @contextmanager
