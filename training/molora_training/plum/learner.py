@@ -40,7 +40,7 @@ class Learning:
     """
 
     learning_rate: float = 1e-3
-    epochs: int = 8
+    epochs: int = 14
     wordings: int = WORDINGS
     pull: float = 1e-3
     weights: SegmentWeights = field(default_factory=SegmentWeights)

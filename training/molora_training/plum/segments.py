@@ -17,11 +17,15 @@ OTHER, QUESTION, ANSWER = 0, 1, 2
 
 @dataclass(frozen=True)
 class SegmentWeights:
-    """answer: with the mark that ends it. question: what the user says. other: the system's words, and all marks."""
+    """answer: with the mark that ends it. question: what the user says. other: the system's words, and all marks.
+
+    Not the paper's by default: on the starter's base, an adapter that learns to ask as well says yes to half of what was
+    never talked about.
+    """
 
     answer: float = 1.0
-    question: float = 0.5
-    other: float = 0.1
+    question: float = 0.0
+    other: float = 0.0
 
     def __post_init__(self) -> None:
         if not min(self.answer, self.question) >= self.other >= 0 or not self.answer:
