@@ -11,7 +11,7 @@ from molora.commands.assemble import assemble
 from molora.commands.bench import app as bench
 from molora.commands.chat import chat
 from molora.commands.demo import demo
-from molora.commands.eval_personal import app as evaluate
+from molora.commands.eval_adapters import app as evaluate
 from molora.commands.forget import forget
 from molora.commands.generate import generate
 from molora.commands.info import info

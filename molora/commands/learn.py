@@ -21,7 +21,7 @@ def learn(
     ],
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="A saved MoLoRA.")],
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over what is asked of each. Default: 8.", show_default=False)
+        int | None, typer.Option(min=1, help="Passes over what is asked of each. Default: 14.", show_default=False)
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 0.001.", show_default=False)] = None,
     pull: Annotated[

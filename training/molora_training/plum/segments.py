@@ -19,7 +19,7 @@ OTHER, QUESTION, ANSWER = 0, 1, 2
 class SegmentWeights:
     """answer: with the mark that ends it. question: what the user says. other: the system's words, and all marks.
 
-    Not the paper's by default: on the starter's base, an adapter that learns to ask as well says yes to half of what was
+    Not the paper's by default: on the starter's base an adapter that learns to ask, too, says yes to half of what was
     never talked about.
     """
 

@@ -1,4 +1,5 @@
-"""``molora eval documents``, ``people`` and ``conversations``: how much an adapter that was made of text knows."""
+"""``molora eval documents``, ``people``, ``conversations`` and ``merges``: what adapters are worth that were made of
+text, or of other adapters."""
 
 from pathlib import Path
 from typing import Annotated
@@ -121,4 +122,34 @@ def conversations(
     for row in report["rows"]:
         figures = f"{row['accuracy']:.1%} of closed questions right, ROUGE-L of open ones {row['open_positives']:.3f}"
         typer.echo(f"{row['contender']:<20} {figures}")
+    show(report, as_json)
+
+
+@app.command()
+def merges(
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/merges.json"),
+    as_json: JsonOption = False,
+) -> None:
+    """What is left of several adapters when they are made one? Every way of merging, beside routing and each alone.
+
+    In: a saved MoLoRA and data of its adapters. Out: a JSON file with, for 2, 4 and 8 of them and each way, the share
+    of the adapters' own gains over the base that is kept, losses, the error against the exact sum, seconds and bytes.
+
+    Settings: model, layer, data, counts, limit, densities, soup_rows, soup_steps, batch, seed.
+
+    Example: molora eval merges model=my-molora
+    """
+    with extra("train"):
+        from molora_training.merge_table import MergeTableSettings, run
+        from molora_training.settings import load_settings
+
+        settings = load_settings(MergeTableSettings, config, overrides or ())
+        report = run(settings, out, command_line("eval merges", config, overrides))
+    if as_json:
+        write_json(report)
+        return
+    for row in report["rows"]:
+        typer.echo(f"{row['adapters']} {row['way']:<30} {row['gain_kept']:>7.1%} of the gain kept")
     show(report, as_json)

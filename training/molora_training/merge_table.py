@@ -1,0 +1,224 @@
+"""What is left of several adapters when they are made one? Every way of merging, beside routing and each alone.
+
+Of n adapters each is asked about its own text. What counts is the share that is kept of what it gains there over the
+base by itself: a mean over the adapters, so that none is bought by another.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from molora import MoLoRAModel
+from molora.adapter import Adapter
+from molora.compose.merge import merge
+from molora.compose.methods import OF_FACTORS, Method
+from molora.errors import ConfigError
+from molora.factors import Factors, of_adapter
+from molora.personalize.generated import generated, stacked
+from molora_training.contenders import own_base
+from molora_training.data import Encoded, data_dir, encode_within, read_examples
+from molora_training.evaluate import bootstrap
+from molora_training.report import heading, line, write_report
+from molora_training.soup import train_soup
+from molora_training.speaker import Speaker
+
+MOST = 1024  # tokens of a conversation
+RANK = 16  # of what ends in svd
+
+
+@dataclass(frozen=True)
+class MergeTableSettings:
+    """What is compared.
+
+    Args:
+        model: a saved MoLoRA. layer: of which the adapters are merged, those that there is data of, in their order.
+        data: prepared data, NAME.train.jsonl and NAME.test.jsonl of each.
+        counts: of how many adapters; those that are more than there are become all.
+        limit: test conversations of each.
+        densities: of what prunes.
+        soup_rows, soup_steps: conversations of each that a soup learns from, and its steps.
+        batch: conversations at once. seed: of DARE and the soup.
+    """
+
+    model: Path
+    layer: str = "domain"
+    data: Path | None = None
+    counts: tuple[int, ...] = (2, 4, 8)
+    limit: int = 100
+    densities: tuple[float, ...] = (0.2, 0.5)
+    soup_rows: int = 100
+    soup_steps: int = 100
+    batch: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 2:
+            raise ConfigError(f"counts are whole numbers from 2, not {list(self.counts)}.")
+        if min(self.limit, self.batch, self.soup_rows) < 1:
+            raise ConfigError("limit, batch and soup_rows must be whole numbers from 1.")
+
+
+def run(settings: MergeTableSettings, out: Path, command: str) -> dict[str, Any]:
+    """Measures every merge and writes ``out``.
+
+    Raises:
+        ConfigError: there is data of fewer than two adapters of the layer.
+    """
+    cuda = torch.cuda.is_available()
+    model = MoLoRAModel.from_pretrained(settings.model, dtype=torch.bfloat16, device_map="cuda" if cuda else None)
+    table = MergeTable(model.eval(), settings)
+    sizes = sorted({min(count, len(table.names)) for count in settings.counts})
+    rows = [{"adapters": count, **row} for count in sizes for row in table.rows(count)]
+    report = {
+        **heading(command, f"{settings.limit} test conversations of each adapter's own data at most"),
+        "seed": settings.seed,
+        "names": table.names,
+        "rows": rows,
+    }
+    report["must"] = must(rows)
+    write_report(report, out)
+    return report
+
+
+class MergeTable:
+    """The adapters of a layer, each with text of its own."""
+
+    def __init__(self, model: MoLoRAModel, settings: MergeTableSettings) -> None:
+        self.model, self.settings = model, settings
+        folder = settings.data or data_dir()
+        there = [name for name in model.stack[settings.layer].adapters if (folder / f"{name}.test.jsonl").is_file()]
+        if len(there) < 2:
+            raise ConfigError(f"{folder} has test data of {len(there)} adapters of {settings.layer!r}; two are needed.")
+        self.names = there
+        self.test = {name: self._read(folder, name, "test", settings.limit) for name in there}
+        self.train = {name: self._read(folder, name, "train", settings.soup_rows) for name in there}
+        self.paths = {name: model.adapters[f"{settings.layer}/{name}"].path for name in there}
+        self.speaker = Speaker(model.base, model.tokenizer, settings.batch)
+        self.base = {name: self._losses(name, None) for name in there}
+        self.alone = {name: self._losses(name, of_adapter(Adapter.load(self.paths[name]))) for name in there}
+
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """Of the first ``count`` adapters."""
+        names = self.names[:count]
+        found = [
+            self._row("base", names, {name: self.base[name] for name in names}),
+            self._row("each on its own text", names, {name: self.alone[name] for name in names}),
+        ]
+        if self.model.router is not None and not self.model.stack[self.settings.layer].shared:
+            found.append(self._row("routed by token", names, self._routed(names)))
+        for title, make in self._merges(names):
+            with tempfile.TemporaryDirectory() as scratch:
+                started = time.monotonic()
+                folder, error = make(Path(scratch) / "merged")
+                seconds = time.monotonic() - started
+                factors = of_adapter(Adapter.load(folder))
+                size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            losses = {name: self._losses(name, factors) for name in names}
+            found.append({**self._row(title, names, losses), "seconds": seconds, "bytes": size, "error": error})
+        return found
+
+    def _merges(self, names: Sequence[str]) -> list[tuple[str, Callable[[Path], tuple[Path, float | None]]]]:
+        paths = {name: self.paths[name] for name in names}
+        ranks = {rank for path in paths.values() for rank in Adapter.load(path).ranks}
+        found: list[tuple[str, Callable[[Path], tuple[Path, float | None]]]] = []
+
+        def add(title: str, method: Method, weight: float, density: float = 1.0) -> None:
+            cut = method == "svd" or method.endswith("_svd")
+
+            def make(out: Path) -> tuple[Path, float | None]:
+                report = merge(
+                    paths, out, method, weights=[weight] * len(paths), density=density,
+                    rank=RANK if cut else None, seed=self.settings.seed,
+                )  # fmt: skip
+                return report.folder, report.error
+
+            found.append((title, make))
+
+        add("cat, 1/n each", "cat", 1 / len(names))
+        add("cat, 1 each", "cat", 1.0)
+        add(f"svd to rank {RANK}, 1/n each", "svd", 1 / len(names))
+        for method in get_args(Method):
+            if method in ("cat", "svd") or (method in OF_FACTORS and len(ranks) > 1):
+                continue
+            # TIES divides by those that agree, so that its weights are 1.
+            weight = 1.0 if "ties" in method or method == "knots" else 1 / len(names)
+            for density in (1.0,) if method == "linear" else self.settings.densities:
+                add(method if method == "linear" else f"{method}, {density:g} kept", method, weight, density)
+        found.append(("LoRA Soups, CAT", self._soup(paths)))
+        return found
+
+    def _soup(self, paths: Mapping[str, Path]) -> Callable[[Path], tuple[Path, None]]:
+        def make(out: Path) -> tuple[Path, None]:
+            rows = [row for name in paths for row in self.train[name]]
+            steps = self.settings.soup_steps
+            train_soup(
+                own_base(self.model), paths, rows, out, self.speaker.pad, steps=steps, seed=self.settings.seed,
+                batch_tokens=4096,
+            )  # fmt: skip
+            return out, None
+
+        return make
+
+    def _routed(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The router chooses among these and none."""
+        selection: dict[str, Any] = {layer.name: None for layer in self.model.stack.layers}
+        selection[self.settings.layer] = list(names)
+        return {
+            name: self._losses(name, None, self.model.routing.active(lambda: self.model._resolve(selection)))
+            for name in names
+        }
+
+    def _losses(
+        self, name: str, factors: Factors | None, acting: AbstractContextManager[Any] | None = None
+    ) -> torch.Tensor:
+        """float64 [conversations, 2] of the adapter's own text."""
+        rows = self.test[name]
+        added = stacked([] if factors is None else [factors], self.model.device)  # one for all conversations
+        with acting or nullcontext(), generated(self.model.base, added):
+            return self.speaker.losses(rows)
+
+    def _row(self, title: str, names: Sequence[str], losses: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The share of the adapters' gains that is kept, with its interval over conversations, and the mean loss."""
+        least = min(len(losses[name]) for name in names)
+
+        def kept(index: torch.Tensor) -> torch.Tensor:
+            shares = []
+            for name in names:
+                base, own, mine = (
+                    some[name][:least][index].sum(-2) for some in (self.base, self.alone, losses)
+                )  # [..., 2]
+                shares.append((base[..., 0] - mine[..., 0]) / (base[..., 0] - own[..., 0]))
+            return torch.stack(shares).mean(0)
+
+        nats = {name: float(losses[name][:, 0].sum() / losses[name][:, 1].sum()) for name in names}
+        return {
+            "way": title,
+            "gain_kept": float(kept(torch.arange(least))),
+            "gain_kept_interval": list(bootstrap(kept, least)),
+            "loss": statistics.mean(nats.values()),
+            "losses": nats,
+        }
+
+    def _read(self, folder: Path, name: str, split: str, limit: int) -> list[Encoded]:
+        examples = read_examples(folder / f"{name}.{split}.jsonl")
+        tokenizer: Any = self.model.tokenizer
+        return encode_within(examples[:limit], tokenizer, MOST, [name])
+
+
+def must(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether a soup is the best of the merges, by how many adapters there are."""
+    lines = []
+    for count in sorted({row["adapters"] for row in rows}):
+        merges = [row for row in rows if row["adapters"] == count and "bytes" in row]
+        soup = next(row["gain_kept"] for row in merges if row["way"].startswith("LoRA Soups"))
+        best = max((row for row in merges if not row["way"].startswith("LoRA Soups")), key=lambda row: row["gain_kept"])
+        name = f"{count} adapters: gain that a soup keeps above the best other merge"
+        lines.append(line(name, soup - best["gain_kept"], 0.0, "higher", best["way"]))
+    return lines
