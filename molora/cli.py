@@ -10,6 +10,7 @@ from molora._version import __version__
 from molora.commands.assemble import assemble
 from molora.commands.bench import app as bench
 from molora.commands.chat import chat
+from molora.commands.compress import compress
 from molora.commands.demo import demo
 from molora.commands.eval_adapters import app as evaluate
 from molora.commands.forget import forget
@@ -39,6 +40,7 @@ app.command()(generate)
 app.command()(routes)
 app.command()(info)
 app.command()(merge)
+app.command()(compress)
 app.command()(internalize)
 app.command()(assemble)
 app.command()(profile)
