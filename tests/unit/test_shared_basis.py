@@ -22,6 +22,7 @@ from molora.commands.compress import compress as command
 from molora.compose import store as store_module
 from molora.compose.cluster import group, sketch
 from molora.compose.joint import Basis, core, fit, residual
+from molora.compose.parts import product
 from molora.compose.store import CompressedStore, compress
 from molora.errors import (
     AdapterFormatError,
@@ -119,8 +120,10 @@ def test_more_rounds_are_never_worse_and_are_those_of_dense_matrices() -> None:
     assert found[-1] < found[0]
     for rounds, value in enumerate(found, 1):
         assert value == pytest.approx(dense_fit(pairs, 8, rounds), rel=1e-5)
-    twice, stopped = fit(lambda: pairs, 8, 2), fit(lambda: pairs, 8, 9, tolerance=1.0)
-    assert torch.equal(stopped.U, twice.U) and torch.equal(stopped.V, twice.V)
+    gains = [(before - after) / len(pairs) for before, after in pairwise(found)]  # of rounds 2, 3, ...
+    for rounds, tolerance in ((2, 1.0), (4, (gains[1] + gains[2]) / 2)):
+        wanted, stopped = fit(lambda: pairs, 8, rounds, tolerance=0), fit(lambda: pairs, 8, 9, tolerance)
+        assert torch.equal(stopped.U, wanted.U) and torch.equal(stopped.V, wanted.V)
 
 
 @pytest.mark.parametrize("size", [2, 5, 9])
@@ -155,7 +158,7 @@ def test_the_residual_is_that_of_dense_matrices(dtype: torch.dtype) -> None:
 def test_deltas_that_are_nothing_do_not_count() -> None:
     pairs = related(0, 4)
     A, B = unrelated(9, 1)[0]
-    nothing: list[Pair] = [(A, torch.zeros_like(B)), (torch.cat([A, A]), torch.cat([B, -B], 1))]
+    nothing: list[Pair] = [(A, torch.zeros_like(B)), (torch.cat([A, A / 3]), torch.cat([B, -3 * B], 1))]
     basis = fit(lambda: [*pairs, *nothing], 6)
     assert max(errors(basis, [*pairs, *nothing])) < 1e-5
     assert fit(lambda: nothing, 6).U.shape == (OUT, 1)
@@ -296,6 +299,16 @@ def test_a_store_gives_back_what_it_says(tmp_path: Path, dtype: torch.dtype, bas
     assert about_store["clusters"][0][Q] == {"U": [32, basis], "V": [32, basis]}
     sha256 = hashlib.sha256((sources["a0"] / WEIGHTS_FILE).read_bytes()).hexdigest()
     assert about_store["adapters"]["a0"]["sha256"] == sha256 and about_store["base"] == "some/base"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_product_is_of_the_lesser_rank(turned: bool) -> None:
+    pairs = [(B.T, A.T) if turned else (A, B) for A, B in unrelated(0, 20)]
+    basis = fit(lambda: pairs, 64)
+    S = core(basis, *pairs[0])
+    A, B = product(basis, S)
+    assert S.shape == ((30, 40) if turned else (40, 30)) and len(A) == B.shape[1] == 30
+    torch.testing.assert_close(B @ A, pairs[0][1] @ pairs[0][0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_far_adapter_is_kept_bit_for_bit(tmp_path: Path) -> None:
