@@ -19,8 +19,8 @@ OTHER, QUESTION, ANSWER = 0, 1, 2
 class SegmentWeights:
     """answer: with the mark that ends it. question: what the user says. other: the system's words, and all marks.
 
-    Not the paper's by default: on the starter's base an adapter that learns to ask, too, says yes to half of what was
-    never talked about.
+    Not the paper's by default: in first tries on the starter's base an adapter that learns to ask, too, told what was
+    talked about less well from what never was.
     """
 
     answer: float = 1.0
