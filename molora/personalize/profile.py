@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from molora.errors import ConfigError
+from molora.personalize.bm25 import bm25s
 from molora.personalize.history import Interaction
 from molora.personalize.retrieval import Encoder, Retriever, text_of, words
 
@@ -98,8 +99,7 @@ def statistics(history: Sequence[Interaction]) -> str:
 
 def frequent_words(texts: Sequence[str], count: int) -> list[str]:
     """The words that come most often, without stop words, numbers and words of one or two letters; ties by alphabet."""
-    from bm25s import stopwords
-
+    stopwords = bm25s("bm25s.stopwords")
     stops = {word for name, listed in vars(stopwords).items() if name.startswith("STOPWORDS_") for word in listed}
     found = Counter(
         word

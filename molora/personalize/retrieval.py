@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from molora.errors import ConfigError
+from molora.personalize.bm25 import bm25s
 from molora.personalize.history import Interaction
 
 Way = Literal["words", "meaning", "both"]
@@ -122,8 +123,6 @@ def fuse(orders: Sequence[Sequence[int]]) -> list[int]:
 def _index(documents: Sequence[Sequence[str]]):  # type: ignore[no-untyped-def]  # bm25s has no annotations
     if not any(documents):
         return None
-    import bm25s
-
-    index = bm25s.BM25()
+    index = bm25s().BM25()
     index.index([list(document) for document in documents], show_progress=False)
     return index

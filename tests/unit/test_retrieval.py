@@ -2,6 +2,9 @@
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -250,3 +253,17 @@ def test_a_broken_folder_is_told(tmp_path: Path) -> None:
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(EncoderError, match="cannot be read"):
         SentenceEncoder(broken)
+
+
+def test_an_index_starts_no_jax(tmp_path: Path) -> None:
+    """A JAX that starts takes most of a GPU's memory from the model."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("print('jax has started')")
+    (tmp_path / "jax/lax.py").write_text("def top_k(scores, k): return scores[:k]")
+    ask = "from molora.personalize.retrieval import Retriever; print(Retriever(['a cat', 'a dog']).places('dog', 1))"
+    code = f"{ask}\ntry:\n    import jax\nexcept ImportError:\n    print('hidden for good')"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["[1]", "jax has started"], done.stderr

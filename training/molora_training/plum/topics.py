@@ -16,6 +16,7 @@ from pathlib import Path
 
 from molora.atomic import write_text
 from molora.errors import DataError
+from molora.personalize.bm25 import bm25s
 from molora.personalize.history import Interaction
 from molora.personalize.retrieval import words
 from molora_training.plum.bank import BANK
@@ -184,7 +185,6 @@ def _runs(text: str, stops: frozenset[str]) -> Iterator[list[str]]:
 @cache
 def _lists() -> tuple[frozenset[str], ...]:
     """Stop words by language, English first."""
-    from bm25s import stopwords
-
+    stopwords = bm25s("bm25s.stopwords")
     lists = {name: frozenset(listed) for name, listed in vars(stopwords).items() if name.startswith("STOPWORDS_")}
     return lists.pop("STOPWORDS_EN_PLUS"), *lists.values()
