@@ -81,14 +81,14 @@ def router(
 ) -> None:
     """Train the router of a stack; its adapters and the base stay frozen.
 
-    In: a stack.yaml or a saved MoLoRA (`model`), and a folder of prepared data (`data`) with a
+    In: a stack.yaml or a saved MoLoRA (`model`), and a folder of prepared data (`data`, by default MoLoRA's) with a
     DOMAIN.train.jsonl and a DOMAIN.validation.jsonl for each adapter that the router shall choose. Out: a saved MoLoRA
     at `out`, with router.metrics.json; checkpoints and curves in runs/.
 
     Settings: model, out, data, base, start, router.reads, router.weights, loss.lm, loss.label, loss.balance, mixed,
     epochs, max_steps, batch_tokens, learning_rate, seed, dtype.
 
-    Example: molora train router model=stack.yaml data=data out=my-molora epochs=2
+    Example: molora train router model=stack.yaml out=my-molora epochs=2
 
     Several processes: accelerate launch --num_processes 2 -m molora train router --config router.yaml (with GPUs; on
     CPUs use torchrun as for an adapter)

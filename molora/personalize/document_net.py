@@ -3,7 +3,8 @@
 - features: what enters each decoder layer of the base while it reads a chunk of the text; no second encoder
 - a Perceiver, shared by all layers, turns a chunk's tokens into a few latents, and those into one vector for each rank
 - an own MLP and an own head of each layer turn the vectors into the rows of A and the columns of B
-- chunks become ranks side by side, with one learned adapter that every text has
+- chunks become ranks side by side, with one learned adapter that every text has; a gate, ours, takes out of a layer
+  what a chunk has not to say, so that the noise of many does not drown the one that matters
 
 Smaller than the paper's: narrow, with a cheap projection of the tokens, since the base is small.
 """
@@ -106,6 +107,7 @@ class DocumentNet(nn.Module):
         self.decode = _Block(w, c.heads)
         self.up = nn.Parameter(torch.randn(c.layers, w, 4 * w) / w**0.5)
         self.down = nn.Parameter(torch.zeros(c.layers, 4 * w, w))
+        self.gate = nn.Parameter(torch.zeros(c.layers, w))  # at first all are open
         self.heads_A, self.heads_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale_A, self.scale_B = nn.ParameterDict(), nn.ParameterDict()
         self.bias_A, self.bias_B = nn.ParameterDict(), nn.ParameterDict()
@@ -139,13 +141,15 @@ class DocumentNet(nn.Module):
             latents = block(latents, x, seen)
         found = self.decode(self.queries.expand(len(latents), -1, -1), latents)
         found = found.unflatten(0, (chunks, c.layers))  # [C, L, queries, w]
+        # Exactly 0 from somewhere on: what is merely small adds up over the chunks of a long text.
+        gate = F.relu(1 + torch.einsum("clw,lw->cl", found.mean(2), self.gate) / c.width**0.5)[..., None, None]
         inner = F.silu(torch.einsum("clqw,lwh->clqh", found, self.up))
         found = F.normalize(found + torch.einsum("clqh,lhw->clqw", inner, self.down), dim=-1)
         factors = {}
         for name, e in zip(c.modules, found.split(c.rank, 2), strict=True):  # e: [C, L, r, w]
             key = _key(name)
             A = torch.einsum("clrw,lwi->clri", e, self.heads_A[key]) * self.scale_A[key]
-            B = torch.einsum("clrw,lwo->clro", e, self.heads_B[key]) * (self.scale_B[key] * SCALE)
+            B = torch.einsum("clrw,lwo->clro", e, self.heads_B[key]) * (gate * self.scale_B[key] * SCALE)
             factors[name] = (A, B.transpose(2, 3))
         return factors
 

@@ -129,7 +129,8 @@ def test_captured_steps_are_eager_ones(
     shapes = [(17, 9, 30), (100, 70), (40, 50, 60, 64, 20)]
     for number in range(12):  # each shape comes four times: eager, captured and replayed, replayed twice
         batch = make_batch(shapes[number % 3], seed=number)
-        expected = stepped(objective, batch)
+        # Of the same shape: with two routers a padding's rounding comes back a hundred times as large in the gradients.
+        expected = stepped(objective, filled(batch, 256))
         objective.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         taken = [torch.full((128,), 10**9, dtype=torch.int32, device=DEVICE) for _ in range(4096)]  # what was freed

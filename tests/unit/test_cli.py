@@ -326,7 +326,7 @@ class TestTrain:
         [
             (["adapter", "lora.rnak=3"], "Unknown setting lora.rnak"),
             (["adapter", "rank"], "must look like key=value"),
-            (["router", "model=a", "out=b"], "The setting data is missing"),
+            (["router", "out=b"], "The setting model is missing"),
             (["router", "--config", "none.yaml"], "cannot be read"),
             (["data", "cooking"], "There is no domain 'cooking'"),
         ],

@@ -264,6 +264,6 @@ def test_an_index_starts_no_jax(tmp_path: Path) -> None:
     code = f"{ask}\ntry:\n    import jax\nexcept ImportError:\n    print('hidden for good')"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["[1]", "jax has started"], done.stderr

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from molora import RouterConfig
 from molora.errors import ConfigError
+from molora_training.data import data_dir
 from molora_training.settings import work_folder
 
 METRICS = "router.metrics.json"
@@ -38,8 +39,9 @@ class RouterTrainSettings:
     Args:
         model: a saved MoLoRA, or a stack.yaml.
         out: where the saved MoLoRA with the trained router goes (may be ``model``).
-        data: folder of prepared data: ``<domain>.train.jsonl`` and ``.validation.jsonl`` for each adapter that the
-            router shall choose, named like the adapter; ``general`` holds text for which none is right.
+        data: folder of prepared data, by default MoLoRA's own: ``<domain>.train.jsonl`` and ``.validation.jsonl`` for
+            each adapter that the router shall choose, named like the adapter; ``general`` holds text for which none is
+            right.
         base: of a stack.yaml; a saved MoLoRA names its own.
         start: "new", or "saved": go on from the router that ``model`` has.
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
@@ -53,7 +55,7 @@ class RouterTrainSettings:
 
     model: Path
     out: Path
-    data: Path
+    data: Path = field(default_factory=data_dir)
     base: str | None = None
     start: Literal["new", "saved"] = "new"
     router: RouterConfig = field(default_factory=RouterConfig)

@@ -83,6 +83,8 @@ class DocumentHypernetSettings:
     def __post_init__(self) -> None:
         if self.texts < 1 or self.questions < 1 or self.validation < 1:
             raise ConfigError("texts, questions and validation must be whole numbers from 1.")
+        if self.loss.keep and self.texts < 2:
+            raise ConfigError("With loss.keep a step needs two texts or more: set texts to 2 or more.")
         if len(self.tokens) != 2 or not 1 <= self.tokens[0] <= self.tokens[1]:
             raise ConfigError(f"tokens must be the shortest and the longest text, not {list(self.tokens)}.")
 

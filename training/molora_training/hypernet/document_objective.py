@@ -2,11 +2,11 @@
 
 Context distillation of arXiv 2602.15902: minus the sum of p log q over the teacher's likeliest tokens, a mean over an
 answer's tokens, then over a text's questions, then over texts, and an L1 term of the factors. Beside it, or instead,
-the cross-entropy of the answer that is known.
+the cross-entropy of the answer that is known. Ours: what is asked of another text is answered as by the base alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -26,15 +26,17 @@ LIKELIEST = 16  # tokens of the teacher's that are learnt from
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """Weights. gold: cross-entropy of the known answer. distil: of the teacher's. l1: of the factors' mean size."""
+    """Weights. gold: cross-entropy of the known answer. distil: of the teacher's. l1: of the factors' mean size. keep:
+    Kullback-Leibler divergence from the base's answer about the next text of the step, which needs two of them."""
 
     gold: float = 1.0
     distil: float = 0.0
     l1: float = 0.1
+    keep: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.gold, self.distil, self.l1) < 0 or not self.gold + self.distil:
-            raise ConfigError("Of the weights gold, distil and l1 none may be below 0, nor gold and distil both 0.")
+        if min(self.gold, self.distil, self.l1, self.keep) < 0 or not self.gold + self.distil:
+            raise ConfigError("None of gold, distil, l1 and keep may be below 0, nor gold and distil both 0.")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,12 @@ class DocumentObjective:
             likely, tokens = teacher.softmax(-1).topk(LIKELIEST)
             each = -(likely * logits.log_softmax(-1).gather(1, tokens)).sum(-1)
             terms["distil"] = self._mean(each, answered, asked)
+        if self.weights.keep:
+            terms["keep"] = self._kept(joined, asked)
         terms["l1"] = torch.stack([factor.abs().mean() for pair in joined.values() for factor in pair]).mean()
-        weighted = [getattr(self.weights, name) * terms[name] for name in ("gold", "distil", "l1") if name in terms]
+        weighted = [
+            getattr(self.weights, one.name) * terms[one.name] for one in fields(DocumentLoss) if one.name in terms
+        ]
         return {**terms, "loss": torch.stack(weighted).sum()}
 
     def asked(self, lessons: Sequence[Lesson]) -> Asked:
@@ -113,6 +119,15 @@ class DocumentObjective:
         with generated(self.base, factors), seeing(self.head, answered):
             found = self.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return found.float(), answered
+
+    def _kept(self, joined: dict[str, Any], asked: Asked) -> Tensor:
+        with torch.no_grad():
+            alone, _ = self.answers(asked.batch, {})
+        other, answered = self.answers(asked.batch, self.of_questions(joined, (asked.of + 1) % asked.texts))
+        each = nn.functional.kl_div(
+            other.log_softmax(-1), alone.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+        return self._mean(each, answered, asked)
 
     def _terms(self, logits: Tensor, answered: Tensor, asked: Asked) -> dict[str, Tensor]:
         wanted = asked.batch.labels[:, 1:][answered]
