@@ -102,6 +102,7 @@ class AdaptedModules:
             module.group = self._group(name)
             module.piece = module.group.names.index(name) if module.group is not None else 0
             module.factors.clear()
+            module.shared.clear()
         for slot, adapter in adapters.items():
             self.put(slot, adapter)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,13 +48,57 @@ class LoRAWeights:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is in memory for it alone."""
+        return self.A, self.B
+
+
+class SharedBasis(Protocol):
+    """Two bases of one module, which many adapters share: U [out, c] and V [in, c]."""
+
+    @property
+    def U(self) -> torch.Tensor: ...
+
+    @property
+    def V(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """One module's factors in compressed form: delta(x) = U b (a (V^T x))."""
+
+    basis: SharedBasis
+    a: torch.Tensor  # [rank, c]
+    b: torch.Tensor  # [c, rank]
+    scale: float = 1.0
+
+    @property
+    def A(self) -> torch.Tensor:
+        """[rank, in], made here."""
+        return self.a.float() @ self.basis.V.T
+
+    @property
+    def B(self) -> torch.Tensor:
+        """[out, rank], made here."""
+        return self.basis.U @ self.b.float()
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is in memory for it alone."""
+        return self.a, self.b
+
 
 @dataclass(frozen=True)
 class Adapter:
     """A PEFT LoRA adapter, read and checked. ``modules`` maps the base's module names to factors."""
 
     path: Path
-    modules: Mapping[str, LoRAWeights]
+    modules: Mapping[str, LoRAWeights | SharedWeights]
     config: Mapping[str, Any]
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Weights of the base's own modules, which PEFT writes beside LoRA on an embedding or the head."""
@@ -65,7 +109,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        return sum(weights.A.numel() + weights.B.numel() for weights in self.modules.values())
+        return sum(tensor.numel() for weights in self.modules.values() for tensor in weights.kept)
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
@@ -241,4 +285,4 @@ def _pair(folder: Path, module: str, pair: Mapping[str, torch.Tensor], config: M
 
 def total_bytes(adapters: Iterable[Adapter]) -> int:
     """Bytes of all factors as stored."""
-    return sum(t.numel() * t.element_size() for a in adapters for w in a.modules.values() for t in (w.A, w.B))
+    return sum(t.numel() * t.element_size() for a in adapters for w in a.modules.values() for t in w.kept)

@@ -189,11 +189,13 @@ class CapturedSteps:
 
     def _blueprint(self) -> Blueprint | None:
         weight = self.base.get_input_embeddings().weight
-        key = (weight.data_ptr(), weight.dtype)
+        # What adapters of a compressed store add is no part of a captured step.
+        beside = any(group.shared for group in self.groups.values())
+        key = (weight.data_ptr(), weight.dtype, beside)
         if self._plan is None or self._plan[0] != key:
             interpreted = weight.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and self.groups
             usable = (backend_for(weight.device) == "triton" or interpreted) and known(self.base)
-            self._plan = (key, blueprint(self.base) if usable else None)
+            self._plan = (key, blueprint(self.base) if usable and not beside else None)
             self._steps.clear()
         return self._plan[1]
 

@@ -47,6 +47,7 @@ class AdapterGroup:
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
         self._parent = self.names[0].rpartition(".")[0]
         self._factors: tuple[RankPages, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self.shared: set[int] = set()  # pieces that adapters of a compressed store adapt beside
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.adapter import LoRAWeights
+from molora.adapter import LoRAWeights, SharedWeights
 from molora.backend import failed
 from molora.errors import BaseModelError
 from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
+from molora.shared import SharedPath
 from molora_kernels import Dispatch, Factors, add_lora
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -40,6 +41,7 @@ class MoLoRALinear(nn.Module):
     ``layer`` is the decoder layer it stands in, which says whose plan holds. Factors are kept by slot, in the compute
     dtype and on the device of the base module: in ``factors``, or where the kernels of a GPU serve them, in the pages
     of ``group``, which it shares with the modules that read the same input and in which it is number ``piece``.
+    Those of a compressed store are in ``shared``, by their basis.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class MoLoRALinear(nn.Module):
         self.layer = layer
         self.group, self.piece = group, piece
         self.factors: dict[int, Factors] = {}
+        self.shared: dict[int, SharedPath] = {}
         self.source = source
         self._joined: tuple[tuple[int, ...], Factors] | None = None
         # In a state dict the base is the base: what is saved of it loads anywhere.
@@ -82,8 +85,11 @@ class MoLoRALinear(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def set_factors(self, slot: int, weights: LoRAWeights | None, dtype: torch.dtype) -> None:
+    def set_factors(self, slot: int, weights: LoRAWeights | SharedWeights | None, dtype: torch.dtype) -> None:
         """Puts an adapter into a slot, or empties it."""
+        self._share(slot, weights if isinstance(weights, SharedWeights) else None)
+        if isinstance(weights, SharedWeights):
+            weights = None
         self._joined = None
         self.factors.pop(slot, None)
         if self.group is not None:
@@ -98,16 +104,40 @@ class MoLoRALinear(nn.Module):
             B = (weights.B.float() * weights.scale).T.contiguous()
             self.factors[slot] = Factors(weights.A.to(device, dtype), B.to(device, dtype))
 
+    def _share(self, slot: int, weights: SharedWeights | None) -> None:
+        for path in self.shared.values():
+            path.put(slot, None)
+        if weights is not None:
+            key = id(weights.basis)  # which the path keeps alive
+            if key not in self.shared:
+                self.shared[key] = SharedPath(weights.basis, self._inner, self.group is not None, self.weight)
+            self.shared[key].put(slot, weights)
+        self.shared = {key: path for key, path in self.shared.items() if path.adapts}
+        if self.group is not None:
+            (self.group.shared.add if self.shared else self.group.shared.discard)(self.piece)
+
+    def _inner(self, linear: nn.Module, group: AdapterGroup | None) -> "MoLoRALinear":
+        return MoLoRALinear(linear, self.source, self.layer, group)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRALinear":
         """``.to()`` and the like move the factors too."""
         super()._apply(fn, recurse)
         self._joined = None
         if self.group is not None:
             self.group.apply(fn)
+        for path in self.shared.values():
+            path.apply(fn)
         self.factors = {slot: Factors(_compute(fn(A)), _compute(fn(B))) for slot, (A, B) in self.factors.items()}
         return self
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = self._alone(x, *args, **kwargs)
+        if self.shared and self.source.plan(self.layer) is not None:
+            y = sum((path(x).to(y.dtype) for path in self.shared.values()), y)
+        return y
+
+    def _alone(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Without what is shared."""
         plan = self.source.plan(self.layer)
         if plan is None or not (self.factors or self.group):
             return self.base_layer(x, *args, **kwargs)

@@ -16,6 +16,7 @@ from molora.captured import CapturedSteps
 from molora.chat import render
 from molora.checks import check_fits, check_router
 from molora.errors import BaseModelError, SelectionError, StackError
+from molora.loading import as_folders, load_adapter
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
 from molora.router import Router, RouterConfig
 from molora.routing import RoutingState
@@ -83,7 +84,7 @@ class MoLoRAModel(nn.Module):
         """
         stack = copy.deepcopy(stack) if isinstance(stack, Stack) else Stack.load(stack)
         adapters = {
-            f"{layer.name}/{name}": Adapter.load(path)
+            f"{layer.name}/{name}": load_adapter(path)
             for layer in stack.layers
             for name, path in layer.adapters.items()
         }
@@ -134,7 +135,8 @@ class MoLoRAModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes molora.json, the router and the adapters to ``folder``, whole or not at all."""
-        saved.save(folder, str(self.base_name), self.stack, self.router, {k: a.path for k, a in self.adapters.items()})
+        with as_folders(self.adapters, str(self.base_name)) as sources:
+            saved.save(folder, str(self.base_name), self.stack, self.router, sources)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Uploads what :meth:`save_pretrained` writes; returns the address of the commit."""
@@ -387,7 +389,7 @@ class MoLoRAModel(nn.Module):
             raise StackError(f"Layer {layer!r} has no adapter {name!r}; it has {known}.")
 
     def _load(self, path: str | Path) -> Adapter:
-        adapter = Adapter.load(path)
+        adapter = load_adapter(path)
         check_fits(adapter, self.base, str(self.base_name), self.adapted.backend)
         return adapter
 

@@ -64,8 +64,11 @@ def describe(place: str) -> dict[str, Any]:
         StackError, RouterError, AdapterError: it is none of them, or a part of it is damaged.
     """
     from molora import Adapter, Stack, saved
+    from molora.loading import load_adapter
 
     path = Path(place).expanduser()
+    if path.suffix == ".safetensors":
+        return {"kind": "adapter", **_adapter(load_adapter(path))}
     if path.is_file():
         return {"kind": "stack", "base": None, **_stack(Stack.load(path)), "router": None}
     if path.is_dir() and (path / "adapter_config.json").is_file():
@@ -83,7 +86,7 @@ def describe(place: str) -> dict[str, Any]:
 
 
 def _stack(stack: "Stack") -> dict[str, Any]:
-    from molora import Adapter
+    from molora.loading import load_adapter
 
     layers = [
         {
@@ -91,7 +94,7 @@ def _stack(stack: "Stack") -> dict[str, Any]:
             "top_k": layer.top_k,
             "default": layer.default,
             "shared": layer.shared,
-            "adapters": [{"name": name, **_adapter(Adapter.load(path))} for name, path in layer.adapters.items()],
+            "adapters": [{"name": name, **_adapter(load_adapter(path))} for name, path in layer.adapters.items()],
         }
         for layer in stack.layers
     ]

@@ -71,17 +71,21 @@ def fit(
     return Basis((P @ U).float().contiguous(), (Q @ V).float().contiguous())
 
 
-def core(basis: Basis, A: Tensor, B: Tensor) -> Tensor:
-    """S = (U^T B)(A V), float32 [c, c]: the nearest to an adapter's delta, its norm in it.
+def halves(basis: Basis, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """a [r, c] = A V and b [c, r] = U^T B, float32: S = b a is the core that is nearest to the delta of an adapter.
+    They are a LoRA themselves, of what U and V leave of a module, and where r is far below c less than S.
 
     Args:
-        A, B: [r, in] and [out, r], the scale in B.
+        A, B: [r, in] and [out, r], the scale in B. Of more than c ranks there remain c.
     """
-    return _exact_core(basis, A, B).float()
+    a, b = A.double() @ basis.V.double(), basis.U.double().T @ B.double()
+    if len(a) > a.shape[1]:
+        a, b = torch.eye(a.shape[1], dtype=a.dtype), b @ a
+    return a.float(), b.float()
 
 
 def residual(basis: Basis, core: Tensor, A: Tensor, B: Tensor) -> float:
-    """||Delta - U S V^T||_F / ||Delta||_F, Delta = B A; 0.0 where Delta is zero."""
+    """||Delta - U S V^T||_F / ||Delta||_F, Delta = B A, S = ``core`` [c, c]; 0.0 where Delta is zero."""
     whole = squared(A, B)
     return float((lost(basis, core, A, B) / whole) ** 0.5) if whole else 0.0
 

@@ -15,7 +15,7 @@ from molora.compose.source import Sizes
 from molora.errors import AdapterFormatError, AdapterNotFoundError
 from molora.stack import check_name
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "store.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of one range: no core overflows
 
@@ -43,10 +43,6 @@ class Shapes:
 
     U: tuple[int, int]
     V: tuple[int, int]
-
-    @property
-    def core(self) -> tuple[int, int]:
-        return self.U[1], self.V[1]
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from molora.atomic import new_folder, remove_folder
-from molora.compose.joint import Basis, core, lost, squared
+from molora.compose.joint import Basis, halves, lost, squared
 from molora.compose.manifest import MANIFEST, Entry
 from molora.compose.source import Source
 from molora.errors import AdapterFormatError, NonFiniteError
 from molora.saved import copy_adapter
+
+Shape = tuple[int | None, int | None]
 
 BASES, CORES, RAW = "bases", "cores", "raw"
 SUFFIX = ".safetensors"
@@ -25,13 +27,15 @@ def cores_of(source: Source, bases: Mapping[str, Basis], dtype: torch.dtype) -> 
 
     A module that has no basis is lost.
     """
-    cores, gone, whole = {}, 0.0, 0.0
+    cores: dict[str, Tensor] = {}
+    gone, whole = 0.0, 0.0
     for module, A, B in source.each():
         own = squared(A, B)
         whole += own
         if module in bases:
-            cores[module] = core(bases[module], A, B).to(dtype)
-            own = lost(bases[module], cores[module], A, B)
+            a, b = (half.to(dtype) for half in halves(bases[module], A, B))
+            cores |= {f"a/{module}": a, f"b/{module}": b}
+            own = lost(bases[module], b.double() @ a.double(), A, B)
         gone += own
     return cores, (gone / whole) ** 0.5 if whole else 0.0
 
@@ -50,13 +54,6 @@ def keep(folder: Path, source: Source, cluster: int, cores: Mapping[str, Tensor]
     return Entry(cluster, error, raw, source.sha256, source.file_bytes)
 
 
-def product(basis: Basis, S: Tensor) -> tuple[Tensor, Tensor]:
-    """U S V^T as A [c, in] and B [out, c], of the lesser rank where U and V differ in columns."""
-    if S.shape[1] <= S.shape[0]:
-        return basis.V.T, basis.U @ S
-    return S @ basis.V.T, basis.U
-
-
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file and waits until the disk has it."""
     file.parent.mkdir(exist_ok=True)
@@ -66,11 +63,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(opened.fileno())
 
 
-def read_tensors(file: Path, shapes: Mapping[str, tuple[int, int]], some: bool = False) -> dict[str, Tensor]:
+def read_tensors(file: Path, shapes: Mapping[str, Shape], some: bool = False) -> dict[str, Tensor]:
     """A file of a store, in float32.
 
     Args:
-        shapes: of its tensors. some: it may lack any of them.
+        shapes: of its tensors, None for what is free. some: it may lack any of them.
 
     Raises:
         AdapterFormatError: it is missing or damaged, or its tensors are not of these shapes. NonFiniteError: they hold
@@ -83,7 +80,9 @@ def read_tensors(file: Path, shapes: Mapping[str, tuple[int, int]], some: bool =
             f"{file} is missing or damaged ({error}): make the store anew with `molora compress`."
         ) from error
     own = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    wrong = [name for name in (own if some else own.keys() | shapes.keys()) if own.get(name) != shapes.get(name)]
+    wrong = [
+        name for name in (own if some else own.keys() | shapes.keys()) if not _fits(own.get(name), shapes.get(name))
+    ]
     if wrong:
         name = min(wrong)
         raise AdapterFormatError(
@@ -93,3 +92,9 @@ def read_tensors(file: Path, shapes: Mapping[str, tuple[int, int]], some: bool =
     if not all(tensor.is_floating_point() and bool(torch.isfinite(tensor).all()) for tensor in found.values()):
         raise NonFiniteError(f"{file} holds NaN or infinite values, or whole numbers: the store is damaged.")
     return {name: tensor.float() for name, tensor in found.items()}
+
+
+def _fits(found: tuple[int, ...] | None, wanted: Shape | None) -> bool:
+    if found is None or wanted is None or len(found) != 2:
+        return False
+    return all(size is None or size == own for own, size in zip(found, wanted, strict=True))

@@ -2,26 +2,27 @@
 
 <store>/store.json                    what there is
 <store>/bases/<cluster>.safetensors   U/<module> [out, c] and V/<module> [in, c]
-<store>/cores/<name>.safetensors      <module> [c, c]: what an adapter has of its own
+<store>/cores/<name>.safetensors      a/<module> [r, c] and b/<module> [c, r]: what an adapter has of its own
 <store>/raw/<name>/                   a PEFT folder: an adapter that is too far from every basis
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from molora.adapter import Adapter
+from molora.adapter import Adapter, SharedWeights
 from molora.atomic import new_folder, remove_folder, write_text
 from molora.compose.cluster import group, sketch
 from molora.compose.joint import Basis, fit
 from molora.compose.manifest import DTYPES, MANIFEST, Entry, Manifest, Shapes, StoreReport
-from molora.compose.parts import BASES, CORES, RAW, SUFFIX, cores_of, keep, product, read_tensors, write_tensors
+from molora.compose.parts import BASES, CORES, RAW, SUFFIX, Shape, cores_of, keep, read_tensors, write_tensors
 from molora.compose.source import OnStep, Source, check_alike, read_all
-from molora.errors import AdapterNotFoundError, ConfigError, StackError
+from molora.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, StackError
 from molora.factors import Factors, of_adapter, write_factors
 from molora.saved import copy_adapter
 
@@ -99,7 +100,7 @@ class CompressedStore:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._read: dict[int, dict[str, Basis]] = {}
+        self._read: dict[int, Mapping[str, Basis]] = {}
 
     @classmethod
     def load(cls, folder: str | Path) -> "CompressedStore":
@@ -123,7 +124,7 @@ class CompressedStore:
         return self._entry(name).error
 
     def factors(self, name: str) -> Factors:
-        """An adapter as factors: V^T [c, in], which all of a cluster share, and U S [out, c]; a raw one's own.
+        """An adapter as factors of its own rank: a V^T [r, in] and U b [out, r]; a raw one's as they came.
 
         Raises:
             AdapterNotFoundError: there is none of that name. AdapterFormatError: its files are damaged.
@@ -132,9 +133,51 @@ class CompressedStore:
         if entry.raw:
             return of_adapter(Adapter.load(self.folder / RAW / name))
         bases = self.bases(entry.cluster)
-        shapes = {module: one.core for module, one in self.manifest.clusters[entry.cluster].items()}
-        cores = read_tensors(self.folder / CORES / f"{name}{SUFFIX}", shapes, some=True)
-        return {module: product(bases[module], S) for module, S in cores.items()}
+        return {m: (a @ bases[m].V.T, bases[m].U @ b) for m, (a, b) in self._halves(name, entry.cluster).items()}
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter in its compressed form, for a model to run: its weights are its core, what it shares is there once
+        for all; a raw one's as they came.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name. AdapterFormatError: its files are damaged.
+        """
+        entry = self._entry(name)
+        if entry.raw:
+            return Adapter.load(self.path(name))
+        bases, dtype = self.bases(entry.cluster), DTYPES[self.manifest.dtype]
+        modules = {
+            module: SharedWeights(bases[module], a.to(dtype), b.to(dtype))
+            for module, (a, b) in self._halves(name, entry.cluster).items()
+        }
+        return Adapter(self.path(name), modules, {"base_model_name_or_path": self.manifest.base})
+
+    def path(self, name: str) -> Path:
+        """By which a stack names an adapter.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+        """
+        return self.folder / RAW / name if self._entry(name).raw else self.folder / CORES / f"{name}{SUFFIX}"
+
+    def _halves(self, name: str, cluster: int) -> Factors:
+        """a [r, c] and b [c, r], by module."""
+        shapes: dict[str, Shape] = {}
+        for module, one in self.manifest.clusters[cluster].items():
+            shapes |= {f"a/{module}": (None, one.V[1]), f"b/{module}": (one.U[1], None)}
+        file = self.folder / CORES / f"{name}{SUFFIX}"
+        found = read_tensors(file, shapes, some=True)
+        modules = {key.partition("/")[2] for key in found}
+        wrong = [
+            m
+            for m in modules
+            if {f"a/{m}", f"b/{m}"} - found.keys() or len(found[f"a/{m}"]) != found[f"b/{m}"].shape[1]
+        ]
+        if wrong:
+            raise AdapterFormatError(
+                f"{file} has no whole core of {min(wrong)}: the store is damaged. Make it anew with `molora compress`."
+            )
+        return {module: (found[f"a/{module}"], found[f"b/{module}"]) for module in sorted(modules)}
 
     def bases(self, cluster: int) -> Mapping[str, Basis]:
         """A cluster's, by module.
@@ -142,13 +185,9 @@ class CompressedStore:
         Raises:
             AdapterFormatError: their file is damaged.
         """
+        file = self.folder / BASES / f"{cluster}{SUFFIX}"
         if cluster not in self._read:
-            shapes: dict[str, tuple[int, int]] = {}
-            for module, one in self.manifest.clusters[cluster].items():
-                shapes |= {f"U/{module}": one.U, f"V/{module}": one.V}
-            found = read_tensors(self.folder / BASES / f"{cluster}{SUFFIX}", shapes)
-            modules = self.manifest.clusters[cluster]
-            self._read[cluster] = {module: Basis(found[f"U/{module}"], found[f"V/{module}"]) for module in modules}
+            self._read[cluster] = _bases(file.resolve(), _changed(file), tuple(self.manifest.clusters[cluster].items()))
         return self._read[cluster]
 
     def add(self, name: str, path: str | Path) -> float:
@@ -189,7 +228,7 @@ class CompressedStore:
                 remove_folder(self.folder / RAW / name)
 
     def export(self, name: str, out: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes an ordinary PEFT folder, of which there must be none: of rank c, or a raw one as it came.
+        """Writes an ordinary PEFT folder, of which there must be none: of its own rank, or a raw one as it came.
 
         Args:
             dtype: of the weights, unless it is raw; None: the store's.
@@ -276,6 +315,20 @@ def _fit(module: str, members: Sequence[Source], size: int, rounds: int, dtype: 
     """Of those that have the module, as it is after rounding."""
     found = fit(lambda: (source.factors(module) for source in members if module in source.sizes), size, rounds)
     return Basis(found.U.to(dtype).float(), found.V.to(dtype).float())
+
+
+@lru_cache(maxsize=8)
+def _bases(file: Path, changed: int, shapes: tuple[tuple[str, Shapes], ...]) -> Mapping[str, Basis]:
+    """The same ones for all that read the file, so that a model holds them once."""
+    wanted: dict[str, Shape] = {}
+    for module, one in shapes:
+        wanted |= {f"U/{module}": one.U, f"V/{module}": one.V}
+    found = read_tensors(file, wanted)
+    return {module: Basis(found[f"U/{module}"], found[f"V/{module}"]) for module, _ in shapes}
+
+
+def _changed(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def _shape(matrix: torch.Tensor) -> tuple[int, int]:

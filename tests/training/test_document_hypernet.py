@@ -94,6 +94,33 @@ def test_the_terms_are_means_over_tokens_questions_and_texts(tmp_path: Path) -> 
     assert asked.owners.tolist() == [0, 1, 1] and asked.of.tolist() == [0, 0, 1]
 
 
+def test_what_another_text_answers_stays_the_bases(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    net = make_net(model.base)
+    objective = DocumentObjective(model.base, model.tokenizer, net, DocumentLoss(l1=0.0, keep=0.5))
+    terms = objective(LESSONS)
+    means = []
+    for lesson, other in zip(LESSONS, LESSONS[::-1], strict=True):
+        factors = factors_of(model.base, model.tokenizer, net, other.text)
+        found = []
+        for question, answer in lesson.questions:
+            prompt = render(model.tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+            asked, told = (
+                model.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+                for text in (prompt, answer + "<|im_end|>")
+            )
+            with torch.no_grad():
+                ids = torch.cat([asked, told], 1)
+                alone = model.base(ids).logits[0, asked.shape[1] - 1 : -1].softmax(-1)
+                with generated(model.base, {name: (A[None], B[None]) for name, (A, B) in factors.items()}):
+                    own = model.base(ids).logits[0, asked.shape[1] - 1 : -1].softmax(-1)
+            found.append((alone * (alone / own).log()).sum(-1).mean())
+        means.append(sum(found) / len(found))
+    assert min(means) > 1e-4
+    torch.testing.assert_close(terms["keep"], sum(means) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(terms["loss"], terms["gold"] + 0.5 * terms["keep"])
+
+
 def test_right_is_an_answer_whose_every_token_is_the_likeliest(tmp_path: Path) -> None:
     model = make_spoken(tmp_path)
     objective = DocumentObjective(model.base, model.tokenizer, make_net(model.base), DocumentLoss())

@@ -108,6 +108,26 @@ def test_texts_of_several_chunks_are_joined_with_what_every_text_has(model: MoLo
 
 
 @torch.no_grad()
+def test_a_gate_weakens_a_chunk_or_takes_it_out_of_a_layer(model: MoLoRAModel) -> None:
+    net = make_net(model.base)
+    ids, mask = read_as(model.tokenizer, ["a b c", "d e", "f", "What is this?"], "cpu")
+    states = states_of(model.base, ids, mask, net.config.exit)
+    seen: list[torch.Tensor] = []
+    hook = net.decode.register_forward_hook(lambda _, __, found: seen.append(found))
+    wide_open = net(states, mask)
+    torch.nn.init.normal_(net.gate, std=30.0)
+    found = net(states, mask)
+    hook.remove()
+    vectors = seen[0].view(4, 3, 4, 16).mean(2)  # [chunks, layers, width]
+    gate = torch.stack([1 + vectors[:, layer] @ net.gate[layer] / 4 for layer in range(3)], 1).clamp(min=0)
+    assert (gate == 0).any() and (gate > 0).any()
+    for name, (A, B) in found.items():
+        assert torch.equal(A, wide_open[name][0])
+        torch.testing.assert_close(B, wide_open[name][1] * gate[..., None, None])
+        assert not B[gate == 0].any()
+
+
+@torch.no_grad()
 def test_layers_beyond_the_exit_read_what_the_last_one_before_it_reads(model: MoLoRAModel) -> None:
     net = make_net(model.base, exit=1)
     ids, mask = read_as(model.tokenizer, ["a b c"], "cpu")

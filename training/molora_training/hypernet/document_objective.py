@@ -6,7 +6,7 @@ the cross-entropy of the answer that is known. Ours: what is asked of another te
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ class DocumentLoss:
     distil: float = 0.0
     l1: float = 0.1
     keep: float = 0.0
+    sparse: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.gold, self.distil, self.l1, self.keep) < 0 or not self.gold + self.distil:
-            raise ConfigError("None of gold, distil, l1 and keep may be below 0, nor gold and distil both 0.")
+        if min(astuple(self)) < 0 or not self.gold + self.distil:
+            names = [one.name for one in fields(self)]
+            raise ConfigError(f"None of {', '.join(names)} may be below 0, nor gold and distil both 0.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class DocumentObjective:
     def __call__(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
         """Scalars: loss and its terms; the share of answers whose every token is the likeliest one as "right"."""
         asked = self.asked(lessons)
-        joined = self.factors(asked)
+        made = self.made(asked)
+        joined = self.net.joined(made, asked.owners, asked.texts)
         logits, answered = self.answers(asked.batch, self.of_questions(joined, asked.of))
         terms = self._terms(logits, answered, asked)
         wanted = asked.batch.labels[:, 1:][answered]
@@ -84,6 +87,9 @@ class DocumentObjective:
             terms["distil"] = self._mean(each, answered, asked)
         if self.weights.keep:
             terms["keep"] = self._kept(joined, asked)
+        if self.weights.sparse:  # not of A or B alone: the other one could grow for it
+            sizes = [A.flatten(2).norm(dim=2) * B.flatten(2).norm(dim=2) for A, B in made.values()]
+            terms["sparse"] = torch.stack(sizes).mean()
         terms["l1"] = torch.stack([factor.abs().mean() for pair in joined.values() for factor in pair]).mean()
         weighted = [
             getattr(self.weights, one.name) * terms[one.name] for one in fields(DocumentLoss) if one.name in terms
@@ -106,8 +112,11 @@ class DocumentObjective:
 
     def factors(self, asked: Asked) -> dict[str, Any]:
         """The texts' adapters, by the end of a module's name: A [texts, layers, R, in], B [texts, layers, out, R]."""
-        made = self.net(states_of(self.base, asked.ids, asked.mask, self.net.config.exit), asked.mask)
-        return self.net.joined(made, asked.owners, asked.texts)
+        return self.net.joined(self.made(asked), asked.owners, asked.texts)
+
+    def made(self, asked: Asked) -> dict[str, tuple[Tensor, Tensor]]:
+        """The chunks' own adapters, see :meth:`DocumentNet.forward`."""
+        return self.net(states_of(self.base, asked.ids, asked.mask, self.net.config.exit), asked.mask)
 
     def of_questions(self, joined: dict[str, Any], of: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """By the base's module names, a row for each question."""

@@ -1,0 +1,52 @@
+"""What adapters of a compressed store add to a module: a way down that all share, a core of each, a way up."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from molora.adapter import LoRAWeights, SharedBasis, SharedWeights
+from molora.groups import AdapterGroup
+
+
+class SharedPath:
+    """x -> U (sum of the cores that the plan has for each token) V^T x, of one module and one basis.
+
+    The cores are small LoRAs, a module of c inputs and c outputs that has no weights of its own: the kernels or torch
+    serve them like those of any other module. No part of the base, and so in none of its state dicts.
+
+    Args:
+        basis: what they share. module: makes the inner one of a linear module and its group, or None without kernels.
+        grouped: whether kernels serve it. like: a weight of the base, for dtype and device.
+    """
+
+    def __init__(self, basis: SharedBasis, module: Any, grouped: bool, like: torch.Tensor) -> None:
+        self.basis = basis
+        on_cpu = like.device.type == "cpu" and not grouped
+        dtype = torch.float32 if on_cpu or not like.is_floating_point() else like.dtype
+        self.U, self.V = (matrix.to(like.device, dtype) for matrix in (basis.U, basis.V))
+        down, up = self.V.shape[1], self.U.shape[1]
+        # Without a draw from the random generator, which belongs to whoever trains.
+        nothing = nn.utils.skip_init(nn.Linear, down, up, bias=False, device=like.device, dtype=dtype)
+        nn.init.zeros_(nothing.requires_grad_(False).weight)
+        self.inner = module(nothing, AdapterGroup(("core",), down, (up,), dtype, like.device) if grouped else None)
+
+    def put(self, slot: int, weights: SharedWeights | None) -> None:
+        """Puts a core into a slot, or empties it."""
+        own = None if weights is None else LoRAWeights(weights.a, weights.b, weights.scale)
+        self.inner.set_factors(slot, own, self.U.dtype)
+
+    @property
+    def adapts(self) -> bool:
+        group = self.inner.group
+        return bool(self.inner.factors) if group is None else group.adapts
+
+    def apply(self, change: Any) -> None:
+        """``.to()`` and the like."""
+        self.U, self.V = change(self.U), change(self.V)
+        self.inner._apply(change)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the module's output, [..., out], for x [..., in]."""
+        found: torch.Tensor = self.inner(x.to(self.V.dtype) @ self.V) @ self.U.T
+        return found

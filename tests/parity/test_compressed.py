@@ -1,0 +1,160 @@
+"""Adapters of a compressed store, run in their compressed form, against PEFT with what the store exports."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
+from molora.compose.store import CompressedStore, compress
+from molora.layer import MoLoRALinear
+from molora.loading import load_adapter
+from tests.conftest import DEVICE
+from tests.parity.test_equalities import close
+
+BACKENDS = ["torch", "triton"]
+TOKENS = {"torch": 17, "triton": 3}  # the interpreter is slow
+SELECTIONS: list[dict[str, Any]] = [
+    {"domain": "math", "user": "ada"},
+    {"domain": {"math": 0.7, "code": -0.5}, "user": None},
+    {"domain": None, "user": "sage"},
+]
+
+
+@pytest.fixture(scope="module")
+def store(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> CompressedStore:
+    """Two clusters, and bases too small for what is random: the store's adapters are not those that came."""
+    folder = tmp_path_factory.mktemp("compressed") / "store"
+    compress(adapters, folder, basis=10, clusters=2, most_error=1.0, dtype=torch.float32)
+    return CompressedStore.load(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(store: CompressedStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exported")
+    for name in store.names:
+        store.export(name, root / name)
+    return {name: root / name for name in store.names}
+
+
+def stack_of(paths: dict[str, Path]) -> Stack:
+    return Stack(
+        [
+            StackLayer("domain", {name: paths[name] for name in ("math", "code")}, top_k=2),
+            StackLayer("user", {name: paths[name] for name in ("ada", "sage")}),
+        ]
+    )
+
+
+def routed(base: Any, paths: dict[str, Path], backend: str | None = None) -> MoLoRAModel:
+    torch.manual_seed(2)
+    model = MoLoRAModel.from_base(
+        copy.deepcopy(base), stack_of(paths), RouterConfig(hidden=16, weights="softmax"), backend=backend
+    )
+    for part in model.router.parts:  # type: ignore[union-attr]
+        torch.nn.init.normal_(part.output.weight, std=1.0)
+    return model
+
+
+def by_peft(base: Any, exported: dict[str, Path], ids: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
+    if not weights:
+        return base(ids).logits
+    (first, path), *others = [(name, exported[name]) for name in weights]
+    model = PeftModel.from_pretrained(copy.deepcopy(base), path, adapter_name=first).eval()
+    for name, more in others:
+        model.load_adapter(more, name)
+    model.base_model.set_adapter(list(weights))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in weights.items():
+                if name in module.scaling:
+                    module.scaling[name] *= weight
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_each_sequence_has_its_adapters(
+    backend: str, base: Any, store: CompressedStore, exported: dict[str, Path], ids: torch.Tensor
+) -> None:
+    assert len(store.manifest.clusters) == 2 and store.raw == [] and max(map(store.error, store.names)) > 0.1
+    model, ids = routed(base, {name: store.path(name) for name in store.names}, backend), ids[:, : TOKENS[backend]]
+    found = model(ids, selection=SELECTIONS).logits
+    wanted: list[dict[str, float]] = [{"math": 1, "ada": 1}, {"math": 0.7, "code": -0.5}, {"sage": 1}]
+    for row, weights in enumerate(wanted):
+        close(found[row], by_peft(base, exported, ids[row : row + 1], weights)[0])
+    close(model(ids, selection={"domain": None, "user": None}).logits, base(ids).logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_routed_and_generated_are_those_of_the_exported(
+    backend: str, base: Any, store: CompressedStore, exported: dict[str, Path], ids: torch.Tensor
+) -> None:
+    model, ids = routed(base, {name: store.path(name) for name in store.names}, backend), ids[:, : TOKENS[backend]]
+    plain = routed(base, exported, backend)
+    selection = {"domain": "auto", "user": ["ada"]}
+    found, wanted = (one(ids, selection=selection, output_routes=True) for one in (model, plain))
+    assert torch.equal(found.routes.slots, wanted.routes.slots) and found.routes.slots.unique().numel() > 2
+    close(found.logits, wanted.logits)
+    few = {"torch": (3, 10), "triton": (1, 2)}[backend]
+    options: dict[str, Any] = {"max_new_tokens": few[1], "do_sample": False, "selection": selection}
+    ids = ids[: few[0]]
+    assert torch.equal(model.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_beside_others_that_come_and_go(
+    backend: str, base: Any, store: CompressedStore, exported: dict[str, Path], ids: torch.Tensor
+) -> None:
+    """Compressed and ordinary ones in one stack, one slot after the other's."""
+    model, ids = routed(base, {**exported, "math": store.path("math")}, backend), ids[:, : TOKENS[backend]]
+    plain = routed(base, exported, backend)
+    for place in (None, exported["math"], store.path("math")):
+        if place is not None:
+            model.remove_adapter("domain", "math")
+            model.add_adapter("domain", "math", place)
+        for name in ("math", "code") if backend == "torch" else ("math",):
+            selection = {"domain": name, "user": "ada"}
+            close(model(ids, selection=selection).logits, plain(ids, selection=selection).logits)
+            if backend == "torch":
+                options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "selection": selection}
+                assert torch.equal(model.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+    model.remove_adapter("domain", "math")
+    wrapped = [module for module in model.modules() if isinstance(module, MoLoRALinear)]
+    assert wrapped and not any(module.shared for module in wrapped)
+    assert not any(group.shared for group in model.adapted.groups.values())
+
+
+@torch.no_grad()
+def test_it_is_no_part_of_the_base_and_is_saved_as_ordinary_adapters(
+    base: Any, store: CompressedStore, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = routed(base, {name: store.path(name) for name in store.names})
+    assert model.base.state_dict().keys() == base.state_dict().keys()
+    model.save_pretrained(tmp_path / "saved")
+    again = MoLoRAModel.from_pretrained(tmp_path / "saved", base=copy.deepcopy(base))
+    for selection in (*SELECTIONS, {"domain": "auto", "user": "ada"}):
+        close(again(ids, selection=selection).logits, model(ids, selection=selection).logits)
+
+
+@torch.no_grad()
+def test_it_follows_the_base_to_another_dtype(base: Any, store: CompressedStore, ids: torch.Tensor) -> None:
+    model = routed(base, {name: store.path(name) for name in store.names})
+    wanted = model(ids, selection=SELECTIONS).logits
+    close(model.double()(ids, selection=SELECTIONS).logits.to(wanted.dtype), wanted)
+
+
+def test_what_all_share_is_there_once(base: Any, store: CompressedStore) -> None:
+    model = routed(base, {name: store.path(name) for name in store.names})
+    for module in model.modules():
+        if isinstance(module, MoLoRALinear):
+            assert len(module.shared) <= len(store.manifest.clusters)
+    first, second = (load_adapter(store.path(name)) for name in ("math", "math"))
+    assert all(first.modules[name].basis is second.modules[name].basis for name in first.modules)  # type: ignore[union-attr]
+    assert DEVICE.type in str(next(iter(model.base.parameters())).device)
