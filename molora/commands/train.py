@@ -119,7 +119,8 @@ def doc(
     one's folder (`start`), with longer texts or passages.
 
     Settings: out, task, tokens, grow, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
-    loss.gold, loss.distil, loss.l1, texts, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
+    loss.gold, loss.distil, loss.l1, loss.keep, loss.sparse, texts, loop.steps, loop.learning_rate,
+    loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet doc out=document-net loop.steps=10000
     """

@@ -121,6 +121,22 @@ def test_what_another_text_answers_stays_the_bases(tmp_path: Path) -> None:
     torch.testing.assert_close(terms["loss"], terms["gold"] + 0.5 * terms["keep"])
 
 
+def test_the_size_of_chunks_is_that_of_their_own_adapters(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    net = make_net(model.base)
+    objective = DocumentObjective(model.base, model.tokenizer, net, DocumentLoss(l1=0.0, sparse=0.5))
+    terms = objective(LESSONS)
+    made = objective.made(objective.asked(LESSONS))
+    sizes = [
+        float(A[chunk, layer].square().sum() * B[chunk, layer].square().sum()) ** 0.5
+        for A, B in made.values()
+        for chunk in range(3)
+        for layer in range(3)
+    ]
+    assert float(terms["sparse"]) == pytest.approx(sum(sizes) / len(sizes), rel=1e-5)
+    torch.testing.assert_close(terms["loss"], terms["gold"] + 0.5 * terms["sparse"])
+
+
 def test_right_is_an_answer_whose_every_token_is_the_likeliest(tmp_path: Path) -> None:
     model = make_spoken(tmp_path)
     objective = DocumentObjective(model.base, model.tokenizer, make_net(model.base), DocumentLoss())

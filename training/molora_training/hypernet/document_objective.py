@@ -27,7 +27,8 @@ LIKELIEST = 16  # tokens of the teacher's that are learnt from
 @dataclass(frozen=True)
 class DocumentLoss:
     """Weights. gold: cross-entropy of the known answer. distil: of the teacher's. l1: of the factors' mean size. keep:
-    Kullback-Leibler divergence from the base's answer about the next text of the step, which needs two of them."""
+    Kullback-Leibler divergence from the base's answer about the next text of the step, which needs two of them. sparse:
+    ||A|| ||B|| of a chunk in a module, the mean: a group lasso, which leaves most chunks nothing to say."""
 
     gold: float = 1.0
     distil: float = 0.0
