@@ -44,7 +44,7 @@ step trained molora "${quality[@]}" integration=null
 [ -f runs/quality/stack/molora.json ] || { echo "no stack: see $out/log/trained.txt" | tee -a "$out/progress.txt" >&2; exit 1; }
 
 mkdir -p runs/candidates
-for name in gated then-both then-tokens; do ln -sfn "$PWD/runs/quality/routers/$name" "runs/candidates/$name"; done
+for name in gated then-label then-both then-tokens; do ln -sfn "$PWD/runs/quality/routers/$name" "runs/candidates/$name"; done
 shared validation 4 eval quality runs/quality/routers/gated --routers runs/candidates --split validation --out "$out/validation.json"
 own=$(python3 -c "import json, sys; print(json.load(open(sys.argv[1]))['best'].split()[1].rstrip(','))" "$out/validation.json") || own=gated
 echo "$((SECONDS - began)) s best on validation: $own" >>"$out/progress.txt"
@@ -60,7 +60,7 @@ CUDA_VISIBLE_DEVICES=0 step alone molora train router model=runs/quality/stack.y
     'router.reads=[0, 4]' mixed=3000 documents=2000 in_a_turn=2000 asides=2000 both=600 null_start=4 epochs=3
 cp runs/alone/router.metrics.json "$out/alone.json"
 
-[ "$own" = gated ] && seeds_own=gated || seeds_own=then-both
+[ "$own" = gated ] && seeds_own=gated || seeds_own=then-label
 for seed in 1 2; do # the main comparison from nothing
     from_nothing=(train starter --config "$configs/quality-seed.yaml" "seed=$seed" "work=runs/seed-$seed" "out=runs/seed-$seed/stack" "own=$seeds_own")
     CUDA_VISIBLE_DEVICES=$(((seed - 1) % gpus)) step "seed-$seed-trained" molora "${from_nothing[@]}" processes=5 &

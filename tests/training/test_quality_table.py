@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +215,18 @@ def test_a_router_is_chosen_on_validation(table: Contenders, data: Path, tmp_pat
         own.loss.zero_()
     assert best_router(rows) == rows[0].name and best_router([]) is None
     assert not any(UNSEEN in line["name"] for line in report["must"])
+
+
+def test_a_router_that_gives_up_single_domains_is_not_chosen() -> None:
+    def row(name: str, kind: str, mixed: float, math: float, code: float) -> Any:
+        own = {key: SimpleNamespace(mean=value) for key, value in (("math", math), ("code", code))}
+        return SimpleNamespace(name=name, kind=kind, sets={TURNS: SimpleNamespace(mean=mixed)}, single=own)
+
+    ends = [row("base", "base", 3.0, 2.0, 4.0), row("label oracle", "oracle", 1.0, 1.0, 2.0)]
+    keeps = row("MoLoRA keeps, top-1 unit", "router", 1.5, 1.009, 2.018)  # 99.1% of each
+    better = row("MoLoRA better, top-1 unit", "router", 0.5, 1.0, 2.06)  # 98.5%, and the lower loss
+    assert best_router([*ends, better, keeps]) == keeps.name
+    assert best_router([*ends, better]) == best_router([better, keeps]) == better.name  # there is nothing else to go by
 
 
 def test_a_domain_without_unseen_forms_is_named(table: Contenders, tmp_path: Path) -> None:

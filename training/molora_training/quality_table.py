@@ -28,6 +28,8 @@ from molora_training.evaluate import LAYER, Losses, bootstrap, gap_closed
 from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets
 from molora_training.report import heading, line, write_report
 
+KEPT_ALONE = 0.99  # of the oracle's gain on single domains, which a router must keep
+
 
 def run(
     folder: Path,
@@ -127,14 +129,27 @@ def _first(contenders: Sequence[Contender]) -> str | None:
 
 
 def best_router(rows: Sequence[Row]) -> str | None:
-    """The router at top-1 with the lowest loss: the mean over sets, in which all single domains together are one."""
+    """The router at top-1 with the lowest loss: the mean over sets, in which all single domains together are one. Of
+    those, if there are any, that keep on single domains what is asked of a router: what two adapters bring where they
+    are needed at once must not be paid for by everybody else."""
+    base, oracle = (next((row for row in rows if row.kind == kind), None) for kind in ("base", "oracle"))
 
     def loss(row: Row) -> float:
         single = [own.mean for own in row.single.values()]
         return statistics.mean([*(own.mean for own in row.sets.values()), statistics.mean(single)])
 
     plain = [row for row in rows if row.kind == "router" and row.name.endswith(", top-1 unit")]
+    if base is not None and oracle is not None:
+        plain = [row for row in plain if kept_alone(row, base, oracle) >= KEPT_ALONE] or plain
     return min(plain, key=loss).name if plain else None
+
+
+def kept_alone(row: Row, base: Row, oracle: Row) -> float:
+    """The share of the label oracle's gain over the base on text of one domain, the mean over domains."""
+    names = base.single
+    return statistics.mean(
+        (base.single[n].mean - row.single[n].mean) / (base.single[n].mean - oracle.single[n].mean) for n in names
+    )
 
 
 def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:
@@ -197,11 +212,8 @@ def must(rows: Sequence[Row]) -> list[dict[str, Any]]:
             domain = other.name.removesuffix(" alone")
             value = mine.single[domain].mean - other.single[domain].mean
             lines.append(line(f"single-domain {domain}: loss above its own adapter's", value, 0.01, "lower"))
-    gains = [
-        (base.single[name].mean - mine.single[name].mean) / (base.single[name].mean - oracle.single[name].mean)
-        for name in base.single
-    ]
-    lines.append(line("single-domain: share of the oracle's gain, mean", sum(gains) / len(gains), 0.99, "higher"))
+    alone = kept_alone(mine, base, oracle)
+    lines.append(line("single-domain: share of the oracle's gain, mean", alone, KEPT_ALONE, "higher"))
     return lines
 
 
