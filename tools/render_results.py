@@ -10,17 +10,28 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks import plots
-from tools import render_continual, render_headline, render_kernels, render_memory, render_quality, render_scale
+from tools import (
+    render_choice,
+    render_continual,
+    render_documents,
+    render_headline,
+    render_kernels,
+    render_memory,
+    render_quality,
+    render_scale,
+)
 from tools.pictures import PALETTE, pyplot, save
 
 DOCS = Path(__file__).parent.parent / "docs"
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "validation": render_choice.section,
     "router-memory": render_memory.section,
     "scale": render_scale.section,
     "headline": render_headline.section,
     "continual": render_continual.section,
     "stream": render_continual.stream,
     "arrivals": render_continual.arrivals,
+    "documents-long": render_documents.section,
 }
 SEEDS = ("quality-seed-1", "quality-seed-2")
 LATER = ("quality", "adding", *SEEDS, *SECTIONS)

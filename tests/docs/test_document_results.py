@@ -1,0 +1,46 @@
+"""The sections about documents and about the choice of a router say what the measured files say."""
+
+from typing import Any
+
+from tools import render_choice, render_documents
+
+ABOUT = {"machine": "A GPU", "commit": "abc", "date": "2026-01-01", "seed": 0, "data": "some"}
+
+
+def test_needles_and_questions_are_what_was_measured() -> None:
+    row = {"contender": "base", "f1": 0.25, "f1_interval": [0.2, 0.3], "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6]}
+    report: dict[str, Any] = {
+        **ABOUT,
+        "command": "molora eval documents net",
+        "parameters": 9_510_000,
+        "network": {"rank": 4, "chunk": 128},
+        "cost": {"tokens": 2000.0, "seconds": 0.0522, "bytes": 20_300_000.0, "bytes at rank 4": 1_020_000.0},
+        "needles": [{"tokens": 1024, "rank": 72, "recall": 0.9375, "recall at rank 4": 0.5}],
+        "rows": [row],
+        "must": [{"name": "recall", "value": 0.5, "bar": 0.95, "better": "higher", "holds": False, "note": ""}],
+    }
+    text = "\n".join(render_documents.section(report))
+    assert "| 1,024 tokens | 72 | 93.8% | 50.0% |" in text
+    assert "| base | 25.0% [20.0%, 30.0%] | 50.0% [40.0%, 60.0%] |" in text
+    assert "| recall | 0.500 | ≥ 0.95 | **missed** |" in text
+    assert "9.5 million" in text and "52 ms" in text and "20.3 MB" in text and "rank 4 1.0 MB" in text
+
+
+def test_a_router_is_shown_with_what_it_keeps_and_what_it_loses() -> None:
+    def row(name: str, kind: str, closed: float, math: float, law: float) -> dict[str, Any]:
+        return {
+            "contender": name,
+            "kind": kind,
+            "sets": {"turns": {"gap_closed": closed}},
+            "single": {"math": math, "law": law},
+        }
+
+    rows = [
+        row("base", "base", 0.0, 3.0, 4.0),
+        row("label oracle", "oracle", 1.0, 1.0, 2.0),
+        row("math alone", "adapter", 0.4, 1.0, 3.9),
+        row("MoLoRA one", "router", 0.95, 1.02, 2.1),  # of gains of 2.0 it keeps 99% and 95%
+    ]
+    lines = render_choice.section({**ABOUT, "command": "molora eval quality", "rows": rows})
+    assert lines[-2] == "| MoLoRA one | 95.0% | 97.0% | law, 0.100 |"
+    assert [line for line in lines if line.startswith("| MoLoRA") or "alone" in line] == [lines[-2]]

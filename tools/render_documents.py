@@ -1,0 +1,37 @@
+"""The section of docs/results.md about adapters that a network makes of documents, from documents-long.json."""
+
+from typing import Any
+
+from tools.render_kernels import bars
+
+Row = dict[str, Any]
+
+
+def section(report: Row) -> list[str]:
+    """Lines of Markdown."""
+    cost, net = report["cost"], report["network"]
+    less = cost[f"bytes at rank {net['rank']}"]
+    parts = [
+        "## What does an adapter that was made of a document know of it?",
+        "",
+        f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
+        f"{report['seed']}. Data: {report['data']}. The network, {report['parameters'] / 1e6:.1f} million parameters, "
+        f"has learnt to find a number in filler (stage 2 of `benchmarks/documents.sh`), and reads chunks of {net['chunk']} "
+        f"tokens. An adapter of {cost['tokens']:,.0f} tokens took {cost['seconds'] * 1000:.0f} ms and "
+        f"{cost['bytes'] / 1e6:.1f} MB, cut to rank {net['rank']} {less / 1e6:.1f} MB.",
+        "",
+        f"| needle in a text of | rank | found | found, cut to rank {net['rank']} |",
+        "|---|---|---|---|",
+    ]
+    for row in report["needles"]:
+        found, less = row["recall"], row[f"recall at rank {net['rank']}"]
+        parts.append(f"| {row['tokens']:,} tokens | {row['rank']} | {found:.1%} | {less:.1%} |")
+    parts += ["", "| questions about passages | F1 | ROUGE-L |", "|---|---|---|"]
+    for row in report["rows"]:
+        parts.append(f"| {row['contender']} | {_share(row, 'f1')} | {_share(row, 'rouge_l')} |")
+    return [*parts, "", *bars(report["must"]), ""]
+
+
+def _share(row: Row, name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.1%} [{low:.1%}, {high:.1%}]"
