@@ -15,9 +15,9 @@ def section(report: Row) -> list[str]:
         "## What does an adapter that was made of a document know of it?",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
-        f"{report['seed']}. Data: {report['data']}. The network, {report['parameters'] / 1e6:.1f} million parameters, "
-        f"has learnt to find a number in filler (stage 2 of `benchmarks/documents.sh`), and reads chunks of {net['chunk']} "
-        f"tokens. An adapter of {cost['tokens']:,.0f} tokens took {cost['seconds'] * 1000:.0f} ms and "
+        f"{report['seed']}. Data: {report['data']}. The network, {report['parameters'] / 1e6:.1f} million "
+        "parameters, has learnt to find a number in filler (stage 2 of `benchmarks/documents.sh`), and reads chunks of "
+        f"{net['chunk']} tokens. An adapter of {cost['tokens']:,.0f} tokens took {cost['seconds'] * 1000:.0f} ms and "
         f"{cost['bytes'] / 1e6:.1f} MB, cut to rank {net['rank']} {less / 1e6:.1f} MB.",
         "",
         f"| needle in a text of | rank | found | found, cut to rank {net['rank']} |",
