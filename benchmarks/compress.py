@@ -1,0 +1,105 @@
+"""Many related adapters in a compressed store: seconds, bytes, what is lost, and what of their gain is kept.
+
+    molora train data math code medicine law ukrainian
+    python -m benchmarks.compress --count 100 --basis 32 64
+
+Related: each is one of the starter's domain adapters with noise of the whole rank beside it, as if trained again on
+other data. The gain over the base is that of the first adapter of each domain, on the domain's test conversations.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora.adapter import Adapter
+from molora.base import DEFAULT_BASE, load_base
+from molora.compose.joint import squared
+from molora.compose.store import CompressedStore, compress
+from molora.factors import Factors, concatenated, of_adapter, write_factors
+from molora.starter import starter_folder
+from molora_training.data import data_dir, encode_within, read_examples
+from molora_training.report import heading
+from molora_training.speaker import Speaker
+
+MOST = 1024  # tokens of a conversation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100, help="adapters")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--basis", type=int, nargs="+", default=[64])
+    parser.add_argument("--noise", type=float, default=0.3, help="norm of what is added, as a share of the adapter's")
+    parser.add_argument("--conversations", type=int, default=20, help="of each domain")
+    parser.add_argument("--out", type=Path, help="where the figures go, too")
+    given = parser.parse_args()
+    domains = {
+        path.name: of_adapter(Adapter.load(path)) for path in sorted((starter_folder() / "adapters/domain").iterdir())
+    }
+    with tempfile.TemporaryDirectory() as place:
+        folders: dict[str, Path] = {}
+        for number in range(given.count):
+            domain = list(domains)[number % len(domains)]
+            folders[f"{domain}-{number}"] = Path(place) / f"{domain}-{number}"
+            write_factors(
+                folders[f"{domain}-{number}"], disturbed(domains[domain], given.rank, given.noise, number), DEFAULT_BASE
+            )
+        some = {domain: f"{domain}-{number}" for number, domain in enumerate(domains)}
+        loss = measure(given.conversations)
+        base = {domain: loss(domain, None) for domain in domains}
+        raw = {domain: loss(domain, of_adapter(Adapter.load(folders[name]))) for domain, name in some.items()}
+        rows = []
+        for size in given.basis:
+            started = time.perf_counter()
+            report = compress(folders, Path(place) / f"store-{size}", basis=size, most_error=1.0)
+            seconds = time.perf_counter() - started
+            store = CompressedStore.load(report.folder)
+            kept = [
+                (base[domain] - loss(domain, store.factors(name))) / (base[domain] - raw[domain])
+                for domain, name in some.items()
+            ]
+            row: dict[str, Any] = {"basis": size, "seconds": seconds, "share of the bytes": report.share}
+            row |= {"error, median": report.median_error, "error, worst": report.worst_error}
+            row |= {"gain kept, mean": sum(kept) / len(kept), "gain kept, least": min(kept)}
+            rows.append({name: round(value, 4) for name, value in row.items()})
+            print(json.dumps(rows[-1]), flush=True)
+    if given.out:
+        command = f"python -m benchmarks.compress --count {given.count} --rank {given.rank} --noise {given.noise}"
+        about = heading(command, f"{given.conversations} test conversations of each of {len(domains)} domains")
+        given.out.write_text(json.dumps({**about, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+
+
+def disturbed(factors: Factors, rank: int, noise: float, seed: int) -> Factors:
+    """The same delta, and beside it noise of what is left of ``rank``."""
+    chance = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, (A, B) in factors.items():
+        more = rank - len(A)
+        N, M = torch.randn(more, A.shape[1], generator=chance), torch.randn(len(B), more, generator=chance)
+        share = noise * (squared(A.float(), B.float()) / squared(N, M)) ** 0.5
+        found[name] = (N * share, M)
+    return concatenated([factors, found])
+
+
+def measure(count: int) -> Callable[[str, Factors | None], float]:
+    """Nats an answer token of a domain's test conversations, with an adapter or the base's own."""
+    base, tokenizer = load_base(DEFAULT_BASE, dtype=torch.float32)
+    speaker = Speaker(base, tokenizer, batch=4)
+
+    def loss(domain: str, factors: Factors | None) -> float:
+        examples = read_examples(data_dir() / f"{domain}.test.jsonl")[:count]
+        rows = encode_within(examples, tokenizer, MOST, [domain])
+        found = speaker.losses(rows, None if factors is None else [factors] * len(rows))
+        return float(found[:, 0].sum() / found[:, 1].sum())
+
+    return loss
+
+
+if __name__ == "__main__":
+    main()
