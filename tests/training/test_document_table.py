@@ -65,6 +65,40 @@ def test_unrelated_text_under_a_network_that_has_not_learnt_is_the_bases(tmp_pat
     assert other["base"] == found["base"] != other["adapter"]
 
 
+def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
+    found = {"base": 0.1, "adapter of the text": 0.5, "what every text has": 0.2, "text in the prompt": 0.3,
+             "text in the prompt, with what every text has": 0.6}  # fmt: skip
+    report = {
+        "rows": [{"contender": name, "f1": value, "rouge_l": value} for name, value in found.items()],
+        "needles": [{"times": times, "recall at rank 8": 1.0} for times in (1, 4, 16)],
+        "unrelated": {"base": 2.0, "adapter": 2.0},
+        "cost": {"seconds": 0.1},
+    }
+    shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
+    assert [line["value"] for line in shares] == pytest.approx([0.75, 0.75]) and len(shares) == 2
+    report["rows"][3]["f1"] = 0.1  # type: ignore[index]
+    report["rows"][4]["f1"] = 0.2  # type: ignore[index]
+    shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
+    assert shares[0]["value"] == 0.0 and "does not help" in shares[0]["note"]
+
+
+def test_what_every_text_has_is_the_networks_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base))
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(table, "_row", lambda one, _: given.setdefault(one.name, one.factors and one.factors(0)))
+    table.passages(LESSONS)
+    for name, (A, B) in given["what every text has"].items():
+        layer, inner = int(name.split(".")[2]), name.rsplit(".", 1)[1]
+        bias_A, bias_B = table.net.learned()[inner]
+        torch.testing.assert_close(B @ A, bias_B[layer] @ bias_A[layer])
+        whole_A, whole_B = given["adapter of the text"][name]
+        torch.testing.assert_close(whole_A[: len(A)], A)
+        torch.testing.assert_close(whole_B[:, : B.shape[1]], B)
+    assert given["base"] is None and given["text in the prompt"] is None
+    assert given["text in the prompt, with what every text has"] is given["what every text has"]
+
+
 def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     model = make_spoken(tmp_path / "adapters")
     model.base.save_pretrained(tmp_path / "base")
@@ -85,7 +119,8 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
     assert report == json.loads((tmp_path / "o.json").read_text())
     assert [row["contender"] for row in report["rows"]] == [
         "base", "adapter of the text", "adapter of the text, cut to rank 8", "adapter of another text",
-        "adapter of the text's words, shuffled", "text in the prompt", "search over all texts",
+        "adapter of the text's words, shuffled", "what every text has", "text in the prompt",
+        "text in the prompt, with what every text has", "search over all texts",
     ]  # fmt: skip
     assert [one["tokens"] for one in report["needles"]] == [64, 128, 256, 1024]
     assert report["needles"][3]["rank"] > report["needles"][0]["rank"]
