@@ -2,8 +2,8 @@
 
 Beside the right adapter stand another text's, one of the text with its words shuffled, the text in the prompt, and what
 a search over all texts puts there, which is what users would do without adapters. The network gives every text the same
-adapter beside its own: how to answer such questions. So that how is not taken for what, it stands alone (the floor, where
-the base is not above it) and beside the text in the prompt (the ceiling, where the base without it is not above it).
+adapter beside its own: how to answer such questions. So that how is not taken for what, it stands alone (the floor, if
+the base is not above it) and beside the text in the prompt (the ceiling, if the base without it is not above it).
 """
 
 import json
