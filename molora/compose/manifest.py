@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from molora.compose.source import Sizes
 from molora.errors import AdapterFormatError, AdapterNotFoundError
 from molora.stack import check_name
 
@@ -58,8 +57,9 @@ class Manifest:
     adapters: Mapping[str, Entry]
 
     @property
-    def sizes(self) -> Sizes:
-        return {name: (one.U[0], one.V[0]) for cluster in self.clusters for name, one in cluster.items()}
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """(in, out) by module."""
+        return {name: (one.V[0], one.U[0]) for cluster in self.clusters for name, one in cluster.items()}
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from molora.adapter import WEIGHTS_FILE, LoRAWeights
 from molora.compose.methods import OF_FACTORS, Method, merged, weighted_sum
-from molora.compose.stream import AdapterStream
+from molora.compose.source import Source
 from molora.errors import AdapterError, AdapterMismatchError, ConfigError, NonFiniteError
 from molora.factors import write_factors
 
@@ -83,7 +83,7 @@ def merge(
     _check_settings(len(adapters), shares, method, density, rank)
     if out.exists():
         raise AdapterError(f"{out} exists already: choose another folder.")
-    sources = {name: AdapterStream(path) for name, path in adapters.items()}
+    sources = {name: Source.read(name, path) for name, path in adapters.items()}
     base = _check_sources(sources, method)
     modules = list(dict.fromkeys(module for source in sources.values() for module in source.modules))
     make = partial(merged, method=method, density=density, rank=rank)
@@ -113,7 +113,7 @@ def merge(
 
 
 def _one(
-    sources: Iterable[AdapterStream],
+    sources: Iterable[Source],
     module: str,
     weights: Sequence[float],
     make: Callable[..., tuple[Tensor, Tensor]],
@@ -159,7 +159,7 @@ def _check_settings(count: int, weights: Sequence[float], method: str, density: 
         raise ConfigError(f"The rank of {method!r} follows from the adapters': to choose one use {_cut(method)!r}.")
 
 
-def _check_sources(sources: Mapping[str, AdapterStream], method: str) -> str:
+def _check_sources(sources: Mapping[str, Source], method: str) -> str:
     """The name of their base, "" where none names it.
 
     Raises:

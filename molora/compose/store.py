@@ -25,6 +25,7 @@ from molora.compose.source import OnStep, Source, check_alike, read_all
 from molora.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, StackError
 from molora.factors import Factors, of_adapter, write_factors
 from molora.saved import copy_adapter
+from molora.stack import check_name
 
 _LOCK = ".molora.lock"
 
@@ -64,7 +65,7 @@ def compress(
     kind = _check_settings(len(adapters), out, basis, clusters, most_error, rounds, dtype)
     sources, base = read_all(adapters, step)
     groups = _groups(sources, clusters, seed)
-    modules = [sorted({module for source in members for module in source.sizes}) for members in groups]
+    modules = [sorted({module for source in members for module in source.modules}) for members in groups]
     entries: dict[str, Entry] = {}
     shapes: list[dict[str, Shapes]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ class CompressedStore:
             StackError: the name is none, or there is one of that name. AdapterMismatchError: it is of another base.
             AdapterError: it cannot be read.
         """
-        source = Source.read(name, path)
+        source = Source.read(check_name(name, "an adapter"), path)
         with self._locked():
             manifest = self.manifest
             if name in manifest.adapters:
@@ -299,9 +300,9 @@ def _check_settings(
 def _groups(sources: Sequence[Source], clusters: int, seed: int) -> list[list[Source]]:
     if clusters == 1:
         return [list(sources)]
-    modules = sorted({module for source in sources for module in source.sizes})
+    modules = sorted({module for source in sources for module in source.modules})
     parts = [
-        sketch(module, (source.factors(module) if module in source.sizes else None for source in sources), seed)
+        sketch(module, (source.factors(module) if module in source.modules else None for source in sources), seed)
         for module in modules
     ]
     labels = group(torch.cat(parts, 1), clusters, seed)
@@ -313,7 +314,7 @@ def _groups(sources: Sequence[Source], clusters: int, seed: int) -> list[list[So
 
 def _fit(module: str, members: Sequence[Source], size: int, rounds: int, dtype: torch.dtype) -> Basis:
     """Of those that have the module, as it is after rounding."""
-    found = fit(lambda: (source.factors(module) for source in members if module in source.sizes), size, rounds)
+    found = fit(lambda: (source.factors(module) for source in members if module in source.modules), size, rounds)
     return Basis(found.U.to(dtype).float(), found.V.to(dtype).float())
 
 

@@ -22,7 +22,7 @@ from molora.adapter import Adapter, LoRAWeights
 from molora.commands.merge import merge as command
 from molora.compose.merge import MergeReport, merge
 from molora.compose.methods import OF_FACTORS, Method, combined, merged, nearest_of_delta
-from molora.compose.stream import AdapterStream
+from molora.compose.source import Source
 from molora.errors import AdapterError, AdapterMismatchError, AdapterNotFoundError, ConfigError, NonFiniteError
 from tests.conftest import write_adapter
 
@@ -413,12 +413,12 @@ class TestMerge:
     def test_one_module_is_held_at_a_time(
         self, alike: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
     ) -> None:
-        read = AdapterStream.weights
+        read = Source.weights
         held: list[tuple[str, weakref.ref[torch.Tensor]]] = []
         loads: list[weakref.ref[torch.Tensor]] = []
         load = Adapter.load
 
-        def watched(self: AdapterStream, module: str) -> LoRAWeights | None:
+        def watched(self: Source, module: str) -> LoRAWeights | None:
             assert not [name for name, tensor in held if tensor() is not None and name != module]
             found = read(self, module)
             assert found is not None
@@ -431,7 +431,7 @@ class TestMerge:
             loads.extend(weakref.ref(tensor) for own in adapter.modules.values() for tensor in (own.A, own.B))
             return adapter
 
-        monkeypatch.setattr(AdapterStream, "weights", watched)
+        monkeypatch.setattr(Source, "weights", watched)
         monkeypatch.setattr(Adapter, "load", loaded)
         steps: list[tuple[int, int]] = []
         merge(alike, tmp_path / "made", method, on_module=lambda done, of: steps.append((done, of)))
