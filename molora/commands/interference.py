@@ -30,9 +30,9 @@ def interference(place: str, html: Path | None, data: Path | None, limit: int, a
         ConfigError: there are fewer than two adapters. StackError, AdapterError: one of them is damaged.
         DataError: there is no data of any adapter, or the page cannot be written.
     """
-    from molora import Adapter
     from molora.compose.interference import pairs
     from molora.factors import of_adapter
+    from molora.loading import load_adapter
 
     base, folders = adapters_at(place)
     if len(folders) < 2:
@@ -40,7 +40,7 @@ def interference(place: str, html: Path | None, data: Path | None, limit: int, a
             f"{place} holds {len(folders)} adapter{'s' * (not folders)}: interference is between two or more. Give a "
             f"stack file, a saved MoLoRA, or a folder of PEFT folders."
         )
-    adapters = {label: Adapter.load(folder) for label, folder in folders.items()}
+    adapters = {label: load_adapter(folder) for label, folder in folders.items()}
     factors = {label: of_adapter(adapter) for label, adapter in adapters.items()}
     losses, left_out = (None, []) if data is None else _measured(base, adapters, factors, data, limit)
     found = pairs(factors, losses)
@@ -95,6 +95,8 @@ def _measured(
     """[N, N + 1], and the adapters without data."""
     with extra("train"):
         import torch
+        from rich.console import Console
+        from rich.progress import Progress
 
         from molora.base import DEFAULT_BASE, load_base
         from molora.checks import check_fits
@@ -108,7 +110,13 @@ def _measured(
         for adapter in adapters.values():
             check_fits(adapter, loaded, name, "torch")
         rows = read_rows(data, list(factors), tokenizer, limit)
-        return losses(loaded, tokenizer, factors, rows), [label for label in factors if label not in rows]
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+            task = bars.add_task("losses", total=None)
+            found = losses(
+                loaded, tokenizer, factors, rows, lambda done, of: bars.update(task, completed=done, total=of)
+            )
+        return found, [label for label in factors if label not in rows]
 
 
 def _plain(losses: "Tensor | None") -> Any:

@@ -190,7 +190,11 @@ def test_losses_are_those_of_peft(tmp_path: Path) -> None:
         "math": rows_of(tokenizer, ("1+1?", "two"), ("And what of all the rest?", "that is much more"), ("a", "b")),
         "code": rows_of(tokenizer, ("print", "print('yes')")),
     }
-    found = losses(model.base, tokenizer, {name: of_adapter(Adapter.load(tmp_path / name)) for name in names}, rows)
+    steps: list[tuple[int, int]] = []
+    adapters = {name: of_adapter(Adapter.load(tmp_path / name)) for name in names}
+    found = losses(model.base, tokenizer, adapters, rows, lambda done, of: steps.append((done, of)))
+    assert steps == [(done, steps[-1][1]) for done in range(1, len(steps) + 1)] and steps[-1][0] == steps[-1][1]
+    assert len(steps) == int(found.isfinite().sum())
     assert found.shape == (3, 4) and bool(found[2].isnan().all())
     assert not any(module._forward_hooks for module in model.base.modules())
 

@@ -1,6 +1,6 @@
 """What adapters cost each other: the loss of each one's data while another acts too."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ SPLITS = ("test", "validation")  # the first that is there is read
 LONGEST = 1024  # tokens of a conversation; longer ones are left out
 
 
-def losses(base: Any, tokenizer: Any, adapters: Mapping[str, Factors], rows: Mapping[str, Sequence[Encoded]]) -> Tensor:
+def losses(
+    base: Any,
+    tokenizer: Any,
+    adapters: Mapping[str, Factors],
+    rows: Mapping[str, Sequence[Encoded]],
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """float64 [N, N + 1], nats per answer token of adapter i's rows: in column j with i and j at work, i alone where j
     is i, and in the last column of the base alone. NaN for an adapter without rows.
 
@@ -27,7 +33,9 @@ def losses(base: Any, tokenizer: Any, adapters: Mapping[str, Factors], rows: Map
         base: as loaded; hooks are put on it and taken off again.
         adapters: in the order of the rows and columns.
         rows: by the adapters' names.
+        on_step: is told how many numbers are there, and of how many.
     """
+    done, total = 0, sum(bool(rows.get(name)) for name in adapters) * (len(adapters) + 1)
     speaker = Speaker(base, tokenizer)
     found = torch.full((len(adapters), len(adapters) + 1), torch.nan, dtype=torch.float64)
     for i, (name, factors) in enumerate(adapters.items()):
@@ -37,6 +45,9 @@ def losses(base: Any, tokenizer: Any, adapters: Mapping[str, Factors], rows: Map
             with generated(base, {} if one is None else stacked([one], base.device)):  # one for all rows of a batch
                 summed, tokens = speaker.losses(rows[name]).sum(0)
             found[i, column] = summed / tokens
+            done += 1
+            if on_step is not None:
+                on_step(done, total)
     return found
 
 
