@@ -43,14 +43,15 @@ def cores_of(source: Source, bases: Mapping[str, Basis], dtype: torch.dtype) -> 
 def keep(folder: Path, source: Source, cluster: int, cores: Mapping[str, Tensor], error: float, most: float) -> Entry:
     """Writes an adapter's cores to the store ``folder``, or the adapter itself where they lose more than ``most``."""
     raw = error > most or not cores or not source.whole
+    place, file = folder / RAW / source.name, folder / CORES / f"{source.name}{SUFFIX}"
+    if place.is_dir():  # an interruption left it, or it was too far from other bases
+        remove_folder(place)
     if raw:
-        place = folder / RAW / source.name
-        if place.is_dir():  # an interruption left it
-            remove_folder(place)
+        file.unlink(missing_ok=True)
         with new_folder(place) as made:
             copy_adapter(source.path, made)
     else:
-        write_tensors(folder / CORES / f"{source.name}{SUFFIX}", cores)
+        write_tensors(file, cores)
     return Entry(cluster, error, raw, source.sha256, source.file_bytes)
 
 

@@ -6,10 +6,10 @@
 <store>/raw/<name>/                   a PEFT folder: an adapter that is too far from every basis
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -50,7 +50,8 @@ def compress(
         basis: the most columns of U and of V.
         clusters: the most groups, each with bases of its own; their signatures take 288 bytes a module and adapter.
         most_error: what an adapter may lose, ||Delta - U S V^T|| / ||Delta|| over all its modules; one that would lose
-            more is kept as it came, and so is one that brings weights of the base's own.
+            more is kept as it came, and so is one that brings weights of the base's own; the bases are then fitted again
+            without those.
         rounds: the most of each fit.
         dtype: of bases and cores, float32 or bfloat16; the errors are those of the rounded ones.
         seed: of the grouping.
@@ -65,25 +66,22 @@ def compress(
     kind = _check_settings(len(adapters), out, basis, clusters, most_error, rounds, dtype)
     sources, base = read_all(adapters, step)
     groups = _groups(sources, clusters, seed)
-    modules = [sorted({module for source in members for module in source.modules}) for members in groups]
     entries: dict[str, Entry] = {}
     shapes: list[dict[str, Shapes]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as made:
         for number, members in enumerate(groups):
-            bases: dict[str, Basis] = {}
-            for module in modules[number]:
-                bases[module] = _fit(module, members, basis, rounds, dtype)
-                step("bases", sum(map(len, shapes)) + len(bases), sum(map(len, modules)))
+            bases = _fit(members, basis, rounds, dtype, partial(step, f"bases{_of(number, groups)}"))
+            found = _keep(made, number, members, bases, dtype, most_error, step)
+            near = [source for source in members if not found[source.name].raw]
+            if 0 < len(near) < len(members):  # those that are kept raw had their say, and need no bases
+                bases = _fit(near, basis, rounds, dtype, partial(step, f"bases of those near{_of(number, groups)}"))
+                found = _keep(made, number, members, bases, dtype, most_error, step)
+            entries |= found
             shapes.append({module: Shapes(_shape(one.U), _shape(one.V)) for module, one in bases.items()})
             tensors = {f"U/{module}": one.U.to(dtype) for module, one in bases.items()}
-            write_tensors(
-                made / BASES / f"{number}{SUFFIX}",
-                tensors | {f"V/{module}": one.V.to(dtype) for module, one in bases.items()},
-            )
-            for source in members:
-                entries[source.name] = keep(made, source, number, *cores_of(source, bases, dtype), most_error)
-                step("adapters", len(entries), len(sources))
+            tensors |= {f"V/{module}": one.V.to(dtype) for module, one in bases.items()}
+            write_tensors(made / BASES / f"{number}{SUFFIX}", tensors)
         entries = {source.name: entries[source.name] for source in sources}
         manifest = Manifest(base, basis, kind, most_error, shapes, entries)
         write_text(made / MANIFEST, manifest.to_json())
@@ -312,10 +310,39 @@ def _groups(sources: Sequence[Source], clusters: int, seed: int) -> list[list[So
     ]
 
 
-def _fit(module: str, members: Sequence[Source], size: int, rounds: int, dtype: torch.dtype) -> Basis:
-    """Of those that have the module, as it is after rounding."""
-    found = fit(lambda: (source.factors(module) for source in members if module in source.modules), size, rounds)
-    return Basis(found.U.to(dtype).float(), found.V.to(dtype).float())
+def _fit(
+    members: Sequence[Source], size: int, rounds: int, dtype: torch.dtype, step: Callable[[int, int], None]
+) -> dict[str, Basis]:
+    """By module, each of those that have it, as it is after rounding."""
+    modules = sorted({module for source in members for module in source.modules})
+    bases = {}
+    for module in modules:
+        own = [source for source in members if module in source.modules]
+        found = fit(lambda module=module, own=own: (source.factors(module) for source in own), size, rounds)  # type: ignore[misc]
+        bases[module] = Basis(found.U.to(dtype).float(), found.V.to(dtype).float())
+        step(len(bases), len(modules))
+    return bases
+
+
+def _keep(
+    folder: Path,
+    number: int,
+    members: Sequence[Source],
+    bases: Mapping[str, Basis],
+    dtype: torch.dtype,
+    most_error: float,
+    step: OnStep,
+) -> dict[str, Entry]:
+    """Writes a cluster's adapters."""
+    entries = {}
+    for done, source in enumerate(members, 1):
+        entries[source.name] = keep(folder, source, number, *cores_of(source, bases, dtype), most_error)
+        step("adapters", done, len(members))
+    return entries
+
+
+def _of(number: int, groups: Sequence[object]) -> str:
+    return "" if len(groups) == 1 else f", cluster {number + 1} of {len(groups)}"
 
 
 @lru_cache(maxsize=8)

@@ -341,6 +341,26 @@ def test_a_far_adapter_is_kept_bit_for_bit(tmp_path: Path) -> None:
     assert len(everything.raw) == 9 and everything.median_error is None and everything.worst_error is None
 
 
+def test_those_kept_raw_have_no_say_in_the_bases(tmp_path: Path) -> None:
+    sources = family(tmp_path, 0, 8) | family(tmp_path, 50, 3, "far", noise=1.0)
+    steps: list[str] = []
+    report = compress(
+        sources, tmp_path / "store", basis=6, dtype=torch.float32, on_step=lambda what, *_: steps.append(what)
+    )
+    store = CompressedStore.load(tmp_path / "store")
+    assert report.raw == ["far0", "far1", "far2"] and "bases of those near" in steps
+    near = {name: path for name, path in sources.items() if name not in report.raw}
+    compress(near, tmp_path / "alone", basis=6, dtype=torch.float32)
+    alone = CompressedStore.load(tmp_path / "alone")
+    for name in near:
+        assert store.error(name) == alone.error(name) < 1e-6
+        assert (
+            digests(tmp_path / "store/cores")[f"{name}.safetensors"]
+            == digests(tmp_path / "alone/cores")[f"{name}.safetensors"]
+        )
+    assert sorted(digests(tmp_path / "store/cores")) == sorted(f"{name}.safetensors" for name in near)
+
+
 def test_each_cluster_has_bases_of_its_own(tmp_path: Path) -> None:
     sources = family(tmp_path, 0, 6) | family(tmp_path, 50, 6, "b")
     one = compress(sources, tmp_path / "one", basis=6, most_error=1)
