@@ -49,9 +49,9 @@ def compress(
         out: the store, of which there must be none.
         basis: the most columns of U and of V.
         clusters: the most groups, each with bases of its own; their signatures take 288 bytes a module and adapter.
-        most_error: what an adapter may lose, ||Delta - U S V^T|| / ||Delta|| over all its modules; one that would lose
-            more is kept as it came, and so is one that brings weights of the base's own. Then the bases are fitted again,
-            without those.
+        most_error: what an adapter may lose, ||Delta - U S V^T|| / ||Delta|| over all its modules. One that would lose
+            more is kept as it came, and so is one that brings weights of the base's own; then the bases are fitted
+            again, without those.
         rounds: the most of each fit.
         dtype: of bases and cores, float32 or bfloat16; the errors are those of the rounded ones.
         seed: of the grouping.
