@@ -79,9 +79,13 @@ class AdaptedModules:
         self.base, self.routing, self.backend = base, routing, backend
         self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
         self.orders = PairOrders()  # of MegaBlocks
+        self._last = 0  # slot that was ever taken
 
     def put(self, slot: int, adapter: Adapter) -> None:
-        """Puts an adapter into a slot of all modules that it adapts."""
+        """Puts an adapter into a slot of all modules that it adapts; the others know the slot then too."""
+        self._last = max(self._last, slot)
+        for group in self.groups.values():
+            group.reserve(self._last)
         for name, weights in adapter.modules.items():
             module = self._wrapped(name)
             dtype = module.weight.dtype if module.weight.is_floating_point() else self.base.dtype
@@ -133,6 +137,7 @@ class AdaptedModules:
             group = (MegaBlocksGroup if self.backend == "megablocks" else AdapterGroup).of(self.base, names)
             if isinstance(group, MegaBlocksGroup):
                 group.orders = self.orders
+            group.reserve(self._last)
             self.groups.update(dict.fromkeys(names, group))
         return self.groups[name]
 

@@ -189,13 +189,11 @@ class CapturedSteps:
 
     def _blueprint(self) -> Blueprint | None:
         weight = self.base.get_input_embeddings().weight
-        # What adapters of a compressed store add is no part of a captured step.
-        beside = any(group.shared for group in self.groups.values())
-        key = (weight.data_ptr(), weight.dtype, beside)
+        key = (weight.data_ptr(), weight.dtype)
         if self._plan is None or self._plan[0] != key:
             interpreted = weight.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and self.groups
             usable = (backend_for(weight.device) == "triton" or interpreted) and known(self.base)
-            self._plan = (key, blueprint(self.base) if usable and not beside else None)
+            self._plan = (key, blueprint(self.base) if usable else None)
             self._steps.clear()
         return self._plan[1]
 
@@ -206,6 +204,7 @@ class CapturedSteps:
         return (
             plan.layers[0].qkv.data_ptr(),
             [(name, group.version) for name, group in self.groups.items()],
+            [[path.version for path in paths] for group in self.groups.values() for paths in group.shared.values()],
             [(part.output.weight.data_ptr(), part.input.weight.data_ptr()) for part in parts],
             router.rows if router is not None else None,
             [(layer.slots, layer.top_k) for layer in self.routing.layers],

@@ -18,6 +18,7 @@ from molora_kernels.blocks import Blocks
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.expand import expand
 from molora_kernels.linear import LinearTile, linear, shrink_block
+from molora_kernels.order import PagedPlan
 from molora_kernels.pages import PAGE
 from molora_kernels.tiles import attention_tile, linear_tile
 
@@ -31,6 +32,7 @@ class Product:
     y: torch.Tensor  # [split, N, O]
     added: Added | None
     blocks: Blocks | None = None  # lists of the slots that act, by which the shrink goes
+    group: AdapterGroup | None = None
 
     def __call__(self, x: torch.Tensor, pdl: bool) -> torch.Tensor:
         added = self.added
@@ -38,6 +40,8 @@ class Product:
             linear(self.y, x, self.weight, self.tile, pdl=pdl)
         else:
             linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl, self.blocks)
+            if self.group is not None and self.group.shared:
+                self.group.add_shared(self.y[0], x, PagedPlan(added.slots, added.weights), few=True)
         return self.y
 
 
@@ -90,7 +94,7 @@ class DecodeStep:
             width = len(group.pages.outputs) * group.pages.max_pages * PAGE
             cuts = (-(-weight.shape[1] // shrink_block(batch, weight.shape[1])), batch, slots.shape[1], width)
             h = shrunk.setdefault(cuts, buffer(*cuts, kind=torch.float32))
-            return Product(weight, tile, y, Added(h, group.pages, slots, weights), routes.blocks(layer))
+            return Product(weight, tile, y, Added(h, group.pages, slots, weights), routes.blocks(layer), group)
 
         self.products = []
         for index, layer in enumerate(plan.layers):
@@ -106,7 +110,7 @@ class DecodeStep:
         head = product("lm_head", len(plan.layers), plan.head)
         self.logits = buffer(batch, plan.head.shape[0])
         tile = LinearTile(head.tile.n, head.tile.k, 1, head.tile.warps, head.tile.stages)
-        self.head = Product(head.weight, tile, self.logits.unsqueeze(0), head.added, head.blocks)
+        self.head = Product(head.weight, tile, self.logits.unsqueeze(0), head.added, head.blocks, head.group)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()

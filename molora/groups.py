@@ -47,7 +47,7 @@ class AdapterGroup:
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
         self._parent = self.names[0].rpartition(".")[0]
         self._factors: tuple[RankPages, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
-        self.shared: set[int] = set()  # pieces that adapters of a compressed store adapt beside
+        self.shared: dict[int, Sequence[Any]] = {}  # by piece, what adapters of a compressed store add to it
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod
@@ -86,6 +86,16 @@ class AdapterGroup:
             count *= 2
         self._move(slots, count, most)
         self.pages.put_slice(slot, piece, factors)
+
+    def reserve(self, slot: int) -> None:
+        """Makes room up to a slot that a plan may name: the kernels do not look whether there is one."""
+        slots = self.pages.slots
+        while slot >= slots:
+            slots *= 2
+        if slots != self.pages.slots:
+            self._move(slots, self.pages.pages, self.pages.max_pages)
+        for path in (path for paths in self.shared.values() for path in paths):
+            path.inner.group.reserve(slot)
 
     @property
     def adapts(self) -> bool:
@@ -133,6 +143,13 @@ class AdapterGroup:
         for part, h in shrunk:
             expand_paged(rows, h, self.pages, part, piece)
         return y
+
+    def add_shared(self, y: torch.Tensor, x: torch.Tensor, plan: PagedPlan, few: bool = False) -> None:
+        """y [T, O of all pieces] plus what adapters of a compressed store add, in place; x: [T, D]."""
+        for piece, paths in self.shared.items():
+            columns = y.narrow(1, *self.pages.span(piece))
+            for path in paths:
+                path.add(columns, x, plan.slots, plan.weights, few)
 
     def linear(self, base: Any, x: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor | None:
         """The product of a frozen module and of few frozen adapters as one step of the way back, [..., O]; None where

@@ -110,11 +110,15 @@ class MoLoRALinear(nn.Module):
         if weights is not None:
             key = id(weights.basis)  # which the path keeps alive
             if key not in self.shared:
-                self.shared[key] = SharedPath(weights.basis, self._inner, self.group is not None, self.weight)
+                self.shared[key] = path = SharedPath(weights.basis, self._inner, self.group is not None, self.weight)
+                if self.group is not None and path.inner.group is not None:
+                    path.inner.group.reserve(self.group.pages.slots - 1)
             self.shared[key].put(slot, weights)
         self.shared = {key: path for key, path in self.shared.items() if path.adapts}
-        if self.group is not None:
-            (self.group.shared.add if self.shared else self.group.shared.discard)(self.piece)
+        if self.group is not None and self.shared:
+            self.group.shared[self.piece] = tuple(self.shared.values())
+        elif self.group is not None:
+            self.group.shared.pop(self.piece, None)
 
     def _inner(self, linear: nn.Module, group: AdapterGroup | None) -> "MoLoRALinear":
         return MoLoRALinear(linear, self.source, self.layer, group)

@@ -90,7 +90,10 @@ class PromptPass:
         """The product [1, T, O] of a group of modules, and what of its adapters is not in it yet."""
         y = x @ weight.T
         group = self.groups.get(name)
-        if group is None or plan is None or not plan.shape[-1] or not group.adapts:
+        if group is None or plan is None or not plan.shape[-1]:
+            return y.unsqueeze(0), None
+        group.add_shared(y, x, plan.paged)
+        if not group.adapts:
             return y.unsqueeze(0), None
         pages, (paged, *more) = group.pages, passes(plan.paged, group.pages)
         for part in more:
@@ -103,7 +106,9 @@ class PromptPass:
         group = self.groups.get("lm_head")
         if group is None or plan is None or not plan.shape[-1]:
             return logits
-        return group.add(logits, x, x, plan.at(slice(-1, None)).paged, 0)
+        paged = plan.at(slice(-1, None)).paged
+        group.add_shared(logits, x, paged)
+        return group.add(logits, x, x, paged, 0)
 
 
 def attend(

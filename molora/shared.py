@@ -1,5 +1,6 @@
 """What adapters of a compressed store add to a module: a way down that all share, a core of each, a way up."""
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ class SharedPath:
         grouped: whether kernels serve it. like: a weight of the base, for dtype and device.
     """
 
+    numbers = count()
+
     def __init__(self, basis: SharedBasis, module: Any, grouped: bool, like: torch.Tensor) -> None:
-        self.basis = basis
+        self.basis, self.number = basis, next(self.numbers)
         on_cpu = like.device.type == "cpu" and not grouped
         dtype = torch.float32 if on_cpu or not like.is_floating_point() else like.dtype
         self.U, self.V = (matrix.to(like.device, dtype) for matrix in (basis.U, basis.V))
@@ -45,6 +48,25 @@ class SharedPath:
         """``.to()`` and the like."""
         self.U, self.V = change(self.U), change(self.V)
         self.inner._apply(change)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes with the memory that a captured step reads."""
+        group = self.inner.group
+        return self.number, 0 if group is None else group.version
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, few: bool) -> None:
+        """y [T, out], a part of a row's columns perhaps, plus what is added for x [T, in]; by the kernels, in place.
+
+        Args:
+            slots, weights: [T, S], the plan's. few: of a decode step, which must not wait for the device.
+        """
+        from molora_kernels.paged import add_lora_paged
+
+        down = x.to(self.V.dtype) @ self.V
+        core = down.new_zeros(len(x), self.U.shape[1])
+        add_lora_paged(core, down, self.inner.group.pages, slots, weights, by_token=True if few else None)
+        y.add_(core @ self.U.T)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the module's output, [..., out], for x [..., in]."""
