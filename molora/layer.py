@@ -41,7 +41,7 @@ class MoLoRALinear(nn.Module):
     ``layer`` is the decoder layer it stands in, which says whose plan holds. Factors are kept by slot, in the compute
     dtype and on the device of the base module: in ``factors``, or where the kernels of a GPU serve them, in the pages
     of ``group``, which it shares with the modules that read the same input and in which it is number ``piece``.
-    Those of a compressed store are in ``shared``, by their basis.
+    Those of a compressed store are in ``shared``.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MoLoRALinear(nn.Module):
         self.layer = layer
         self.group, self.piece = group, piece
         self.factors: dict[int, Factors] = {}
-        self.shared: dict[int, SharedPath] = {}
+        self.shared: list[SharedPath] = []  # one for each basis
         self.source = source
         self._joined: tuple[tuple[int, ...], Factors] | None = None
         # In a state dict the base is the base: what is saved of it loads anywhere.
@@ -105,18 +105,19 @@ class MoLoRALinear(nn.Module):
             self.factors[slot] = Factors(weights.A.to(device, dtype), B.to(device, dtype))
 
     def _share(self, slot: int, weights: SharedWeights | None) -> None:
-        for path in self.shared.values():
+        for path in self.shared:
             path.put(slot, None)
         if weights is not None:
-            key = id(weights.basis)  # which the path keeps alive
-            if key not in self.shared:
-                self.shared[key] = path = SharedPath(weights.basis, self._inner, self.group is not None, self.weight)
-                if self.group is not None and path.inner.group is not None:
-                    path.inner.group.reserve(self.group.pages.slots - 1)
-            self.shared[key].put(slot, weights)
-        self.shared = {key: path for key, path in self.shared.items() if path.adapts}
+            own = next((path for path in self.shared if path.basis is weights.basis), None)
+            if own is None:
+                own = SharedPath(weights.basis, self._inner, self.group is not None, self.weight)
+                self.shared.append(own)
+                if self.group is not None and own.inner.group is not None:
+                    own.inner.group.reserve(self.group.pages.slots - 1)
+            own.put(slot, weights)
+        self.shared = [path for path in self.shared if path.adapts]
         if self.group is not None and self.shared:
-            self.group.shared[self.piece] = tuple(self.shared.values())
+            self.group.shared[self.piece] = tuple(self.shared)
         elif self.group is not None:
             self.group.shared.pop(self.piece, None)
 
@@ -129,7 +130,7 @@ class MoLoRALinear(nn.Module):
         self._joined = None
         if self.group is not None:
             self.group.apply(fn)
-        for path in self.shared.values():
+        for path in self.shared:
             path.apply(fn)
         self.factors = {slot: Factors(_compute(fn(A)), _compute(fn(B))) for slot, (A, B) in self.factors.items()}
         return self
@@ -137,7 +138,7 @@ class MoLoRALinear(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self._alone(x, *args, **kwargs)
         if self.shared and self.source.plan(self.layer) is not None:
-            y = sum((path(x).to(y.dtype) for path in self.shared.values()), y)
+            y = sum((path(x).to(y.dtype) for path in self.shared), y)
         return y
 
     def _alone(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -168,6 +168,17 @@ def test_it_is_no_part_of_the_base_and_is_saved_as_ordinary_adapters(
 
 
 @torch.no_grad()
+def test_a_copy_is_a_model_of_its_own(base: Any, store: CompressedStore, ids: torch.Tensor) -> None:
+    model = routed(base, {name: store.path(name) for name in store.names})
+    wanted = model(ids, selection=SELECTIONS).logits
+    other = copy.deepcopy(model)
+    other.remove_adapter("domain", "math")
+    close(model(ids, selection=SELECTIONS).logits, wanted)
+    other.add_adapter("domain", "math", store.path("math"))
+    close(other(ids, selection=SELECTIONS).logits, wanted)
+
+
+@torch.no_grad()
 def test_it_follows_the_base_to_another_dtype(base: Any, store: CompressedStore, ids: torch.Tensor) -> None:
     model = routed(base, {name: store.path(name) for name in store.names})
     wanted = model(ids, selection=SELECTIONS).logits
