@@ -1,6 +1,7 @@
 """Adapters of a compressed store, run in their compressed form, against PEFT with what the store exports."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import CompileConfig
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
+from molora.commands.info import describe
 from molora.compose.store import CompressedStore, compress
 from molora.decode import DecodeStep
+from molora.errors import AdapterNotFoundError
 from molora.layer import MoLoRALinear
 from molora.loading import load_adapter
 from tests.conftest import DEVICE
@@ -180,9 +183,32 @@ def test_a_copy_is_a_model_of_its_own(base: Any, store: CompressedStore, ids: to
 
 @torch.no_grad()
 def test_it_follows_the_base_to_another_dtype(base: Any, store: CompressedStore, ids: torch.Tensor) -> None:
-    model = routed(base, {name: store.path(name) for name in store.names})
+    model = routed(base, {name: store.path(name) for name in store.names}, "torch")
     wanted = model(ids, selection=SELECTIONS).logits
     close(model.double()(ids, selection=SELECTIONS).logits.to(wanted.dtype), wanted)
+    paths = [path for module in model.modules() if isinstance(module, MoLoRALinear) for path in module.shared]
+    assert paths and all(path.U.dtype == path.V.dtype == torch.float64 for path in paths)
+
+
+@torch.no_grad()
+def test_a_stack_file_names_them_by_their_place(
+    base: Any, store: CompressedStore, exported: dict[str, Path], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    shutil.copytree(store.folder, tmp_path / "compressed")
+    (tmp_path / "stack.yaml").write_text(
+        "layers: [{name: domain, default: null, adapters: {math: compressed/cores/math.safetensors}}]"
+    )
+    model = MoLoRAModel.from_base(copy.deepcopy(base), tmp_path / "stack.yaml")
+    close(model(ids, selection={"domain": "math"}).logits, by_peft(base, exported, ids, {"math": 1}))
+    (found,) = describe(str(tmp_path / "stack.yaml"))["layers"][0]["adapters"]
+    assert found["ranks"] == [4] and found["parameters"] < load_adapter(exported["math"]).parameters
+
+
+@pytest.mark.parametrize("name", ["nobody", "math"])
+def test_a_place_without_an_adapter_is_told(name: str, store: CompressedStore, tmp_path: Path) -> None:
+    folder = store.folder if name == "nobody" else tmp_path
+    with pytest.raises(AdapterNotFoundError, match="nobody|no compressed store"):
+        load_adapter(folder / "cores" / f"{name}.safetensors")
 
 
 def test_what_all_share_is_there_once(base: Any, store: CompressedStore) -> None:
