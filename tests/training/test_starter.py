@@ -83,6 +83,12 @@ def test_a_recipe_makes_its_stack_and_goes_on_where_it_was(recipe: StarterSettin
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     starter.train(recipe)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    lost = [tmp_path / "work/adapters/both-0.001/adapter_model.safetensors", routers / "fewer/router.safetensors"]
+    for file in lost:
+        file.unlink()
+    starter.train(recipe)  # what was lost is trained again, though its metrics are there
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    assert before.keys() == after.keys() and all(after[file] > before[file] for file in lost)
 
 
 def test_an_integration_adapter_is_trained_on_the_first_router_and_always_acts(

@@ -184,7 +184,7 @@ def train(settings: StarterSettings) -> None:
     for later in (False, True):  # those that go on from another one
         some = {name: one for name, one in variants.items() if (one.start is not None) == later}
         runs = [(_router_settings(settings, name, one),) for name, one in some.items()]
-        todo = [run for run in runs if not (run[0].out / "router.metrics.json").is_file()]
+        todo = [run for run in runs if not _done(run[0].out, "router.metrics.json", "router.safetensors")]
         _parallel(settings.router_processes, _train_router, todo)
     first = settings.work / "routers" / own
     if settings.integration is None:
@@ -204,7 +204,12 @@ def _train_adapters(
         if wanted(layer, name)
         for rate in layer.learning_rates
     ]
-    _parallel(settings.processes, _train_adapter, [(run,) for run in runs if not (run.out / "metrics.json").is_file()])
+    _parallel(settings.processes, _train_adapter, [(run,) for run in runs if not _done(run.out)])
+
+
+def _done(folder: Path, *files: str) -> bool:
+    """Whether a training ended there, and its weights are still there."""
+    return all((folder / file).is_file() for file in files or ("metrics.json", "adapter_model.safetensors"))
 
 
 def _best_rate(settings: StarterSettings, layer: StarterLayer) -> float:
@@ -297,7 +302,7 @@ def _integrate(settings: StarterSettings, how: Integration, first: Path) -> None
         checkpoint_every=how.checkpoint_every,
         seed=settings.seed,
     )
-    if not (run.out / "metrics.json").is_file():
+    if not _done(run.out):
         _parallel(2, _train_adapter, [(run,)])
     stack.layers.append(StackLayer(INTEGRATION, {INTEGRATION: run.out}, default=INTEGRATION))
     if isinstance(router, Router):
