@@ -75,3 +75,19 @@ class DocumentError(MoLoRAError, ValueError):
 
 class EncoderError(MoLoRAError, RuntimeError):
     """A sentence encoder cannot be brought or read."""
+
+
+class StoreError(MoLoRAError, RuntimeError):
+    """A store of adapters cannot be reached, or what it holds is damaged."""
+
+
+class RequestError(MoLoRAError, ValueError):
+    """A request asks for what cannot be served: a value out of range, a prompt that is too long."""
+
+
+class BusyError(MoLoRAError, RuntimeError):
+    """Too much is waiting already. ``retry_after_s``: seconds after which to ask again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -264,7 +264,7 @@ def real_tokens(mask: Any, batch: int, tokens: int, cache: Cache | None, true: t
     caches get. ``true``: [1, 1] bool, which without a mask stands for all of them. The mask itself is not kept."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(mask, torch.Tensor) or getattr(cache, "unpadded", False):
         return true.expand(batch, tokens)
     if mask.dim() == 2:
         return mask[:, -tokens:].to(device=true.device, dtype=torch.bool, copy=True)

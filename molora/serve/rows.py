@@ -1,0 +1,198 @@
+"""Keys, values and router memories of many sequences that come and go: each has a row, and rows have their own lengths.
+
+A new sequence reads its prompt into its row in place; a sequence that ends leaves its row to the last one. So the
+sequences of a step are always the first rows, nothing is padded, and nothing is copied while they run.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from molora.errors import BaseModelError
+from molora.memory import Memory
+from molora.router import Router
+from molora.step_cache import StepLayer
+from molora.vocabulary import VocabularyRouter
+
+
+class Rows:
+    """Memory of ``count`` rows of up to ``longest`` tokens.
+
+    Raises:
+        BaseModelError: the base keeps something else than the keys and values of all tokens.
+    """
+
+    def __init__(self, base: PreTrainedModel, count: int, longest: int) -> None:
+        self.count, self.longest = count, longest
+        self.memory: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer, [rows, heads, longest, width]
+        for keys, values in _shapes(base, longest):
+            self.memory.append(
+                (
+                    keys.new_zeros(count, keys.shape[1], longest, keys.shape[3]),
+                    values.new_zeros(count, values.shape[1], longest, values.shape[3]),
+                )
+            )
+        self.lengths = [0] * count  # tokens in each row
+        self.states: list[torch.Tensor] = []  # by part of the router, [rows, ...] float32
+        self._owners: list[object] = []
+        self._rules: list[Any] = []
+
+    def reader(self, row: int) -> "RowReader":
+        """A cache of one sequence, whose keys and values are the row's."""
+        return RowReader([StepLayer(keys[row : row + 1], values[row : row + 1]) for keys, values in self.memory])
+
+    def finish(self, row: int, reader: "RowReader") -> None:
+        """The prompt is read: what the router remembers of it goes beside the row."""
+        self.lengths[row] = reader.length
+        memories: list[Memory] = getattr(reader, "routing_memories", [])
+        if [memory.owner for memory in memories] != self._owners:
+            self._owners, self._rules = [memory.owner for memory in memories], [memory.rule for memory in memories]
+            self.states = [memory.rule.empty(self.count) for memory in memories]
+        for state, memory in zip(self.states, memories, strict=True):
+            state[row] = memory.state[0]
+
+    def move(self, source: int, target: int) -> None:
+        """Puts what a row holds into another one."""
+        length = self.lengths[source]
+        for keys, values in self.memory:
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+        for state in self.states:
+            state[target] = state[source]
+        self.lengths[target] = length
+
+    def step(self, count: int) -> "RowsStep":
+        """The cache of one step of the first ``count`` rows: each gets one more token."""
+        return RowsStep(self, count)
+
+    def known_to(self, router: Router | VocabularyRouter | None) -> bool:
+        """Whether what is remembered is of this router."""
+        parts: Any = router.parts if router is not None else ()
+        return self._owners == [part.signature() for part in parts]
+
+
+class RowReader(Cache):
+    """A prompt's cache, which writes into a row."""
+
+    def __init__(self, layers: list[StepLayer]) -> None:
+        super().__init__(layers=list(layers))
+
+    @property
+    def length(self) -> int:
+        return int(self.get_seq_length())
+
+
+class RowsStep(Cache):
+    """The cache of one step, made for it and then let go."""
+
+    unpadded = True  # whatever the mask hides, each row's token is one that the router reads
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        lengths = rows.lengths[:count]
+        device = rows.memory[0][0].device
+        self.longest = max(lengths)
+        self.even = min(lengths) == self.longest
+        self.positions = torch.tensor(lengths, device=device)  # [N]
+        at = (torch.arange(count, device=device), self.positions)
+        super().__init__(layers=[_StepRows(keys, values, at, self.longest) for keys, values in rows.memory])
+        self.routing_memories = [
+            _RowsMemory(state[:count], rule, owner, self.longest)
+            for state, rule, owner in zip(rows.states, rows._rules, rows._owners, strict=True)
+        ]
+        self._rows, self._count = rows, count
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[N, 1, 1, longest + 1], what each row's token may attend to: bool, or of a float ``dtype`` to be added."""
+        if self.even:
+            return None
+        columns = torch.arange(self.longest + 1, device=self.positions.device)
+        seen = (columns <= self.positions.unsqueeze(1))[:, None, None]
+        if dtype == torch.bool:
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+    def done(self) -> None:
+        """The step was run."""
+        for row in range(self._count):
+            self._rows.lengths[row] += 1
+
+
+class _StepRows(CacheLayerMixin):
+    """One layer's first rows, each of which gets a token at its own place."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], longest: int
+    ) -> None:
+        super().__init__()
+        self.keys, self.values, self.at, self.longest = keys, values, at, longest
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        pass
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None and self.values is not None
+        rows, places = self.at
+        self.keys[rows, :, places] = key_states[:, :, 0]
+        self.values[rows, :, places] = value_states[:, :, 0]
+        count, end = len(rows), self.longest + 1
+        return self.keys[:count, :, :end], self.values[:count, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.longest + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.longest
+
+    def get_max_length(self) -> int:
+        assert self.keys is not None
+        return int(self.keys.shape[2])
+
+
+class _RowsMemory(Memory):
+    """The router's memory of rows for one step: its state alone, which is never cropped."""
+
+    def __init__(self, state: torch.Tensor, rule: Any, owner: object, length: int) -> None:
+        self.state, self.rule, self.owner, self._length = state, rule, owner, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def batch(self) -> int:
+        return len(self.state)
+
+    def keep(self, z: torch.Tensor, real: torch.Tensor, state: torch.Tensor) -> None:
+        self.state.copy_(state)
+
+
+@torch.no_grad()
+def _shapes(base: PreTrainedModel, longest: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """By layer, the keys and values of one token."""
+    config = base.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ()
+    if window is not None and window < longest and ("sliding_attention" in types or not types):
+        raise BaseModelError(
+            f"{type(base).__name__} attends to {window} tokens in some layers: sequences can be up to {window} tokens "
+            f"here, not {longest}."
+        )
+    cache = DynamicCache()  # without the config its layers keep all
+    token = torch.zeros(1, 1, dtype=torch.int64, device=base.get_input_embeddings().weight.device)
+    base(input_ids=token, past_key_values=cache, use_cache=True)
+    found = []
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+            raise BaseModelError(f"{type(base).__name__} keeps more than keys and values: it cannot be served so.")
+        found.append((layer.keys, layer.values))
+    if len(found) != config.num_hidden_layers:
+        raise BaseModelError(f"{type(base).__name__} keeps more than keys and values: it cannot be served so.")
+    return found

@@ -1,0 +1,344 @@
+"""Requests that come and go in one batch: each is answered as if it were alone."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora import MoLoRAModel, Stack, StackLayer
+from molora.errors import BaseModelError, BusyError, NonFiniteError, RequestError, SelectionError
+from molora.serve.engine import Engine
+from molora.serve.requests import Event, Finished, Piece, Request, Sampling
+from molora.serve.text import Text
+from tests.conftest import DEVICE, FAMILIES, make_base, write_adapter
+from tests.parity.test_equalities import ROUTED, make_routed
+from tests.unit.spoken import make_spoken
+
+SELECTIONS: list[dict[str, Any]] = [
+    {"personality": "sage", "domain": "auto", "user": "ada"},
+    {"domain": "code"},
+    {"domain": None},
+    {"domain": "auto"},
+    {"domain": {"math": 0.7, "code": 0.5}},
+    {"personality": "sage", "domain": ["math"]},
+]
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture
+def engines() -> Iterator[Any]:
+    made: list[Engine] = []
+
+    def make(model: MoLoRAModel, **settings: Any) -> Engine:
+        made.append(Engine(model, **{"rows": 4, "longest": 96, "chunk": 16, **settings}))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+class Heard:
+    """What is told of a request."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.ticket = engine.submit(request, self.events.put)
+
+    def next(self) -> Event:
+        return self.events.get(timeout=60)
+
+    def all(self) -> tuple[list[Piece], Finished]:
+        pieces = []
+        while isinstance(event := self.next(), Piece):
+            pieces.append(event)
+        assert self.events.empty()
+        return pieces, event
+
+    def tokens(self) -> list[int]:
+        pieces, end = self.all()
+        assert end.tokens == len(pieces) and end.error is None, end
+        return [piece.token for piece in pieces]
+
+
+def endless(model: MoLoRAModel) -> MoLoRAModel:
+    model.base.generation_config.eos_token_id = None
+    return model
+
+
+def greedy(ids: Sequence[int], selection: Any, tokens: int, **more: Any) -> Request:
+    return Request(ids, selection, Sampling(temperature=0, max_tokens=tokens), **more)
+
+
+def alone(model: MoLoRAModel, ids: Sequence[int], selection: Any, tokens: int) -> list[int]:
+    found = model.generate(
+        input_ids=torch.tensor([list(ids)], device=DEVICE), selection=selection, max_new_tokens=tokens, **GREEDY
+    )
+    return found[0, len(ids) :].tolist()
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    chance = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 50, (count,), generator=chance).tolist()
+    return [torch.randint(3, 97, (size,), generator=chance).tolist() for size in sizes]
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_each_is_answered_as_if_alone(kind: str, base: Any, adapters: dict[str, Path], engines: Any) -> None:
+    model = endless(make_routed(base, adapters, **ROUTED[kind]))
+    asked = [
+        (ids, SELECTIONS[number % len(SELECTIONS)], 3 + 5 * (number % 4)) for number, ids in enumerate(prompts(14))
+    ]
+    expected = [alone(model, *one) for one in asked]
+    engine = engines(model)
+    heard = [Heard(engine, greedy(*one)) for one in asked]  # more than rows, of all lengths: they come and go
+    assert [one.tokens() for one in heard] == expected
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.requests_total) == (0, 0, 14)
+    assert stats.tokens_total == sum(tokens for _, _, tokens in asked)
+    assert stats.prompt_tokens_total == sum(len(ids) for ids, _, _ in asked)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+def test_every_family(family: str, tmp_path: Path, engines: Any) -> None:
+    base = make_base(family)
+    fan = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    path = write_adapter(base, tmp_path / "a", 1, **fan)
+    model = endless(MoLoRAModel.from_base(base, Stack([StackLayer("domain", {"a": path})])))
+    asked = [(ids, {"domain": "a" if number % 2 else None}, 7) for number, ids in enumerate(prompts(6, 1))]
+    expected = [alone(model, *one) for one in asked]
+    engine = engines(model)
+    heard = [Heard(engine, greedy(*one)) for one in asked]
+    assert [one.tokens() for one in heard] == expected
+
+
+def test_a_window_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    base = make_base("gemma3")
+    path = write_adapter(base, tmp_path / "a", 1)
+    model = MoLoRAModel.from_base(base, Stack([StackLayer("domain", {"a": path})]))
+    with pytest.raises(BaseModelError, match="16 tokens"):
+        Engine(model, rows=2, longest=64)
+
+
+@pytest.fixture
+def model(base: Any, adapters: dict[str, Path]) -> MoLoRAModel:
+    return endless(make_routed(base, adapters))
+
+
+def test_a_seed_gives_the_same_answer_beside_others(model: MoLoRAModel, engines: Any) -> None:
+    engine = engines(model)
+    ids = prompts(1, 3)[0]
+    request = Request(ids, {"domain": "auto"}, Sampling(temperature=0.9, top_p=0.9, seed=7, max_tokens=20))
+    other = Request(ids, {"domain": "auto"}, Sampling(temperature=0.9, top_p=0.9, seed=8, max_tokens=20))
+    first = Heard(engine, request).tokens()
+    beside = [Heard(engine, one) for one in (other, request, greedy(ids, None, 9))]
+    found = [one.tokens() for one in beside]
+    assert found[1] == first and found[0] != first
+
+
+def test_routes_are_told(model: MoLoRAModel, engines: Any) -> None:
+    ids = prompts(1, 4)[0]
+    pieces, _ = Heard(engines(model), greedy(ids, {"domain": "auto"}, 12, routes=True)).all()
+    whole = torch.tensor([[*ids, *(piece.token for piece in pieces)]], device=DEVICE)
+    with torch.no_grad():
+        routes = model(whole, selection={"domain": "auto"}, output_routes=True).routes
+    for place, piece in enumerate(pieces):
+        at = len(ids) - 1 + place  # the position from which the token was predicted
+        named = {name: weight for _, name, weight in piece.route if name}
+        slots = routes.slots[0, at].tolist()
+        assert sorted(named) == sorted(routes.names[slot].split("/")[1] for slot in slots if slot >= 0)
+
+
+def test_logprobs_are_the_models(model: MoLoRAModel, engines: Any) -> None:
+    ids = prompts(1, 5)[0]
+    sampling = Sampling(temperature=0.7, seed=1, max_tokens=6, logprobs=3)
+    pieces, _ = Heard(engines(model), Request(ids, {"domain": "code"}, sampling)).all()
+    whole = torch.tensor([[*ids, *(piece.token for piece in pieces)]], device=DEVICE)
+    with torch.no_grad():
+        logits = model(whole, selection={"domain": "code"}).logits[0].log_softmax(-1)
+    for place, piece in enumerate(pieces):
+        here = logits[len(ids) - 1 + place]
+        assert piece.logprob == pytest.approx(float(here[piece.token]), abs=1e-4)
+        assert [token for token, _ in piece.likeliest] == here.topk(3).indices.tolist()
+
+
+def test_what_ends_it(model: MoLoRAModel, engines: Any) -> None:
+    ids = prompts(1, 6)[0]
+    said = alone(model, ids, None, 10)
+    model.base.generation_config.eos_token_id = said[4]
+    pieces, end = Heard(engines(model), greedy(ids, None, 10)).all()
+    assert [piece.token for piece in pieces] == said[: said.index(said[4]) + 1] and end.reason == "stop"
+    model.base.generation_config.eos_token_id = None
+    assert Heard(engines(model), greedy(ids, None, 2)).all()[1].reason == "length"
+    pieces, end = Heard(engines(model, longest=len(ids) + 5), Request(ids, None, Sampling(temperature=0))).all()
+    assert len(pieces) == 5 and end.reason == "length" and end.prompt_tokens == len(ids)
+
+
+def test_what_is_refused_at_once(model: MoLoRAModel, engines: Any) -> None:
+    engine = engines(model)
+    for ids, sampling, wrong in [
+        ([], Sampling(), "empty"),
+        ([5] * 96, Sampling(), "up to 96"),
+        ([5] * 90, Sampling(max_tokens=7), "up to 6"),
+        ([5, 97], Sampling(), "from 0 to 96"),
+    ]:
+        with pytest.raises(RequestError, match=wrong):
+            engine.submit(Request(ids, None, sampling), print)
+    with pytest.raises(SelectionError, match="no adapter 'law'"):
+        engine.submit(Request([5], {"domain": "law"}), print)
+    for settings in ({"temperature": -1}, {"top_p": 0}, {"top_p": float("nan")}, {"stop": ("",)}, {"max_tokens": 0}):
+        with pytest.raises(RequestError):
+            Sampling(**settings)
+
+
+def test_too_many_are_told_to_come_back(model: MoLoRAModel, engines: Any) -> None:
+    engine = engines(model, rows=1, waiting=2)
+    held = Held(engine)
+    waiting = [Heard(engine, greedy([5, 6], None, 3)) for _ in range(2)]
+    with pytest.raises(BusyError, match="2 requests wait") as caught:
+        engine.submit(greedy([5, 6], None, 3), print)
+    assert caught.value.retry_after_s >= 1
+    held.free()
+    assert [len(one.tokens()) for one in waiting] == [3, 3]
+
+
+class Held:
+    """A request whose listener does not return: the engine stands still until it is set free."""
+
+    def __init__(self, engine: Engine, tokens: int = 1, user: str = "") -> None:
+        self._go, arrived = threading.Event(), threading.Event()
+
+        def tell(event: Event) -> None:
+            arrived.set()
+            self._go.wait(60)
+
+        engine.submit(greedy([5], None, tokens, user=user), tell)
+        arrived.wait(60)
+
+    def free(self) -> None:
+        self._go.set()
+
+
+def test_users_are_served_in_turn(model: MoLoRAModel, engines: Any) -> None:
+    engine = engines(model, rows=1)
+    order: list[str] = []
+    held = Held(engine)
+    ended = threading.Semaphore(0)
+
+    def listener(name: str) -> Any:
+        def tell(event: Event) -> None:
+            if isinstance(event, Finished):
+                order.append(name)
+                ended.release()
+
+        return tell
+
+    for user in ("ada", "ada", "ada", "bob", "cleo", "bob"):
+        engine.submit(greedy([7, 8], None, 2, user=user), listener(user))
+    held.free()
+    for _ in range(6):
+        assert ended.acquire(timeout=60)
+    assert order == ["ada", "bob", "cleo", "ada", "bob", "ada"]
+
+
+def test_cancelled_and_late_ones_leave_and_others_go_on(model: MoLoRAModel, engines: Any) -> None:
+    asked = [(ids, SELECTIONS[number], 30) for number, ids in enumerate(prompts(4, 8))]
+    asked = [(ids[:40], selection, tokens) for ids, selection, tokens in asked]
+    expected = [alone(model, *one) for one in asked]
+    engine = engines(model)
+    heard = [Heard(engine, greedy(*one)) for one in asked]
+    for _ in range(4):
+        heard[0].next()
+    heard[0].ticket.cancel()
+    late = Heard(engine, greedy([9] * 20, None, 60, timeout_s=0.0))
+    assert heard[0].all()[1].reason == "cancelled"
+    assert late.all() == ([], Finished("timeout", 20, 0))
+    assert [one.tokens() for one in heard[1:]] == expected[1:]
+
+
+def test_a_broken_adapter_ends_its_own_request(model: MoLoRAModel, adapters: Any, engines: Any) -> None:
+    expected = alone(model, [5, 6, 7], {"domain": "math"}, 12)
+    engine = engines(model)
+    other = Heard(engine, greedy([5, 6, 7], {"domain": "math"}, 12))
+    huge = Heard(engine, greedy([5, 6], {"domain": {"code": 1e38}}, 12))
+    pieces, end = huge.all()
+    assert pieces == [] and end.reason == "error" and isinstance(end.error, NonFiniteError)
+    assert other.tokens() == expected
+
+
+def test_an_adapter_changes_for_whole_sequences(model: MoLoRAModel, adapters: dict[str, Path], engines: Any) -> None:
+    before = alone(model, [5, 6, 7], {"domain": "code"}, 40)
+    untouched = alone(model, [8, 9], {"domain": "math"}, 40)
+    engine = engines(model)
+    old = Heard(engine, greedy([5, 6, 7], {"domain": "code"}, 40))
+    other = Heard(engine, greedy([8, 9], {"domain": "math"}, 40))
+    old.next()
+    done = threading.Thread(
+        target=lambda: engine.change(["domain/code"], lambda: model.replace_adapter("domain", "code", adapters["math"]))
+    )
+    done.start()
+    new = Heard(engine, greedy([5, 6, 7], {"domain": "code"}, 40))
+    assert [before[0], *(piece.token for piece in old.all()[0])][1:] == before[1:]
+    assert other.tokens() == untouched
+    done.join(60)
+    after = new.tokens()
+    assert after == alone(model, [5, 6, 7], {"domain": "math"}, 40) and after != before
+    with pytest.raises(ValueError, match="as it came"):
+        engine.change(["domain/code"], lambda: (_ for _ in ()).throw(ValueError("as it came")))
+
+
+def test_adapters_come_while_others_run(model: MoLoRAModel, adapters: dict[str, Path], engines: Any) -> None:
+    expected = alone(model, [5, 6, 7], SELECTIONS[0], 40)
+    engine = engines(model)
+    running = Heard(engine, greedy([5, 6, 7], SELECTIONS[0], 40))
+    running.next()
+    engine.change([], lambda: model.add_adapter("user", "bob", adapters["code"]))
+    assert Heard(engine, greedy([5, 6], {"domain": None, "user": "bob"}, 9)).tokens() == alone(
+        model, [5, 6], {"domain": "code"}, 9
+    )
+    assert [piece.token for piece in running.all()[0]] == expected[1:]
+
+
+def test_another_router_reads_the_texts_again(base: Any, adapters: dict[str, Path], engines: Any) -> None:
+    model = endless(make_routed(base, adapters))
+    other = make_routed(base, adapters, seed=9).router
+    engine = engines(model)
+    heard = Heard(engine, greedy([5, 6, 7, 8], {"domain": "auto"}, 40))
+    first = [heard.next().token for _ in range(5)]  # type: ignore[union-attr]
+    engine.change([], lambda: model.set_router(other))
+    said = first + [piece.token for piece in heard.all()[0]]
+    assert len(said) == 40
+    # From the change on, a few tokens later than it was asked for, it is what the new router says of the whole text.
+    whole = [alone(model, [5, 6, 7, 8, *said[:place]], {"domain": "auto"}, 40 - place) for place in range(5, 30)]
+    assert any(rest == said[place:] for place, rest in enumerate(whole, 5))
+
+
+def test_text_comes_in_whole_characters_and_ends_before_a_stop(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    ids = model.tokenizer("héllo 🙂 END of it")["input_ids"]
+    text = Text(model.tokenizer, ["END", "never"])
+    given = [text.add(token) for token in ids]
+    assert "".join(given) == "héllo 🙂 " and text.stopped and text.rest() == ""
+    text = Text(model.tokenizer, ["END"])
+    given = [text.add(token) for token in model.tokenizer("abc EN")["input_ids"]]
+    assert "".join(given) == "abc " and text.rest() == "EN"
+    half = Text(model.tokenizer)
+    assert [half.add(token) for token in model.tokenizer("é")["input_ids"]] == ["", "é"]
+
+
+def test_closing_tells_everyone(model: MoLoRAModel) -> None:
+    engine = Engine(model, rows=1, longest=96)
+    with pytest.raises(BusyError, match="not running"):
+        engine.submit(greedy([5], None, 3), print)
+    engine.start()
+    heard = [Heard(engine, greedy([5, 6], None, 80)) for _ in range(3)]
+    heard[0].next()
+    engine.close()
+    assert [one.all()[1].reason for one in heard] == ["cancelled"] * 3
+    with pytest.raises(BusyError):
+        engine.submit(greedy([5], None, 3), print)
