@@ -111,6 +111,10 @@ class Adapter:
     def parameters(self) -> int:
         return sum(tensor.numel() for weights in self.modules.values() for tensor in weights.kept)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for weights in self.modules.values() for tensor in weights.kept)
+
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
         """Reads a local PEFT folder, or a Hub id where no such folder exists.

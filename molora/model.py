@@ -245,12 +245,14 @@ class MoLoRAModel(nn.Module):
             ids = self.tokenizer(prompt, return_tensors="pt")
         return {name: ids[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
-    def add_adapter(self, layer: str, name: str, path: str | Path, *, examples: Sequence[str] | None = None) -> None:
+    def add_adapter(
+        self, layer: str, name: str, path: str | Path | Adapter, *, examples: Sequence[str] | None = None
+    ) -> None:
         """Adds an adapter to a layer of the live stack.
 
         Args:
             layer, name: where, and as what.
-            path: a PEFT folder or a Hub id.
+            path: a PEFT folder or a Hub id, or the adapter that was read there.
             examples: a few texts of its data: its row of the router is computed from them, so that "auto" can choose
                 it. Without them it acts when it is named.
 
@@ -263,12 +265,15 @@ class MoLoRAModel(nn.Module):
         adapter = self._load(path)
         encoded = self._encode_examples(examples) if examples is not None else []
         with self.routing.lock:
-            self.stack[layer].adapters[name] = path
+            self.stack[layer].adapters[name] = adapter.path if isinstance(path, Adapter) else path
             self._put(f"{layer}/{name}", adapter)
+            if self.stack[layer].shared:  # which have their row already
+                self._refresh()
+                return
             if isinstance(self.router, Router):
                 self.router.add_missing(router_rows(self.stack))
             self.set_router(self._vocabulary_again())
-            if encoded and not self.stack[layer].shared:
+            if encoded:
                 self._fit_row(f"{layer}/{name}", encoded)
 
     def remove_adapter(self, layer: str, name: str) -> None:
@@ -279,7 +284,10 @@ class MoLoRAModel(nn.Module):
             del self.stack[layer].adapters[name]
             if self.stack[layer].default == name:
                 self.stack[layer].default = None
-            if isinstance(self.router, Router) and not self.stack[layer].shared:
+            if self.stack[layer].shared:
+                self._refresh()
+                return
+            if isinstance(self.router, Router):
                 self.router.remove_row(f"{layer}/{name}")
             self.set_router(self._vocabulary_again())
 
@@ -388,8 +396,8 @@ class MoLoRAModel(nn.Module):
             known = ", ".join(self.stack[layer].adapters) or "none at all"
             raise StackError(f"Layer {layer!r} has no adapter {name!r}; it has {known}.")
 
-    def _load(self, path: str | Path) -> Adapter:
-        adapter = load_adapter(path)
+    def _load(self, path: str | Path | Adapter) -> Adapter:
+        adapter = path if isinstance(path, Adapter) else load_adapter(path)
         check_fits(adapter, self.base, str(self.base_name), self.adapted.backend)
         return adapter
 

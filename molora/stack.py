@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -156,24 +157,30 @@ class SlotTable:
     """Which slot each adapter has: stable while it stays, so that a plan never names another adapter."""
 
     def __init__(self) -> None:
-        self._names: list[str | None] = []
+        self._names: list[str] = []  # by slot, "" where it is free
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []  # a heap
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, name: str) -> int:
-        return self._names.index(name)
+        return self._slots[name]
 
     def take(self, name: str) -> int:
-        slot = self._names.index(None) if None in self._names else len(self._names)
-        self._names[slot : slot + 1] = [name]
+        if not self._free:
+            self._free.append(len(self._names))
+            self._names.append("")
+        slot = heappop(self._free)
+        self._names[slot], self._slots[name] = name, slot
         return slot
 
     def free(self, name: str) -> int:
-        slot = self._names.index(name)
-        self._names[slot] = None
+        slot = self._slots.pop(name)
+        self._names[slot] = ""
+        heappush(self._free, slot)
         return slot
 
     @property
     def names(self) -> list[str]:
-        return [name or "" for name in self._names]
+        return list(self._names)

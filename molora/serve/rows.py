@@ -63,6 +63,13 @@ class Rows:
             state[target] = state[source]
         self.lengths[target] = length
 
+    def shift(self, reader: "RowReader", source: int, target: int) -> None:
+        """Moves a sequence that is being read to another row."""
+        self.lengths[source] = reader.length
+        self.move(source, target)
+        for layer, (keys, values) in zip(reader.layers, self.memory, strict=True):
+            layer.keys, layer.values = keys[target : target + 1], values[target : target + 1]
+
     def step(self, count: int) -> "RowsStep":
         """The cache of one step of the first ``count`` rows: each gets one more token."""
         return RowsStep(self, count)

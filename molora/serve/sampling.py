@@ -90,7 +90,7 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Chosen]:
             groups.setdefault((how.temperature, how.top_k, how.top_p, how.min_p), []).append(row)
     for how_all, rows in groups.items():
         here = scores if len(rows) == len(scores) else scores[rows]
-        shares = _warpers(*how_all)(None, here).softmax(-1)  # type: ignore[arg-type]  # warpers read no ids
+        shares = _warpers(*how_all)(None, here).softmax(-1)  # warpers read no ids
         for place, row in enumerate(rows):
             tokens[row] = torch.multinomial(shares[place], 1, generator=samplers[row].chance)[0]
     chosen = [Chosen(token) for token in torch.where(sound, tokens, -1).tolist()]

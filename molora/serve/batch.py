@@ -1,0 +1,177 @@
+"""The sequences that run: prompts are read into rows, and each step gives every row one more token."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from molora.errors import NonFiniteError
+from molora.model import MoLoRAModel
+from molora.outputs import read_plan
+from molora.selection import ResolvedSelection, column_layers
+from molora.serve.pool import Pool
+from molora.serve.requests import FinishReason, Piece
+from molora.serve.rows import Rows
+from molora.serve.sampling import Chosen, choose
+from molora.serve.ticket import Ticket
+
+
+class Batch:
+    """At most ``rows`` sequences of up to ``longest`` tokens; for one thread.
+
+    Args:
+        model: what runs them.
+        rows, longest: sizes.
+        pools: by layer, whose adapters have other names in the stack than for those who ask.
+        left: told of each sequence that leaves, why, and what went wrong.
+
+    Raises:
+        BaseModelError: the base keeps something else than the keys and values of all tokens.
+    """
+
+    def __init__(
+        self,
+        model: MoLoRAModel,
+        rows: int,
+        longest: int,
+        pools: dict[str, Pool],
+        left: Callable[[Ticket, FinishReason, Exception | None], None],
+    ) -> None:
+        self.model, self.pools, self.left = model, pools, left
+        self.rows = Rows(model.base, rows, longest)
+        self.running: list[Ticket] = []  # by row
+        self.reading: Ticket | None = None  # its row is the one after theirs
+        self.prompt_tokens = self.tokens = 0  # since the start
+        self._resolved: tuple[Any, list[Ticket], ResolvedSelection] | None = None
+        found = model.generation_config.eos_token_id
+        self._ends = frozenset([found] if isinstance(found, int) else found or ())
+        self._adds_masks = model.config._attn_implementation == "eager"
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        return [*self.running, *([self.reading] if self.reading is not None else [])]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more can begin."""
+        return self.reading is None and len(self.running) < self.rows.count
+
+    def begin(self, ticket: Ticket) -> None:
+        """Gives it the row after the running ones."""
+        ticket.reader = self.rows.reader(len(self.running))
+        self.reading = ticket
+
+    def read(self, most: int) -> list[Ticket]:
+        """A piece of up to ``most`` tokens of the prompt that is being read; after the last, its first token.
+
+        Returns:
+            Those that have to begin again: see :meth:`_router_changed`.
+        """
+        ticket = self.reading
+        assert ticket is not None and ticket.reader is not None
+        model, done = self.model, ticket.reader.length
+        piece = ticket.ids[done : done + most]
+        ids = torch.tensor([piece], device=model.device)
+        positions = torch.arange(done, done + len(piece), device=model.device).unsqueeze(0)
+        with model.routing.active(lambda: model._resolve(ticket.selection)):
+            if again := self._router_changed():
+                return again
+            output = model.base(
+                input_ids=ids, position_ids=positions, past_key_values=ticket.reader, use_cache=True, logits_to_keep=1
+            )
+            route = self._route(0, -1) if ticket.request.routes else ()
+        if ticket.unread:
+            return []
+        if ticket.tokens == 0:
+            self.prompt_tokens += len(ticket.request.ids)
+        self.rows.finish(len(self.running), ticket.reader)
+        ticket.reader, self.reading = None, None
+        self.running.append(ticket)
+        self._take([ticket], choose(output.logits[:, -1], [ticket.sampler]), [route])
+        return []
+
+    def step(self) -> list[Ticket]:
+        """One more token of each running sequence. Returns as :meth:`read`."""
+        model, running = self.model, list(self.running)
+        with model.routing.active(self._resolve):
+            if again := self._router_changed():
+                return again
+            cache = self.rows.step(len(running))
+            ids = torch.tensor([[ticket.ids[-1]] for ticket in running], device=model.device)
+            output = model.base(
+                input_ids=ids,
+                attention_mask=cache.mask(model.dtype if self._adds_masks else torch.bool),
+                position_ids=cache.positions.unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache.done()
+            routes = [self._route(row, 0) if one.request.routes else () for row, one in enumerate(running)]
+        self._take(running, choose(output.logits[:, -1], [ticket.sampler for ticket in running]), routes)
+        return []
+
+    def leave(self, ticket: Ticket, reason: FinishReason, error: Exception | None = None) -> None:
+        """Ends a sequence; the last running one takes its row, and one that is being read the row after it."""
+        if ticket is self.reading:
+            self.reading = None
+        else:
+            row, last = self.running.index(ticket), len(self.running) - 1
+            if row != last:
+                self.rows.move(last, row)
+                self.running[row] = self.running[last]
+            self.running.pop()
+            if self.reading is not None and self.reading.reader is not None:
+                self.rows.shift(self.reading.reader, last + 1, last)
+        self.left(ticket, reason, error)
+
+    def _resolve(self) -> ResolvedSelection:
+        """What acts on the running sequences; made again when they or the stack have changed."""
+        found, layers = self._resolved, self.model.routing.layers
+        if found is None or found[0] is not layers or found[1] != self.running:
+            chosen = self.model._resolve([ticket.selection for ticket in self.running])
+            found = self._resolved = (layers, list(self.running), chosen)
+        return found[2]
+
+    def _router_changed(self) -> list[Ticket]:
+        """Those under way, if the router is another one than that which read what the rows hold. They have left, and
+        their texts are to be read anew."""
+        reader = self.reading.reader if self.reading is not None else None
+        memories = getattr(reader, "routing_memories", None)
+        known = memories is None or [memory.owner for memory in memories] == self.model.routing._owners
+        if known and (not self.running or self.rows.known_to(self.model.router)):
+            return []
+        again = self.tickets
+        self.running, self.reading = [], None
+        for ticket in again:
+            ticket.reader = None
+        return again
+
+    def _route(self, row: int, place: int) -> tuple[tuple[str, str | None, float], ...]:
+        routing = self.model.routing
+        plan = routing.plans[-1]
+        if plan is None or not plan.shape[-1]:
+            return ()
+        columns = column_layers(routing.layers, plan.shape[-1])
+        found = read_plan(plan.slots[row, place], plan.weights[row, place], self.model.slots.names, columns)
+        return tuple((layer, name and self._shown(layer, name), weight) for layer, name, weight in found)
+
+    def _shown(self, layer: str, name: str) -> str:
+        return self.pools[layer].shown(name) if layer in self.pools else name
+
+    def _take(self, tickets: list[Ticket], chosen: list[Chosen], routes: Sequence[Any]) -> None:
+        """The tokens that were chosen: they are told, and what ends leaves."""
+        for ticket, one, route in zip(tickets, chosen, routes, strict=True):
+            if one.token < 0:
+                self.leave(ticket, "error", NonFiniteError("What acts on this sequence gives no finite numbers."))
+                continue
+            ticket.ids.append(one.token)
+            ticket.tokens += 1
+            self.tokens += 1
+            ended = one.token in self._ends
+            text = "" if ended else ticket.text.add(one.token)
+            ticket.tell(Piece(one.token, text, one.logprob, one.likeliest, route))
+            if ended or ticket.text.stopped:
+                self.leave(ticket, "stop")
+            elif ticket.tokens >= ticket.most:
+                self.leave(ticket, "length")

@@ -1,0 +1,102 @@
+"""A request that was taken, and what is known of it while it waits and runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from molora.selection import Choice, Selection
+from molora.serve.pool import Pool, Read
+from molora.serve.requests import Event, Finished, FinishReason, Request
+from molora.serve.rows import RowReader
+from molora.serve.sampling import Sampler
+from molora.serve.text import Text
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Made by :meth:`molora.serve.engine.Engine.submit`. :meth:`cancel` may be called from any thread."""
+
+    request: Request
+    listener: Callable[[Event], None]
+    ends: float | None  # monotonic seconds
+    sampler: Sampler
+    text: Text
+    ids: list[int]  # the prompt, and what was generated
+    most: int  # tokens that may be generated
+    selection: dict[str, Choice] = field(default_factory=dict)  # with the names that pooled adapters have in the stack
+    coming: bool = False  # adapters are being read for it
+    reads: list[tuple[Pool, Read]] = field(default_factory=list)
+    leased: bool = False
+    failed: Exception | None = None
+    cancelled: bool = False
+    reader: RowReader | None = None
+    tokens: int = 0
+
+    def cancel(self) -> None:
+        """Ends it, at the next token at the latest."""
+        self.cancelled = True
+
+    @property
+    def unread(self) -> int:
+        """Tokens of ``ids`` that no row holds yet."""
+        return len(self.ids) - (self.reader.length if self.reader is not None else 0)
+
+    def why_end(self, now: float) -> FinishReason | None:
+        """Whether it is to end before it is done; ``now``: monotonic seconds."""
+        if self.failed is not None:
+            return "error"
+        if self.cancelled:
+            return "cancelled"
+        return "timeout" if self.ends is not None and now >= self.ends else None
+
+    def lease(self) -> bool:
+        """Makes its adapters live; False while there is no room for them, or if one cannot be used (``failed``)."""
+        if self.leased:
+            return True
+        names: dict[tuple[str, str], str] = {}
+        for place, (pool, read) in enumerate(self.reads):
+            try:
+                slot = pool.lease(read)
+            except Exception as error:  # of this request alone
+                slot, self.failed = None, error
+            if slot is None:
+                for other, earlier in self.reads[:place]:
+                    other.release(earlier)
+                return False
+            names[pool.layer, read.name] = slot
+        self.selection = renamed(self.request.selection or {}, names)
+        self.leased = True
+        return True
+
+    def tell(self, event: Event) -> None:
+        try:
+            self.listener(event)
+        except Exception:  # nobody listens any more
+            self.cancelled = True
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """The last that is heard of it; its adapters may go."""
+        if self.leased:
+            for pool, read in self.reads:
+                pool.release(read)
+        error = error or self.failed
+        self.tell(Finished(reason, len(self.request.ids), self.tokens, self.text.rest(), error))
+
+
+def names_in(choice: Choice) -> list[str]:
+    """The adapters that a choice names."""
+    if choice is None or choice == "auto":
+        return []
+    return [choice] if isinstance(choice, str) else list(choice)
+
+
+def renamed(selection: Selection, names: dict[tuple[str, str], str]) -> dict[str, Choice]:
+    """A selection with other names for some adapters, by (layer, name)."""
+    found: dict[str, Choice] = {}
+    for layer, choice in selection.items():
+        if choice is None or isinstance(choice, str):
+            found[layer] = names.get((layer, choice or ""), choice)
+        elif isinstance(choice, Mapping):
+            found[layer] = {names.get((layer, name), name): share for name, share in choice.items()}
+        else:
+            found[layer] = [names.get((layer, name), name) for name in choice]
+    return found

@@ -1,0 +1,150 @@
+"""Adapters that come when they are asked for: the right one in each answer, however many there are."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molora import MoLoRAModel
+from molora.errors import AdapterMismatchError, AdapterNotFoundError, RequestError, StackError
+from molora.serve.pool import Pool
+from tests.conftest import make_base, write_adapter
+from tests.parity.test_equalities import make_routed
+from tests.serve.test_engine import Heard, Held, alone, endless, engines, greedy  # noqa: F401 - a fixture
+
+
+class Users:
+    """Adapters on disk, each in a version; counts what is asked of it."""
+
+    def __init__(self, base: Any, root: Path, count: int) -> None:
+        self.at = {f"u{n}": ("1", write_adapter(base, root / f"u{n}", 50 + n, r=2)) for n in range(count)}
+        self.asked: list[str] = []
+        self.gate: threading.Event | None = None
+
+    def find(self, name: str) -> tuple[str, Path]:
+        self.asked.append(name)
+        if name not in self.at:
+            raise AdapterNotFoundError(f"There is no adapter {name!r}.")
+        if self.gate is not None and name == "u0":
+            self.gate.wait(60)
+        return self.at[name]
+
+
+@pytest.fixture
+def model(base: Any, adapters: dict[str, Path]) -> MoLoRAModel:
+    return endless(make_routed(base, adapters))
+
+
+@pytest.fixture
+def users(base: Any, tmp_path: Path) -> Users:
+    return Users(base, tmp_path, 12)
+
+
+def expected(model: MoLoRAModel, users: Users, name: str, ids: list[int], tokens: int) -> list[int]:
+    """By the model itself, with the adapter in its stack by name."""
+    model.add_adapter("user", "now", users.at[name][1])
+    found = alone(model, ids, {"domain": "auto", "user": "now"}, tokens)
+    model.remove_adapter("user", "now")
+    return found
+
+
+def test_many_users_in_the_room_of_few(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    asked = [(f"u{n * 5 % 12}", [5 + n, 9, 11 + n], 4 + n % 5) for n in range(40)]
+    answers = [expected(model, users, *one) for one in asked]
+    pool = Pool(model, "user", users.find, most=3)
+    engine = engines(model, pools=[pool])
+    heard = [Heard(engine, greedy(ids, {"domain": "auto", "user": name}, tokens)) for name, ids, tokens in asked]
+    own = Heard(engine, greedy([5, 6, 7], {"domain": None, "user": "ada"}, 6))  # the layer's own
+    assert [one.tokens() for one in heard] == answers
+    assert own.tokens() == alone(model, [5, 6, 7], {"domain": None, "user": "ada"}, 6)
+    stats = pool.stats()
+    assert stats.live == 3 and stats.reads == 12 and stats.live_hits + stats.host_hits == 40
+    assert len(model.stack["user"].adapters) == 4 and "ada" not in users.asked
+
+
+def test_a_new_version_serves_new_requests_only(model: MoLoRAModel, users: Users, base: Any, engines: Any) -> None:  # noqa: F811
+    old = expected(model, users, "u1", [5, 6, 7], 40)
+    engine = engines(model, pools=[Pool(model, "user", users.find, most=4)])
+    first = Heard(engine, greedy([5, 6, 7], {"domain": "auto", "user": "u1"}, 40))
+    said = [first.next().token]  # type: ignore[union-attr]
+    users.at["u1"] = ("2", users.at["u2"][1])
+    second = Heard(engine, greedy([5, 6, 7], {"domain": "auto", "user": "u1"}, 40))
+    assert said + [piece.token for piece in first.all()[0]] == old
+    new = second.tokens()
+    assert new != old and new == expected(model, users, "u2", [5, 6, 7], 40)
+
+
+def test_a_slow_store_holds_nobody_else(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    users.gate = threading.Event()
+    engine = engines(model, pools=[Pool(model, "user", users.find)])
+    slow = Heard(engine, greedy([5, 6], {"domain": None, "user": "u0"}, 4))
+    assert len(Heard(engine, greedy([5, 6], {"domain": None, "user": "u1"}, 4)).tokens()) == 4
+    assert len(Heard(engine, greedy([5, 6], {"domain": "auto"}, 4)).tokens()) == 4
+    late = Heard(engine, greedy([5, 6], {"domain": None, "user": "u0"}, 4, timeout_s=0.0))
+    assert late.all()[1].reason == "timeout"
+    users.gate.set()
+    assert len(slow.tokens()) == 4
+
+
+def test_what_cannot_be_used_is_an_error_of_its_request(
+    model: MoLoRAModel,
+    users: Users,
+    tmp_path: Path,
+    engines: Any,  # noqa: F811
+) -> None:
+    users.at["wide"] = ("1", write_adapter(make_base("gpt2"), tmp_path / "wide", 1, fan_in_fan_out=True))
+    engine = engines(model, pools=[Pool(model, "user", users.find, most=2)])
+    wrong = Heard(engine, greedy([5], {"user": "wide"}, 3))
+    nobody = Heard(engine, greedy([5], {"user": "nobody"}, 3))
+    assert isinstance(wrong.all()[1].error, AdapterMismatchError)
+    assert isinstance(nobody.all()[1].error, AdapterNotFoundError)
+    for choice in (["u1", "u2"], {"u1": 1.0, "ada": 0.5}, {"u1": 1.0, "u2": 0.5, "u3": 1.0}):
+        with pytest.raises(RequestError, match="Name one adapter"):
+            engine.submit(greedy([5], {"user": choice}, 3), print)
+    with pytest.raises(StackError, match="not shared"):
+        Pool(model, "domain", users.find)
+
+
+def test_the_names_of_slots_are_nobodys(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    engine = engines(model, pools=[Pool(model, "user", users.find)])
+    pieces, _ = Heard(engine, greedy([5, 6], {"domain": None, "user": "u3"}, 3, routes=True)).all()
+    assert all(("user", "u3", 1.0) in piece.route for piece in pieces)
+    (slot,) = set(model.stack["user"].adapters) - {"ada"}
+    other = Heard(engine, greedy([5, 6], {"domain": None, "user": slot}, 3))
+    assert isinstance(other.all()[1].error, AdapterNotFoundError)  # not another's adapter by its slot
+
+
+def test_two_at_once_with_weights(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    engine = engines(model, pools=[Pool(model, "user", users.find, most=2)])
+    found = Heard(engine, greedy([5, 6], {"domain": None, "user": {"u1": 0.7, "u2": 0.5}}, 8)).tokens()
+    for name in ("u1", "u2"):
+        model.add_adapter("user", name, users.at[name][1])
+    assert found == alone(model, [5, 6], {"domain": None, "user": {"u1": 0.7, "u2": 0.5}}, 8)
+
+
+def test_what_was_read_is_kept_as_far_as_there_is_room(model: MoLoRAModel, users: Users) -> None:
+    pool = Pool(model, "user", users.find, most=1)
+    one = pool.read("u0")
+    pool.host_bytes = 3 * one.adapter.nbytes
+    for name in ("u1", "u2", "u0", "u3", "u0", "u1"):  # u3 puts out u1
+        pool.read(name)
+    stats = pool.stats()
+    assert stats.host_bytes == 3 * one.adapter.nbytes and stats.reads == 5
+    assert pool.lease(one) is not None and pool.lease(pool.read("u1")) is None  # the only place is taken
+    pool.release(one)
+    slot = pool.lease(pool.read("u1"))
+    assert slot is not None and pool.shown(slot) == "u1"
+
+
+def test_ten_requests_at_once_for_one_that_is_not_there_yet(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    pool = Pool(model, "user", users.find, most=1)
+    engine = engines(model, pools=[pool])
+    held = Held(engine)
+    heard = [Heard(engine, greedy([5, 6, n + 7], {"domain": None, "user": f"u{n % 2}"}, 5)) for n in range(10)]
+    held.free()
+    answers = [one.tokens() for one in heard]
+    for n, found in enumerate(answers):
+        model.add_adapter("user", "now", users.at[f"u{n % 2}"][1])
+        assert found == alone(model, [5, 6, n + 7], {"domain": None, "user": "now"}, 5)
+        model.remove_adapter("user", "now")
