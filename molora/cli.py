@@ -21,6 +21,7 @@ from molora.commands.learn import learn
 from molora.commands.merge import merge
 from molora.commands.profile import describe, profile
 from molora.commands.routes import routes
+from molora.commands.serve import serve
 from molora.commands.train import app as train
 from molora.commands.update import update
 from molora.commands.versions import rollback, versions
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(demo)
+app.command()(serve)
 app.command()(generate)
 app.command()(routes)
 app.command()(info)

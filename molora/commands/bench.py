@@ -1,6 +1,7 @@
 """``molora bench``: measurements of one machine."""
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
 import typer
 
@@ -12,19 +13,16 @@ from molora.commands.common import (
     extra,
     hide_loading_bars,
     model_place,
+    open_model,
     write_json,
 )
+from molora.errors import ConfigError
 
 app = typer.Typer(
     help="Measure speed on this machine.\n\nExample: molora bench decode --json",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-
-
-@app.callback()
-def options() -> None:
-    """Keeps `decode` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -46,6 +44,86 @@ def decode(model: ModelArgument = None, as_json: JsonOption = False, dtype: Dtyp
         write_json(record)
     else:
         _print(record)
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many come.")] = 100,
+    rate: Annotated[float, typer.Option(min=0, help="Requests a second on average; 0: all at once.")] = 2.0,
+    cv: Annotated[float, typer.Option(min=0.1, help="How unevenly they come; 1: as in a Poisson process.")] = 1.0,
+    users: Annotated[int, typer.Option(min=1, help="Each has an adapter.")] = 100,
+    zipf: Annotated[float, typer.Option(min=0, help="How much more the first users ask; 0: all alike.")] = 1.0,
+    prompt: Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of a prompt.")] = "8:128",
+    answer: Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of an answer.")] = "8:64",
+    rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 8,
+    live: Annotated[int, typer.Option(min=1, help="Adapters that are in the model at once.")] = 32,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Of the users' adapters.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = Dtype.bfloat16,
+) -> None:
+    """Replay requests of many users: tokens a second, waiting times, and how often an adapter was there.
+
+    They are replayed twice: with one adapter for all users, and with each user's own, which are brought when they are
+    asked for. The users' adapters are random; what they hold changes no time.
+
+    Example: molora bench serve --users 1000 --rate 4 --live 64
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from molora.serve.load import Traffic
+    from molora.serve.measure import measure_serve
+
+    lengths = {"prompt": _range(prompt), "answer": _range(answer)}
+    traffic = Traffic(requests, rate or math.inf, cv, users, zipf, seed=seed, **lengths)
+    opened = open_model(model, dtype)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("answers", total=2 * requests)
+        record = measure_serve(opened, traffic, rows=rows, live=live, rank=rank, tick=lambda: progress.advance(bar))
+    given = {"requests": requests, "rate": rate, "cv": cv, "users": users, "zipf": zipf, "prompt": prompt,
+             "answer": answer, "rows": rows, "live": live, "rank": rank, "seed": seed}  # fmt: skip
+    record["command"] = " ".join(["molora bench serve", *(f"--{name} {value}" for name, value in given.items())])
+    if as_json:
+        write_json(record)
+    else:
+        _print_serve(record)
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    try:
+        found = int(least), int(most or least)
+    except ValueError:
+        found = (0, 0)
+    if not 1 <= found[0] <= found[1]:
+        raise ConfigError(f"{text!r} is no range of tokens: write it as 8:64.")
+    return found
+
+
+def _print_serve(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for heading in ("tokens/s", "requests/s", "first token p50", "p99", "between tokens p50", "p99", "read", "live"):
+        table.add_column(heading, justify="right")
+    for row in record["rows"]:
+        first, between = row["seconds to the first token"], row["seconds between tokens"]
+        times = [f"{value * 1000:,.0f} ms" for one in (first, between) for value in (one["p50"], one["p99"])]
+        pool = row["pool"]
+        counts = [f"{pool['reads']}", f"{pool['live_hits'] / max(1, pool['live_hits'] + pool['host_hits']):.0%}"]
+        paces = [f"{row['tokens a second']:.1f}", f"{row['requests a second']:.2f}"]
+        table.add_row(row["kind"], *paces, *times, *counts)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"\nWith their own adapters {record['ratio']:.0%} of the pace with one. read: adapters from disk; live: "
+        f"requests that found theirs in the model. {record['machine']}, {record['threads']} threads"
+    )
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from molora.model import MoLoRAModel
 from molora.outputs import read_plan
 from molora.selection import ResolvedSelection, column_layers
 from molora.serve.pool import Pool
+from molora.serve.prefixes import Acting, Prefixes
 from molora.serve.requests import FinishReason, Piece
 from molora.serve.rows import Rows
 from molora.serve.sampling import Chosen, choose
@@ -23,6 +24,7 @@ class Batch:
         model: what runs them.
         rows, longest: sizes.
         pools: by layer, whose adapters have other names in the stack than for those who ask.
+        prefixes: what was read before.
         left: told of each sequence that leaves, why, and what went wrong.
 
     Raises:
@@ -35,13 +37,16 @@ class Batch:
         rows: int,
         longest: int,
         pools: dict[str, Pool],
+        prefixes: Prefixes,
         left: Callable[[Ticket, FinishReason, Exception | None], None],
     ) -> None:
-        self.model, self.pools, self.left = model, pools, left
+        self.model, self.pools, self.prefixes, self.left = model, pools, prefixes, left
         self.rows = Rows(model.base, rows, longest)
         self.running: list[Ticket] = []  # by row
         self.reading: Ticket | None = None  # its row is the one after theirs
         self.prompt_tokens = self.tokens = 0  # since the start
+        self._acting: Acting | None = None  # on what is being read
+        self._router: tuple[Any, list[tuple[torch.Tensor, int]]] | None = None  # under which all rows were read
         self._resolved: tuple[Any, list[Ticket], ResolvedSelection] | None = None
         found = model.generation_config.eos_token_id
         self._ends = frozenset([found] if isinstance(found, int) else found or ())
@@ -56,10 +61,15 @@ class Batch:
         """Whether one more can begin."""
         return self.reading is None and len(self.running) < self.rows.count
 
-    def begin(self, ticket: Ticket) -> None:
-        """Gives it the row after the running ones."""
-        ticket.reader = self.rows.reader(len(self.running))
-        self.reading = ticket
+    def begin(self, ticket: Ticket) -> list[Ticket]:
+        """Gives it the row after the running ones, with as much of its prompt as is known. Returns as :meth:`read`."""
+        with self.model.routing.lock:
+            again = self._router_changed()
+            ticket.reader = self.rows.reader(len(self.running))
+            self.reading = ticket
+            self._acting = self.prefixes.acting(self.model._resolve(ticket.selection))
+            self.prefixes.fill(ticket.reader, ticket.ids, self._acting)
+        return again
 
     def read(self, most: int) -> list[Ticket]:
         """A piece of up to ``most`` tokens of the prompt that is being read; after the last, its first token.
@@ -80,10 +90,13 @@ class Batch:
                 input_ids=ids, position_ids=positions, past_key_values=ticket.reader, use_cache=True, logits_to_keep=1
             )
             route = self._route(0, -1) if ticket.request.routes else ()
+            acting = self.prefixes.acting(model._resolve(ticket.selection))
         if ticket.unread:
             return []
         if ticket.tokens == 0:
             self.prompt_tokens += len(ticket.request.ids)
+        if self._acting is not None and acting.key == self._acting.key:  # none came or went meanwhile
+            self.prefixes.keep(ticket.reader, ticket.ids, acting)
         self.rows.finish(len(self.running), ticket.reader)
         ticket.reader, self.reading = None, None
         self.running.append(ticket)
@@ -134,15 +147,20 @@ class Batch:
         return found[2]
 
     def _router_changed(self) -> list[Ticket]:
-        """Those under way, if the router is another one than that which read what the rows hold. They have left, and
-        their texts are to be read anew."""
-        reader = self.reading.reader if self.reading is not None else None
-        memories = getattr(reader, "routing_memories", None)
-        known = memories is None or [memory.owner for memory in memories] == self.model.routing._owners
-        if known and (not self.running or self.rows.known_to(self.model.router)):
-            return []
-        again = self.tickets
-        self.running, self.reading = [], None
+        """Those under way, if the router is another one than that which read what the rows hold, or was trained or got
+        other rows since. They have left, and their texts are to be read anew."""
+        router = self.model.router
+        weights = [*router.parameters(), *router.buffers()] if router is not None else []
+        known = self._router
+        if known is not None and known[0] is router and len(known[1]) == len(weights):
+            pairs = zip(known[1], weights, strict=True)
+            if all(old is new and version == new._version for (old, version), new in pairs):
+                return []
+        self._router = (router, [(weight, weight._version) for weight in weights])
+        self.prefixes.clear()
+        again = self.tickets if known is not None else []
+        if again:
+            self.running, self.reading = [], None
         for ticket in again:
             ticket.reader = None
         return again
@@ -168,7 +186,7 @@ class Batch:
             ticket.ids.append(one.token)
             ticket.tokens += 1
             self.tokens += 1
-            ended = one.token in self._ends
+            ended = ticket.request.ends and one.token in self._ends
             text = "" if ended else ticket.text.add(one.token)
             ticket.tell(Piece(one.token, text, one.logprob, one.likeliest, route))
             if ended or ticket.text.stopped:

@@ -17,6 +17,7 @@ from molora.errors import BusyError, RequestError
 from molora.model import MoLoRAModel
 from molora.serve.batch import Batch
 from molora.serve.pool import Pool
+from molora.serve.prefixes import Prefixes
 from molora.serve.requests import Event, FinishReason, Request
 from molora.serve.sampling import Sampler
 from molora.serve.text import Text
@@ -60,6 +61,7 @@ class Engine:
         chunk: tokens of prompts that are read between two steps.
         waiting: requests that may wait.
         pools: layers whose adapters come when they are asked for.
+        prefix_bytes: of beginnings of prompts that are kept, so that they are not read again.
 
     Raises:
         BaseModelError: the base keeps something else than the keys and values of all tokens.
@@ -74,11 +76,13 @@ class Engine:
         chunk: int = 256,
         waiting: int = 256,
         pools: Sequence[Pool] = (),
+        prefix_bytes: int = 1 << 28,
     ) -> None:
         most = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
         self.model, self.longest, self.chunk, self.most_waiting = model, min(longest, most), chunk, waiting
         self.pools = {pool.layer: pool for pool in pools}
-        self._batch = Batch(model, rows, self.longest, self.pools, self._finish)
+        self.prefixes = Prefixes(model, prefix_bytes)
+        self._batch = Batch(model, rows, self.longest, self.pools, self.prefixes, self._finish)
         self._turns: Turns[Ticket] = Turns()
         self._changes: list[_Change] = []
         self._wake = threading.Condition()
@@ -247,6 +251,8 @@ class Engine:
             for ticket in tickets:
                 if ticket in self._batch.tickets:
                     self._batch.leave(ticket, "error", error)
+                elif not ticket.finished:
+                    self._finish(ticket, "error", error)
             return
         with self._wake:
             for ticket in reversed(again):
@@ -295,7 +301,7 @@ class Engine:
         batch, left = self._batch, self.chunk
         while left > 0:
             if batch.has_room and (ticket := self._next()) is not None:
-                batch.begin(ticket)
+                self._guarded([ticket], lambda: batch.begin(ticket))
             if batch.reading is None:
                 break
             left -= min(batch.reading.unread, self.chunk)

@@ -62,7 +62,7 @@ class Request:
 
     ids: the prompt's tokens. selection: as in :meth:`molora.MoLoRAModel.forward`, for this sequence. user: whose turn
     it is: waiting requests are served in turn by user. timeout_s: seconds from submission until it is given up. routes:
-    whether each piece tells which adapters acted.
+    whether each piece tells which adapters acted. ends: False: no token ends it before it has max_tokens.
     """
 
     ids: Sequence[int]
@@ -71,6 +71,7 @@ class Request:
     user: str = ""
     timeout_s: float | None = None
     routes: bool = False
+    ends: bool = True
 
 
 @dataclass(frozen=True)

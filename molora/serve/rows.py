@@ -10,11 +10,10 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from molora.cache import attach
 from molora.errors import BaseModelError
 from molora.memory import Memory
-from molora.router import Router
 from molora.step_cache import StepLayer
-from molora.vocabulary import VocabularyRouter
 
 
 class Rows:
@@ -74,11 +73,6 @@ class Rows:
         """The cache of one step of the first ``count`` rows: each gets one more token."""
         return RowsStep(self, count)
 
-    def known_to(self, router: Router | VocabularyRouter | None) -> bool:
-        """Whether what is remembered is of this router."""
-        parts: Any = router.parts if router is not None else ()
-        return self._owners == [part.signature() for part in parts]
-
 
 class RowReader(Cache):
     """A prompt's cache, which writes into a row."""
@@ -89,6 +83,11 @@ class RowReader(Cache):
     @property
     def length(self) -> int:
         return int(self.get_seq_length())
+
+    def remember(self, memories: list[Memory]) -> None:
+        """What the router remembers of the tokens that the row was given, by part."""
+        if memories:
+            attach(self, memories)
 
 
 class RowsStep(Cache):

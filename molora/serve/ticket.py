@@ -30,6 +30,7 @@ class Ticket:
     cancelled: bool = False
     reader: RowReader | None = None
     tokens: int = 0
+    finished: bool = False
 
     def cancel(self) -> None:
         """Ends it, at the next token at the latest."""
@@ -78,6 +79,7 @@ class Ticket:
         if self.leased:
             for pool, read in self.reads:
                 pool.release(read)
+        self.finished = True
         error = error or self.failed
         self.tell(Finished(reason, len(self.request.ids), self.tokens, self.text.rest(), error))
 

@@ -1,0 +1,110 @@
+"""``molora serve``: OpenAI's API over one model with many stacks."""
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from molora.commands.common import Dtype, DtypeOption, ModelArgument, extra, open_model
+from molora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from molora.serve.keys import Keys
+
+KEYS_FILE = Path("~/.config/molora/keys.json")
+_DRAIN_S = 30  # that answers under way have when the server is told to stop
+
+
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 8,
+    longest: Annotated[int, typer.Option(min=2, help="Most tokens of a prompt and its answer.")] = 2048,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Adapters of the layers with shared: true that are brought when they are asked for: a folder, "
+            "s3://bucket/prefix, or what else fsspec reaches. Those that are uploaded go there.",
+        ),
+    ] = None,
+    live: Annotated[int, typer.Option(min=1, help="Adapters of the store that are in the model at once.")] = 64,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="FILE", help=f"The file of API keys. Default: {KEYS_FILE}, if it is there."),
+    ] = None,
+    new_key: Annotated[
+        str | None, typer.Option("--new-key", metavar="NAME", help="Make a key, show it once, and end.")
+    ] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option("--scope", help="Of the new key: use, manage (change adapters); repeat it. Default: use."),
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", metavar="NAME", help="The new key may use this user's adapters only.")
+    ] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+) -> None:
+    """Serve the model to clients of OpenAI's API; each request names the adapters that act on it.
+
+    Without a file of keys, programs on this machine may use it and nobody may change its adapters. Needs the extra
+    "serve". Stop it with Ctrl+C.
+
+    Example: molora serve --store adapters/ --live 256
+    """
+    from molora.serve.keys import Keys
+
+    file = (keys or KEYS_FILE).expanduser()
+    if new_key is not None:
+        typer.echo(Keys(file).create(new_key, scope or ["use"], user))
+        return
+    if scope or user:
+        raise ConfigError("--scope and --user are of a new key: give its name with --new-key.")
+    known = _known_keys(file, required=keys is not None)
+    if known is None and not _is_loopback(host):
+        raise ConfigError(
+            f"{host} lets other machines in, and there are no keys: make one with `molora serve --new-key NAME`, or "
+            f"listen on 127.0.0.1."
+        )
+    with extra("serve"):
+        import uvicorn
+
+        from molora.serve.app import build_app
+    from molora.serve.engine import Engine
+    from molora.serve.pool import Pool
+    from molora.serve.store import AdapterStore
+
+    opened, held = open_model(model, dtype), AdapterStore(store) if store is not None else None
+    shared = [layer.name for layer in opened.stack.layers if layer.shared]
+    if held is not None and not shared:
+        raise ConfigError("The stack has no layer with shared: true, in which a store's adapters could come and go.")
+    pools = [Pool(opened, layer, held.finder(layer), most=live) for layer in shared] if held is not None else []
+    engine = Engine(opened, rows=rows, longest=longest, pools=pools)
+    app: Any = build_app(engine, keys=known, store=held)
+    engine.start()
+    try:
+        uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)
+    finally:
+        engine.close()
+        if held is not None:
+            held.close()
+
+
+def _known_keys(file: Path, required: bool) -> "Keys | None":
+    """The keys in ``file``; None where there is none."""
+    from molora.serve.keys import Keys
+
+    if file.is_file():
+        return Keys(file)
+    if required:
+        raise ConfigError(f"There is no file {file}. Make it with `molora serve --keys {file} --new-key NAME`.")
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

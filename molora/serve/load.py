@@ -1,0 +1,149 @@
+"""Load for a served model: requests of many users at random times, and how they were answered."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from molora.errors import BusyError
+from molora.selection import Selection
+from molora.serve.engine import Engine
+from molora.serve.requests import Event, Finished, Request, Sampling
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What comes, in the terms of S-LoRA's evaluation (arXiv 2311.03285, section 7).
+
+    requests: how many. rate: a second, on average; inf: all at once. cv: coefficient of variation of the time between
+    two; 1: Poisson. users: how many there are. zipf: user k asks in proportion to 1 / k^zipf; 0: all alike. prompt,
+    answer: fewest and most tokens, equally likely.
+    """
+
+    requests: int = 200
+    rate: float = 2.0
+    cv: float = 1.0
+    users: int = 100
+    zipf: float = 1.0
+    prompt: tuple[int, int] = (8, 128)
+    answer: tuple[int, int] = (8, 64)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request to come: ``at`` seconds from the beginning."""
+
+    at: float
+    user: int
+    prompt: int
+    answer: int
+
+
+def arrivals(traffic: Traffic) -> list[Arrival]:
+    """The requests in the order in which they come; the same for the same seed."""
+    chance = np.random.default_rng(traffic.seed)
+    count = traffic.requests
+    gaps = np.zeros(count)
+    if math.isfinite(traffic.rate):
+        shape = 1 / traffic.cv**2
+        gaps = chance.gamma(shape, 1 / (traffic.rate * shape), count)
+    shares = 1 / np.arange(1, traffic.users + 1) ** traffic.zipf
+    users = chance.choice(traffic.users, count, p=shares / shares.sum())
+    prompts = chance.integers(traffic.prompt[0], traffic.prompt[1] + 1, count)
+    answers = chance.integers(traffic.answer[0], traffic.answer[1] + 1, count)
+    times = np.cumsum(gaps)
+    return [
+        Arrival(float(at), int(user), int(prompt), int(answer))
+        for at, user, prompt, answer in zip(times, users, prompts, answers, strict=True)
+    ]
+
+
+@dataclass
+class Answered:
+    """Seconds from the beginning: when it was asked, and when each token came."""
+
+    asked: float
+    tokens: list[float] = field(default_factory=list)
+    reason: str = "busy"
+
+
+def replay(
+    engine: Engine, coming: Sequence[Arrival], selection: Callable[[int], Selection], tick: Callable[[], None]
+) -> list[Answered]:
+    """Asks as ``coming`` says and waits for the answers. Whoever is told to come back later does not.
+
+    Args:
+        engine: started.
+        coming: from :func:`arrivals`.
+        selection: of a user.
+        tick: called when an answer is whole.
+    """
+    vocabulary = int(engine.model.config.get_text_config().vocab_size)
+    chance = np.random.default_rng(1)
+    left, done = len(coming), threading.Event()
+    lock = threading.Lock()
+    found: list[Answered] = []
+    begun = time.perf_counter()
+
+    def listener(answered: Answered) -> Callable[[Event], None]:
+        def tell(event: Event) -> None:
+            if isinstance(event, Finished):
+                answered.reason = event.reason
+                end()
+            else:
+                answered.tokens.append(time.perf_counter() - begun)
+
+        return tell
+
+    def end() -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            tick()
+            if not left:
+                done.set()
+
+    for one in coming:
+        ids = chance.integers(3, vocabulary, one.prompt).tolist()
+        time.sleep(max(0.0, begun + one.at - time.perf_counter()))
+        found.append(Answered(time.perf_counter() - begun))
+        sampling = Sampling(temperature=0, max_tokens=one.answer)
+        request = Request(ids, selection(one.user), sampling, user=str(one.user), ends=False)
+        try:
+            engine.submit(request, listener(found[-1]))
+        except BusyError:
+            end()
+    done.wait()
+    return found
+
+
+def report(found: Sequence[Answered]) -> dict[str, Any]:
+    """Tokens and requests a second, and seconds at the 50th, 95th and 99th percentile."""
+    whole = [one for one in found if one.reason in ("stop", "length")]
+    if not whole:
+        return {"answered": 0, "refused": len(found)}
+    span = max(one.tokens[-1] for one in whole) - min(one.asked for one in whole)
+    first = [one.tokens[0] - one.asked for one in whole]
+    between = [later - earlier for one in whole for earlier, later in zip(one.tokens, one.tokens[1:], strict=False)]
+    tokens = sum(len(one.tokens) for one in whole)
+    return {
+        "answered": len(whole),
+        "refused": sum(one.reason == "busy" for one in found),
+        "failed": sum(one.reason in ("error", "timeout", "cancelled") for one in found),
+        "seconds": round(span, 3),
+        "requests a second": round(len(whole) / span, 3),
+        "tokens a second": round(tokens / span, 2),
+        "seconds to the first token": _percentiles(first),
+        "seconds between tokens": _percentiles(between),
+    }
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{share}": round(float(np.percentile(values, share)), 4) for share in (50, 95, 99)}

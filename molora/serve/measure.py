@@ -1,0 +1,96 @@
+"""How a stack serves many users: the same requests with an adapter for each of them, and with one for all."""
+
+import datetime
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora.bench import machine_name
+from molora.checks import linear_sizes
+from molora.errors import StackError
+from molora.factors import Factors, write_factors
+from molora.model import MoLoRAModel
+from molora.provenance import commit
+from molora.serve.engine import Engine
+from molora.serve.load import Traffic, arrivals, replay, report
+from molora.serve.pool import Pool
+from molora.stack import AUTO
+
+_FILES = 32  # adapters on disk, which stand for those of all users: each user's is read and live for itself
+
+
+def measure_serve(
+    model: MoLoRAModel, traffic: Traffic, *, rows: int, live: int, rank: int, tick: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Replays ``traffic`` twice: "one adapter", where all users have the same, and "own adapters".
+
+    Args:
+        model: with a shared layer, in which the users' adapters come and go; its other layers have their defaults.
+        traffic: what comes.
+        rows: sequences at once.
+        live: adapters in the model at once.
+        rank: of the users' adapters, which are random and adapt all linear modules of the decoder layers.
+        tick: called after each answer, of 2 * requests.
+
+    Raises:
+        StackError: the model has no shared layer.
+    """
+    layer = next((layer.name for layer in model.stack.layers if layer.shared), None)
+    if layer is None:
+        raise StackError("The stack has no layer with shared: true, so no adapters of users can come and go in it.")
+    coming = arrivals(traffic)
+    kinds: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [_write(model, Path(scratch) / str(number), rank, number) for number in range(_FILES)]
+        for kind in ("one adapter", "own adapters"):
+            one = kind == "one adapter"
+            pool = Pool(model, layer, lambda name: ("1", folders[int(name[1:]) % _FILES]), most=live)
+            engine = Engine(
+                model, rows=rows, longest=traffic.prompt[1] + traffic.answer[1], waiting=10**9, pools=[pool]
+            )
+            engine.start()
+            found = replay(engine, coming, lambda user: {layer: f"u{0 if one else user}"}, tick)  # noqa: B023
+            engine.close()
+            kinds[kind] = {**report(found), "pool": vars(pool.stats())}
+            for slot in [name for name in model.stack[layer].adapters if name not in _own(model, layer, pool)]:
+                model.remove_adapter(layer, slot)
+    ratio = kinds["own adapters"]["tokens a second"] / kinds["one adapter"]["tokens a second"]
+    return {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seed": traffic.seed,
+        "data": "random prompts; answers of the lengths that the trace has",
+        "traffic": vars(traffic),
+        "rows": [{"kind": kind, **values} for kind, values in kinds.items()],
+        "sequences at once": rows,
+        "rank": rank,
+        "layers": {one.name: "auto" if one.default == AUTO else one.default for one in model.stack.layers},
+        "ratio": round(ratio, 4),
+    }
+
+
+def _own(model: MoLoRAModel, layer: str, pool: Pool) -> set[str]:
+    """The layer's adapters that are not of the pool."""
+    return {name for name in model.stack[layer].adapters if pool.shown(name) == name}
+
+
+def _write(model: MoLoRAModel, folder: Path, rank: int, seed: int) -> Path:
+    chance = torch.Generator().manual_seed(seed)
+    factors: Factors = {
+        name: (
+            torch.randn(rank, inside, generator=chance) / inside**0.5,
+            0.01 * torch.randn(outside, rank, generator=chance),
+        )
+        for name, (inside, outside) in linear_sizes(model.base).items()
+        if "layers." in name
+    }
+    write_factors(folder, factors, str(model.base_name))
+    return folder

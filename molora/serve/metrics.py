@@ -1,0 +1,81 @@
+"""Counts and times of the server, as Prometheus reads them."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from molora.serve.engine import Engine
+
+_FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+GONE = 499  # the client left before it had an answer
+
+
+class Metrics:
+    """Of one server; in a registry of its own, so that several can live in a process."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "molora_http_requests", "Requests that were answered.", ("endpoint", "status"), registry=self.registry
+        )
+        self.first_token = Histogram(
+            "molora_time_to_first_token_seconds",
+            "From a sequence's submission to its first token.",
+            buckets=_FIRST_S,
+            registry=self.registry,
+        )
+        self.token = Histogram(
+            "molora_time_per_token_seconds",
+            "Between two tokens of a sequence.",
+            buckets=_TOKEN_S,
+            registry=self.registry,
+        )
+        self.registry.register(_EngineCounts(engine))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _EngineCounts:
+    """What the engine counts itself, asked when somebody looks."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Any]:
+        stats = self.engine.stats()
+        yield GaugeMetricFamily("molora_running", "Sequences that are being continued.", stats.running)
+        yield GaugeMetricFamily("molora_waiting", "Sequences that wait for a row.", stats.waiting)
+        yield GaugeMetricFamily("molora_rows", "Sequences that can run at once.", stats.rows)
+        yield CounterMetricFamily("molora_sequences", "Sequences that were submitted.", stats.requests_total)
+        yield CounterMetricFamily("molora_prompt_tokens", "Tokens of prompts.", stats.prompt_tokens_total)
+        yield CounterMetricFamily("molora_generated_tokens", "Tokens that were generated.", stats.tokens_total)
+
+
+class CountRequests:
+    """Counts every answer by its route, not its path, of which there would be too many."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = GONE
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counted)
+        finally:
+            endpoint = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(endpoint, str(status)).inc()
