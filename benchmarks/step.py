@@ -84,7 +84,7 @@ def routing_of(base: Any, count: int, top: int) -> tuple[RoutingState, Any]:
     state = RoutingState(base)
     state.layers = candidates(stack, table)
     state.set_router(router)
-    return state, resolve({"domain": "auto"}, stack, table, True)
+    return state, resolve({"domain": "auto"}, stack, state.layers, True)
 
 
 class Timer:

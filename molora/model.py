@@ -389,7 +389,7 @@ class MoLoRAModel(nn.Module):
         return VocabularyRouter(rules, rows, self.config.get_text_config().vocab_size)
 
     def _resolve(self, selection: Selection | Sequence[Selection] | None) -> Any:
-        return resolve(selection, self.stack, self.slots, self.router is not None)
+        return resolve(selection, self.stack, self.routing.layers, self.router is not None)
 
     def _must_have(self, layer: str, name: str) -> None:
         if name not in self.stack[layer].adapters:

@@ -25,11 +25,17 @@ class LayerCandidates:
     """A layer's candidates: its adapters in order, then its null."""
 
     name: str
+    names: list[str]  # of its adapters
     top_k: int
     rows: list[str]  # the router's row of each candidate
     slots: list[int]  # the slot of each candidate, -1 for the null
     first: int  # position of the first among all candidates
     column: int  # first of its top_k columns in a plan
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each adapter stands."""
+        return {name: place for place, name in enumerate(self.names)}
 
     @property
     def all(self) -> slice:
@@ -50,11 +56,11 @@ def candidates(stack: Stack, slots: SlotTable) -> list[LayerCandidates]:
     """The candidates of every layer of ``stack``."""
     result, first, column = [], 0, 0
     for layer in stack.layers:
-        names = [f"{layer.name}/{name}" for name in layer.adapters]
-        rows = [f"{layer.name}/*"] * len(names) if layer.shared else list(names)
-        entry = LayerCandidates(
-            layer.name, layer.top_k, [*rows, f"{layer.name}/{NONE}"], [*(slots[n] for n in names), -1], first, column
-        )
+        names = list(layer.adapters)
+        labels = [f"{layer.name}/{name}" for name in names]
+        rows = [f"{layer.name}/*"] * len(names) if layer.shared else list(labels)
+        here = [*(slots[label] for label in labels), -1]
+        entry = LayerCandidates(layer.name, names, layer.top_k, [*rows, f"{layer.name}/{NONE}"], here, first, column)
         result.append(entry)
         first += len(entry.slots)
         column += layer.top_k
@@ -130,9 +136,13 @@ class ResolvedSelection:
 
 
 def resolve(
-    selection: Selection | Sequence[Selection] | None, stack: Stack, slots: SlotTable, has_router: bool
+    selection: Selection | Sequence[Selection] | None,
+    stack: Stack,
+    layers: Sequence[LayerCandidates],
+    has_router: bool,
 ) -> ResolvedSelection:
-    """Checks a selection (or one per sequence) against ``stack``.
+    """Checks a selection (or one per sequence) against ``stack``, whose adapters are those in ``layers``: so another
+    thread may change them meanwhile.
 
     Raises:
         SelectionError: an unknown layer or adapter, a wrong type, a weight that is no number, "auto" without a router.
@@ -142,7 +152,6 @@ def resolve(
     many = [selection or {}] if selection is None or isinstance(selection, Mapping) else list(selection)
     if not many:
         raise SelectionError("An empty list of selections was given: give one for each sequence, or one for all.")
-    layers = candidates(stack, slots)
     columns = sum(layer.top_k for layer in layers)
     allowed = torch.zeros(len(many), sum(len(layer.slots) for layer in layers), dtype=torch.bool)
     forced: list[dict[int, tuple[int, float]]] = [{} for _ in many]  # column -> slot and weight
@@ -152,15 +161,15 @@ def resolve(
         more = columns
         for index, (layer, entry) in enumerate(zip(stack.layers, layers, strict=True)):
             choice = one.get(layer.name, layer.default if has_router or layer.default != AUTO else None)
-            names = _allowed_names(layer, choice, has_router)
+            names = _allowed_names(layer, entry, choice, has_router)
             if isinstance(names, Mapping):
                 for place, (name, share) in enumerate(names.items()):
                     column = entry.column + place
                     if place >= entry.top_k:
                         column, more = more, more + 1
-                    forced[n][column] = (slots[f"{layer.name}/{name}"], share)
+                    forced[n][column] = (entry.slots[entry.places[name]], share)
             elif names:
-                positions = [entry.first + list(layer.adapters).index(name) for name in names]
+                positions = [entry.first + entry.places[name] for name in names]
                 allowed[n, [*positions, entry.all.stop - 1]] = True
                 routed[n, index] = True
     wide = max(columns, *(max(own, default=-1) + 1 for own in forced))
@@ -188,16 +197,18 @@ def _check_layers(selection: Any, stack: Stack) -> None:
             raise SelectionError(f"There is no layer {name!r} in this stack; it has {known}.")
 
 
-def _allowed_names(layer: StackLayer, choice: Any, has_router: bool) -> list[str] | dict[str, float]:
+def _allowed_names(
+    layer: StackLayer, entry: LayerCandidates, choice: Any, has_router: bool
+) -> list[str] | dict[str, float]:
     """The names that the router may choose among ([]: the layer is off), or those that are forced, with weights."""
     if choice is None:
         return []
     if isinstance(choice, str) and choice != AUTO:
-        _check_adapter(layer, choice)
+        _check_adapter(entry, choice)
         return {choice: 1.0}
     if isinstance(choice, Mapping):
         for name, share in choice.items():
-            _check_adapter(layer, name)
+            _check_adapter(entry, name)
             if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
                 raise SelectionError(f"Layer {layer.name!r}: the weight of {name!r} must be a number, not {share!r}.")
         return {name: float(share) for name, share in choice.items()}
@@ -206,12 +217,12 @@ def _allowed_names(layer: StackLayer, choice: Any, has_router: bool) -> list[str
             f"Layer {layer.name!r}: {choice!r} is no choice. Give 'auto', a name, a list of names, names with "
             f"weights, or None."
         )
-    names = list(layer.adapters) if choice == AUTO else list(dict.fromkeys(choice))
+    names = entry.names if choice == AUTO else list(dict.fromkeys(choice))
     for name in names:
-        _check_adapter(layer, name)
+        _check_adapter(entry, name)
     if layer.shared and len(names) > 1:
         raise SelectionError(
-            f"The router cannot tell the adapters of {layer.name!r} apart: name one of {', '.join(layer.adapters)}."
+            f"The router cannot tell the adapters of {layer.name!r} apart: name one of {', '.join(entry.names)}."
         )
     if names and not has_router:
         raise SelectionError(
@@ -221,8 +232,8 @@ def _allowed_names(layer: StackLayer, choice: Any, has_router: bool) -> list[str
     return names
 
 
-def _check_adapter(layer: StackLayer, name: str) -> None:
-    if name not in layer.adapters:
+def _check_adapter(entry: LayerCandidates, name: str) -> None:
+    if name not in entry.places:
         raise SelectionError(
-            f"Layer {layer.name!r} has no adapter {name!r}; it has {', '.join(layer.adapters) or 'none at all'}."
+            f"Layer {entry.name!r} has no adapter {name!r}; it has {', '.join(entry.names) or 'none at all'}."
         )

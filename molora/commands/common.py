@@ -143,9 +143,9 @@ def check_selection(model: "MoLoRAModel", selection: "dict[str, Choice]") -> Non
     Raises:
         SelectionError: it does not fit the model's stack.
     """
-    from molora.selection import resolve
+    from molora.selection import candidates, resolve
 
-    resolve(selection, model.stack, model.slots, model.router is not None)
+    resolve(selection, model.stack, candidates(model.stack, model.slots), model.router is not None)
 
 
 def sampling(max_new_tokens: int, temperature: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from molora.errors import MoLoRAError
-from molora.selection import resolve
+from molora.selection import candidates, resolve
 from molora.stack import AUTO, SlotTable, Stack, StackLayer
 
 ENDLESS = "count forever"
@@ -70,7 +70,7 @@ class FakeModel:
             self._slots.take(name)
 
     def stream(self, messages: list[dict[str, str]], selection: Any = None, **kwargs: Any) -> Iterator[FakeToken]:
-        resolve(selection, self.stack, self._slots, has_router=True)
+        resolve(selection, self.stack, candidates(self.stack, self._slots), has_router=True)
         self.calls.append({"messages": messages, "selection": selection, **kwargs})
         return self._tokens(messages, selection, kwargs["max_new_tokens"])
 

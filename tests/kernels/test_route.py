@@ -56,7 +56,7 @@ class Case:
         torch.nn.init.normal_(self.part.output.bias, std=0.5)
         self.part.eval().requires_grad_(False)
         self.embedding = torch.nn.Embedding(VOCABULARY, HIDDEN).to(DEVICE)
-        self.selection = resolve(SELECTIONS, self.stack, table, True).to(DEVICE)
+        self.selection = resolve(SELECTIONS, self.stack, self.layers, True).to(DEVICE)
 
     def kernel(self) -> tuple[RouterWeights, Candidates, Choice]:
         self.part.fold(self.embedding, DEVICE)

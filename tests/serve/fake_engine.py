@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from molora.errors import BusyError, RequestError
-from molora.selection import resolve
+from molora.selection import candidates, resolve
 from molora.serve.requests import Event, Finished, Piece, Request
 from molora.stack import SlotTable, Stack, StackLayer
 from tests.unit.spoken import make_tokenizer
@@ -83,7 +83,7 @@ class FakeEngine:
         if len(request.ids) >= self.longest:
             raise RequestError(f"The prompt has {len(request.ids)} tokens.")
         settled = {of: choice for of, choice in (request.selection or {}).items() if of not in self.pools}
-        resolve(settled, self.model.stack, self.model.slots, True)
+        resolve(settled, self.model.stack, candidates(self.model.stack, self.model.slots), True)
         ticket = FakeTicket()
         self.requests.append(request)
         self.tickets.append(ticket)

@@ -31,7 +31,7 @@ def slots_of(stack: Stack) -> SlotTable:
 
 def run(selection: Any, has_router: bool = True, **domain: Any) -> ResolvedSelection:
     stack = make_stack(**domain)
-    return resolve(selection, stack, slots_of(stack), has_router)
+    return resolve(selection, stack, candidates(stack, slots_of(stack)), has_router)
 
 
 def forced(resolved: ResolvedSelection) -> list[list[int]]:
