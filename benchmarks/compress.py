@@ -71,6 +71,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if given.out:
         command = f"python -m benchmarks.compress --count {given.count} --rank {given.rank} --noise {given.noise}"
+        command += f" --basis {' '.join(map(str, given.basis))}"
         about = heading(command, f"{given.conversations} test conversations of each of {len(domains)} domains")
         given.out.write_text(json.dumps({**about, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
 

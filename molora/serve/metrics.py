@@ -55,6 +55,21 @@ class _EngineCounts:
         yield CounterMetricFamily("molora_sequences", "Sequences that were submitted.", stats.requests_total)
         yield CounterMetricFamily("molora_prompt_tokens", "Tokens of prompts.", stats.prompt_tokens_total)
         yield CounterMetricFamily("molora_generated_tokens", "Tokens that were generated.", stats.tokens_total)
+        prefixes = self.engine.prefixes.stats()
+        yield GaugeMetricFamily("molora_prefix_bytes", "Beginnings of prompts that are kept.", prefixes.held)
+        yield CounterMetricFamily("molora_prefix_tokens", "Tokens of prompts that were not read again.", prefixes.found)
+        if self.engine.pools:
+            yield from self._pools()
+
+    def _pools(self) -> Iterator[Any]:
+        live = GaugeMetricFamily("molora_live_adapters", "Adapters of a store in the model.", labels=["layer"])
+        found = CounterMetricFamily("molora_adapters", "Where a request's adapter was.", labels=["layer", "at"])
+        for layer, pool in self.engine.pools.items():
+            stats = pool.stats()
+            live.add_metric([layer], stats.live)
+            for at, count in (("live", stats.live_hits), ("host", stats.host_hits), ("read", stats.reads)):
+                found.add_metric([layer, at], count)
+        yield from (live, found)
 
 
 class CountRequests:

@@ -10,6 +10,7 @@ from typing import Any
 
 from molora.errors import BusyError, RequestError
 from molora.selection import candidates, resolve
+from molora.serve.prefixes import PrefixStats
 from molora.serve.requests import Event, Finished, Piece, Request
 from molora.stack import SlotTable, Stack, StackLayer
 from tests.unit.spoken import make_tokenizer
@@ -69,6 +70,7 @@ class FakeEngine:
     model: Any = None
     error: Exception = field(default_factory=lambda: ValueError("secret inside"))
     pools: dict[str, Any] = field(default_factory=dict)
+    prefixes: Any = SimpleNamespace(stats=lambda: PrefixStats(0, 0, 0))
 
     def __post_init__(self) -> None:
         if self.model is None:

@@ -88,6 +88,9 @@ def test_an_upload_for_a_user_is_stored_and_served(server: Server) -> None:
     said = {name: server.say(f"base+user/{name}") for name in folders}  # twice as many as are live at once
     assert said == {name: server.expected(folder) for name, folder in folders.items()}
     assert len(set(said.values())) == 4 and server.say("base") == server.expected(None)
+    counts = httpx.get(f"{server.address}/metrics").text
+    assert 'molora_live_adapters{layer="user"} 2.0' in counts
+    assert 'molora_adapters_total{at="read",layer="user"} 4.0' in counts
 
 
 def test_another_version_serves_from_the_next_request_on(server: Server) -> None:
