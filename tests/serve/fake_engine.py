@@ -70,7 +70,7 @@ class FakeEngine:
     model: Any = None
     error: Exception = field(default_factory=lambda: ValueError("secret inside"))
     pools: dict[str, Any] = field(default_factory=dict)
-    prefixes: Any = SimpleNamespace(stats=lambda: PrefixStats(0, 0, 0))
+    prefixes: Any = field(default_factory=lambda: SimpleNamespace(stats=lambda: PrefixStats(0, 0, 0)))
 
     def __post_init__(self) -> None:
         if self.model is None:
