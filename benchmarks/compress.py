@@ -24,7 +24,7 @@ from molora.compose.store import CompressedStore, compress
 from molora.factors import Factors, concatenated, of_adapter, write_factors
 from molora.starter import starter_folder
 from molora_training.data import data_dir, encode_within, read_examples
-from molora_training.report import heading
+from molora_training.report import heading, line
 from molora_training.speaker import Speaker
 
 MOST = 1024  # tokens of a conversation
@@ -73,7 +73,12 @@ def main() -> None:
         command = f"python -m benchmarks.compress --count {given.count} --rank {given.rank} --noise {given.noise}"
         command += f" --basis {' '.join(map(str, given.basis))}"
         about = heading(command, f"{given.conversations} test conversations of each of {len(domains)} domains")
-        given.out.write_text(json.dumps({**about, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+        must = [
+            line("share of the bytes", rows[0]["share of the bytes"], 0.2, "lower"),
+            line("gain kept, mean of the domains", rows[0]["gain kept, mean"], 0.99, "higher"),
+        ]
+        found = {**about, "threads": torch.get_num_threads(), "rows": rows, "must": must}
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def disturbed(factors: Factors, rank: int, noise: float, seed: int) -> Factors:

@@ -32,7 +32,7 @@ from molora.serve.app import build_app
 from molora.serve.engine import Engine
 from molora.serve.pool import Pool
 from molora.serve.store import AdapterStore
-from molora_training.report import heading
+from molora_training.report import heading, line
 
 PROMPTS, TOKENS, GROWTH = 8, 8, 0.02
 
@@ -65,14 +65,10 @@ def main() -> None:
         engine.close()
         found["swaps"] = pool.stats().host_hits
         store.close()
-    must = [
-        ("wrong or lost answers", found["wrong"] + found["lost"], 0),
-        ("growth of memory after the first tenth", found["memory"]["growth"], GROWTH),
-        ("file handles more than after the first tenth", found["handles"]["growth"], 0),
-    ]
     found["must"] = [
-        {"name": name, "value": value, "bar": bar, "better": "lower", "holds": value <= bar, "note": ""}
-        for name, value, bar in must
+        line("wrong or lost answers", found["wrong"] + found["lost"], 0, "lower"),
+        line("growth of memory after the first tenth", found["memory"]["growth"], GROWTH, "lower"),
+        line("file handles more than after the first tenth", found["handles"]["growth"], 0, "lower"),
     ]
     print(json.dumps(found, indent=1))
     if given.out:

@@ -19,6 +19,7 @@ from tools import (
     render_memory,
     render_quality,
     render_scale,
+    render_serving,
 )
 from tools.pictures import PALETTE, pyplot, save
 
@@ -32,6 +33,10 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stream": render_continual.stream,
     "arrivals": render_continual.arrivals,
     "documents-long": render_documents.section,
+    "compress": render_serving.compress,
+    "chats": render_serving.chats,
+    "serve": render_serving.serve,
+    "soak": render_serving.soak,
 }
 SEEDS = ("quality-seed-1", "quality-seed-2")
 LATER = ("quality", "adding", *SEEDS, *SECTIONS)
