@@ -18,8 +18,8 @@ def chats(report: Row) -> list[str]:
         "",
         "### Chats at once, beside `generate` on one batch",
         "",
-        f"{_about(report)} Tokens a second, prompts included; the median of runs in turns. `generate` knows all prompts "
-        "beforehand; the engine learns of each as it comes.",
+        f"{_about(report)} Tokens a second, prompts included; the median of runs in turns. `generate` knows all "
+        "prompts beforehand; the engine learns of each as it comes.",
         "",
         *table(["", "tokens/s", "runs"], lines),
         "",
@@ -92,8 +92,8 @@ def compress(report: Row) -> list[str]:
     return [
         "## A thousand adapters in little room",
         "",
-        f"{_about(report)} Each adapter is one of the starter's domain adapters with noise of the whole rank beside it, "
-        "as if trained again on other data. *Error*: norm of what is lost as a share of the adapter's, which is the "
+        f"{_about(report)} Each adapter is one of the starter's domain adapters with noise of the whole rank beside "
+        "it, as if trained again on other data. *Error*: norm of what is lost, a share of the adapter's, which is the "
         "noise; *gain kept*: of the first adapter of each domain, on its own test conversations.",
         "",
         *table(["directions", "of the bytes", "error, median, worst", "gain kept, mean", "least", "seconds"], lines),

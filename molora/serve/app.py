@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from molora._version import __version__
@@ -69,8 +69,9 @@ def build_app(
         return ModelCard(id=name, created=started)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        runs = engine.runs
+        return JSONResponse({"status": "ok" if runs else "stopped"}, 200 if runs else 503)
 
     @app.get("/metrics")
     async def measured() -> Response:

@@ -124,6 +124,12 @@ class Batch:
         self._take(running, choose(output.logits[:, -1], [ticket.sampler for ticket in running]), routes)
         return []
 
+    def clear(self) -> list[Ticket]:
+        """Lets go of all that is under way, and returns it."""
+        tickets = self.tickets
+        self.running, self.reading = [], None
+        return tickets
+
     def leave(self, ticket: Ticket, reason: FinishReason, error: Exception | None = None) -> None:
         """Ends a sequence; the last running one takes its row, and one that is being read the row after it."""
         if ticket is self.reading:
@@ -158,9 +164,7 @@ class Batch:
                 return []
         self._router = (router, [(weight, weight._version) for weight in weights])
         self.prefixes.clear()
-        again = self.tickets if known is not None else []
-        if again:
-            self.running, self.reading = [], None
+        again = self.clear() if known is not None else []
         for ticket in again:
             ticket.reader = None
         return again

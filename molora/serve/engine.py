@@ -4,6 +4,7 @@ One thread runs the model. In each turn it reads some of the prompts of those wh
 all sequences that are being continued.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from molora.serve.sampling import Sampler
 from molora.serve.text import Text
 from molora.serve.ticket import Ticket, names_in
 from molora.serve.turns import Turns
+
+log = logging.getLogger("molora.serve")
 
 _IDLE = 0.5  # seconds after which an engine that has nothing to do looks for what has timed out
 _READERS = 4  # threads that bring adapters
@@ -163,6 +166,11 @@ class Engine:
             raise change.error
         return change.result
 
+    @property
+    def runs(self) -> bool:
+        """Whether its thread is there to answer."""
+        return self._thread is not None and self._thread.is_alive() and not self._closing
+
     def stats(self) -> Stats:
         """Counts; from any thread."""
         batch = self._batch
@@ -218,29 +226,39 @@ class Engine:
     # All that follows runs in the engine's thread.
 
     def _run(self) -> None:
-        batch = self._batch
         while True:
             with self._wake:
                 if self._closing:
                     break
-                if not (batch.tickets or self._turns or self._changes):
+                if not (self._batch.tickets or self._turns or self._changes):
                     self._wake.wait()
                     continue
-            self._give_up()
-            self._make_changes()
-            read = self._read_prompts()
-            if batch.running:
-                self._guarded(list(batch.running), batch.step)
-            elif not read:
-                with self._wake:
-                    if not self._closing:
-                        self._wake.wait(_IDLE)
-        for ticket in batch.tickets:
-            batch.leave(ticket, "cancelled")
-        for ticket in self._turns:
-            self._finish(ticket, "cancelled", None)
+            try:
+                self._turn()
+            except Exception as error:  # a fault of ours: nobody may wait for ever because of it
+                log.exception("The engine failed; what was under way ends with an error.")
+                self._end_all("error", error)
+        self._end_all("cancelled", None)
         for change in self._changes:
             self._make(change)
+
+    def _turn(self) -> None:
+        self._give_up()
+        self._make_changes()
+        read = self._read_prompts()
+        if self._batch.running:
+            self._guarded(list(self._batch.running), self._batch.step)
+        elif not read:
+            with self._wake:
+                if not self._closing:
+                    self._wake.wait(_IDLE)
+
+    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
+        with self._wake:
+            waiting = self._turns.drop(lambda ticket: True)
+        for ticket in [*self._batch.clear(), *waiting]:
+            if not ticket.finished:
+                self._finish(ticket, reason, error)
 
     def _guarded(self, tickets: list[Ticket], work: Callable[[], list[Ticket]]) -> None:
         """Runs a part of a turn; what fails in it ends its requests and no others."""

@@ -69,6 +69,7 @@ class FakeEngine:
     counts: Stats = field(default_factory=Stats)
     model: Any = None
     error: Exception = field(default_factory=lambda: ValueError("secret inside"))
+    runs: bool = True
     pools: dict[str, Any] = field(default_factory=dict)
     prefixes: Any = field(default_factory=lambda: SimpleNamespace(stats=lambda: PrefixStats(0, 0, 0)))
 

@@ -271,6 +271,22 @@ def test_a_broken_adapter_ends_its_own_request(model: MoLoRAModel, adapters: Any
     assert other.tokens() == expected
 
 
+def test_a_fault_of_the_engine_keeps_nobody_waiting(model: MoLoRAModel, engines: Any, monkeypatch: Any) -> None:
+    engine = engines(model, rows=1)
+    held = Held(engine)
+    waiting = [Heard(engine, greedy([5, 6], None, 3)) for _ in range(3)]
+
+    def fail() -> None:
+        monkeypatch.undo()
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(engine, "_make_changes", fail)
+    held.free()
+    ends = [one.all()[1] for one in waiting]
+    assert [end.reason for end in ends] == ["error"] * 3 and str(ends[0].error) == "a fault"
+    assert engine.runs and len(Heard(engine, greedy([5, 6], None, 3)).tokens()) == 3
+
+
 def test_an_adapter_changes_for_whole_sequences(model: MoLoRAModel, adapters: dict[str, Path], engines: Any) -> None:
     before = alone(model, [5, 6, 7], {"domain": "code"}, 40)
     untouched = alone(model, [8, 9], {"domain": "math"}, 40)
