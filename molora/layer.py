@@ -1,6 +1,7 @@
 """A linear module of the base with the adapters that adapt it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from molora.shared import SharedPath
 from molora_kernels import Dispatch, Factors, add_lora
 
 _HALF = (torch.bfloat16, torch.float16)
+_FEW = 48  # tokens up to which all adapters are multiplied with all of them
+_MOST_RANKS = 512  # that are kept joined beyond those that act
 
 
 class PlanSource(Protocol):
@@ -59,7 +62,7 @@ class MoLoRALinear(nn.Module):
         self.factors: dict[int, Factors] = {}
         self.shared: list[SharedPath] = []  # one for each basis
         self.source = source
-        self._joined: tuple[tuple[int, ...], Factors] | None = None
+        self._joined: _Joined | None = None
         # In a state dict the base is the base: what is saved of it loads anywhere.
         self.register_state_dict_post_hook(_as_unwrapped)
         self.register_load_state_dict_pre_hook(_as_wrapped)
@@ -185,25 +188,62 @@ class MoLoRALinear(nn.Module):
             return y
         if work.everywhere and not torch.is_grad_enabled():
             return self._add_everywhere(y, x, work, factors)
+        if work.tokens <= _FEW and not torch.is_grad_enabled():
+            return self._add_few(y, x, work, factors)
         return add_lora(y, x, factors, work)
 
     def _add_everywhere(
         self, y: torch.Tensor, x: torch.Tensor, work: Dispatch, factors: dict[int, Factors]
     ) -> torch.Tensor:
         """All groups act on all tokens (decoding, forced adapters): their ranks joined, two products serve them."""
-        slots = work.slots
-        if self._joined is None or self._joined[0] != slots:
-            parts = [factors[slot] for slot in slots if slot in factors]
-            if not parts:
-                return y
-            joined = parts[0] if len(parts) == 1 else Factors(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
-            self._joined = (slots, joined)
-        A, B = self._joined[1]
+        slots = tuple(slot for slot in work.slots if slot in factors)
+        if not slots:
+            return y
+        if self._joined is None or self._joined.slots != slots:
+            self._joined = _Joined.of(slots, factors)
+        A, B = self._joined.factors
         h = x.to(A.dtype) @ A.T
         if not work.unit:
-            h = h * _rank_weights(work, [(s, factors[s].A.shape[0]) for s in slots if s in factors])
+            h = h * _rank_weights(work, [(s, factors[s].A.shape[0]) for s in slots])
         # Under autocast the products come in another dtype than the factors.
         return y.add_((h @ B.to(h.dtype)).to(y.dtype))
+
+    def _add_few(self, y: torch.Tensor, x: torch.Tensor, work: Dispatch, factors: dict[int, Factors]) -> torch.Tensor:
+        """Few tokens, each with its own adapters: two products with all of them, of which each token keeps its own. A
+        product is so thin that calling one for each adapter takes longer than all the others' numbers."""
+        acting = {slot for slot in work.slots if slot in factors}
+        if not acting:
+            return y
+        joined = self._joined
+        if joined is None or not acting <= set(joined.slots):
+            # The next step's tokens may want other ones of those that were wanted before.
+            slots = sorted(acting.union(joined.slots if joined is not None else ()) & factors.keys())
+            if sum(factors[slot].A.shape[0] for slot in slots) > _MOST_RANKS:
+                slots = sorted(acting)
+            joined = self._joined = _Joined.of(tuple(slots), factors)
+        A, B = joined.factors
+        shares = work.shares(joined.slots, joined.ranks, x.device)
+        h = x.to(A.dtype) @ A.T
+        if shares.weights is not None:
+            h = h * shares.weights
+        # Not multiplied by 0: what is no number in one sequence must not reach another one.
+        h = h.masked_fill(shares.idle, 0.0)
+        return y.add_((h.to(B.dtype) @ B).to(y.dtype))
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Factors of several slots as one adapter's; ``ranks`` of each."""
+
+    slots: tuple[int, ...]
+    ranks: tuple[int, ...]
+    factors: Factors
+
+    @classmethod
+    def of(cls, slots: tuple[int, ...], factors: Mapping[int, Factors]) -> "_Joined":
+        parts = [factors[slot] for slot in slots]
+        joined = parts[0] if len(parts) == 1 else Factors(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+        return cls(slots, tuple(len(part.A) for part in parts), joined)
 
 
 def _as_unwrapped(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

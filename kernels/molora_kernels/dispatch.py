@@ -1,7 +1,8 @@
 """(token, slot, weight) triples sorted by slot, once for a forward, shared by every module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Dispatch:
     groups: tuple[Group, ...]
     tokens: int
     everywhere: bool
+    _shares: dict[Any, "Shares"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def unit(self) -> bool:
@@ -31,6 +33,29 @@ class Dispatch:
     @cached_property
     def slots(self) -> tuple[int, ...]:
         return tuple(group.slot for group in self.groups)
+
+    def shares(self, slots: tuple[int, ...], ranks: tuple[int, ...], device: torch.device) -> "Shares":
+        """For factors of ``slots``, of so many ranks, joined: which of the ranks act on each token. Modules whose
+        adapters have the same ranks share it."""
+        key = (slots, ranks)
+        if key not in self._shares:
+            table = torch.zeros(self.tokens, len(slots), device=device)
+            for group in self.groups:
+                if group.slot in slots:
+                    rows = slice(None) if group.tokens is None else group.tokens
+                    weights = 1.0 if group.weights is None else group.weights.to(table.dtype)
+                    table[rows, slots.index(group.slot)] = weights
+            weights = table.repeat_interleave(torch.tensor(ranks, device=device), 1)
+            self._shares[key] = Shares(weights == 0, None if self.unit else weights)
+        return self._shares[key]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """``idle``: [T, R] bool, where a rank does not act on a token. ``weights``: [T, R] float32; None: all 1."""
+
+    idle: torch.Tensor
+    weights: torch.Tensor | None
 
 
 def dispatch(slots: torch.Tensor, weights: torch.Tensor, *, uniform: bool = False, unit: bool = False) -> Dispatch:
