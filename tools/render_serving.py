@@ -104,7 +104,8 @@ def compress(report: Row) -> list[str]:
 
 
 def _about(report: Row) -> str:
+    threads = report.get("threads", 1)
     return (
-        f"`{report['command']}` on one {report['machine']}, {report.get('threads', 1)} threads, commit "
+        f"`{report['command']}` on one {report['machine']}, {threads} thread{'s' if threads > 1 else ''}, commit "
         f"{report['commit']}, {report['date']}, seed {report['seed']}. Data: {report['data']}."
     )
