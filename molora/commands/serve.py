@@ -82,7 +82,7 @@ def serve(
         raise ConfigError("The stack has no layer with shared: true, in which a store's adapters could come and go.")
     pools = [Pool(opened, layer, held.finder(layer), most=live) for layer in shared] if held is not None else []
     engine = Engine(opened, rows=rows, longest=longest, pools=pools)
-    app: Any = build_app(engine, keys=known, store=held)
+    app: Any = build_app(engine, keys=known, store=held, hosts=None if known else [host, "127.0.0.1", "localhost"])
     engine.start()
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)

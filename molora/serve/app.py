@@ -1,6 +1,7 @@
 """The HTTP server: OpenAI's API over an engine, and what one needs to run it."""
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, FastAPI, Request
@@ -9,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from molora._version import __version__
 from molora.serve.answering import Answering
-from molora.serve.door import CheckKey, LimitBody, needs
+from molora.serve.door import CheckHost, CheckKey, LimitBody, needs
 from molora.serve.failures import answer_errors
 from molora.serve.keys import Key, Keys
 from molora.serve.manage import adapter_routes
@@ -33,6 +34,7 @@ def build_app(
     *,
     keys: Keys | None = None,
     store: "AdapterStore | None" = None,
+    hosts: Sequence[str] | None = None,
     timeout_s: float = TIMEOUT_S,
     most_body: int = MOST_BODY_BYTES,
     most_adapter: int = MOST_ADAPTER_BYTES,
@@ -43,6 +45,8 @@ def build_app(
         engine: answers; it is started and closed elsewhere.
         keys: who may do what; None: everybody may use it, and nobody may change it.
         store: where the engine's pools find adapters; those that are uploaded for them go there.
+        hosts: the names under which it may be asked; None: any. Without keys a page in a browser could otherwise reach
+            this machine's own address under a name of its own.
         timeout_s: after which an answer is given up.
         most_body, most_adapter: bytes of a request, and of an upload.
     """
@@ -82,5 +86,7 @@ def build_app(
     # The last one added is the first to see a request.
     app.add_middleware(LimitBody, most=lambda path: most_adapter if path.startswith("/v1/adapters/") else most_body)
     app.add_middleware(CheckKey, keys=keys)
+    if hosts is not None:
+        app.add_middleware(CheckHost, hosts=hosts)
     app.add_middleware(CountRequests, metrics=metrics)
     return app

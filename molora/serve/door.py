@@ -1,7 +1,7 @@
 """What a request passes before it is read: its key, and the most bytes that it may have."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -15,6 +15,25 @@ from molora.serve.keys import Scope as KeyScope
 _LOCAL = Key("local", ("use",))  # without a file of keys: whoever reaches this machine's own address
 _SILENCE_S = 60.0  # between two parts of a body
 NEW_KEY = "Make a key that may with `molora serve --new-key NAME --scope manage`."
+
+
+class CheckHost:
+    """Answers only who asks for the server by one of its names."""
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            told = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            host = told.rpartition(":")[0] if told.rpartition(":")[2].isdigit() else told
+            if host.strip("[]") not in self.hosts:
+                names = " or ".join(dict.fromkeys(self.hosts))
+                message = (
+                    f"Without keys this server is asked as {names} only. Make keys with `molora serve --new-key NAME`."
+                )
+                return await failure(400, message, code="unknown_host")(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class CheckKey:

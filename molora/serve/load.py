@@ -17,7 +17,7 @@ from molora.serve.requests import Event, Finished, Request, Sampling
 
 @dataclass(frozen=True)
 class Traffic:
-    """What comes, in the terms of S-LoRA's evaluation (arXiv 2311.03285, section 7).
+    """What comes, in the terms of S-LoRA's evaluation (arXiv 2311.03285).
 
     requests: how many. rate: a second, on average; inf: all at once. cv: coefficient of variation of the time between
     two; 1: Poisson. users: how many there are. zipf: user k asks in proportion to 1 / k^zipf; 0: all alike. prompt,

@@ -29,6 +29,14 @@ def test_without_a_known_key_nothing_is_read(keys):
     assert client.get("/health").status_code == 200
 
 
+def test_without_keys_a_page_cannot_ask_under_a_name_of_its_own():
+    client = client_of(hosts=["127.0.0.1", "localhost", "::1"])
+    for host in ("localhost:8000", "127.0.0.1", "127.0.0.1:8000", "[::1]:8000"):
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
+        assert "127.0.0.1" in error_of(client.get("/v1/models", headers={"Host": host}), 400)["message"]
+
+
 def test_scopes(keys):
     use, manage = keys.create("app", ["use"]), keys.create("boss", ["manage"])
     client = client_of(keys=keys)

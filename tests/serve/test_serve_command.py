@@ -64,7 +64,7 @@ def test_a_saved_stack_is_served(tmp_path, monkeypatch):
 
     def ask(app, host, port, **settings):
         told["at"] = (host, port)
-        with TestClient(app) as client:
+        with TestClient(app, base_url="http://127.0.0.1:9000") as client:
             for name in ("base", "base+math", "base+auto"):
                 told[name] = client.post("/v1/chat/completions", json={"model": name, "routes": True, **asked})
             told["metrics"] = client.get("/metrics").text
