@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from molora.cache import attach
 from molora.errors import BaseModelError
@@ -125,22 +125,16 @@ class RowsStep(Cache):
             self._rows.lengths[row] += 1
 
 
-class _StepRows(CacheLayerMixin):
+class _StepRows(StepLayer):
     """One layer's first rows, each of which gets a token at its own place."""
 
     is_compileable = False
-    is_sliding = False
 
     def __init__(
         self, keys: torch.Tensor, values: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], longest: int
     ) -> None:
-        super().__init__()
-        self.keys, self.values, self.at, self.longest = keys, values, at, longest
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        pass
+        super().__init__(keys, values)
+        self.at, self.length = at, longest
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -149,18 +143,8 @@ class _StepRows(CacheLayerMixin):
         rows, places = self.at
         self.keys[rows, :, places] = key_states[:, :, 0]
         self.values[rows, :, places] = value_states[:, :, 0]
-        count, end = len(rows), self.longest + 1
+        count, end = len(rows), self.length + 1
         return self.keys[:count, :, :end], self.values[:count, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.longest + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.longest
-
-    def get_max_length(self) -> int:
-        assert self.keys is not None
-        return int(self.keys.shape[2])
 
 
 class _RowsMemory(Memory):
