@@ -12,8 +12,9 @@ PICTURES = ("quality.svg", "domains.svg", "routers.svg")
 EDGE = 130  # percent, at which the bars end
 
 
-def section(report: Row, adding: Row | None, again: Sequence[Row] = ()) -> list[str]:
-    """Lines of Markdown. again: reports of trainings from nothing with other seeds, the first with seed 1."""
+def section(report: Row, adding: Row | None, again: Sequence[Row] = (), earlier: Row | None = None) -> list[str]:
+    """Lines of Markdown. again: reports of trainings from nothing with other seeds, the first with seed 1. earlier: of
+    more routers, for the adapters of an earlier training."""
     sets = list(report["rows"][0]["sets"])
     parts = [
         "## Does routing by token pay?",
@@ -29,12 +30,7 @@ def section(report: Row, adding: Row | None, again: Sequence[Row] = ()) -> list[
         f"| contender | {' | '.join(sets)} | domains alone | short answers |",
         "|---|" + "---|" * (len(sets) + 2),
     ]
-    for row in report["rows"]:
-        cells = [_closed(row["sets"][name]) if name in row["sets"] else "" for name in sets]
-        alone = _alone(row, report)
-        shown = "" if alone is None else f"{alone:.1%}"
-        accuracy = f"{row['sets'][sets[0]]['accuracy']:.1%}"
-        parts.append(f"| {_name(row, report)} | {' | '.join(cells)} | {shown} | {accuracy} |")
+    parts += [_line(row, report) for row in report["rows"]]
     if report["missing"]:
         parts += ["", f"Not measured: {', '.join(report['missing'])}."]
     parts += ["", "### What had to be reached", "", *bars(report["must"])]
@@ -42,6 +38,16 @@ def section(report: Row, adding: Row | None, again: Sequence[Row] = ()) -> list[
         parts += ["", *_seeds(report, again)]
     parts += ["", "### By domain", "", f"![Loss by domain](images/{PICTURES[1]})", "", *_by_domain(report)]
     parts += ["", "### Variants of the router", "", f"![Variants of the router](images/{PICTURES[2]})", ""]
+    if earlier:
+        parts += [
+            f"More of what was tried, for adapters of an earlier training by the same recipe (`{earlier['command']}`, "
+            f"one {earlier['machine']}, commit {earlier['commit']}, {earlier['date']}), whose default was *gated*.",
+            "",
+            f"| router | {' | '.join(sets)} | domains alone | short answers |",
+            "|---|" + "---|" * (len(sets) + 2),
+            *[_line(row, earlier) for row in earlier["rows"] if row["kind"] == "router"],
+            "",
+        ]
     parts += ["Share of tokens that go to their own domain, by position in a question or an answer (turns):", ""]
     parts += positions(report["rows"], "right")
     if adding:
@@ -105,6 +111,15 @@ def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above, where no bar is
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, file)
+
+
+def _line(row: Row, report: Row) -> str:
+    sets = list(report["rows"][0]["sets"])
+    cells = [_closed(row["sets"][name]) if name in row["sets"] else "" for name in sets]
+    alone = _alone(row, report)
+    shown = "" if alone is None else f"{alone:.1%}"
+    accuracy = f"{row['sets'][sets[0]]['accuracy']:.1%}"
+    return f"| {_name(row, report)} | {' | '.join(cells)} | {shown} | {accuracy} |"
 
 
 def _first(report: Row) -> Row:

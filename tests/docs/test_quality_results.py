@@ -54,6 +54,17 @@ def test_other_seeds_stand_beside() -> None:
     assert "other seeds" not in "\n".join(section(report(), None))
 
 
+def test_routers_of_an_earlier_training_stand_apart() -> None:
+    earlier = report()
+    earlier["commit"] = "before"
+    earlier["rows"].append(row("MoLoRA distilled, top-1 unit", "router", 1.2))
+    text = "\n".join(section(report(), None, (), earlier))
+    before, _, after = text.partition("### Variants of the router")
+    assert "commit before" in after and "| MoLoRA distilled, top-1 unit | 80.0% [79.0%, 81.0%] |" in after
+    assert "distilled" not in before and "uniform merge" not in after
+    assert "distilled" not in "\n".join(section(report(), None))
+
+
 def test_later_adapters_are_told() -> None:
     about = {key: value for key, value in report().items() if key not in ("rows", "must")}
     rows = [

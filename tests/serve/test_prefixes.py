@@ -101,7 +101,7 @@ def test_a_change_of_adapters_or_router_is_seen(
 
     @torch.no_grad()
     def shift() -> None:
-        router.parts[0].output.bias.add_(torch.randn(7))
+        router.parts[0].output.bias.add_(torch.randn(7, device=model.device))
 
     engine.change([], shift)
     assert ask(engine, LONG, {"domain": "auto"}) == alone(model, LONG, {"domain": "auto"}, 8)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from molora_training.data.read_many import _plain, read_many
 # The package gives the name `prepare` to the function.
 preparing = sys.modules["molora_training.data.prepare"]
 module = sys.modules["molora_training.data.read_many"]
-SIZES = {"Speech A. Person": 70, "code c": 65, "code rust": 90, "tiny": 59}
+SIZES = {"Speech A. Person": 70, "code c": 80, "code rust": 90, "tiny": 59}
 
 
 def named() -> Iterator[tuple[str, Item]]:
@@ -30,13 +31,25 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_named", named)
 
 
-def test_the_largest_with_enough_items_are_taken_under_plain_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_with_enough_items_are_found_under_plain_names_the_largest_first() -> None:
     found = read_many()
-    assert {name: len(items) for name, items in found.items()} == {"code-c": 65, "code-rust": 90, "speech-a-person": 70}
-    assert list(found) == sorted(found)
+    assert {name: len(items) for name, items in found.items()} == {"code-c": 80, "code-rust": 90, "speech-a-person": 70}
+    assert list(found) == ["code-rust", "code-c", "speech-a-person"]
     assert found["code-c"][0].body["question"] == "code c-0?"  # of one id the first
-    monkeypatch.setattr(module, "COUNT", 2)
-    assert list(read_many()) == ["code-rust", "speech-a-person"]
+
+
+def test_the_largest_of_which_enough_is_left_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "MANY_COUNT", 2)
+    monkeypatch.setitem(SIZES, "code d", 300)  # the largest, but too long to be asked
+
+    def some() -> Iterator[tuple[str, Item]]:
+        for name, item in named():
+            yield name, replace(item, body={"question": "word " * 3000}) if name == "code d" else item
+
+    monkeypatch.setattr(module, "_named", some)
+    preparing.prepare(["many"], tmp_path)
+    assert {file.name.partition(".")[0] for file in tmp_path.glob("*.jsonl")} >= {"code-rust", "code-c"}
+    assert not list(tmp_path.glob("speech-*")) and not list(tmp_path.glob("code-d.*"))
 
 
 def test_files_have_the_small_domains_and_the_splits_of_the_large_ones(

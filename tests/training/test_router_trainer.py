@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from molora import MoLoRAModel, RouterConfig
-from molora.errors import ConfigError, DataError, NonFiniteError
+from molora.errors import ConfigError, DataError, NonFiniteError, RouterError
 from molora.router import NEVER, SAMPLES
 from molora_training import router, router_objective
 from molora_training.data import IGNORED, collate, encode
@@ -23,6 +23,7 @@ from molora_training.distillation import Teacher
 from molora_training.router import load_model, train
 from molora_training.router_objective import Labels, RouterObjective
 from molora_training.router_settings import LossWeights, RouterTrainSettings
+from molora_training.settings import load_settings
 from tests.unit.spoken import make_spoken
 
 TEXTS = {"math": "12+34=46 78*9=702 0123", "code": "def f(x): return x", "general": "hello you, good day"}
@@ -49,6 +50,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RouterTrainSett
         base=str(tmp_path / "base"),
         router=RouterConfig(width=16, hidden=32, units=16),
         mixed=24,
+        documents=0,
+        in_a_turn=0,
+        asides=0,
         epochs=4,
         max_steps=12,
         batch_tokens=1024,
@@ -56,6 +60,16 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RouterTrainSett
         checkpoint_every=4,
         dtype="float32",
     )
+
+
+def test_a_command_that_says_nothing_else_trains_the_best_of_the_table() -> None:
+    found = load_settings(RouterTrainSettings, None, ["model=a", "out=b", "router.width=64"])
+    assert found.router == RouterConfig(reads=(0, 4), hidden=512, width=64)
+
+
+def test_a_router_does_not_read_where_no_layer_is(settings: RouterTrainSettings) -> None:
+    with pytest.raises(RouterError, match="reads at layer 40, and the base has 3 layers"):
+        train(dataclasses.replace(settings, router=RouterConfig(reads=(0, 40))), command="")
 
 
 def _row(domain: str, split: str, number: int, text: str) -> dict[str, Any]:
@@ -242,6 +256,7 @@ def test_going_on_from_a_saved_router(settings: RouterTrainSettings) -> None:
 def test_two_processes_are_one(settings: RouterTrainSettings, tmp_path: Path) -> None:
     settings = dataclasses.replace(settings, max_steps=6, checkpoint_every=6)
     overrides = [f"{name}={getattr(settings, name)}" for name in ("model", "out", "data", "base", "mixed", "max_steps")]
+    overrides += ["documents=0", "in_a_turn=0", "asides=0", "router.reads=0"]
     overrides += ["router.width=16", "router.hidden=32", "batch_tokens=512", "dtype=float32", "learning_rate=0.01"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -32,6 +32,15 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert settings == Outer(Path("here"), 1e-4, 3, "b", Inner(4, ("a", "b")))
 
 
+def test_a_default_unlike_its_kind_holds_where_only_some_of_it_is_given() -> None:
+    @dataclass(frozen=True)
+    class Whole:
+        inner: Inner = field(default_factory=lambda: Inner(names=("v_proj",)))
+
+    assert load_settings(Whole, None, ["inner.rank=4"]) == Whole(Inner(4, ("v_proj",)))
+    assert load_settings(Whole, None, ["inner.names=[o_proj]"]) == Whole(Inner(8, ("o_proj",)))
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -291,8 +291,9 @@ class TestTrain:
 
     def test_router(self, base_folder: Path, stack_file: Path, tmp_path: Path) -> None:
         _write_data(tmp_path)
-        settings = [f"model={stack_file}", "out=routed", "data=.", f"base={base_folder}", "mixed=8", "max_steps=2"]
-        text = run("train", "router", *settings, "router.width=8", "router.hidden=16")
+        settings = [f"model={stack_file}", "out=routed", "data=.", f"base={base_folder}", "mixed=8", "max_steps=2",
+                    "documents=4", "in_a_turn=4", "asides=4"]  # fmt: skip
+        text = run("train", "router", *settings, "router.reads=0", "router.width=8", "router.hidden=16")
         assert "validation loss" in text and "train conversations" in text
         assert json.loads(run("info", "routed", "--json"))["router"]["settings"]["hidden"] == 16
 

@@ -11,6 +11,7 @@ from molora_training.data import data_dir
 from molora_training.settings import work_folder
 
 METRICS = "router.metrics.json"
+BEST = RouterConfig(reads=(0, 4), hidden=512)  # of what docs/results.md compares, on a base of 30 layers
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class RouterTrainSettings:
             right.
         base: of a stack.yaml; a saved MoLoRA names its own.
         start: "new", or "saved": go on from the router that ``model`` has.
+        router: of a new one.
         mixed: how many conversations that change their domain at each turn to train on, beside the single ones.
         documents, in_a_turn: how many documents of several domains' problems, and turns that ask two questions.
         asides: how many questions beside a sentence of another domain, which asks for nothing.
@@ -58,16 +60,16 @@ class RouterTrainSettings:
     data: Path = field(default_factory=data_dir)
     base: str | None = None
     start: Literal["new", "saved"] = "new"
-    router: RouterConfig = field(default_factory=RouterConfig)
+    router: RouterConfig = field(default_factory=lambda: BEST)
     loss: LossWeights = field(default_factory=LossWeights)
-    mixed: int = 6000
-    documents: int = 0
-    in_a_turn: int = 0
-    asides: int = 0
+    mixed: int = 3000
+    documents: int = 2000
+    in_a_turn: int = 2000
+    asides: int = 2000
     both: int = 0
     null_start: int | None = None
     max_length: int = 1024
-    epochs: int = 4
+    epochs: int = 3
     max_steps: int | None = None
     batch_tokens: int = 8192
     learning_rate: float = 1e-3

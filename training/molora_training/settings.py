@@ -67,7 +67,8 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str = "
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"The setting {where}{name} holds settings of its own, not {value!r}.")
-            arguments[name] = from_mapping(typing.cast(type, hint), value, where=f"{where}{name}.")
+            given = {**_unlike_its_kind(fields[name]), **value}
+            arguments[name] = from_mapping(typing.cast(type, hint), given, where=f"{where}{name}.")
         else:
             arguments[name] = _convert(value, hint, where + name)
     for name, field in fields.items():
@@ -75,6 +76,16 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str = "
         if no_default and name not in arguments:
             raise ConfigError(f"The setting {where}{name} is missing.")
     return kind(**arguments)
+
+
+def _unlike_its_kind(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """What a field's default sets otherwise than its dataclass does: it holds where only some of it is given."""
+    if field.default_factory is dataclasses.MISSING:
+        return {}
+    own = field.default_factory()
+    plain = type(own)()
+    values = {one.name: getattr(own, one.name) for one in dataclasses.fields(own)}
+    return {name: value for name, value in values.items() if value != getattr(plain, name)}
 
 
 def _set(values: dict[str, Any], override: str) -> None:

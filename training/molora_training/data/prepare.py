@@ -41,6 +41,8 @@ LIMITS: dict[Split, int] = {"train": 3000, "validation": 300, "test": 300}
 MIXED_COUNTS: dict[Split, int] = {"train": 2000, "validation": 300, "test": 300}
 QUESTION_TOKENS, ANSWER_TOKENS = 400, 256
 MIXED, BOTH, MANY, PASSAGES = "mixed", "both", "many", "passages"
+MANY_COUNT = 128
+MANY_FEWEST: dict[Split, int] = {"train": 30, "validation": 5, "test": 5}
 MANY_LIMITS: dict[Split, int] = {"train": 300, "validation": 40, "test": 60}
 
 READERS: dict[str, Callable[[], Iterable[Item]]] = {
@@ -173,17 +175,20 @@ def _write(folder: Path, job: str) -> Counts:
 
 
 def _write_many(folder: Path) -> tuple[list[str], Counts]:
-    """The files of the small domains, their names, and all their counts together."""
-    examples, overlapping = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS[1:], 0)
-    domains = read_many()
-    for name, items in domains.items():
+    """The files of the small domains, their names, and all their counts together. They are the largest of which enough
+    is left: a story may be too long, and an author's speeches all of one split."""
+    examples, overlapping, names = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS[1:], 0), list[str]()
+    for name, items in read_many().items():
         found, counts = build(items, MANY_LIMITS)
+        if len(names) == MANY_COUNT or any(len(found[split]) < MANY_FEWEST[split] for split in SPLITS):
+            continue
+        names.append(name)
         for split, rows in found.items():
             write_examples(folder / f"{name}.{split}.jsonl", [replace(row, domain=name) for row in rows])
             examples[split] += len(rows)
         for split, count in counts.overlapping.items():
             overlapping[split] += count
-    return list(domains), Counts(examples, overlapping)
+    return sorted(names), Counts(examples, overlapping)
 
 
 def _kept(folder: Path, job: str) -> Counts | None:
@@ -216,7 +221,7 @@ def _fingerprint(job: str) -> str:
         ANSWER_TOKENS,
         packages,
         repr(FORMS),
-        *([MANY_LIMITS] if job == MANY else []),
+        *([MANY_COUNT, MANY_FEWEST, MANY_LIMITS] if job == MANY else []),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

@@ -23,13 +23,12 @@ from .read_ukrainian import read_ukrainian
 from .read_users import passages
 
 FEWEST = 60  # items of a domain
-COUNT = 128
 _SKILLS = ("coding", "common_knowledge", "logical_reasoning", "pattern", "string_operations")
 _NO_NAME = re.compile(r"[^a-z0-9]+")
 
 
 def read_many() -> dict[str, list[Item]]:
-    """The items of each domain, by its name: the COUNT with the most items, in the order of their names.
+    """The items of each domain of FEWEST or more, by its name: the largest first.
 
     Items keep the domain that they come from, by which their split goes: what is held out there is held out here.
 
@@ -39,8 +38,7 @@ def read_many() -> dict[str, list[Item]]:
     for name, item in _named():
         found.setdefault(_NO_NAME.sub("-", name.lower()).strip("-"), {}).setdefault(item.id, item)
     enough = {name: list(items.values()) for name, items in found.items() if len(items) >= FEWEST}
-    largest = sorted(enough, key=lambda name: (-len(enough[name]), name))[:COUNT]
-    return {name: enough[name] for name in sorted(largest)}
+    return {name: enough[name] for name in sorted(enough, key=lambda name: (-len(enough[name]), name))}
 
 
 def _named() -> Iterator[tuple[str, Item]]:
