@@ -22,6 +22,7 @@ from molora.commands.merge import merge
 from molora.commands.profile import describe, profile
 from molora.commands.routes import routes
 from molora.commands.serve import serve
+from molora.commands.store import app as store
 from molora.commands.train import app as train
 from molora.commands.update import update
 from molora.commands.versions import rollback, versions
@@ -55,6 +56,7 @@ app.command()(rollback)
 app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
+app.add_typer(store, name="store")
 
 
 def _version(asked: bool) -> None:

@@ -30,6 +30,18 @@ def check_name(name: object, what: str) -> str:
     return name
 
 
+def read_label(text: str) -> tuple[str, str]:
+    """``user/ada`` in its two parts.
+
+    Raises:
+        StackError: it is not of that form.
+    """
+    layer, slash, name = text.partition("/")
+    if not slash:
+        raise StackError(f"{text!r} does not say where it belongs: write LAYER/NAME, such as user/ada.")
+    return check_name(layer, "a layer"), check_name(name, "an adapter")
+
+
 @dataclass
 class StackLayer:
     """One layer of a stack, of which at most ``top_k`` adapters act on a token.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+from molora.stack import read_label
 
 
 def internalize(
@@ -36,7 +37,7 @@ def internalize(
         from molora.personalize.documents import chunks, read_document
         from molora.personalize.internalize import factors_of
         from molora.personalize.live import EXAMPLE_TOKENS
-        from molora.personalize.place import check_label, place, read_label
+        from molora.personalize.place import check_label, place
 
         where = read_label(label)
         saved = Path(model_place(model))

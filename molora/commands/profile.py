@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+from molora.stack import read_label
 
 if TYPE_CHECKING:
     from molora.versions import Version
@@ -68,7 +69,7 @@ def describe(
     Example: molora describe "answers like a pirate" --as personality/pirate --hypernet text-net --model my-molora
     """
     with extra("personalize"):
-        from molora.personalize.place import check_label, read_label
+        from molora.personalize.place import check_label
 
         where = check_label(Path(model_place(model)), read_label(label))
         about = {"made_from": "a description", "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -45,6 +45,11 @@ def serve(
     user: Annotated[
         str | None, typer.Option("--user", metavar="NAME", help="The new key may use this user's adapters only.")
     ] = None,
+    list_keys: Annotated[bool, typer.Option("--list-keys", help="Show the names of the keys, and end.")] = False,
+    revoke_key: Annotated[
+        str | None,
+        typer.Option("--revoke-key", metavar="NAME", help="Take a key away, from running servers too, and end."),
+    ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Serve the model to clients of OpenAI's API; each request names the adapters that act on it.
@@ -54,14 +59,14 @@ def serve(
 
     Example: molora serve --store adapters/ --live 256
     """
-    from molora.serve.keys import Keys
-
     file = (keys or KEYS_FILE).expanduser()
-    if new_key is not None:
-        typer.echo(Keys(file).create(new_key, scope or ["use"], user))
-        return
-    if scope or user:
+    if sum([new_key is not None, revoke_key is not None, list_keys]) > 1:
+        raise ConfigError("Give one of --new-key, --revoke-key and --list-keys.")
+    if new_key is None and (scope or user):
         raise ConfigError("--scope and --user are of a new key: give its name with --new-key.")
+    if new_key is not None or revoke_key is not None or list_keys:
+        _keep_keys(file, new_key, scope or ["use"], user, revoke_key)
+        return
     known = _known_keys(file, required=keys is not None)
     if known is None and not _is_loopback(host):
         raise ConfigError(
@@ -90,6 +95,21 @@ def serve(
         engine.close()
         if held is not None:
             held.close()
+
+
+def _keep_keys(file: Path, new: str | None, scopes: list[str], user: str | None, revoked: str | None) -> None:
+    """Makes a key, or takes one away, or shows the names of all."""
+    from molora.serve.keys import Keys
+
+    known = _known_keys(file, required=new is None) or Keys(file)
+    if new is not None:
+        typer.echo(known.create(new, scopes, user))
+    elif revoked is not None:
+        known.revoke(revoked)
+        typer.echo(f"The key {revoked} is taken away.")
+    else:
+        for name in known.names():
+            typer.echo(name)
 
 
 def _known_keys(file: Path, required: bool) -> "Keys | None":

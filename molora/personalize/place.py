@@ -66,15 +66,3 @@ def check_label(saved: Path, label: tuple[str, str]) -> tuple[str, str]:
     if layer not in known:
         raise StackError(f"{saved} has no layer {layer!r}: it has {', '.join(known)}.")
     return layer, name
-
-
-def read_label(text: str) -> tuple[str, str]:
-    """``user/ada`` in its two parts.
-
-    Raises:
-        StackError: it is not of that form.
-    """
-    layer, slash, name = text.partition("/")
-    if not slash:
-        raise StackError(f"{text!r} does not say where it belongs: write LAYER/NAME, such as user/ada.")
-    return check_name(layer, "a layer"), check_name(name, "an adapter")

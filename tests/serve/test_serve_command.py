@@ -36,6 +36,26 @@ def test_a_key_is_made_and_shown_once(keys_file, tmp_path):
     assert Keys(other).find(token).scopes == ("use",)
 
 
+def test_keys_are_listed_and_taken_away(keys_file):
+    token = run("--new-key", "app").stdout.strip()
+    run("--new-key", "ada", "--user", "ada")
+    assert run("--list-keys").stdout.split() == ["app", "ada"]
+    serving = Keys(keys_file)
+    assert run("--revoke-key", "app").stdout == "The key app is taken away.\n"
+    assert serving.find(token) is None and run("--list-keys").stdout.split() == ["ada"]
+    before = keys_file.read_bytes()
+    error = run("--revoke-key", "app").exception
+    assert isinstance(error, ConfigError) and "no key 'app'; there are ada" in str(error)
+    assert keys_file.read_bytes() == before
+
+
+def test_without_a_file_there_is_no_key_to_take_away(keys_file):
+    for asked in (["--list-keys"], ["--revoke-key", "app"]):
+        error = run(*asked).exception
+        assert isinstance(error, ConfigError) and f"no file {keys_file}" in str(error) and "--new-key" in str(error)
+    assert not keys_file.parent.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -45,6 +65,9 @@ def test_a_key_is_made_and_shown_once(keys_file, tmp_path):
         (["--keys", "nowhere.json"], "no file nowhere.json"),
         (["--scope", "use"], "--new-key"),
         (["--new-key", "a", "--scope", "root"], "scopes out of"),
+        (["--revoke-key", "a", "--scope", "use"], "of a new key"),
+        (["--revoke-key", "a", "--list-keys"], "Give one of"),
+        (["--new-key", "a", "--revoke-key", "b"], "Give one of"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(arguments, says):

@@ -94,7 +94,8 @@ def fail(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
 @pytest.mark.parametrize(
     "command",
     ["", "chat", "demo", "generate", "routes", "info", "internalize", "train", "train adapter", "train router",
-     "train data", "train personas", "bench", "bench decode"],
+     "train data", "train personas", "bench", "bench decode", "store", "store put", "store list", "store versions",
+     "store use", "store rollback", "store get", "store remove", "store prune", "store reindex"],
 )  # fmt: skip
 def test_help_has_an_example(command: str) -> None:
     assert "Example: molora " + command in " ".join(run(*command.split(), "--help").split())
