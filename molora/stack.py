@@ -63,7 +63,9 @@ class StackLayer:
     def __post_init__(self) -> None:
         check_name(self.name, "a layer")
         if not isinstance(self.adapters, Mapping):
-            raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")
+            raise StackError(
+                f"Layer {self.name!r}: adapters must map names to folders, or be the folder that holds them."
+            )
         self.adapters = {check_name(name, "an adapter"): path for name, path in self.adapters.items()}
         if not all(isinstance(path, str | Path) and str(path) for path in self.adapters.values()):
             raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")
@@ -114,7 +116,8 @@ class Stack:
         """From the form in stack.yaml and molora.json; relative adapter paths are taken from ``folder``.
 
         Raises:
-            StackError: a key is unknown or a value has the wrong type.
+            StackError: a key is unknown, a value has the wrong type, or a folder of adapters holds none.
+            AdapterFormatError: a compressed store is damaged.
         """
         if not isinstance(data, Mapping) or set(data) != {"layers"} or not isinstance(data["layers"], list):
             raise StackError("A stack is {layers: [{name: ..., adapters: {...}}, ...]} and nothing else.")
@@ -125,8 +128,10 @@ class Stack:
                 raise StackError(f"A layer has the keys {', '.join(sorted(known))}, not {entry!r}.")
             entry = dict(entry)
             adapters = entry.pop("adapters", None) or {}
+            if isinstance(adapters, str):
+                adapters = _all_in((folder or Path()) / adapters)
             if not isinstance(adapters, Mapping) or not all(isinstance(path, str) for path in adapters.values()):
-                raise StackError(f"Layer {entry['name']!r}: adapters must map names to folders.")
+                raise StackError(f"Layer {entry['name']!r}: adapters map names to folders, or are a folder's.")
             if folder is not None:
                 adapters = {name: _locate(folder, path) for name, path in adapters.items()}
             layers.append(StackLayer(adapters=dict(adapters), **entry))
@@ -158,6 +163,20 @@ class Stack:
 
     def save(self, file: str | Path) -> None:
         Path(file).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _all_in(folder: Path) -> dict[str, str]:
+    """Every adapter of a compressed store, or of a folder of PEFT folders, which are named as they are."""
+    if (folder / "store.json").is_file():
+        from molora.compose.store import CompressedStore
+
+        store = CompressedStore.load(folder)
+        return {name: str(store.path(name)) for name in store.names}
+    found = {file.parent.name: str(file.parent) for file in sorted(folder.glob("*/adapter_config.json"))}
+    found = {name: path for name, path in found.items() if not name.startswith(".")}
+    if not found:
+        raise StackError(f"{folder} holds no adapters: it has neither PEFT folders nor what `molora compress` writes.")
+    return found
 
 
 def _locate(folder: Path, path: Any) -> str:

@@ -65,6 +65,13 @@ def routed(base: Any, paths: dict[str, Path], backend: str | None = None) -> MoL
     return model
 
 
+def test_a_stack_file_names_a_whole_store(store: CompressedStore, tmp_path: Path) -> None:
+    (tmp_path / "stack.yaml").write_text(f"layers: [{{name: user, adapters: {store.folder}}}]")
+    found = Stack.load(tmp_path / "stack.yaml")["user"].adapters
+    assert {name: Path(path) for name, path in found.items()} == {name: store.path(name) for name in store.names}
+    assert len(found) == 4
+
+
 def by_peft(base: Any, exported: dict[str, Path], ids: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
     if not weights:
         return base(ids).logits

@@ -89,6 +89,19 @@ def test_relative_paths_are_taken_from_the_file(tmp_path: Path) -> None:
     assert adapters == {"m": str(tmp_path / "adapters" / "math"), "h": "some/hub-id"}
 
 
+def test_a_folder_stands_for_all_adapters_in_it(tmp_path: Path) -> None:
+    for name in ("law", "code", ".half-done", "notes"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        if name != "notes":
+            (tmp_path / "adapters" / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "stack.yaml").write_text("layers: [{name: d, adapters: adapters}]")
+    found = Stack.load(tmp_path / "stack.yaml")["d"].adapters
+    assert found == {name: str(tmp_path / "adapters" / name) for name in ("code", "law")}
+    (tmp_path / "stack.yaml").write_text("layers: [{name: d, adapters: nowhere}]")
+    with pytest.raises(StackError, match="nowhere holds no adapters"):
+        Stack.load(tmp_path / "stack.yaml")
+
+
 @pytest.mark.parametrize(
     "data",
     [
