@@ -8,7 +8,8 @@ mkdir -p "$out"
 export PYTHONPATH=".:kernels:training:demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python3 -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'No GPU is here.')"
 MOLORA_TEST_DEVICE=cuda python3 -m pytest -p no:cacheprovider tests/kernels tests/parity \
-    tests/unit/test_generation.py tests/unit/test_live_stack.py tests/unit/test_streaming.py tests/training/test_on_stack.py
+    tests/unit/test_generation.py tests/unit/test_live_stack.py tests/unit/test_streaming.py tests/training/test_on_stack.py \
+    tests/serve/test_engine.py tests/serve/test_row_steps.py tests/serve/test_prefixes.py tests/serve/test_pool.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m benchmarks.sanitize

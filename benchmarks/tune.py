@@ -97,7 +97,7 @@ def run_attention(batch: int, kv_heads: int, context: int, tile: AttentionTile, 
     heads, width = 2 * kv_heads, 128
     q = torch.randn(batch, heads, width, device="cuda", dtype=torch.bfloat16)
     out, mask = torch.empty_like(q), torch.ones(batch, memory.shape[4], dtype=torch.bool, device="cuda")
-    length = torch.full((1,), context - 1, device="cuda")
+    length = torch.full((batch,), context - 1, device="cuda")
     attention = Attention(batch, heads, width, tile, q.device)
 
     def call(index: int) -> None:

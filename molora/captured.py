@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -17,6 +17,7 @@ from molora.groups import AdapterGroup
 from molora.plan import RoutingPlan
 from molora.router import Router
 from molora.routing import RoutingState
+from molora.selection import without_names
 
 LARGEST_BATCH = 256
 _SHORTEST = 256  # tokens that a cache has room for, at least; lengths are rounded up to powers of two
@@ -66,21 +67,32 @@ class CapturedSteps:
             return
         base: Any = self.base
         base.get_compiled_call = lambda _: _Forward(self.base, self.routing, step)
-        read_prompts = "forward" not in vars(base)  # else somebody's own forward stands there
-        if read_prompts:
-            base.forward = self._prompt_forward(base.forward, step)
         try:
-            yield {**kwargs, "past_key_values": step.cache}
+            with self.reading(step.plan, step.rotary, step.cache):
+                yield {**kwargs, "past_key_values": step.cache}
         finally:
             del base.get_compiled_call
-            if read_prompts:
-                del base.forward
 
-    def _prompt_forward(self, forward: Any, step: Any) -> Any:
-        """The base's ``forward``, which reads prompts by our own kernels."""
+    @contextmanager
+    def reading(self, plan: Blueprint, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any) -> Iterator[None]:
+        """The base's forwards within read prompts into ``cache`` by our own kernels. Its memory is as of
+        :class:`StepCache`, with room for as many tokens as ``rotary`` has positions."""
+        base: Any = self.base
+        if "forward" in vars(base):  # somebody's own forward stands there
+            yield
+            return
+        base.forward = self._prompt_forward(base.forward, plan, rotary, cache)
+        try:
+            yield
+        finally:
+            del base.forward
+
+    def _prompt_forward(
+        self, forward: Any, plan: Blueprint, rotary: tuple[torch.Tensor, torch.Tensor], own: Any
+    ) -> Any:
         from molora.prompt import PromptPass  # needs Triton
 
-        read = PromptPass(step.plan, self.groups, step.rotary)
+        read = PromptPass(plan, self.groups, rotary)
 
         @wraps(forward)  # transformers looks at the signature
         def prompt(*args: Any, **kwargs: Any) -> Any:
@@ -89,11 +101,11 @@ class CapturedSteps:
                 ids is None
                 or args
                 or cache is None
-                or cache is not step.cache
+                or cache is not own
                 or kwargs.get("inputs_embeds") is not None
                 or kwargs.get("labels") is not None
                 or kwargs.get("logits_to_keep") != 1
-                or cache.length + ids.shape[1] > step.longest
+                or cache.length + ids.shape[1] > len(rotary[0])
             ):
                 return forward(*args, **kwargs)
             routing, past = self.routing, cache.length
@@ -114,11 +126,11 @@ class CapturedSteps:
     @torch.no_grad()
     def _step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         size = self._size(args, kwargs) if self.backend in (None, "triton") else None
-        plan = self._blueprint() if size is not None else None
+        plan = self.blueprint() if size is not None else None
         if size is None or plan is None:
             return None
         found = self._steps.get(size)
-        if found is not None and found[0] == self._signature(plan):
+        if found is not None and found[0] == self.signature(plan):
             self._steps.move_to_end(size)
         else:
             self._steps.pop(size, None)
@@ -153,7 +165,7 @@ class CapturedSteps:
 
         step = DecodeStep(plan, self.groups, StepRoutes(self.routing, batch, plan.device, more), batch, longest)
         step.capture()
-        return self._signature(plan), step
+        return self.signature(plan), step
 
     def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         """Of a generation that a captured step can serve the batch, the length, and the columns that its selection has
@@ -187,7 +199,7 @@ class CapturedSteps:
         more = 0 if selection is None else selection.forced.shape[1] - columns
         return (batch, longest, more) if 1 <= batch <= LARGEST_BATCH else None
 
-    def _blueprint(self) -> Blueprint | None:
+    def blueprint(self) -> Blueprint | None:
         weight = self.base.get_input_embeddings().weight
         key = (weight.data_ptr(), weight.dtype)
         if self._plan is None or self._plan[0] != key:
@@ -197,17 +209,19 @@ class CapturedSteps:
             self._steps.clear()
         return self._plan[1]
 
-    def _signature(self, plan: Blueprint) -> object:
-        """What a captured step reads at fixed addresses: another one, and it has to be captured anew."""
+    def signature(self, plan: Blueprint, named: Collection[str] = ()) -> object:
+        """What a captured step reads at fixed addresses: another one, and it has to be captured anew. named: as for
+        :class:`StepRoutes`."""
         router = self.routing.router
         parts = router._parts if isinstance(router, Router) else []
+        layers = without_names(self.routing.layers, named)[0]
         return (
             plan.layers[0].qkv.data_ptr(),
             [(name, group.version) for name, group in self.groups.items()],
             [[path.version for path in paths] for group in self.groups.values() for paths in group.shared.values()],
             [(part.output.weight.data_ptr(), part.input.weight.data_ptr()) for part in parts],
             router.rows if router is not None else None,
-            [(layer.slots, layer.top_k) for layer in self.routing.layers],
+            [(layer.slots, layer.top_k) for layer in layers],
         )
 
 

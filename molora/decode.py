@@ -4,7 +4,7 @@ Router, memory, plan, all layers and the head run from buffers at fixed addresse
 selection or a new sequence is a write into them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +53,29 @@ class DecodeStep:
         groups: by module name, the adapters of the modules that are adapted.
         routes: which of them act.
         batch, longest: sizes.
+        rows: [layers, 2, batch, heads, longest, width], keys and values of sequences that come and go, each with a
+            length of its own and none of it padding; None: memory of the step's own for sequences that go together.
     """
 
     def __init__(
-        self, plan: Blueprint, groups: Mapping[str, AdapterGroup], routes: StepRoutes, batch: int, longest: int
+        self,
+        plan: Blueprint,
+        groups: Mapping[str, AdapterGroup],
+        routes: StepRoutes,
+        batch: int,
+        longest: int,
+        rows: torch.Tensor | None = None,
     ) -> None:
-        self.plan, self.routes, self.batch, self.longest = plan, routes, batch, longest
+        self.plan, self.routes, self.batch, self.longest, self.apart = plan, routes, batch, longest, rows is not None
         device, dtype = plan.device, plan.dtype
-        self.cache = StepCache(len(plan.layers), batch, plan.kv_heads, longest, plan.head_width, dtype, device)
+        if rows is None:
+            shape = (len(plan.layers), 2, batch, plan.kv_heads, longest, plan.head_width)
+            rows = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = StepCache(rows)
         self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.going = torch.ones(batch, dtype=torch.int64, device=device)  # 0: a place without a sequence
         self.mask = torch.ones(batch, longest, dtype=torch.bool, device=device)
         self.rotary = plan.rotary(longest)
         past = attention_tile(batch, plan.kv_heads, longest)
@@ -118,7 +130,8 @@ class DecodeStep:
         """Reads ``ids`` at ``length`` of the cache; writes ``logits`` and goes on to the next position."""
         plan, pdl = self.plan, self.pdl
         self.routes.read_tokens(self.ids, pdl)
-        self.mask.index_fill_(1, self.length, True)
+        if not self.apart:
+            self.mask.index_fill_(1, self.length[:1], True)
         torch.index_select(plan.embedding, 0, self.ids, out=self.residual)
         add_norm(self.residual, None, plan.layers[0].norms[0], self.x, plan.eps)
         last = len(plan.layers) - 1
@@ -145,15 +158,18 @@ class DecodeStep:
             expand(
                 self.logits, added.h, added.pages, added.slots, added.weights, None, self.logits.device.type == "cpu"
             )  # fmt: skip
-        self.length.add_(1)
-        self.positions.add_(1)
+        self.length.add_(self.going)
+        self.positions.add_(self.going)
 
     def capture(self) -> None:
-        """Captures the step; what the buffers hold is lost. Without a GPU there is nothing to do."""
+        """Captures the step; what the buffers hold is lost, but not the rows that were given. Without a GPU nothing is
+        done."""
         if self.ids.device.type != "cuda" or self.graph is not None:
             return
         self.length.zero_()
         self.positions.zero_()
+        if self.apart:
+            self.start_rows([])
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -175,9 +191,19 @@ class DecodeStep:
         self.mask[:, : seen.shape[1]].copy_(seen)
         self.positions.copy_(positions)
 
+    def start_rows(self, lengths: Sequence[int]) -> None:
+        """Begins with sequences of so many tokens in the first of the rows that were given; nothing is done in the
+        others."""
+        empty = self.batch - len(lengths)
+        self.length.copy_(torch.tensor([*lengths, *[-1] * empty]))
+        self.positions.copy_(self.length.clamp_min(0))
+        self.going.copy_(self.length >= 0)
+        self.routes.real.copy_(self.going)
+
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [N, vocabulary] after one more token ids [N] of each sequence. They are overwritten by the next."""
-        self.ids.copy_(ids)
+        """Logits [N, vocabulary] after one more token ids [up to N] of each sequence. They are overwritten by the
+        next."""
+        self.ids[: len(ids)].copy_(ids)
         if self.graph is not None:
             self.graph.replay()
         else:

@@ -52,7 +52,7 @@ class PromptPass:
         """
         base, (N, T) = self.plan, ids.shape
         past = cache.length
-        length = torch.full((1,), past, device=ids.device)
+        length = torch.full((N,), past, device=ids.device)
         rows = positions.expand(N, T).reshape(-1)
         residual = F.embedding(ids, base.embedding).view(N * T, -1)
         x = torch.empty_like(residual)

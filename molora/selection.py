@@ -1,7 +1,7 @@
 """Selections: which adapters may act on each sequence, turned into masks that the router and the plan read."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -65,6 +65,25 @@ def candidates(stack: Stack, slots: SlotTable) -> list[LayerCandidates]:
         first += len(entry.slots)
         column += layer.top_k
     return result
+
+
+def without_names(
+    layers: Sequence[LayerCandidates], named: Collection[str]
+) -> tuple[Sequence[LayerCandidates], list[int] | None]:
+    """``layers`` in which those that are ``named`` have their null alone, and which of all candidates are left; None:
+    all of them."""
+    if not any(layer.name in named for layer in layers):
+        return layers, None
+    left: list[LayerCandidates] = []
+    kept: list[int] = []
+    for layer in layers:
+        first, own = len(kept), range(layer.first, layer.all.stop)
+        if layer.name in named:
+            layer = replace(layer, names=[], rows=layer.rows[-1:], slots=layer.slots[-1:])
+            own = own[-1:]
+        left.append(replace(layer, first=first))
+        kept += own
+    return left, kept
 
 
 def router_rows(stack: Stack) -> list[str]:

@@ -59,13 +59,11 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """Keys and values of ``batch`` sequences of up to ``longest`` tokens."""
+    """Keys and values of sequences that grow together, in ``memory`` [layers, 2, batch, heads, longest, width]."""
 
-    def __init__(
-        self, layers: int, batch: int, heads: int, longest: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.memory = torch.zeros(layers, 2, batch, heads, longest, width, dtype=dtype, device=device)
-        super().__init__(layers=[StepLayer(keys, values) for keys, values in self.memory])
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        super().__init__(layers=[StepLayer(keys, values) for keys, values in memory])
 
     @property
     def length(self) -> int:

@@ -1,7 +1,7 @@
 """The routes of a captured decode step: the router's weights, the sequences' selections and memories, in memory that
 never moves. A change of selection or a new sequence writes into it; the captured step stays what it is."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from molora.memory import Memory
 from molora.plan import kernel_candidates
 from molora.router import Router
 from molora.routing import RoutingState
-from molora.selection import LayerCandidates, ResolvedSelection
+from molora.selection import ResolvedSelection, without_names
 from molora_kernels.blocks import Blocks, list_slots, make_blocks
 from molora_kernels.route import Choice, RouterWeights, StepState, route_step
 
@@ -22,14 +22,28 @@ class StepRoutes:
     """For each region of the model (below the layer at which a deeper part of the router reads, and from it on) the
     slots [N, S] int32 and weights [N, S] float32 of one token of each of N sequences.
 
-    ``more``: columns of a selection that forces more adapters than the stack's layers have columns.
+    Args:
+        routing: which adapters act.
+        batch: N.
+        device: of the model.
+        more: columns of a selection that forces more adapters than the stack's layers have columns.
+        named: layers whose adapters act by name alone, so that those that come and go change nothing of the step.
+        states: by part of the router, what it remembers of each sequence, in memory that is given; None: of its own.
     """
 
-    def __init__(self, routing: RoutingState, batch: int, device: torch.device, more: int = 0) -> None:
+    def __init__(
+        self,
+        routing: RoutingState,
+        batch: int,
+        device: torch.device,
+        more: int = 0,
+        named: Collection[str] = (),
+        states: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         self.routing = routing
         self.boundary = routing.boundary
         router = routing.router
-        self.layers: Sequence[LayerCandidates] = routing.layers
+        self.layers, self._columns = without_names(routing.layers, named)
         columns = sum(layer.top_k for layer in self.layers) + more
         count = sum(len(layer.slots) for layer in self.layers)
         self.choice = Choice(
@@ -54,7 +68,11 @@ class StepRoutes:
                 self.parts.append(part)
                 self.weights.append(weights)
                 self.states.append(StepState.new(batch, weights, columns))
+                if states is not None:
+                    self.states[-1].memory = states[len(self.states) - 1]
         different = len({slot for layer in self.layers for slot in layer.slots} - {-1})
+        if named:
+            different += batch * columns
         self._blocks: dict[int, Blocks] = {}  # by the address of the slots that they list
         if batch >= BY_SLOT and columns:
             for slots in (self.choice.forced, *(state.slots for state in self.states)):
@@ -62,14 +80,17 @@ class StepRoutes:
 
     @torch.no_grad()
     def start(self, selection: ResolvedSelection, memories: Sequence[Memory] | None) -> None:
-        """Takes over the selections of the sequences and what the router remembers of them."""
-        for mine, given in (
-            (self.choice.allowed, selection.allowed),
-            (self.choice.forced, selection.forced),
-            (self.choice.shares, selection.shares),
-            (self.choice.routed, selection.routed),
+        """Takes over the selections of the sequences, which may be fewer than N, and what the router remembers of
+        them."""
+        allowed = selection.allowed if self._columns is None else selection.allowed[:, self._columns]
+        for mine, given, nothing in (
+            (self.choice.allowed, allowed, False),
+            (self.choice.forced, selection.forced, -1),
+            (self.choice.shares, selection.shares, 1),
+            (self.choice.routed, selection.routed, False),
         ):
-            mine.copy_(given)
+            mine[: len(given)].copy_(given)
+            mine[len(given) :].fill_(nothing)
         self._list(self.choice.forced)
         for part, weights in zip(self.parts, self.weights, strict=True):
             weights.decays.copy_(part.decays)  # a router may have been trained on since

@@ -32,7 +32,7 @@ def _part_kernel(
     if UPCAST:
         q = q.to(tl.float32)
     start_of = (n * kv_heads + kv) * longest
-    end = tl.load(length_ptr).to(tl.int32) + 1
+    end = tl.load(length_ptr + n).to(tl.int32) + 1
     best = tl.full((BLOCK_G,), -1.0e30, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_W), tl.float32)
@@ -56,7 +56,7 @@ def _part_kernel(
     at = (n * heads + head) * PARTS + part
     here = (g < GROUP)[:, None] & (w < WIDTH)[None, :]
     if PARTS == 1:
-        out = acc / total[:, None]
+        out = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out_ptr + at[:, None] * WIDTH + w[None, :], out.to(out_ptr.dtype.element_ty), mask=here)
     else:
         tl.store(best_ptr + at, best, mask=g < GROUP)
@@ -79,7 +79,7 @@ def _join_kernel(
     share = tl.exp(best - tl.max(best, 0))
     total = tl.sum(tl.load(total_ptr + row * PARTS + p) * share, 0)
     parts = tl.load(parts_ptr + (row * PARTS + p)[:, None] * WIDTH + w[None, :], mask=(w < WIDTH)[None, :], other=0.0)
-    out = tl.sum(parts * share[:, None], 0) / total
+    out = tl.sum(parts * share[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + row * WIDTH + w, out.to(out_ptr.dtype.element_ty), mask=w < WIDTH)
 
 
@@ -119,18 +119,24 @@ class Attention:
         scale: float,
         pdl: bool = False,
     ) -> None:
-        """Softmax(scale q K^T) V over the positions 0 to ``length`` (included) that ``mask`` lets through.
+        """Softmax(scale q K^T) V over the positions 0 to ``length`` (included) that ``mask`` lets through; zeros for a
+        sequence of length -1.
 
         Args:
             out: [N, H, d], written.
             q: [N, H, d].
             keys, values: [N, G, longest, d], contiguous.
             mask: [N, longest] bool; at least one position of each sequence must be seen.
-            length: [1] int64, on the device.
+            length: [N] int64, on the device.
             scale: of the scores.
             pdl: as for :func:`molora_kernels.linear.linear`.
+
+        Raises:
+            ValueError: a length of another number of sequences.
         """
         N, H, d = q.shape
+        if len(length) != N:
+            raise ValueError(f"{len(length)} lengths for {N} sequences.")
         G, longest = keys.shape[1], keys.shape[2]
         launch = {"launch_pdl": True} if pdl else {}
         block_w, tile = triton.next_power_of_2(d), self.tile

@@ -108,14 +108,20 @@ def heads(
     Args:
         y: [parts, N T, (H + 2 G) d], a sum. bias: [(H + 2 G) d].
         q: [N, T, H, d], written; in a decode step T is 1.
-        keys, values: [N, G, longest, d] contiguous; T positions from ``length`` on are written.
+        keys, values: [N, G, longest, d] contiguous; T positions from its ``length`` on are written of each sequence,
+            none where that is -1.
         norms: gains [d] of the norms of q and k, and their eps; None: there are none.
         rotary: cos and sin [positions, d / 2].
-        positions: [N T] int64, the rotary position of each token. length: [1] int64.
+        positions: [N T] int64, the rotary position of each token. length: [N] int64.
         added: what adapters add to y.
         pdl: as for :func:`add_norm`.
         scale: of the product's input.
+
+    Raises:
+        ValueError: a length of another number of sequences.
     """
+    if len(length) != len(q):
+        raise ValueError(f"{len(length)} lengths for {len(q)} sequences.")
     if _in_blocks(y.shape[1], added):
         by_block.heads(y, bias, q, keys, values, norms, rotary, positions, length, added, scale)
     else:

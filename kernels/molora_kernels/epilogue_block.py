@@ -184,11 +184,12 @@ def _heads_kernel(
     if BIAS:
         low += tl.load(bias_ptr + column + o_low, mask=inside, other=0.0).to(tl.float32)[None, :]
         high += tl.load(bias_ptr + column + o_high, mask=inside, other=0.0).to(tl.float32)[None, :]
-    place = tl.load(length_ptr) + token % each
+    place = tl.load(length_ptr + token // each, mask=here, other=0) + token % each
     cells = (((token // each) * kv_heads + head) * longest + place)[:, None] * (2 * HALF) + i[None, :]
+    kept = mask & (place >= 0)[:, None]
     if piece == 2:
-        tl.store(values_ptr + cells, low.to(values_ptr.dtype.element_ty), mask=mask)
-        tl.store(values_ptr + cells + HALF, high.to(values_ptr.dtype.element_ty), mask=mask)
+        tl.store(values_ptr + cells, low.to(values_ptr.dtype.element_ty), mask=kept)
+        tl.store(values_ptr + cells + HALF, high.to(values_ptr.dtype.element_ty), mask=kept)
     else:
         if NORM:
             scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
@@ -206,8 +207,8 @@ def _heads_kernel(
             tl.store(q, turned_low.to(q_ptr.dtype.element_ty), mask=mask)
             tl.store(q + HALF, turned_high.to(q_ptr.dtype.element_ty), mask=mask)
         else:
-            tl.store(keys_ptr + cells, turned_low.to(keys_ptr.dtype.element_ty), mask=mask)
-            tl.store(keys_ptr + cells + HALF, turned_high.to(keys_ptr.dtype.element_ty), mask=mask)
+            tl.store(keys_ptr + cells, turned_low.to(keys_ptr.dtype.element_ty), mask=kept)
+            tl.store(keys_ptr + cells + HALF, turned_high.to(keys_ptr.dtype.element_ty), mask=kept)
 
 
 def _adapters(

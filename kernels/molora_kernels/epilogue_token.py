@@ -146,11 +146,12 @@ def _heads_kernel(
     if BIAS:
         low += tl.load(bias_ptr + column + o_low, mask=inside, other=0.0).to(tl.float32)
         high += tl.load(bias_ptr + column + o_high, mask=inside, other=0.0).to(tl.float32)
-    length = tl.load(length_ptr) + token % each
+    length = tl.load(length_ptr + token // each) + token % each
     cell = (((token // each) * kv_heads + head) * longest + length) * (2 * HALF)
+    kept = inside & (length >= 0)
     if piece == 2:
-        tl.store(values_ptr + cell + i, low.to(values_ptr.dtype.element_ty), mask=inside)
-        tl.store(values_ptr + cell + HALF + i, high.to(values_ptr.dtype.element_ty), mask=inside)
+        tl.store(values_ptr + cell + i, low.to(values_ptr.dtype.element_ty), mask=kept)
+        tl.store(values_ptr + cell + HALF + i, high.to(values_ptr.dtype.element_ty), mask=kept)
     else:
         if NORM:
             scale = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / (2 * HALF) + eps)
@@ -169,8 +170,8 @@ def _heads_kernel(
             tl.store(q + i, turned_low.to(q_ptr.dtype.element_ty), mask=inside)
             tl.store(q + HALF + i, turned_high.to(q_ptr.dtype.element_ty), mask=inside)
         else:
-            tl.store(keys_ptr + cell + i, turned_low.to(keys_ptr.dtype.element_ty), mask=inside)
-            tl.store(keys_ptr + cell + HALF + i, turned_high.to(keys_ptr.dtype.element_ty), mask=inside)
+            tl.store(keys_ptr + cell + i, turned_low.to(keys_ptr.dtype.element_ty), mask=kept)
+            tl.store(keys_ptr + cell + HALF + i, turned_high.to(keys_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from molora.serve.prefixes import Acting, Prefixes
 from molora.serve.requests import FinishReason, Piece
 from molora.serve.rows import Rows
 from molora.serve.sampling import Chosen, choose
+from molora.serve.steps import RowSteps
 from molora.serve.ticket import Ticket
 
 
@@ -42,6 +43,7 @@ class Batch:
     ) -> None:
         self.model, self.pools, self.prefixes, self.left = model, pools, prefixes, left
         self.rows = Rows(model.base, rows, longest)
+        self.steps = RowSteps(model, self.rows)
         self.running: list[Ticket] = []  # by row
         self.reading: Ticket | None = None  # its row is the one after theirs
         self.prompt_tokens = self.tokens = 0  # since the start
@@ -86,9 +88,14 @@ class Batch:
         with model.routing.active(lambda: model._resolve(ticket.selection)):
             if again := self._router_changed():
                 return again
-            output = model.base(
-                input_ids=ids, position_ids=positions, past_key_values=ticket.reader, use_cache=True, logits_to_keep=1
-            )
+            with self.steps.reading(ticket.reader):
+                output = model.base(
+                    input_ids=ids,
+                    position_ids=positions,
+                    past_key_values=ticket.reader,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
             route = self._route(0, -1) if ticket.request.routes else ()
             acting = self.prefixes.acting(model._resolve(ticket.selection))
         if ticket.unread:
@@ -109,20 +116,28 @@ class Batch:
         with model.routing.active(self._resolve):
             if again := self._router_changed():
                 return again
-            cache = self.rows.step(len(running))
-            ids = torch.tensor([[ticket.ids[-1]] for ticket in running], device=model.device)
-            output = model.base(
-                input_ids=ids,
-                attention_mask=cache.mask(model.dtype if self._adds_masks else torch.bool),
-                position_ids=cache.positions.unsqueeze(1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache.done()
+            tokens = [ticket.ids[-1] for ticket in running]
+            logits = self.steps(self._resolve(), tokens)
+            if logits is None:
+                logits = self._forward(tokens)
             routes = [self._route(row, 0) if one.request.routes else () for row, one in enumerate(running)]
-        self._take(running, choose(output.logits[:, -1], [ticket.sampler for ticket in running]), routes)
+        self._take(running, choose(logits, [ticket.sampler for ticket in running]), routes)
         return []
+
+    def _forward(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [N, vocabulary] of one more token of each row, by the base's own forward."""
+        model, cache = self.model, self.rows.step(len(tokens))
+        output = model.base(
+            input_ids=torch.tensor(tokens, device=model.device).unsqueeze(1),
+            attention_mask=cache.mask(model.dtype if self._adds_masks else torch.bool),
+            position_ids=cache.positions.unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.done()
+        assert output.logits is not None
+        return output.logits[:, -1]
 
     def clear(self) -> list[Ticket]:
         """Lets go of all that is under way, and returns it."""
@@ -164,6 +179,7 @@ class Batch:
                 return []
         self._router = (router, [(weight, weight._version) for weight in weights])
         self.prefixes.clear()
+        self.steps.forget()
         again = self.clear() if known is not None else []
         for ticket in again:
             ticket.reader = None

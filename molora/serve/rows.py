@@ -25,14 +25,22 @@ class Rows:
 
     def __init__(self, base: PreTrainedModel, count: int, longest: int) -> None:
         self.count, self.longest = count, longest
+        kinds = _shapes(base, longest)
         self.memory: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer, [rows, heads, longest, width]
-        for keys, values in _shapes(base, longest):
-            self.memory.append(
+        self.whole: torch.Tensor | None = None  # [layers, 2, rows, heads, longest, width], where all are alike
+        first = kinds[0][0]
+        if all(one.shape == first.shape and one.dtype == first.dtype for pair in kinds for one in pair):
+            _, heads, _, width = first.shape
+            self.whole = first.new_zeros(len(kinds), 2, count, heads, longest, width)
+            self.memory = [(keys, values) for keys, values in self.whole]
+        else:
+            self.memory = [
                 (
                     keys.new_zeros(count, keys.shape[1], longest, keys.shape[3]),
                     values.new_zeros(count, values.shape[1], longest, values.shape[3]),
                 )
-            )
+                for keys, values in kinds
+            ]
         self.lengths = [0] * count  # tokens in each row
         self.states: list[torch.Tensor] = []  # by part of the router, [rows, ...] float32
         self._owners: list[object] = []
@@ -40,7 +48,12 @@ class Rows:
 
     def reader(self, row: int) -> "RowReader":
         """A cache of one sequence, whose keys and values are the row's."""
-        return RowReader([StepLayer(keys[row : row + 1], values[row : row + 1]) for keys, values in self.memory])
+        reader = RowReader([StepLayer(keys[row : row + 1], values[row : row + 1]) for keys, values in self.memory])
+        self._show(reader, row)
+        return reader
+
+    def _show(self, reader: "RowReader", row: int) -> None:
+        reader.memory = None if self.whole is None else self.whole[:, :, row : row + 1]
 
     def finish(self, row: int, reader: "RowReader") -> None:
         """The prompt is read: what the router remembers of it goes beside the row."""
@@ -68,6 +81,7 @@ class Rows:
         self.move(source, target)
         for layer, (keys, values) in zip(reader.layers, self.memory, strict=True):
             layer.keys, layer.values = keys[target : target + 1], values[target : target + 1]
+        self._show(reader, target)
 
     def step(self, count: int) -> "RowsStep":
         """The cache of one step of the first ``count`` rows: each gets one more token."""
@@ -75,7 +89,9 @@ class Rows:
 
 
 class RowReader(Cache):
-    """A prompt's cache, which writes into a row."""
+    """A prompt's cache, which writes into a row. memory: all layers' keys and values at once, if they are alike."""
+
+    memory: torch.Tensor | None = None
 
     def __init__(self, layers: list[StepLayer]) -> None:
         super().__init__(layers=list(layers))
@@ -83,6 +99,11 @@ class RowReader(Cache):
     @property
     def length(self) -> int:
         return int(self.get_seq_length())
+
+    def advance(self, tokens: int) -> None:
+        """So many more were written."""
+        for layer in self.layers:
+            layer.length += tokens
 
     def remember(self, memories: list[Memory]) -> None:
         """What the router remembers of the tokens that the row was given, by part."""

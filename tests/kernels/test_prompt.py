@@ -73,7 +73,7 @@ def test_heads(kind: str, form: str) -> None:
     keys, values = torch.zeros(2, N, G, past + T + 3, width, device=DEVICE).unbind(0)
     heads(
         group.y, bias, q, keys, values, (*gains, EPS) if kind == "normed" else None, (angle.cos(), angle.sin()),
-        positions, torch.tensor([past], device=DEVICE), group.shrunk,
+        positions, torch.full((N,), past, device=DEVICE), group.shrunk,
     )  # fmt: skip
     y = group.expected + (bias.double() if bias is not None else 0)
     expected = [part.view(N, T, -1, width) for part in y.split(group.outputs, 1)]

@@ -181,7 +181,7 @@ def test_heads(kind: str, width: int, form: str) -> None:
     bias = group.randn((H + 2 * G) * width) if kind == "bias" else None
     gains = (group.randn(width), group.randn(width))
     angle = torch.outer(torch.arange(20.0), torch.logspace(0, -2, width // 2)).to(DEVICE)
-    positions, length = torch.tensor([7, 3, 19], device=DEVICE), torch.tensor([7], device=DEVICE)
+    positions, length = torch.tensor([7, 3, 19], device=DEVICE), torch.tensor([7, -1, 2], device=DEVICE)
     q = torch.full((T, H, width), torch.nan, device=DEVICE)
     keys, values = torch.zeros(2, T, G, longest, width, device=DEVICE).unbind(0)
     y = group.product(TILES["split"], by_slot=form == "by slot")
@@ -200,10 +200,11 @@ def test_heads(kind: str, width: int, form: str) -> None:
         low, high = part.chunk(2, -1)
         expected[index] = part * cos + torch.cat([-high, low], -1) * sin
     close(q, expected[0])
-    close(keys[:, :, 7], expected[1])
-    close(values[:, :, 7], expected[2])
-    for cache in (keys, values):
-        assert not cache[:, :, :7].any() and not cache[:, :, 8:].any()
+    for cache, new in ((keys, expected[1]), (values, expected[2])):
+        for n, place in ((0, 7), (2, 2)):
+            close(cache[n, :, place], new[n])
+            cache[n, :, place] = 0
+        assert not cache.any()  # and nothing of the sequence that is not there
 
 
 MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -222,15 +223,20 @@ def test_attention(shape: tuple[int, ...], mask: str, parts: int) -> None:
     q = torch.randn(N, H, width, generator=generator).to(DEVICE)
     keys, values = torch.randn(2, N, G, longest, width, generator=generator).to(DEVICE).unbind(0)
     seen = MASKS[mask](torch.ones(N, longest, dtype=torch.bool, device=DEVICE))
-    length = 83
-    keys[:, :, length + 1 :], values[:, :, length + 1 :] = torch.nan, torch.nan  # what was never written is not read
+    lengths = [83, 90, -1][:N]
+    for n, length in enumerate(lengths):  # what was never written is not read
+        keys[n, :, length + 1 :], values[n, :, length + 1 :] = torch.nan, torch.nan
     out = torch.full_like(q, torch.nan)
     Attention(N, H, width, AttentionTile(32, parts), DEVICE)(
-        out, q, keys, values, seen, torch.tensor([length], device=DEVICE), width**-0.5
+        out, q, keys, values, seen, torch.tensor(lengths, device=DEVICE), width**-0.5
     )
-    here = slice(0, length + 1)
-    expected = F.scaled_dot_product_attention(
-        q.double().unsqueeze(2), keys[:, :, here].double(), values[:, :, here].double(),
-        seen[:, None, None, here], enable_gqa=True,
-    )  # fmt: skip
-    close(out, expected.squeeze(2))
+    for n, length in enumerate(lengths):
+        if length < 0:
+            assert not out[n].any()
+            continue
+        here = slice(0, length + 1)
+        expected = F.scaled_dot_product_attention(
+            q[n].double().unsqueeze(1), keys[n, :, here].double(), values[n, :, here].double(), seen[n, None, here],
+            enable_gqa=True,
+        )  # fmt: skip
+        close(out[n], expected.squeeze(1))

@@ -69,7 +69,7 @@ def test_an_adapter_over_the_largest_rank_is_refused_whole(tmp_path: Path) -> No
 
 
 def test_a_cache_in_fixed_memory() -> None:
-    cache = StepCache(2, batch=1, heads=2, longest=6, width=4, dtype=torch.float32, device=DEVICE)
+    cache = StepCache(torch.zeros(2, 2, 1, 2, 6, 4, device=DEVICE))
     address = cache.memory.data_ptr()
     states = torch.randn(1, 2, 4, 4, device=DEVICE)
     for layer in range(2):
