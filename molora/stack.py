@@ -63,9 +63,7 @@ class StackLayer:
     def __post_init__(self) -> None:
         check_name(self.name, "a layer")
         if not isinstance(self.adapters, Mapping):
-            raise StackError(
-                f"Layer {self.name!r}: adapters must map names to folders, or be the folder that holds them."
-            )
+            raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")
         self.adapters = {check_name(name, "an adapter"): path for name, path in self.adapters.items()}
         if not all(isinstance(path, str | Path) and str(path) for path in self.adapters.values()):
             raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")

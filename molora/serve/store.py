@@ -295,7 +295,7 @@ class AdapterStore:
             self._shelves.set_aside(about.path, wrong)
             raise StoreError(
                 f"{about.path} in {self.url} is damaged: {wrong}. It was set aside and is not served any more: put it "
-                f"again, or set_current to another version."
+                f"again, or let another version serve (molora store use)."
             )
 
     def _evict(self) -> None:

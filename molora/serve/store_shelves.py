@@ -127,8 +127,8 @@ class Shelves:
         except FileNotFoundError:
             raise VersionError(f"There is no version {version} of {layer}/{name}; there are: {known}.") from None
         raise VersionError(
-            f"Version {version} of {layer}/{name} was damaged and set aside: put it again, or set_current to one of "
-            f"the others: {known}."
+            f"Version {version} of {layer}/{name} was damaged and set aside: put it again, or let one of the "
+            f"others serve (molora store use): {known}."
         )
 
     def set_aside(self, path: str, why: str) -> None:

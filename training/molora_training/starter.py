@@ -374,7 +374,7 @@ def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_settle, initargs=(gpus,)) as pool:
         running = {pool.submit(function, *some): index for index, some in enumerate(arguments)}
         for done in as_completed(running):
-            if isinstance(done.exception(), torch.OutOfMemoryError):
+            if _had_no_room(done.exception()):
                 too_large.add(running[done])
             else:
                 print(done.result(), flush=True)
@@ -382,6 +382,11 @@ def _parallel(processes: int, function: Callable[..., str], arguments: Iterable[
         fewer = processes // 2
         print(f"{len(too_large)} did not fit into the GPU beside the others: again, {fewer} at once.", flush=True)
         _parallel(fewer, function, [arguments[index] for index in sorted(too_large)])
+
+
+def _had_no_room(error: BaseException | None) -> bool:
+    """Also where a library finds that the GPU is full, before PyTorch does."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def _settle(gpus: int) -> None:
