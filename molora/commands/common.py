@@ -20,6 +20,7 @@ EXTRAS = {
     "demo": {"gradio", "molora_demo"},
     "train": {"peft", "tensorboard", "matplotlib", "molora_training"},
     "eval": {"peft", "lm_eval", "molora_training"},
+    "ray": {"ray"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "python_multipart"},
     "personalize": {"bm25s", "bs4", "pypdf", "rouge_score", "sklearn"},
 }

@@ -1,12 +1,13 @@
 """``molora serve``: OpenAI's API over one model with many stacks."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molora.commands.common import Dtype, DtypeOption, ModelArgument, extra, open_model
+from molora.commands.common import Dtype, DtypeOption, ModelArgument, extra, model_place, open_model
 from molora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ def serve(
         str | None,
         typer.Option("--revoke-key", metavar="NAME", help="Take a key away, from running servers too, and end."),
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help='Serve with several replicas on Ray Serve. Needs the extra "ray".')
+    ] = False,
+    replicas: Annotated[int | None, typer.Option(min=1, help="With --ray: how many there are. Default: 2.")] = None,
+    most_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: up to how many there are while many ask.")
+    ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Serve the model to clients of OpenAI's API; each request names the adapters that act on it.
@@ -67,12 +75,21 @@ def serve(
     if new_key is not None or revoke_key is not None or list_keys:
         _keep_keys(file, new_key, scope or ["use"], user, revoke_key)
         return
+    if not ray and (replicas or most_replicas):
+        raise ConfigError("--replicas and --most-replicas are of several replicas: give --ray, too.")
     known = _known_keys(file, required=keys is not None)
     if known is None and not _is_loopback(host):
         raise ConfigError(
             f"{host} lets other machines in, and there are no keys: make one with `molora serve --new-key NAME`, or "
             f"listen on 127.0.0.1."
         )
+    hosts = None if known else (host, "127.0.0.1", "localhost")
+    if ray:
+        with extra("ray"), extra("serve"):
+            from molora.serve.replicas import Serving, run
+        told = model_place(model), dtype.value, rows, longest, store, live, file if known else None, hosts
+        run(Serving(*told, replicas or 2, most_replicas), host, port, os.environ.get("RAY_ADDRESS"))
+        return
     with extra("serve"):
         import uvicorn
 
@@ -87,7 +104,7 @@ def serve(
         raise ConfigError("The stack has no layer with shared: true, in which a store's adapters could come and go.")
     pools = [Pool(opened, layer, held.finder(layer), most=live) for layer in shared] if held is not None else []
     engine = Engine(opened, rows=rows, longest=longest, pools=pools)
-    app: Any = build_app(engine, keys=known, store=held, hosts=None if known else [host, "127.0.0.1", "localhost"])
+    app: Any = build_app(engine, keys=known, store=held, hosts=hosts)
     engine.start()
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from molora._version import __version__
 from molora.serve.answering import Answering
-from molora.serve.door import CheckHost, CheckKey, LimitBody, needs
+from molora.serve.door import MOST_ADAPTER_BYTES, MOST_BODY_BYTES, CheckHost, CheckKey, LimitBody, needs
 from molora.serve.failures import answer_errors
 from molora.serve.keys import Key, Keys
 from molora.serve.manage import adapter_routes
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from molora.serve.store import AdapterStore
 
 TIMEOUT_S = 300.0
-MOST_BODY_BYTES = 1 << 20
-MOST_ADAPTER_BYTES = 1 << 30
 User = Annotated[Key, Depends(needs("use"))]
 
 

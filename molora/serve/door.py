@@ -12,6 +12,8 @@ from molora.serve.failures import described, failure
 from molora.serve.keys import Key, Keys
 from molora.serve.keys import Scope as KeyScope
 
+MOST_BODY_BYTES = 1 << 20  # of a request,
+MOST_ADAPTER_BYTES = 1 << 30  # and of an upload
 _LOCAL = Key("local", ("use",))  # without a file of keys: whoever reaches this machine's own address
 _SILENCE_S = 60.0  # between two parts of a body
 NEW_KEY = "Make a key that may with `molora serve --new-key NAME --scope manage`."
