@@ -8,7 +8,7 @@ import typer
 
 from molora.commands.common import JsonOption, extra, write_json
 from molora.commands.eval import app, show
-from molora.commands.train import ConfigOption, OverridesArgument, command_line
+from molora.commands.training import ConfigOption, OverridesArgument, command_line
 
 
 @app.command()

@@ -1,14 +1,21 @@
 """``molora train``: data, adapters and routers."""
 
-import os
-import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from molora.commands.common import JsonOption, extra, write_json
+from molora.commands.common import JsonOption, extra
+from molora.commands.train_hypernet import app as hypernet
+from molora.commands.training import (
+    ConfigOption,
+    OutOption,
+    OverridesArgument,
+    ResumeOption,
+    command_line,
+    join_processes,
+    report,
+    report_data,
+)
 
 app = typer.Typer(
     help='Prepare data, train adapters, train a router. Needs the extra "train".\n\n'
@@ -17,29 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-
-hypernet = typer.Typer(
-    help="Train a network that makes adapters: of documents, or of short texts about somebody.\n\n"
-    "Example: molora train hypernet doc out=net loop.steps=10000",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
 app.add_typer(hypernet, name="hypernet")
-
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; an unknown key is an error.")
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file; part.key=value inside."),
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option(
-        " /--no-resume", help="Start anew, also where an interrupted training could go on.", show_default=False
-    ),
-]
-OutOption = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Default: data in MoLoRA's cache.")]
 
 
 @app.command()
@@ -67,9 +52,9 @@ def adapter(
         from molora_training.settings import load_settings
 
         settings = load_settings(AdapterTrainSettings, config, overrides or ())
-        _join_processes()
+        join_processes()
         metrics = train(settings, resume=resume, command=command_line("train adapter", config, overrides))
-    _report(metrics, settings.out, as_json)
+    report(metrics, settings.out, as_json)
 
 
 @app.command()
@@ -99,98 +84,9 @@ def router(
         from molora_training.settings import load_settings
 
         settings = load_settings(RouterTrainSettings, config, overrides or ())
-        _join_processes()
+        join_processes()
         metrics = train(settings, resume=resume, command=command_line("train router", config, overrides))
-    _report(metrics, settings.out, as_json)
-
-
-@hypernet.command()
-def doc(
-    overrides: OverridesArgument = None,
-    config: ConfigOption = None,
-    resume: ResumeOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the network that makes adapters of documents; the base stays frozen.
-
-    In: nothing (task: needle, a number hidden in made-up filler), or passages with questions (task: passages, from
-    `molora train data passages`). Out: a folder for `molora internalize`, with metrics.json; checkpoints and curves in
-    runs/. An interrupted training goes on when the same line is given again. A second training goes on from the first
-    one's folder (`start`), with longer texts or passages.
-
-    Settings: out, task, tokens, grow, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
-    loss.gold, loss.distil, loss.l1, loss.keep, loss.sparse, texts, loop.steps, loop.learning_rate,
-    loop.checkpoint_every, loop.seed, dtype.
-
-    Example: molora train hypernet doc out=document-net loop.steps=10000
-    """
-    with extra("train"):
-        from molora_training.hypernet.document import DocumentHypernetSettings, train
-        from molora_training.settings import load_settings
-
-        settings = load_settings(DocumentHypernetSettings, config, overrides or ())
-        metrics = train(settings, resume=resume, command=command_line("train hypernet doc", config, overrides))
-    _report(metrics, settings.out, as_json)
-
-
-@hypernet.command()
-def text(
-    overrides: OverridesArgument = None,
-    config: ConfigOption = None,
-    resume: ResumeOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the network that makes adapters of short texts: of profiles, or of descriptions; the base stays frozen.
-
-    In: a folder with three files for each group, which is a user or a task: GROUP.texts.json (a list of texts that
-    stand for it), GROUP.train.jsonl and GROUP.validation.jsonl (conversations); for people's profiles there is `molora
-    train hypernet profile`. Out: a folder for `molora profile` and `molora describe`, with metrics.json and a model
-    card. It is judged on groups that are held out, beside another group's text, a random one, and no adapter.
-
-    Settings: out, data.folder, data.held_out, net.width, net.rank, net.targets, net.head, base, encoder, groups,
-    conversations, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
-
-    Example: molora train hypernet text out=text-net data.folder=tasks loop.steps=2000
-    """
-    with extra("train"), extra("personalize"):
-        from molora_training.hypernet.text import train
-        from molora_training.hypernet.text_settings import TextHypernetSettings
-        from molora_training.settings import load_settings
-
-        settings = load_settings(TextHypernetSettings, config, overrides or ())
-        metrics = train(settings, resume=resume, command=command_line("train hypernet text", config, overrides))
-    _report(metrics, settings.out, as_json)
-
-
-@hypernet.command()
-def profile(
-    name: Annotated[str, typer.Argument(metavar="SET", help="A set from `molora train people`.")],
-    overrides: OverridesArgument = None,
-    config: ConfigOption = None,
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
-    resume: ResumeOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the network that makes adapters of people's profiles.
-
-    In: a prepared set of people. Of each, profiles of the first half of the history are written, and the second half is
-    learnt; those held out are judged alone. Out: as of `molora train hypernet text`, whose settings these are, but for
-    data.folder: the profiles go to runs/.
-
-    Example: molora train hypernet profile raters out=profile-net loop.steps=2000
-    """
-    with extra("train"), extra("personalize"):
-        from molora_training.hypernet.profile_groups import prepared_groups
-        from molora_training.hypernet.text import train
-        from molora_training.hypernet.text_settings import TextHypernetSettings
-        from molora_training.settings import load_settings
-
-        given = [*(overrides or ()), f"data.folder={Path('runs/profiles') / name}"]  # which is where they go
-        settings = load_settings(TextHypernetSettings, config, given)
-        prepared_groups(name, data, settings.data.folder, settings.encoder)
-        command = command_line(f"train hypernet profile {name}", config, overrides)
-        metrics = train(settings, resume=resume, command=command)
-    _report(metrics, settings.out, as_json)
+    report(metrics, settings.out, as_json)
 
 
 @app.command()
@@ -221,7 +117,7 @@ def pieces(
         settings = load_settings(PiecesSettings, config, overrides or ())
         made = SentenceEncoder(encoder or DEFAULT_ENCODER)
         metrics = train(settings, made.encode, command_line("train pieces", config, overrides), made.name)
-    _report(metrics, settings.out, as_json)
+    report(metrics, settings.out, as_json)
 
 
 @app.command()
@@ -247,7 +143,7 @@ def soup(
 
         settings = load_settings(SoupSettings, config, overrides or ())
         metrics = run(settings, command_line("train soup", config, overrides))
-    _report(metrics, settings.out, as_json)
+    report(metrics, settings.out, as_json)
 
 
 @app.command()
@@ -273,7 +169,7 @@ def data(
 
         counts = prepare(domains, out=out) if domains else prepare(out=out)
     found = {name: {"examples": row.examples, "overlapping": row.overlapping} for name, row in counts.items()}
-    _report_data(found, out or data_dir(), as_json)
+    report_data(found, out or data_dir(), as_json)
 
 
 @app.command()
@@ -297,7 +193,7 @@ def people(
 
         counts = prepare_people(sets, out=out) if sets else prepare_people(out=out)
     found = {name: {"people": row.people, "examples": row.interactions} for name, row in counts.items()}
-    _report_data(found, out or data_dir(), as_json)
+    report_data(found, out or data_dir(), as_json)
 
 
 @app.command()
@@ -322,7 +218,7 @@ def personas(
         from molora_training.personas import prepare
 
         counts = prepare(out=out, names=names or (), tries=tries, seed=seed)
-    _report_data({name: {"examples": row} for name, row in counts.items()}, out or data_dir(), as_json)
+    report_data({name: {"examples": row} for name, row in counts.items()}, out or data_dir(), as_json)
 
 
 @app.command()
@@ -350,60 +246,3 @@ def starter(
         settings = load_settings(StarterSettings, config or CONFIG, overrides or ())
         train(settings)
     typer.echo(f"The stack lies in {settings.out}.")
-
-
-def _join_processes() -> None:
-    """Without an accelerator, ``accelerate`` takes each process that torchrun starts for the only one, unless told."""
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
-
-def command_line(kind: str, config: Path | None, overrides: Sequence[str] | None) -> str:
-    """The line that a model card or a report names."""
-    file = ["--config", str(config)] if config is not None else []
-    return shlex.join(["molora", *kind.split(), *file, *(overrides or ())])
-
-
-def _report(metrics: Mapping[str, Any], out: Path, as_json: bool) -> None:
-    """The metrics, told by one process."""
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
-    if as_json:
-        write_json({"out": out, **metrics})
-        return
-    flat: dict[str, Any] = {}
-    for key, value in metrics.items():
-        if key == "validation":
-            flat |= {f"validation {name}": number for name, number in value.items()}
-        elif isinstance(value, str | int | float):
-            flat[key.replace("_", " ")] = value
-    _print_table(("", str(out)), [(key, _number(value)) for key, value in flat.items()])
-
-
-def _report_data(found: Mapping[str, Mapping[str, Any]], folder: Path, as_json: bool) -> None:
-    if as_json:
-        write_json({"folder": folder, "domains": found})
-        return
-    rows = [(name, ", ".join(f"{split} {n}" for split, n in row["examples"].items())) for name, row in found.items()]
-    _print_table(("", f"examples in {folder}"), rows)
-
-
-def _print_table(headings: tuple[str, str], rows: Sequence[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(Text(heading), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
