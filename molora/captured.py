@@ -90,6 +90,7 @@ class CapturedSteps:
     def _prompt_forward(
         self, forward: Any, plan: Blueprint, rotary: tuple[torch.Tensor, torch.Tensor], own: Any
     ) -> Any:
+        """The base's ``forward``, which reads prompts into the cache ``own`` by our own kernels."""
         from molora.prompt import PromptPass  # needs Triton
 
         read = PromptPass(plan, self.groups, rotary)
@@ -200,6 +201,7 @@ class CapturedSteps:
         return (batch, longest, more) if 1 <= batch <= LARGEST_BATCH else None
 
     def blueprint(self) -> Blueprint | None:
+        """The base as our kernels run it; None where they cannot."""
         weight = self.base.get_input_embeddings().weight
         key = (weight.data_ptr(), weight.dtype)
         if self._plan is None or self._plan[0] != key:
