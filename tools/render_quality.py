@@ -12,9 +12,8 @@ PICTURES = ("quality.svg", "domains.svg", "routers.svg")
 EDGE = 130  # percent, at which the bars end
 
 
-def section(report: Row, adding: Row | None, again: Sequence[Row] = (), earlier: Row | None = None) -> list[str]:
-    """Lines of Markdown. again: reports of trainings from nothing with other seeds, the first with seed 1. earlier: of
-    more routers, for the adapters of an earlier training."""
+def section(report: Row, adding: Row | None, again: Sequence[Row] = ()) -> list[str]:
+    """Lines of Markdown. again: reports of trainings from nothing with other seeds, the first with seed 1."""
     sets = list(report["rows"][0]["sets"])
     parts = [
         "## Does routing by token pay?",
@@ -34,20 +33,10 @@ def section(report: Row, adding: Row | None, again: Sequence[Row] = (), earlier:
     if report["missing"]:
         parts += ["", f"Not measured: {', '.join(report['missing'])}."]
     parts += ["", "### What had to be reached", "", *bars(report["must"])]
-    if again:
+    if again or report.get("integrated"):
         parts += ["", *_seeds(report, again)]
     parts += ["", "### By domain", "", f"![Loss by domain](images/{PICTURES[1]})", "", *_by_domain(report)]
     parts += ["", "### Variants of the router", "", f"![Variants of the router](images/{PICTURES[2]})", ""]
-    if earlier:
-        parts += [
-            f"More of what was tried, for adapters of an earlier training by the same recipe (`{earlier['command']}`, "
-            f"one {earlier['machine']}, commit {earlier['commit']}, {earlier['date']}), whose default was *gated*.",
-            "",
-            f"| router | {' | '.join(sets)} | domains alone | short answers |",
-            "|---|" + "---|" * (len(sets) + 2),
-            *[_line(row, earlier) for row in earlier["rows"] if row["kind"] == "router"],
-            "",
-        ]
     parts += ["Share of tokens that go to their own domain, by position in a question or an answer (turns):", ""]
     parts += positions(report["rows"], "right")
     if adding:
@@ -60,6 +49,7 @@ def draw(report: Row, folder: Path) -> None:
     sets = list(report["rows"][0]["sets"])
     kinds = (
         "oracle",
+        "integrated",
         "multitask",
         "full",
         "merge",
@@ -102,9 +92,13 @@ def _bars(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
         places = [index + 0.4 - height * (number + 0.5) for index in range(len(rows))]
         values = [100 * row["sets"][name]["gap_closed"] for row in rows]
         axes.barh(places, values, height, label=name, color=PALETTE[number])
-        for place, value in zip(places, values, strict=True):
-            if value > EDGE:  # a bar that goes on says how far
-                axes.text(EDGE, place, f"{value:.0f}", fontsize=6, va="center", ha="left")
+    for index, row in enumerate(rows):  # a bar that goes on says how far
+        beyond = [(number, row["sets"][name]["gap_closed"]) for number, name in enumerate(sets)]
+        beyond = [(number, 100 * value) for number, value in beyond if 100 * value > EDGE]
+        if beyond:
+            place = index + 0.4 - height * (sum(number for number, _ in beyond) / len(beyond) + 0.5)
+            said = ", ".join(f"{value:.0f}" for _, value in beyond)
+            axes.text(EDGE + 1, place, said, fontsize=6, va="center", ha="left")
     axes.set_yticks(range(len(rows)), [row["contender"] for row in rows])
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set(xlabel="% of the gap from base to label oracle", xlim=(0, EDGE))
@@ -171,17 +165,21 @@ def positions(rows: Sequence[Row], key: str) -> list[str]:
 
 
 def _seeds(report: Row, again: Sequence[Row]) -> list[str]:
-    """The lines that had to be reached, in all trainings."""
-    every = [{line["name"]: line for line in one["must"]} for one in (report, *again)]
+    """The lines that had to be reached, in all trainings and with the integration adapter."""
+    columns = {f"seed {number}": one["must"] for number, one in enumerate((report, *again))}
+    if report.get("integrated"):
+        columns["seed 0, integrated"] = report["integrated"]
+    every = [{line["name"]: line for line in lines} for lines in columns.values()]
     names = [line["name"] for line in report["must"] if all(line["name"] in one for one in every)]
     commits = ", ".join(f"`{one['command']}` (commit {one['commit']})" for one in again)
     lines = [
-        "### Trained from nothing with other seeds",
+        "### Trained from nothing with other seeds, and with an integration adapter",
         "",
-        f"{commits}: other adapters, another router, other text to learn from; the same test text, less of it. The "
+        f"{commits}: other adapters, another router, other text to learn from; the same test text, less of it. "
+        "*Integrated*: one more adapter beside whatever the router chooses, trained on mixed text on top of it. The "
         "values of the lines above, those that are reached in bold.",
         "",
-        f"| | bar | {' | '.join(f'seed {number}' for number in range(len(every)))} |",
+        f"| | bar | {' | '.join(columns)} |",
         "|---|---|" + "---|" * len(every),
     ]
     for name in names:

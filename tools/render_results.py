@@ -39,7 +39,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "soak": render_serving.soak,
 }
 SEEDS = ("quality-seed-1", "quality-seed-2")
-LATER = ("quality", "quality-routers", "adding", *SEEDS, *SECTIONS)
+LATER = ("quality", "adding", *SEEDS, *SECTIONS)
 MARKS = ("<!-- results -->", "<!-- /results -->")
 
 
@@ -153,7 +153,6 @@ def page(
             quality,
             later.get("adding"),
             [one for name in SEEDS if (one := later.get(name))],
-            later.get("quality-routers"),
         )
     for name, section in SECTIONS.items():
         if found := later.get(name):

@@ -54,15 +54,14 @@ def test_other_seeds_stand_beside() -> None:
     assert "other seeds" not in "\n".join(section(report(), None))
 
 
-def test_routers_of_an_earlier_training_stand_apart() -> None:
-    earlier = report()
-    earlier["commit"] = "before"
-    earlier["rows"].append(row("MoLoRA distilled, top-1 unit", "router", 1.2))
-    text = "\n".join(section(report(), None, (), earlier))
-    before, _, after = text.partition("### Variants of the router")
-    assert "commit before" in after and "| MoLoRA distilled, top-1 unit | 80.0% [79.0%, 81.0%] |" in after
-    assert "distilled" not in before and "uniform merge" not in after
-    assert "distilled" not in "\n".join(section(report(), None))
+def test_the_integration_stands_beside() -> None:
+    line = {**report()["must"][0], "value": 0.95, "holds": False}
+    whole = {**report(), "integrated": [line]}
+    whole["rows"].append(row("MoLoRA saved, integrated, top-1 unit", "integrated", 1.05, {"answer 17+": 0.96}))
+    text = "\n".join(section(whole, None))
+    assert "| | bar | seed 0 | seed 0, integrated |" in text
+    assert "| turns: closed | ≥ 0.965 | **0.975** | 0.950 |" in text
+    assert "| **MoLoRA saved, top-1 unit** | 97.5%" in text and "| MoLoRA saved, integrated, top-1 unit | 95.0%" in text
 
 
 def test_later_adapters_are_told() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,11 @@ def test_the_lines_follow_from_the_rows(rows: dict[str, Row]) -> None:
         f"{part} {span}" for part in ("question", "answer") for span in ("1-4", "5-16", "17+")
     }
     assert not must(ordered[:5])
+    assert must(ordered, "integrated") == []  # the model has none
+    integrated = [*ordered, replace(mine, kind="integrated")]
+    assert must(integrated) == list(lines.values())
+    alike = {line["name"]: line["value"] for line in must(integrated, "integrated")}
+    assert alike == {name: line["value"] for name, line in lines.items() if name in alike} and len(alike) > 10
 
 
 def test_a_merge_of_all_at_equal_weights_is_the_uniform_merge(

@@ -121,7 +121,7 @@ class Contenders:
             (name, router), (weights, top_k) = next(iter(self.routers.items())), WEIGHTS[0]
             shown = f"MoLoRA {name}, integrated, top-{top_k} {weights}"
             measure = self._router(name, weights, top_k, integrated=True)
-            found.append(Contender(shown, "router", measure, _digest(router)))
+            found.append(Contender(shown, "integrated", measure, _digest(router)))
         for place, (name, router) in enumerate(self.routers.items()):
             digest = _digest(router)
             for weights, top_k in WEIGHTS[: 2 if place == 0 else 1]:
@@ -278,7 +278,7 @@ class Contenders:
             if integrated:
                 choice[INTEGRATION] = next(iter(self.model.stack[INTEGRATION].adapters))
             with routed_by(self.model, self.routers[name], top_k, weights):
-                row = self.measured(shown, "router", choice)
+                row = self.measured(shown, "integrated" if integrated else "router", choice)
                 row.right = right_by_position(self.model, self.sets.mixed[TURNS], self.domains, self.batch_tokens)
                 return row
 

@@ -116,6 +116,7 @@ def fill(
         "missing": [one.name for one, row in zip(everything, rows, strict=True) if row is None],
         "rows": [figures(one, found[0], found[1]) for one in found],
         "must": must(found) if _first(everything) in {row.name for row in found} else [],
+        "integrated": must(found, "integrated"),
     }
     if contenders.sets.split == "validation":
         report["best"] = best_router(found)
@@ -171,9 +172,9 @@ def figures(row: Row, base: Row, oracle: Row) -> dict[str, Any]:
     return {"contender": row.name, "kind": row.kind, "sets": sets, "single": single, "right": row.right}
 
 
-def must(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The lines that the first router has to reach; none without one."""
-    routers = [row for row in rows if row.kind == "router"]
+def must(rows: Sequence[Row], kind: str = "router") -> list[dict[str, Any]]:
+    """The lines that the first router of a kind has to reach; none without one."""
+    routers = [row for row in rows if row.kind == kind]
     if not routers:
         return []
     base, oracle, mine = rows[0], rows[1], routers[0]
