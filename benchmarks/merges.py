@@ -47,7 +47,7 @@ def main() -> None:
         )
         for method in given.methods:
             started = time.perf_counter()
-            report = merge(folders, Path(place) / f"merged-{method}", method)
+            report = merge(folders, Path(place) / f"merged-{method}", method, at_once=torch.get_num_threads())
             print(f"{method:<20} {time.perf_counter() - started:6.1f} s   error {report.error:.3f}", flush=True)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from molora.compose.merge import MergeReport
 
 LOST = 0.5
+AT_ONCE = 4  # modules in memory, on a machine of many cores
 
 
 def merge(
@@ -69,6 +70,8 @@ def merge(
 
     Example: molora merge math code sage --weights .5,.3,.2 --method svd --rank 16 --out merged
     """
+    import torch
+
     from molora.compose.merge import merge as merge_adapters
 
     folders, shares = _parse(adapters, weights)
@@ -81,6 +84,7 @@ def merge(
             density=density,
             rank=rank,
             seed=seed,
+            at_once=min(AT_ONCE, torch.get_num_threads()),
             on_module=advance,
         )
     layers = _by_layer(report.errors)

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -56,11 +58,12 @@ def merge(
     rank: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    at_once: int = 1,
     on_module: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Writes one adapter that stands for several, a PEFT folder, whole or not at all.
 
-    Of the sources one module is in memory at a time, after each was checked as a whole.
+    Of the sources ``at_once`` modules are in memory at a time, after each was checked as a whole.
 
     Args:
         adapters: name -> PEFT folder or Hub id.
@@ -71,6 +74,7 @@ def merge(
         rank: of svd, what ends in _svd (None: in each module the largest of the adapters') and knots (None: all).
         seed: of DARE's random choice; a module's does not depend on the others.
         dtype: of the weights that are written.
+        at_once: how many modules are made side by side, on as many threads.
         on_module: is told how many modules are done, and of how many.
 
     Raises:
@@ -88,11 +92,13 @@ def merge(
     modules = list(dict.fromkeys(module for source in sources.values() for module in source.modules))
     make = partial(merged, method=method, density=density, rank=rank)
     factors, norms = {}, {}
-    for done, module in enumerate(modules, 1):
-        # A call, so that nothing of this module is held when the next one is read.
-        factors[module], norms[module] = _one(sources.values(), module, shares, make, seed, dtype)
-        if on_module is not None:
-            on_module(done, len(modules))
+    with _side_by_side(at_once) as each:
+        # A call, so that nothing of a module is held when the next one is read.
+        made = each(lambda module: _one(sources.values(), module, shares, make, seed, dtype), modules)
+        for done, (module, one) in enumerate(zip(modules, made, strict=True), 1):
+            factors[module], norms[module] = one
+            if on_module is not None:
+                on_module(done, len(modules))
     about = {
         "made_from": "merge", "method": method, "density": density, "rank": rank, "seed": seed,
         "adapters": [
@@ -110,6 +116,21 @@ def merge(
         perf_counter() - started,
         (out / WEIGHTS_FILE).stat().st_size,
     )
+
+
+@contextmanager
+def _side_by_side(threads: int) -> Iterator[Callable[..., Iterable]]:
+    """A ``map`` that runs so many calls at a time; torch's own threads are shared out among them."""
+    if threads == 1:
+        yield map
+        return
+    own = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, max(1, own // threads)))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(own)  # or threads that others begin later would have as few
 
 
 def _one(

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -386,6 +387,40 @@ class TestMerge:
         A = merge_utils.ties([own[name].A, torch.zeros_like(own[name].A)], shares, 0.5)
         B = merge_utils.ties([own[name].B, torch.zeros_like(own[name].B)], shares, 0.5)
         assert distance(dense(tmp_path / "made")[name], B.double() @ A.double()) < 1e-5
+
+    @pytest.mark.parametrize("method", ["cat", "ties_svd", "dare_ties", "knots"])
+    def test_modules_side_by_side(
+        self, alike: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
+    ) -> None:
+        read, held = Source.weights, list[tuple[str, weakref.ref[torch.Tensor]]]()
+        met, begun, most = threading.Barrier(2), set[int](), list[int]()
+
+        def watched(self: Source, module: str) -> LoRAWeights | None:
+            if threading.get_ident() not in begun:
+                begun.add(threading.get_ident())
+                met.wait(60)  # two threads are here at once, or it breaks
+            alive = {name for name, tensor in list(held) if tensor() is not None and name != module}
+            most.append(1 + len(alive))
+            found = read(self, module)
+            assert found is not None
+            held.append((module, weakref.ref(found.A)))
+            return found
+
+        one = merge(alike, tmp_path / "one", method, seed=3)
+        monkeypatch.setattr(Source, "weights", watched)
+        threads, steps = torch.get_num_threads(), list[int]()
+        two = merge(alike, tmp_path / "two", method, seed=3, at_once=2, on_module=lambda done, of: steps.append(done))
+        assert steps == list(range(1, 22)) and list(one.norms) == list(two.norms) and max(most) == 2
+        first, second = dense(tmp_path / "one"), dense(tmp_path / "two")
+        assert list(first) == list(second)
+        assert all(distance(second[name], first[name]) < 1e-5 for name in first)
+        assert torch.get_num_threads() == threads
+
+    def test_one_of_several_at_once_that_is_not_finite(self, alike: dict[str, Path], tmp_path: Path) -> None:
+        threads = torch.get_num_threads()
+        with pytest.raises(NonFiniteError):
+            merge(alike, tmp_path / "made", "svd", weights=[1e39, 1.0, 1.0], at_once=2)
+        assert not (tmp_path / "made").exists() and torch.get_num_threads() == threads
 
     def test_weights_left_out_are_equal(self, alike: dict[str, Path], tmp_path: Path) -> None:
         merge(alike, tmp_path / "one")
