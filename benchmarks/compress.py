@@ -1,10 +1,12 @@
-"""Many related adapters in a compressed store: seconds, bytes, what is lost, and what of their gain is kept.
+"""Many adapters in a compressed store: seconds, bytes, what is lost, and what of their gain is kept.
 
     molora train data math code medicine law ukrainian
     python -m benchmarks.compress --count 100 --basis 32 64
+    python -m benchmarks.compress --count 100 --basis 64 --unrelated
 
 Related: each is one of the starter's domain adapters with noise of the whole rank beside it, as if trained again on
-other data. The gain over the base is that of the first adapter of each domain, on the domain's test conversations.
+other data. Unrelated: one such of each domain, and for the rest noise alone, as large. The gain over the base is that
+of the first adapter of each domain, on the domain's test conversations.
 """
 
 import argparse
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--basis", type=int, nargs="+", default=[64])
     parser.add_argument("--noise", type=float, default=0.3, help="norm of what is added, as a share of the adapter's")
+    parser.add_argument("--unrelated", action="store_true", help="nothing in common but by domain, once each")
     parser.add_argument("--conversations", type=int, default=20, help="of each domain")
     parser.add_argument("--out", type=Path, help="where the figures go, too")
     given = parser.parse_args()
@@ -47,9 +50,9 @@ def main() -> None:
         for number in range(given.count):
             domain = list(domains)[number % len(domains)]
             folders[f"{domain}-{number}"] = Path(place) / f"{domain}-{number}"
-            write_factors(
-                folders[f"{domain}-{number}"], disturbed(domains[domain], given.rank, given.noise, number), DEFAULT_BASE
-            )
+            alone = given.unrelated and number >= len(domains)
+            factors = disturbed(domains[domain], given.rank, given.noise, number, alone)
+            write_factors(folders[f"{domain}-{number}"], factors, DEFAULT_BASE)
         some = {domain: f"{domain}-{number}" for number, domain in enumerate(domains)}
         loss = measure(given.conversations)
         base = {domain: loss(domain, None) for domain in domains}
@@ -71,7 +74,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if given.out:
         command = f"python -m benchmarks.compress --count {given.count} --rank {given.rank} --noise {given.noise}"
-        command += f" --basis {' '.join(map(str, given.basis))}"
+        command += f" --basis {' '.join(map(str, given.basis))}{' --unrelated' * given.unrelated}"
         about = heading(command, f"{given.conversations} test conversations of each of {len(domains)} domains")
         must = [
             line("share of the bytes", rows[0]["share of the bytes"], 0.2, "lower"),
@@ -81,16 +84,16 @@ def main() -> None:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def disturbed(factors: Factors, rank: int, noise: float, seed: int) -> Factors:
-    """The same delta, and beside it noise of what is left of ``rank``."""
+def disturbed(factors: Factors, rank: int, noise: float, seed: int, alone: bool = False) -> Factors:
+    """The same delta, and beside it noise of what is left of ``rank``; ``alone``: as large a noise in its place."""
     chance = torch.Generator().manual_seed(seed)
     found = {}
     for name, (A, B) in factors.items():
-        more = rank - len(A)
+        more = rank if alone else rank - len(A)
         N, M = torch.randn(more, A.shape[1], generator=chance), torch.randn(len(B), more, generator=chance)
-        share = noise * (squared(A.float(), B.float()) / squared(N, M)) ** 0.5
+        share = (1.0 if alone else noise) * (squared(A.float(), B.float()) / squared(N, M)) ** 0.5
         found[name] = (N * share, M)
-    return concatenated([factors, found])
+    return found if alone else concatenated([factors, found])
 
 
 def measure(count: int) -> Callable[[str, Factors | None], float]:

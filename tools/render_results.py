@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import plots
 from tools import (
     render_choice,
+    render_composition,
     render_continual,
     render_documents,
     render_headline,
@@ -33,7 +34,10 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stream": render_continual.stream,
     "arrivals": render_continual.arrivals,
     "documents-long": render_documents.section,
-    "compress": render_serving.compress,
+    "merges": render_composition.merges,
+    "compress": render_composition.compress,
+    "compress-unrelated": render_composition.unrelated,
+    "compressed-pace": render_composition.pace,
     "chats": render_serving.chats,
     "serve": render_serving.serve,
     "soak": render_serving.soak,

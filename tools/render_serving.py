@@ -1,4 +1,4 @@
-"""The sections of docs/results.md about serving and about compressed adapters: chats, serve, soak and compress.json."""
+"""The sections of docs/results.md about serving: chats, serve and soak.json."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def chats(report: Row) -> list[str]:
         "",
         "### Chats at once, beside `generate` on one batch",
         "",
-        f"{_about(report)} Tokens a second, prompts included; the median of runs in turns. `generate` knows all "
+        f"{about(report)} Tokens a second, prompts included; the median of runs in turns. `generate` knows all "
         "prompts beforehand; the engine learns of each as it comes.",
         "",
         *table(["", "tokens/s", "runs"], lines),
@@ -47,7 +47,7 @@ def serve(report: Row) -> list[str]:
     return [
         "### An adapter for each user",
         "",
-        f"{_about(report)} {traffic['requests']} requests of {traffic['users']} users (Zipf {traffic['zipf']:g}), "
+        f"{about(report)} {traffic['requests']} requests of {traffic['users']} users (Zipf {traffic['zipf']:g}), "
         f"{traffic['rate']:g} a second, {report['sequences at once']} sequences at once, adapters of rank "
         f"{report['rank']}, at most {report['rows'][0]['pool']['most']} of them live. *read*: adapters from disk; "
         "*live*: requests that found theirs in the model.",
@@ -65,7 +65,7 @@ def soak(report: Row) -> list[str]:
     return [
         "### Fifty thousand requests",
         "",
-        f"{_about(report)} A tiny model behind the whole server: {report['requests']:,} requests in "
+        f"{about(report)} A tiny model behind the whole server: {report['requests']:,} requests in "
         f"{report['seconds']:,.0f} s, {report['swaps']:,} adapters brought into the model, {report['right']:,} answers "
         f"compared with what the model says alone, {report['left']:,} clients that left before their answer had ended, "
         f"{report['refused']:,} that asked for who is not there. Memory of the process: {memory[0]} MiB in the "
@@ -76,34 +76,7 @@ def soak(report: Row) -> list[str]:
     ]
 
 
-def compress(report: Row) -> list[str]:
-    """A thousand compressed adapters; lines of Markdown."""
-    lines = [
-        [
-            row["basis"],
-            f"{row['share of the bytes']:.1%}",
-            f"{row['error, median']:.3f}, {row['error, worst']:.3f}",
-            f"{row['gain kept, mean']:.1%}",
-            f"{row['gain kept, least']:.1%}",
-            f"{row['seconds']:,.0f}",
-        ]
-        for row in report["rows"]
-    ]
-    return [
-        "## A thousand adapters in little room",
-        "",
-        f"{_about(report)} Each adapter is one of the starter's domain adapters with noise of the whole rank beside "
-        "it, as if trained again on other data. *Error*: norm of what is lost, a share of the adapter's, which is the "
-        "noise; *gain kept*: of the first adapter of each domain, on its own test conversations.",
-        "",
-        *table(["directions", "of the bytes", "error, median, worst", "gain kept, mean", "least", "seconds"], lines),
-        "",
-        *bars(report["must"]),
-        "",
-    ]
-
-
-def _about(report: Row) -> str:
+def about(report: Row) -> str:
     threads = report.get("threads", 1)
     return (
         f"`{report['command']}` on one {report['machine']}, {threads} thread{'s' if threads > 1 else ''}, commit "
