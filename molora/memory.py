@@ -1,6 +1,6 @@
 """The router's causal memory of its input, for each sequence, beside the KV cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,6 +104,23 @@ class Memory:
     @property
     def batch(self) -> int:
         return self.z.shape[0]
+
+    @staticmethod
+    def joined(memories: Sequence["Memory"]) -> "Memory":
+        """One memory of the sequences of several, which have read as many tokens."""
+        first = memories[0]
+        found = Memory(0, first.z.shape[2], first.rule, first.owner)
+        found.z, found.real, found.state = (
+            torch.cat([getattr(memory, name) for memory in memories]) for name in ("z", "real", "state")
+        )
+        return found
+
+    def part(self, row: int, length: int) -> "Memory":
+        """That of one sequence, whose tokens from ``length`` on are padding."""
+        found = Memory(0, self.z.shape[2], self.rule, self.owner)
+        here = slice(row, row + 1)
+        found.z, found.real, found.state = self.z[here, :length], self.real[here, :length], self.state[here]
+        return found
 
     def append(self, z: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Reads new tokens z [batch, tokens, width]; returns what is remembered at them [batch, tokens, size]."""

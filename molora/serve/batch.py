@@ -10,7 +10,7 @@ from molora.model import MoLoRAModel
 from molora.outputs import read_plan
 from molora.selection import ResolvedSelection, column_layers
 from molora.serve.pool import Pool
-from molora.serve.prefixes import Acting, Prefixes
+from molora.serve.prefixes import Prefixes
 from molora.serve.requests import FinishReason, Piece
 from molora.serve.rows import Rows
 from molora.serve.sampling import Chosen, choose
@@ -45,9 +45,8 @@ class Batch:
         self.rows = Rows(model.base, rows, longest)
         self.steps = RowSteps(model, self.rows)
         self.running: list[Ticket] = []  # by row
-        self.reading: Ticket | None = None  # its row is the one after theirs
+        self.reading: list[Ticket] = []  # their rows are those after theirs
         self.prompt_tokens = self.tokens = 0  # since the start
-        self._acting: Acting | None = None  # on what is being read
         self._router: tuple[Any, list[tuple[torch.Tensor, int]]] | None = None  # under which all rows were read
         self._resolved: tuple[Any, list[Ticket], ResolvedSelection] | None = None
         found = model.generation_config.eos_token_id
@@ -56,31 +55,82 @@ class Batch:
 
     @property
     def tickets(self) -> list[Ticket]:
-        return [*self.running, *([self.reading] if self.reading is not None else [])]
+        return [*self.running, *self.reading]
 
     @property
     def has_room(self) -> bool:
         """Whether one more can begin."""
-        return self.reading is None and len(self.running) < self.rows.count
+        return len(self.tickets) < self.rows.count
 
     def begin(self, ticket: Ticket) -> list[Ticket]:
-        """Gives it the row after the running ones, with as much of its prompt as is known. Returns as :meth:`read`."""
+        """Gives it the row after the others, with as much of its prompt as is known. Returns as :meth:`read`."""
         with self.model.routing.lock:
             again = self._router_changed()
-            ticket.reader = self.rows.reader(len(self.running))
-            self.reading = ticket
-            self._acting = self.prefixes.acting(self.model._resolve(ticket.selection))
-            self.prefixes.fill(ticket.reader, ticket.ids, self._acting)
+            ticket.reader = self.rows.reader(len(self.tickets))
+            self.reading.append(ticket)
+            ticket.acting = self.prefixes.acting(self.model._resolve(ticket.selection))
+            self.prefixes.fill(ticket.reader, ticket.ids, ticket.acting)
         return again
 
+    def group(self, most: int) -> list[Ticket]:
+        """The first of those that are being read, and as many after it as can be read with it in one forward: from one
+        place on, and padded to the longest within ``most`` tokens. What has one token left is read alone."""
+        found = self.reading[:1]
+        for ticket in self.reading[1:]:
+            unread = [one.unread for one in [*found, ticket]]
+            if min(unread) < 2 or len(unread) * max(unread) > most or _read(ticket) != _read(found[0]):
+                break
+            found.append(ticket)
+        return found
+
+    def read_together(self, group: Sequence[Ticket]) -> list[Ticket]:
+        """All of the prompts of :meth:`group` but their last tokens, which are for the next step. Returns as
+        :meth:`read`."""
+        model, first = self.model, len(self.running)
+        past, lengths = _read(group[0]), [len(ticket.ids) - 1 for ticket in group]
+        device, longest = model.device, max(lengths)
+        pieces = [ticket.ids[past:-1] + [0] * (longest - length) for ticket, length in zip(group, lengths, strict=True)]
+        places = torch.arange(longest, device=device)
+        mask = (places < torch.tensor(lengths, device=device).unsqueeze(1)).long()
+        with model.routing.active(lambda: model._resolve([ticket.selection for ticket in group])):
+            if again := self._router_changed():
+                return again
+            readers = [ticket.reader for ticket in group if ticket.reader is not None]
+            joint = self.rows.together(first, readers)
+            with self.steps.reading(joint):
+                model.base(
+                    input_ids=torch.tensor(pieces, device=device),
+                    attention_mask=mask,
+                    position_ids=places[past:].unsqueeze(0),
+                    past_key_values=joint,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            self.rows.apart(joint, readers, lengths)
+            for ticket in group:
+                self._is_read(ticket, ticket.ids[:-1])
+        return []
+
+    def _is_read(self, ticket: Ticket, ids: list[int]) -> None:
+        """The first of those that are being read has come to its end, after ``ids``: it runs."""
+        assert ticket.reader is not None and ticket.acting is not None and ticket is self.reading[0]
+        if ticket.tokens == 0:
+            self.prompt_tokens += len(ticket.request.ids)
+        acting = self.prefixes.acting(self.model._resolve(ticket.selection))
+        if ticket.acting.key == acting.key:  # none came or went meanwhile
+            self.prefixes.keep(ticket.reader, ids, acting)
+        self.rows.finish(len(self.running), ticket.reader)
+        ticket.reader, ticket.acting = None, None
+        self.running.append(self.reading.pop(0))
+
     def read(self, most: int) -> list[Ticket]:
-        """A piece of up to ``most`` tokens of the prompt that is being read; after the last, its first token.
+        """A piece of up to ``most`` tokens of the first prompt that is being read; after the last, its first token.
 
         Returns:
             Those that have to begin again: see :meth:`_router_changed`.
         """
-        ticket = self.reading
-        assert ticket is not None and ticket.reader is not None
+        ticket = self.reading[0]
+        assert ticket.reader is not None
         model, done = self.model, ticket.reader.length
         piece = ticket.ids[done : done + most]
         ids = torch.tensor([piece], device=model.device)
@@ -97,16 +147,9 @@ class Batch:
                     logits_to_keep=1,
                 )
             route = self._route(0, -1) if ticket.request.routes else ()
-            acting = self.prefixes.acting(model._resolve(ticket.selection))
-        if ticket.unread:
-            return []
-        if ticket.tokens == 0:
-            self.prompt_tokens += len(ticket.request.ids)
-        if self._acting is not None and acting.key == self._acting.key:  # none came or went meanwhile
-            self.prefixes.keep(ticket.reader, ticket.ids, acting)
-        self.rows.finish(len(self.running), ticket.reader)
-        ticket.reader, self.reading = None, None
-        self.running.append(ticket)
+            if ticket.unread:
+                return []
+            self._is_read(ticket, ticket.ids)
         self._take([ticket], choose(output.logits[:, -1], [ticket.sampler]), [route])
         return []
 
@@ -142,21 +185,27 @@ class Batch:
     def clear(self) -> list[Ticket]:
         """Lets go of all that is under way, and returns it."""
         tickets = self.tickets
-        self.running, self.reading = [], None
+        self.running, self.reading = [], []
         return tickets
 
     def leave(self, ticket: Ticket, reason: FinishReason, error: Exception | None = None) -> None:
-        """Ends a sequence; the last running one takes its row, and one that is being read the row after it."""
-        if ticket is self.reading:
-            self.reading = None
+        """Ends a sequence; the last running one takes its row, and those that are being read the rows after it."""
+        row = self.tickets.index(ticket)
+        if error is not None:
+            self.rows.wipe(row)
+        if ticket in self.reading:
+            self.reading.remove(ticket)
         else:
-            row, last = self.running.index(ticket), len(self.running) - 1
+            last = len(self.running) - 1
             if row != last:
                 self.rows.move(last, row)
                 self.running[row] = self.running[last]
             self.running.pop()
-            if self.reading is not None and self.reading.reader is not None:
-                self.rows.shift(self.reading.reader, last + 1, last)
+            row = last
+        for other in self.tickets[row:]:
+            assert other.reader is not None
+            self.rows.shift(other.reader, row + 1, row)
+            row += 1
         self.left(ticket, reason, error)
 
     def _resolve(self) -> ResolvedSelection:
@@ -213,3 +262,9 @@ class Batch:
                 self.leave(ticket, "stop")
             elif ticket.tokens >= ticket.most:
                 self.leave(ticket, "length")
+
+
+def _read(ticket: Ticket) -> int:
+    """Tokens that its row holds."""
+    assert ticket.reader is not None
+    return ticket.reader.length

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ log = logging.getLogger("molora.serve")
 
 _IDLE = 0.5  # seconds after which an engine that has nothing to do looks for what has timed out
 _READERS = 4  # threads that bring adapters
+_CHUNK, _CHUNK_ON_GPU = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Engine:
         model: what serves. Nobody should call its ``generate`` meanwhile: it would wait, and keep others waiting.
         rows: sequences that run at once.
         longest: most tokens of a sequence, prompt and answer.
-        chunk: tokens of prompts that are read between two steps.
+        chunk: tokens of prompts that are read between two steps; None: 256, on a GPU 1,024.
         waiting: requests that may wait.
         pools: layers whose adapters come when they are asked for.
         prefix_bytes: of beginnings of prompts that are kept, so that they are not read again.
@@ -76,13 +78,14 @@ class Engine:
         *,
         rows: int = 8,
         longest: int = 2048,
-        chunk: int = 256,
+        chunk: int | None = None,
         waiting: int = 256,
         pools: Sequence[Pool] = (),
         prefix_bytes: int = 1 << 28,
     ) -> None:
         most = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-        self.model, self.longest, self.chunk, self.most_waiting = model, min(longest, most), chunk, waiting
+        self.model, self.longest, self.most_waiting = model, min(longest, most), waiting
+        self.chunk = chunk or (_CHUNK_ON_GPU if model.device.type == "cuda" else _CHUNK)
         self.pools = {pool.layer: pool for pool in pools}
         self.prefixes = Prefixes(model, prefix_bytes)
         self._batch = Batch(model, rows, self.longest, self.pools, self.prefixes, self._finish)
@@ -318,12 +321,19 @@ class Engine:
         """Reads of the prompts of those in turn about as many tokens as lie between two steps; returns how many."""
         batch, left = self._batch, self.chunk
         while left > 0:
-            if batch.has_room and (ticket := self._next()) is not None:
-                self._guarded([ticket], lambda: batch.begin(ticket))
-            if batch.reading is None:
+            while batch.has_room and sum(one.unread for one in batch.reading) < left:
+                if (ticket := self._next()) is None:
+                    break
+                self._guarded([ticket], partial(batch.begin, ticket))
+            group = batch.group(left)
+            if not group:
                 break
-            left -= min(batch.reading.unread, self.chunk)
-            self._guarded([batch.reading], lambda: batch.read(self.chunk))
+            if len(group) > 1:
+                left -= len(group) * max(one.unread for one in group)
+                self._guarded(group, partial(batch.read_together, group))
+            else:
+                left -= min(group[0].unread, self.chunk)
+                self._guarded(group, partial(batch.read, self.chunk))
         return self.chunk - left
 
     def _next(self) -> Ticket | None:

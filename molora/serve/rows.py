@@ -4,6 +4,7 @@ A new sequence reads its prompt into its row in place; a sequence that ends leav
 sequences of a step are always the first rows, nothing is padded, and nothing is copied while they run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,12 +49,29 @@ class Rows:
 
     def reader(self, row: int) -> "RowReader":
         """A cache of one sequence, whose keys and values are the row's."""
-        reader = RowReader([StepLayer(keys[row : row + 1], values[row : row + 1]) for keys, values in self.memory])
-        self._show(reader, row)
+        return self._reader(slice(row, row + 1))
+
+    def _reader(self, here: slice) -> "RowReader":
+        reader = RowReader([StepLayer(keys[here], values[here]) for keys, values in self.memory])
+        self._show(reader, here)
         return reader
 
-    def _show(self, reader: "RowReader", row: int) -> None:
-        reader.memory = None if self.whole is None else self.whole[:, :, row : row + 1]
+    def _show(self, reader: "RowReader", here: slice) -> None:
+        reader.memory = None if self.whole is None else self.whole[:, :, here]
+
+    def together(self, first: int, readers: Sequence["RowReader"]) -> "RowReader":
+        """One cache of the readers of rows ``first`` and following, which have read as many tokens each."""
+        joint = self._reader(slice(first, first + len(readers)))
+        joint.advance(readers[0].length)
+        parts = zip(*(getattr(reader, "routing_memories", []) for reader in readers), strict=True)
+        joint.remember([Memory.joined(of) for of in parts])
+        return joint
+
+    def apart(self, joint: "RowReader", readers: Sequence["RowReader"], lengths: Sequence[int]) -> None:
+        """Gives each reader what ``joint`` has read for it, up to its own length; behind that it is padding."""
+        for row, (reader, length) in enumerate(zip(readers, lengths, strict=True)):
+            reader.advance(length - reader.length)
+            reader.remember([memory.part(row, length) for memory in getattr(joint, "routing_memories", [])])
 
     def finish(self, row: int, reader: "RowReader") -> None:
         """The prompt is read: what the router remembers of it goes beside the row."""
@@ -81,7 +99,14 @@ class Rows:
         self.move(source, target)
         for layer, (keys, values) in zip(reader.layers, self.memory, strict=True):
             layer.keys, layer.values = keys[target : target + 1], values[target : target + 1]
-        self._show(reader, target)
+        self._show(reader, slice(target, target + 1))
+
+    def wipe(self, row: int) -> None:
+        """Forgets numbers that may not be finite: what is not attended to counts as zero times its values."""
+        for keys, values in self.memory:
+            keys[row], values[row] = 0, 0
+        for state in self.states:
+            state[row] = 0
 
     def step(self, count: int) -> "RowsStep":
         """The cache of one step of the first ``count`` rows: each gets one more token."""
@@ -107,7 +132,9 @@ class RowReader(Cache):
 
     def remember(self, memories: list[Memory]) -> None:
         """What the router remembers of the tokens that the row was given, by part."""
-        if memories:
+        if hasattr(self, "routing_memories"):
+            self.routing_memories = memories
+        elif memories:
             attach(self, memories)
 
 

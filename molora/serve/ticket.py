@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from molora.selection import Choice, Selection
 from molora.serve.pool import Pool, Read
+from molora.serve.prefixes import Acting
 from molora.serve.requests import Event, Finished, FinishReason, Request
 from molora.serve.rows import RowReader
 from molora.serve.sampling import Sampler
@@ -29,6 +30,7 @@ class Ticket:
     failed: Exception | None = None
     cancelled: bool = False
     reader: RowReader | None = None
+    acting: Acting | None = None  # on what is being read
     tokens: int = 0
     finished: bool = False
 

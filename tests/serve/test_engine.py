@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 
 from molora import MoLoRAModel, Stack, StackLayer
 from molora.errors import BaseModelError, BusyError, NonFiniteError, RequestError, SelectionError
+from molora.serve.batch import Batch
 from molora.serve.engine import Engine
+from molora.serve.prefixes import BLOCK
 from molora.serve.requests import Event, Finished, Piece, Request, Sampling
+from molora.serve.rows import Rows
+from molora.serve.sampling import Sampler
 from molora.serve.text import Text
+from molora.serve.ticket import Ticket
 from tests.conftest import DEVICE, FAMILIES, make_base, write_adapter
 from tests.parity.test_equalities import ROUTED, make_routed
 from tests.unit.spoken import make_spoken
@@ -358,3 +364,149 @@ def test_closing_tells_everyone(model: MoLoRAModel) -> None:
     assert [one.all()[1].reason for one in heard] == ["cancelled"] * 3
     with pytest.raises(BusyError):
         engine.submit(greedy([5], None, 3), print)
+
+
+def test_what_a_broken_adapter_left_in_a_row_harms_nobody(model: MoLoRAModel, engines: Any) -> None:
+    short, long = [5, 6, 7], list(range(5, 35))
+    expected = [alone(model, ids, {"domain": "math"}, 6) for ids in (short, long)]
+    engine = engines(model, rows=2)
+    _, end = Heard(engine, greedy(range(5, 30), {"domain": {"code": 1e38}}, 6)).all()
+    assert isinstance(end.error, NonFiniteError)
+    # The first gets the row of the broken one, and the second makes a step look as far as its leftovers.
+    both = [Heard(engine, greedy(ids, {"domain": "math"}, 6)) for ids in (short, long)]
+    assert [one.tokens() for one in both] == expected
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """What is submitted within begins at once."""
+    go = threading.Event()
+    holder = threading.Thread(target=engine.change, args=([], go.wait))
+    holder.start()
+    try:
+        yield
+    finally:
+        go.set()
+        holder.join()
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each forward that reads several prompts, how many, and how many tokens of each were known."""
+    found: list[tuple[int, int]] = []
+    read = Batch.read_together
+
+    def together(batch: Batch, group: Sequence[Ticket]) -> list[Ticket]:
+        assert group[0].reader is not None
+        found.append((len(group), group[0].reader.length))
+        return read(batch, group)
+
+    monkeypatch.setattr(Batch, "read_together", together)
+    return found
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_prompts_of_all_lengths_are_read_together(
+    kind: str, base: Any, adapters: dict[str, Path], engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = endless(make_routed(base, adapters, **ROUTED[kind])), watched(monkeypatch)
+    prompts = [[5, 6], list(range(7, 20)), [21, 22, 23], [9, 8, 7, 6, 5, 4, 3]]
+    asked = list(zip(prompts, SELECTIONS, strict=False))
+    expected = [alone(model, ids, selection, 8) for ids, selection in asked]
+    engine = engines(model, chunk=64)
+    with held(engine):
+        heard = [Heard(engine, greedy(ids, selection, 8)) for ids, selection in asked]
+    assert [one.tokens() for one in heard] == expected
+    assert found == [(4, 0)] and engine.stats().prompt_tokens_total == sum(map(len, prompts))
+
+
+def test_prompts_that_begin_alike_are_read_together_from_where_they_differ(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, system = watched(monkeypatch), list(range(3, 3 + BLOCK))
+    prompts = [[*system, *more] for more in ([80, 81, 82], [83, 84], [85, 86, 87, 88, 89])]
+    expected = [alone(model, ids, {"domain": "auto"}, 6) for ids in prompts]
+    engine = engines(model, chunk=96)
+    assert Heard(engine, greedy(prompts[0], {"domain": "auto"}, 6)).tokens() == expected[0]
+    with held(engine):
+        heard = [Heard(engine, greedy(ids, {"domain": "auto"}, 6)) for ids in prompts]
+    assert [one.tokens() for one in heard] == expected and found == [(3, BLOCK)]
+
+
+def test_whole_blocks_of_what_was_read_together_are_found_again(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = watched(monkeypatch)
+    prompts = [[first, *range(5, 5 + BLOCK), 9] for first in (3, 4)]
+    expected = [alone(model, ids, {"domain": "auto"}, 6) for ids in prompts]
+    engine = engines(model, chunk=192)
+    for known in (0, BLOCK):
+        with held(engine):
+            heard = [Heard(engine, greedy(ids, {"domain": "auto"}, 6)) for ids in prompts]
+        assert [one.tokens() for one in heard] == expected and found.pop() == (2, known)
+
+
+def test_one_token_and_what_does_not_fit_are_read_alone(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = watched(monkeypatch)
+    prompts = [[5], [6], [7, 8, 9], list(range(5, 30))]
+    expected = [alone(model, ids, {"domain": "auto"}, 5) for ids in prompts]
+    engine = engines(model, chunk=32)
+    with held(engine):
+        heard = [Heard(engine, greedy(ids, {"domain": "auto"}, 5)) for ids in prompts]
+    assert [one.tokens() for one in heard] == expected and not found
+
+
+def test_what_fails_while_read_together_ends_and_the_next_go_on(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(model, [5, 6, 7], {"domain": "math"}, 6)
+    engine = engines(model, rows=3, chunk=64)
+    running = Heard(engine, greedy([5, 6, 7], {"domain": "math"}, 40))
+    running.next()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as here:
+        here.setattr(Rows, "together", broken)
+        with held(engine):
+            two = [Heard(engine, greedy([5, 6, 7], {"domain": "math"}, 6)) for _ in range(2)]
+        assert [one.all()[1].reason for one in two] == ["error", "error"]
+    with held(engine):
+        two = [Heard(engine, greedy([5, 6, 7], {"domain": "math"}, 6)) for _ in range(2)]
+    assert [one.tokens() for one in two] == [expected, expected]
+    pieces, _ = running.all()
+    assert [piece.token for piece in pieces[:5]] == expected[1:]
+
+
+def test_those_that_are_being_read_move_up_when_others_leave(model: MoLoRAModel) -> None:
+    texts = [[5, 6, 7], list(range(5, 25)), [9, 8, 7, 6], list(range(30, 38))]
+    expected = [alone(model, ids, {"domain": "auto"}, 5) for ids in texts]
+    batch = Engine(model, rows=4, longest=96)._batch
+    heard: list[list[Any]] = [[] for _ in texts]
+    tickets = [
+        Ticket(
+            one := greedy(ids, {"domain": "auto"}, 5), events.append, None, Sampler.of(one.sampling, ids, DEVICE),
+            Text(model.tokenizer, ()), list(ids), 5, {"domain": "auto"},
+        )
+        for ids, events in zip(texts, heard, strict=True)
+    ]  # fmt: skip
+    running, half, gone, last = tickets
+    with torch.no_grad():
+        batch.begin(running)
+        batch.read(96)
+        for ticket in (half, gone, last):
+            batch.begin(ticket)
+        assert not batch.has_room and batch.group(96) == [half, gone, last] and batch.group(59) == [half, gone]
+        batch.read(10)  # of the first a piece, and nothing of the others
+        assert batch.group(96) == [half]
+        batch.leave(gone, "cancelled")
+        batch.leave(running, "cancelled")
+        assert batch.tickets == [half, last]
+        batch.read(96)
+        batch.read(96)
+        while batch.running:
+            batch.step()
+    found = [[event.token for event in events if isinstance(event, Piece)] for events in heard]
+    assert (found[1], found[3], found[2]) == (expected[1], expected[3], []) and found[0] == expected[0][:1]

@@ -13,7 +13,7 @@ from molora.selection import candidates, without_names
 from molora.serve.engine import Engine
 from tests.conftest import DEVICE, write_adapter
 from tests.parity.test_equalities import make_routed
-from tests.serve.test_engine import Heard, alone, endless, engines, greedy  # noqa: F401 - a fixture
+from tests.serve.test_engine import Heard, alone, endless, engines, greedy, held, watched  # noqa: F401 - a fixture
 
 TOKENS = 12 if DEVICE.type == "cuda" else 3  # the interpreter takes a second a step
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11], [12]]
@@ -71,9 +71,11 @@ def test_rows_of_all_lengths_in_one_step(
     two = Two(base, adapters, monkeypatch, **config)
     asked = [(ids, SELECTIONS[n], TOKENS + n) for n, ids in enumerate(PROMPTS)]
     expected = [plain_tokens(two, *one) for one in asked]
-    engine = engines(two.model, chunk=64)
-    heard = [Heard(engine, greedy(*one)) for one in asked]
+    engine, together = engines(two.model, chunk=64), watched(monkeypatch)
+    with held(engine):
+        heard = [Heard(engine, greedy(*one)) for one in asked]
     assert [one.tokens() for one in heard] == expected
+    assert together == [(2, 0)]  # the third has one token
     assert two.sizes, "no step was taken"
     assert all(count <= batch and batch in (1, 2, 4) for count, batch in two.sizes)
     assert any(count < batch for count, batch in two.sizes) or DEVICE.type == "cuda"
