@@ -103,7 +103,11 @@ class Forward:
         """Why an adapter may not be changed here; a key that may change none is answered by the replica."""
         parts = scope["path"].removeprefix("/v1/adapters/").split("/")
         key = scope.get("state", {}).get("key")
-        if scope["method"] not in ("POST", "DELETE") or len(parts) != 2 or not key or "manage" not in key.scopes:
+        if scope["method"] not in ("POST", "PUT", "DELETE") or not key or "manage" not in key.scopes:
+            return None
+        if parts[2:] == ["pin"]:
+            return "With several replicas each has other adapters in its model: none can be pinned from here."
+        if len(parts) != 2:
             return None
         if not self.fixed(*parts):
             return None

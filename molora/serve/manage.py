@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from molora.checks import check_fits
-from molora.errors import AdapterError, AdapterFormatError
+from molora.errors import AdapterError, AdapterFormatError, AdapterNotFoundError, StackError
 from molora.serve.door import needs
 from molora.serve.keys import Key
 from molora.serve.names import UnknownNameError
@@ -24,6 +24,7 @@ from molora.stack import StackLayer, check_name
 
 if TYPE_CHECKING:
     from molora.serve.engine import Engine
+    from molora.serve.pool import Pool
     from molora.serve.store import AdapterStore
 
 MOST_CONFIG_BYTES = 1 << 20
@@ -41,11 +42,11 @@ def adapter_routes(engine: "Engine", store: "AdapterStore | None" = None) -> API
         return AdapterList(data=adapters.cards())
 
     @router.get("/{layer}")
-    async def names(
-        layer: str, key: Manager, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
-    ) -> Names:
-        """A page of the names of a layer's adapters, the store's among them, in order behind ``after``."""
-        return Names(data=await asyncio.to_thread(adapters.names, layer, after, limit))
+    async def names(layer: str, key: Manager, after: str = "", limit: PageSize = 100, pinned: bool = False) -> Names:
+        """A page of the names of a layer's adapters, the store's among them, in order behind ``after``; ``pinned``: of
+        those alone that stay in the model."""
+        found = adapters.pinned if pinned else adapters.names
+        return Names(data=await asyncio.to_thread(found, layer, after, limit))
 
     @router.post("/{layer}/{name}", status_code=201)
     async def put(layer: str, name: str, request: Request, key: Manager) -> AdapterCard:
@@ -59,6 +60,16 @@ def adapter_routes(engine: "Engine", store: "AdapterStore | None" = None) -> API
     async def remove(layer: str, name: str, key: Manager) -> None:
         """Takes it out of the running stack, once nothing uses it any more."""
         await adapters.remove(layer, name)
+
+    @router.put("/{layer}/{name}/pin", status_code=204)
+    async def pin(layer: str, name: str, key: Manager) -> None:
+        """Brings a store's adapter into the model, where it stays whether or not it is asked for."""
+        await adapters.pin(layer, name)
+
+    @router.delete("/{layer}/{name}/pin", status_code=204)
+    async def unpin(layer: str, name: str, key: Manager) -> None:
+        """It may leave the model again when others need its room."""
+        await adapters.unpin(layer, name)
 
     return router
 
@@ -100,6 +111,37 @@ class LiveAdapters:
             self._store.names(layer, limit=limit, after=after) if self._store is not None and pool is not None else []
         )
         return sorted({*(name for name in own if name > after), *stored})[:limit]
+
+    def pinned(self, layer: str, after: str, limit: int) -> list[str]:
+        """
+        Raises:
+            UnknownNameError: there is no such layer. StackError: nothing comes and goes there.
+        """
+        return [name for name in self._pool(layer).pinned if name > after][:limit]
+
+    async def pin(self, layer: str, name: str) -> None:
+        """
+        Raises:
+            UnknownNameError: there is none. StackError: it is always in the model, or too many are pinned. BusyError:
+            others use all room now.
+        """
+        pool = self._pool(layer)
+        if not pool.owns(name):
+            raise StackError(f"{layer}/{name} is of the stack itself: it is always in the model.")
+        try:
+            read = await asyncio.to_thread(pool.read, name)
+        except AdapterNotFoundError as error:
+            raise UnknownNameError(f"Layer {layer!r} has no adapter {name!r}.") from error
+        await asyncio.to_thread(self._engine.change, [], lambda: pool.pin(read))
+
+    async def unpin(self, layer: str, name: str) -> None:
+        """
+        Raises:
+            UnknownNameError: it is not pinned. StackError: nothing comes and goes there.
+        """
+        pool = self._pool(layer)
+        if not await asyncio.to_thread(self._engine.change, [], lambda: pool.unpin(name)):
+            raise UnknownNameError(f"{layer}/{name} is not pinned.")
 
     async def put(self, layer: str, name: str, files: Mapping[str, UploadFile]) -> AdapterCard:
         """Adds an adapter, or replaces the one of this name.
@@ -150,6 +192,12 @@ class LiveAdapters:
         self._forget(label)
         self._folders[label] = folder
         return _card(label, model.adapters[label])
+
+    def _pool(self, layer: str) -> "Pool":
+        pool = self._engine.pools.get(self.layer(layer).name)
+        if pool is None:
+            raise StackError(f"Adapters of {layer!r} are always in the model: there is nothing to pin.")
+        return pool
 
     def _stored(self, layer: str, name: str) -> "AdapterStore | None":
         """The store, where it is that which holds an adapter of this name."""

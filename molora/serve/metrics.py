@@ -65,13 +65,15 @@ class _EngineCounts:
 
     def _pools(self) -> Iterator[Any]:
         live = GaugeMetricFamily("molora_live_adapters", "Adapters of a store in the model.", labels=["layer"])
+        pinned = GaugeMetricFamily("molora_pinned_adapters", "Of those, such as always stay.", labels=["layer"])
         found = CounterMetricFamily("molora_adapters", "Where a request's adapter was.", labels=["layer", "at"])
         for layer, pool in self.engine.pools.items():
             stats = pool.stats()
             live.add_metric([layer], stats.live)
+            pinned.add_metric([layer], stats.pinned)
             for at, count in (("live", stats.live_hits), ("host", stats.host_hits), ("read", stats.reads)):
                 found.add_metric([layer, at], count)
-        yield from (live, found)
+        yield from (live, pinned, found)
 
 
 class CountRequests:

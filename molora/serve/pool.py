@@ -14,7 +14,7 @@ from pathlib import Path
 
 from molora.adapter import Adapter
 from molora.checks import check_fits
-from molora.errors import StackError
+from molora.errors import BusyError, StackError
 from molora.loading import load_adapter
 from molora.model import MoLoRAModel
 
@@ -40,6 +40,7 @@ class PoolStats:
     """What the pool holds, and how its adapters were found since the start."""
 
     live: int
+    pinned: int
     most: int
     host_bytes: int
     live_hits: int
@@ -78,6 +79,7 @@ class Pool:
         self._host: OrderedDict[tuple[str, str], Read] = OrderedDict()
         self._held = 0  # bytes in _host
         self._coming: dict[tuple[str, str], Future[Read]] = {}
+        self._pinned: dict[str, str] = {}  # name -> the version of it that stays live
         self._made, self._prefix = 0, secrets.token_hex(8)  # nobody can name or guess a slot
         self._lock = threading.Lock()
         self._counts = {"live": 0, "host": 0, "read": 0}
@@ -127,6 +129,39 @@ class Pool:
 
     def lease(self, read: Read) -> str | None:
         """Makes an adapter live until :meth:`release`; returns its name in the stack, None while there is no room."""
+        at = "live" if read.key in self._live else "host"
+        live = self._enter(read)
+        if live is None:
+            return None
+        self._counts[at] += 1
+        live.leases += 1
+        return live.slot
+
+    def release(self, read: Read) -> None:
+        """Nothing of this request needs it any more; it stays until its room is needed."""
+        self._live[read.key].leases -= 1
+
+    def pin(self, read: Read) -> None:
+        """Keeps an adapter live whether or not it is asked for, and each newer version once that is asked for.
+
+        Raises:
+            StackError: as many are pinned as leave room for one other. BusyError: others use all room now.
+        """
+        if read.name not in self._pinned and len(self._pinned) + 1 >= self.most:
+            raise StackError(
+                f"{len(self._pinned)} adapters of {self.layer!r} are pinned, of {self.most} that can be live: unpin "
+                "one, or serve with more of them live."
+            )
+        if self._enter(read) is None:
+            raise BusyError(f"All {self.most} live adapters of {self.layer!r} are in use. Ask again.", 1.0)
+        self._pinned[read.name] = read.version
+
+    def unpin(self, name: str) -> bool:
+        """Lets it go like others; False if it was not pinned."""
+        return self._pinned.pop(name, None) is not None
+
+    def _enter(self, read: Read) -> _Live | None:
+        """Its place among the live ones; None while there is no room."""
         live = self._live.get(read.key)
         if live is None:
             if len(self._live) >= self.most and not self._evict():
@@ -136,16 +171,15 @@ class Pool:
             self.model.add_adapter(self.layer, live.slot, read.adapter)
             self._live[read.key] = live
             self._names[live.slot] = read.name
-            self._counts["host"] += 1
-        else:
-            self._counts["live"] += 1
         self._live.move_to_end(read.key)
-        live.leases += 1
-        return live.slot
+        if read.name in self._pinned:
+            self._pinned[read.name] = read.version
+        return live
 
-    def release(self, read: Read) -> None:
-        """Nothing of this request needs it any more; it stays until its room is needed."""
-        self._live[read.key].leases -= 1
+    @property
+    def pinned(self) -> list[str]:
+        """Names, in order; from any thread."""
+        return sorted(self._pinned.copy())
 
     def shown(self, slot: str) -> str:
         """The adapter's name, by its name in the stack."""
@@ -155,12 +189,13 @@ class Pool:
         """Counts; from any thread."""
         with self._lock:
             counts = dict(self._counts)
-            return PoolStats(len(self._live), self.most, self._held, counts["live"], counts["host"], counts["read"])
+            live, pinned = len(self._live), len(self._pinned)
+            return PoolStats(live, pinned, self.most, self._held, counts["live"], counts["host"], counts["read"])
 
     def _evict(self) -> bool:
-        """Takes out the one that was not used for longest; False if all are in use."""
+        """Takes out the one that was not used for longest; False if all are in use or pinned."""
         for key, live in self._live.items():
-            if not live.leases:
+            if not live.leases and self._pinned.get(key[0]) != key[1]:
                 self.model.remove_adapter(self.layer, live.slot)
                 del self._live[key], self._names[live.slot]
                 return True

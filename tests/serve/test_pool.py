@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from molora import MoLoRAModel
-from molora.errors import AdapterMismatchError, AdapterNotFoundError, RequestError, StackError
+from molora.errors import AdapterMismatchError, AdapterNotFoundError, BusyError, RequestError, StackError
 from molora.serve.pool import Pool
 from tests.conftest import make_base, write_adapter
 from tests.parity.test_equalities import make_routed
@@ -148,3 +148,45 @@ def test_ten_requests_at_once_for_one_that_is_not_there_yet(model: MoLoRAModel, 
         model.add_adapter("user", "now", users.at[f"u{n % 2}"][1])
         assert found == alone(model, [5, 6, n + 7], {"domain": None, "user": "now"}, 5)
         model.remove_adapter("user", "now")
+
+
+def test_what_is_pinned_stays(model: MoLoRAModel, users: Users, base: Any, tmp_path: Path, engines: Any) -> None:  # noqa: F811
+    pool = Pool(model, "user", users.find, most=3)
+    engine = engines(model, pools=[pool])
+
+    def ask(name: str) -> None:
+        Heard(engine, greedy([5, 6, 7], {"domain": None, "user": name}, 2)).tokens()
+
+    engine.change([], lambda: pool.pin(pool.read("u0")))
+    assert pool.pinned == ["u0"] and pool.stats().pinned == 1 and pool.stats().host_hits == 0
+    for number in (1, 2, 3, 4):
+        ask(f"u{number}")
+    hits = pool.stats().live_hits
+    ask("u0")
+    assert pool.stats().live_hits == hits + 1  # it never left
+    users.at["u0"] = ("2", write_adapter(base, tmp_path / "newer", 99, r=2))
+    ask("u0")
+    for number in (1, 2, 3):
+        ask(f"u{number}")
+    ask("u0")
+    assert ("u0", "2") in pool._live and ("u0", "1") not in pool._live and pool.stats().live == 3
+    assert pool.unpin("u0") and not pool.unpin("u0") and pool.pinned == []
+    for number in (1, 2, 3):
+        ask(f"u{number}")
+    assert ("u0", "2") not in pool._live
+
+
+def test_pins_leave_room_for_others(model: MoLoRAModel, users: Users) -> None:
+    pool = Pool(model, "user", users.find, most=2)
+    held = [pool.read(name) for name in ("u1", "u2")]
+    assert all(pool.lease(one) for one in held)
+    with pytest.raises(BusyError, match="in use"):
+        pool.pin(pool.read("u0"))
+    assert pool.pinned == []
+    for one in held:
+        pool.release(one)
+    pool.pin(pool.read("u0"))
+    pool.pin(pool.read("u0"))  # again
+    with pytest.raises(StackError, match="unpin one"):
+        pool.pin(held[0])
+    assert pool.lease(held[0]) and pool.lease(held[1]) is None and pool.pinned == ["u0"]

@@ -185,6 +185,8 @@ def test_refusals_are_those_of_one_server(cluster: Cluster) -> None:
     ask = {"headers": {"Authorization": f"Bearer {cluster.boss}"}, "timeout": 20}
     fixed = httpx.delete(f"{cluster.address}/v1/adapters/domain/math", **ask)
     assert fixed.status_code == 409 and fixed.json()["error"]["code"] == "fixed_adapter"
+    pin = httpx.put(f"{cluster.address}/v1/adapters/user/ada/pin", **ask)
+    assert pin.status_code == 409 and "pinned" in pin.json()["error"]["message"]
     assert "nobody" in httpx.delete(f"{cluster.address}/v1/adapters/user/nobody", **ask).json()["error"]["message"]
     mine = {"headers": {"Authorization": f"Bearer {cluster.ada}"}, "timeout": 20}
     assert httpx.delete(f"{cluster.address}/v1/adapters/domain/math", **mine).status_code == 403

@@ -121,6 +121,23 @@ def test_a_users_key_finds_its_own_alone(server: Server) -> None:
         server.client(server.ada).get("/adapters/user", cast_to=object)
 
 
+def test_a_pinned_adapter_stays_in_the_model(server: Server) -> None:
+    for number in range(3):
+        server.upload(f"user/p{number}", server.adapter(60 + number))
+    assert server.manage("PUT", "user/p0/pin").status_code == 204
+    assert server.manage("GET", "user?pinned=true").json()["data"] == ["p0"]
+    assert 'molora_pinned_adapters{layer="user"} 1.0' in httpx.get(f"{server.address}/metrics").text
+    for number in (1, 2, 0):
+        server.say(f"base+user/p{number}")
+    assert server.manage("PUT", "user/p1/pin").status_code == 400  # of two that are live one stays free
+    assert server.manage("PUT", "user/nobody/pin").status_code == 404
+    assert server.manage("PUT", "domain/math/pin").status_code == 400
+    assert server.manage("PUT", "nothing/p0/pin").status_code == 404
+    assert server.manage("DELETE", "user/p0/pin").status_code == 204
+    assert server.manage("DELETE", "user/p0/pin").status_code == 404
+    assert server.manage("GET", "user?pinned=true").json()["data"] == []
+
+
 def test_what_does_not_fit_is_not_stored(server: Server, tmp_path: Path) -> None:
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 64}))
     assert server.upload("user/wide", write_adapter(other, tmp_path / "wide", 1)) == 400
