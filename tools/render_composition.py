@@ -14,6 +14,8 @@ def merges(report: Row) -> list[str]:
     counts = sorted({row["adapters"] for row in report["rows"]})
     ways = list(dict.fromkeys(row["way"] for row in report["rows"]))
     rows = {(row["way"], row["adapters"]): row for row in report["rows"]}
+    told = any(row.get("short_answers") is not None for row in report["rows"])
+    heads = ["way", *(f"{count} adapters, kept" for count in counts), *["short answers"] * told, "error", "s", "MB"]
     lines = []
     for way in ways:
         most = rows[way, counts[-1]]
@@ -22,6 +24,7 @@ def merges(report: Row) -> list[str]:
             [
                 way,
                 *(_kept(rows[way, count]) for count in counts),
+                *([_right(most)] if told else []),
                 "" if error is None else f"{error:.2f}",
                 f"{most['seconds']:.1f}" if "seconds" in most else "",
                 f"{most['bytes'] / 1e6:.0f}" if "bytes" in most else "",
@@ -34,9 +37,11 @@ def merges(report: Row) -> list[str]:
         f"{report['seed']}. Data: {report['data']}, of {', '.join(report['names'])} the first so many. *Kept*: the "
         "share of what an adapter gains over the base on its own text, the mean over the adapters; brackets hold 95% "
         "bootstrap intervals. *Error*: norm of the difference to the exact sum, as a share of it. Error, seconds and "
-        f"megabytes are of {counts[-1]} adapters; a soup's seconds are its training's.",
+        f"megabytes are of {counts[-1]} adapters; a soup's seconds are its training's."
+        + f" *Short answers*: of {counts[-1]}, the share that greedy decoding gets word for word."
+        * told,
         "",
-        *table(["way", *(f"{count} adapters, kept" for count in counts), "error", "s", "MB"], lines),
+        *table(heads, lines),
         "",
         *bars(report["must"]),
         "",
@@ -111,6 +116,11 @@ def _directions(report: Row) -> list[str]:
         for row in report["rows"]
     ]
     return table(["directions", "of the bytes", "error, median, worst", "gain kept, mean", "least", "seconds"], lines)
+
+
+def _right(row: Row) -> str:
+    right = row.get("short_answers")
+    return "" if right is None else f"{right:.1%}"
 
 
 def _kept(row: Row) -> str:

@@ -23,7 +23,12 @@ def test_merges_of_few_and_of_many_stand_side_by_side() -> None:
     assert "| routed | 99.0% [98.0%, 99.0%] | 98.0% [97.0%, 98.0%] | | | |" in text
     assert "| knots | 80.0% [79.0%, 80.0%] | 70.0% [69.0%, 70.0%] | 0.25 | 3.2 | 2 |" in text
     assert "| soup | 90.0% [89.0%, 90.0%] | 85.0% [84.0%, 85.0%] | | 9.0 | 3 |" in text
-    assert "| kept | 0.900 | ≥ 0.8 | reached |" in text
+    assert "| kept | 0.900 | ≥ 0.8 | reached |" in text and "hort answers" not in text
+    for one in rows:
+        one["short_answers"] = None if one["way"] == "soup" else 0.25
+    text = "\n".join(merges({**HEAD, "names": ["a", "b"], "rows": rows, "must": [LINE]}))
+    assert "| knots | 80.0% [79.0%, 80.0%] | 70.0% [69.0%, 70.0%] | 25.0% | 0.25 | 3.2 | 2 |" in text
+    assert "| soup | 90.0% [89.0%, 90.0%] | 85.0% [84.0%, 85.0%] | | | 9.0 | 3 |" in text
 
 
 def test_what_is_lost_and_how_fast_it_runs() -> None:

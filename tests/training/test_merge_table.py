@@ -1,6 +1,7 @@
 """The table of merges on a tiny model: its rows, and that exact ways are what they are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora.cli import app
 from molora.errors import ConfigError
 from molora_training.data import Example, write_examples
+from molora_training.evaluate import losses
 from molora_training.merge_table import MergeTable, MergeTableSettings, must
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -60,6 +62,21 @@ def test_the_command_has_every_way(saved: Path, tmp_path: Path, capsys: Any) -> 
     assert rows["cat, 1 each"]["error"] < 1e-2 < rows["ties, 0.5 kept"]["error"]
     assert [one["name"].split(":")[0] for one in report["must"]] == ["2 adapters", "3 adapters"]
     assert report["must"] == must(report["rows"])
+
+
+def test_short_answers_are_those_of_the_stack_itself(saved: Path, tmp_path: Path) -> None:
+    model = MoLoRAModel.from_pretrained(saved, dtype=torch.float32).eval()
+    table = MergeTable(model, MergeTableSettings(saved, data=tmp_path / "data", soup_steps=0, densities=(0.5,)))
+    rows = {row["way"]: row["short_answers"] for row in table.rows(3)}
+    for way, choice in (("base", lambda _: None), ("each on its own text", lambda name: name)):
+        found = [losses(model, table.test[name], {"domain": choice(name)}, 1) for name in SAYS]
+        assert all(one.asked.sum() == 3 for one in found)
+        assert rows[way] == pytest.approx(sum(one.accuracy for one in found) / 3)
+    # An adapter that is made to answer right: every token of its own answers the likeliest.
+    exact = table.alone["math"]
+    table.alone["math"] = replace(exact, exact=exact.asked)
+    row = table._row("made", ["math"], {"math": table.alone["math"]})
+    assert row["short_answers"] == 1.0
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from molora import MoLoRAModel
 from molora.adapter import Adapter
@@ -23,11 +24,10 @@ from molora.errors import ConfigError
 from molora.factors import Factors, of_adapter
 from molora.personalize.generated import generated, stacked
 from molora_training.contenders import own_base
-from molora_training.data import Encoded, data_dir, encode_within, read_examples
-from molora_training.evaluate import bootstrap
+from molora_training.data import Batch, Encoded, data_dir, encode_within, read_examples
+from molora_training.evaluate import Losses, bootstrap, losses_of
 from molora_training.report import heading, line, write_report
 from molora_training.soup import train_soup
-from molora_training.speaker import Speaker
 
 MOST = 1024  # tokens of a conversation
 RANK = 16  # of what ends in svd
@@ -44,7 +44,7 @@ class MergeTableSettings:
         limit: test conversations of each.
         densities: of what prunes.
         soup_rows, soup_steps: conversations of each that a soup learns from, and its steps.
-        batch: conversations at once. seed: of DARE and the soup.
+        batch_tokens: padded tokens in one forward. seed: of DARE and the soup.
     """
 
     model: Path
@@ -55,14 +55,14 @@ class MergeTableSettings:
     densities: tuple[float, ...] = (0.2, 0.5)
     soup_rows: int = 100
     soup_steps: int = 100
-    batch: int = 32
+    batch_tokens: int = 8192
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 2:
             raise ConfigError(f"counts are whole numbers from 2, not {list(self.counts)}.")
-        if min(self.limit, self.batch, self.soup_rows) < 1:
-            raise ConfigError("limit, batch and soup_rows must be whole numbers from 1.")
+        if min(self.limit, self.batch_tokens, self.soup_rows) < 1:
+            raise ConfigError("limit, batch_tokens and soup_rows must be whole numbers from 1.")
 
 
 def run(settings: MergeTableSettings, out: Path, command: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class MergeTable:
         self.test = {name: self._read(folder, name, "test", settings.limit) for name in there}
         self.train = {name: self._read(folder, name, "train", settings.soup_rows) for name in there}
         self.paths = {name: model.adapters[f"{settings.layer}/{name}"].path for name in there}
-        self.speaker = Speaker(model.base, model.tokenizer, settings.batch)
+        self.pad = int(model.tokenizer.pad_token_id or 0)
         self.base = {name: self._losses(name, None) for name in there}
         self.alone = {name: self._losses(name, of_adapter(Adapter.load(self.paths[name]))) for name in there}
 
@@ -159,14 +159,14 @@ class MergeTable:
             rows = [row for name in paths for row in self.train[name]]
             steps = self.settings.soup_steps
             train_soup(
-                own_base(self.model), paths, rows, out, self.speaker.pad, steps=steps, seed=self.settings.seed,
+                own_base(self.model), paths, rows, out, self.pad, steps=steps, seed=self.settings.seed,
                 batch_tokens=4096,
             )  # fmt: skip
             return out, None
 
         return make
 
-    def _routed(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _routed(self, names: Sequence[str]) -> dict[str, Losses]:
         """The router chooses among these and none."""
         selection: dict[str, Any] = {layer.name: None for layer in self.model.stack.layers}
         selection[self.settings.layer] = list(names)
@@ -175,35 +175,44 @@ class MergeTable:
             for name in names
         }
 
-    def _losses(
-        self, name: str, factors: Factors | None, acting: AbstractContextManager[Any] | None = None
-    ) -> torch.Tensor:
-        """float64 [conversations, 2] of the adapter's own text."""
-        rows = self.test[name]
+    def _losses(self, name: str, factors: Factors | None, acting: AbstractContextManager[Any] | None = None) -> Losses:
+        """Of the adapter's own text, one domain."""
+        base: Any = self.model.base
         added = stacked([] if factors is None else [factors], self.model.device)  # one for all conversations
-        with acting or nullcontext(), generated(self.model.base, added):
-            return self.speaker.losses(rows)
+        head = base.get_output_embeddings()
+        head = head if type(head) is nn.Linear else None  # one that is adapted sees every token
 
-    def _row(self, title: str, names: Sequence[str], losses: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The share of the adapters' gains that is kept, with its interval over conversations, and the mean loss."""
-        least = min(len(losses[name]) for name in names)
+        def logits(batch: Batch) -> torch.Tensor:
+            found: torch.Tensor = base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return found
+
+        with acting or nullcontext(), generated(base, added):
+            rows, device = self.test[name], self.model.device
+            return losses_of(logits, rows, 1, self.pad, device, self.settings.batch_tokens, head)
+
+    def _row(self, title: str, names: Sequence[str], losses: Mapping[str, Losses]) -> dict[str, Any]:
+        """The share of the adapters' gains that is kept, with its interval over conversations, the mean loss, and the
+        mean share of short answers that are right, over those that have any."""
+        least = min(len(losses[name].loss) for name in names)
 
         def kept(index: torch.Tensor) -> torch.Tensor:
             shares = []
             for name in names:
                 base, own, mine = (
-                    some[name][:least][index].sum(-2) for some in (self.base, self.alone, losses)
-                )  # [..., 2]
-                shares.append((base[..., 0] - mine[..., 0]) / (base[..., 0] - own[..., 0]))
+                    some[name].loss[:least, 0][index].sum(-1) for some in (self.base, self.alone, losses)
+                )
+                shares.append((base - mine) / (base - own))
             return torch.stack(shares).mean(0)
 
-        nats = {name: float(losses[name][:, 0].sum() / losses[name][:, 1].sum()) for name in names}
+        nats = {name: losses[name].mean for name in names}
+        right = [losses[name].accuracy for name in names if losses[name].asked.any()]
         return {
             "way": title,
             "gain_kept": float(kept(torch.arange(least))),
             "gain_kept_interval": list(bootstrap(kept, least)),
             "loss": statistics.mean(nats.values()),
             "losses": nats,
+            "short_answers": statistics.mean(right) if right else None,
         }
 
     def _read(self, folder: Path, name: str, split: str, limit: int) -> list[Encoded]:
