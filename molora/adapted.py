@@ -79,6 +79,7 @@ class AdaptedModules:
         self.base, self.routing, self.backend = base, routing, backend
         self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
         self.orders = PairOrders()  # of MegaBlocks
+        self._modules: dict[str, MoLoRALinear] = {}  # by name, what was wrapped
         self._last = 0  # slot that was ever taken
 
     def put(self, slot: int, adapter: Adapter) -> None:
@@ -98,7 +99,7 @@ class AdaptedModules:
 
     def moved(self, adapters: Mapping[int, Adapter]) -> None:
         """The base may be on another kind of device, where other code serves: then adapters (by slot) go there."""
-        wrapped = {name: module for name, module in self.base.named_modules() if isinstance(module, MoLoRALinear)}
+        wrapped = self._modules
         if all((module.group is None) == (self._group(name) is None) for name, module in wrapped.items()):
             return
         self.groups.clear()
@@ -111,14 +112,16 @@ class AdaptedModules:
             self.put(slot, adapter)
 
     def _wrapped(self, name: str) -> MoLoRALinear:
-        module = self.base.get_submodule(name)
-        if not isinstance(module, MoLoRALinear):
+        found = self._modules.get(name)
+        if found is None:
             group = self._group(name)
             piece = group.names.index(name) if group is not None else 0
-            module = MoLoRALinear.from_base(module, self.routing, self._layer(name), group, piece).eval()
+            module = self.base.get_submodule(name)
+            found = MoLoRALinear.from_base(module, self.routing, self._layer(name), group, piece).eval()
             parent, _, child = name.rpartition(".")
-            setattr(self.base.get_submodule(parent), child, module)
-        return module
+            setattr(self.base.get_submodule(parent), child, found)
+            self._modules[name] = found
+        return found
 
     def _layer(self, name: str) -> int:
         """The decoder layer that a module stands in; after the last for the head."""

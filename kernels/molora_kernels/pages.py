@@ -204,9 +204,10 @@ class RankPages(PageView):
         return first, need
 
     def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int]) -> None:
-        self._runs[index].pop(slot, None)
+        had = self._runs[index].pop(slot, None)
         self._layout = None
-        self.count[index, slot] = 0
+        if had is not None:  # nothing is read there while its pages are written
+            self.count[index, slot] = 0
         if pair is None:
             return
         first, count = run
