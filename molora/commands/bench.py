@@ -60,31 +60,52 @@ def serve(
     live: Annotated[int, typer.Option(min=1, help="Adapters that are in the model at once.")] = 32,
     rank: Annotated[int, typer.Option(min=1, max=256, help="Of the users' adapters.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ask a server that runs there, of OpenAI's API, in place of a model here: http://127.0.0.1:8000.",
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="With --url: the model to ask for; {user} stands for the number of who asks.")
+    ] = "base",
+    key: Annotated[str, typer.Option(envvar="MOLORA_API_KEY", help="With --url: the API key.")] = "",
     as_json: JsonOption = False,
     dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Replay requests of many users: tokens a second, waiting times, and how often an adapter was there.
 
     They are replayed twice: with one adapter for all users, and with each user's own, which are brought when they are
-    asked for. The users' adapters are random; what they hold changes no time.
+    asked for. The users' adapters are random; what they hold changes no time. With --url they are replayed once, at a
+    server that runs, with the models that it has.
 
     Example: molora bench serve --users 1000 --rate 4 --live 64
+
+    Example: molora bench serve --url http://127.0.0.1:8000 --name "base+user/u{user}" --users 20
     """
     from rich.console import Console
     from rich.progress import Progress
 
     from molora.serve.load import Traffic
-    from molora.serve.measure import measure_serve
+    from molora.serve.measure import measure_at, measure_serve
 
     lengths = {"prompt": _range(prompt), "answer": _range(answer)}
     traffic = Traffic(requests, rate or math.inf, cv, users, zipf, seed=seed, **lengths)
-    opened = open_model(model, dtype)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("answers", total=2 * requests)
-        record = measure_serve(opened, traffic, rows=rows, live=live, rank=rank, tick=lambda: progress.advance(bar))
     given = {"requests": requests, "rate": rate, "cv": cv, "users": users, "zipf": zipf, "prompt": prompt,
-             "answer": answer, "rows": rows, "live": live, "rank": rank, "seed": seed}  # fmt: skip
+             "answer": answer, "seed": seed}  # fmt: skip
+    console = Console(stderr=True)
+    if url is not None:
+        with extra("serve"), Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("answers", total=requests)
+            record = measure_at(url.rstrip("/"), name, traffic, key, lambda: progress.advance(bar))
+        given |= {"url": url, "name": name}
+    else:
+        opened = open_model(model, dtype)
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("answers", total=2 * requests)
+            record = measure_serve(opened, traffic, rows=rows, live=live, rank=rank, tick=lambda: progress.advance(bar))
+        given |= {"rows": rows, "live": live, "rank": rank}
     record["command"] = " ".join(["molora bench serve", *(f"--{name} {value}" for name, value in given.items())])
     if as_json:
         write_json(record)
@@ -109,21 +130,38 @@ def _print_serve(record: dict[str, Any]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
-    for heading in ("tokens/s", "requests/s", "first token p50", "p99", "between tokens p50", "p99", "read", "live"):
+    remote = "address" in record
+    last = ("refused", "failed") if remote else ("read", "live")
+    for heading in ("tokens/s", "requests/s", "first token p50", "p99", "between tokens p50", "p99", *last):
         table.add_column(heading, justify="right")
     for row in record["rows"]:
+        if remote:
+            counts = [str(row["refused"]), str(row["failed"])]
+        else:
+            pool = row["pool"]
+            counts = [f"{pool['reads']}", f"{pool['live_hits'] / max(1, pool['live_hits'] + pool['host_hits']):.0%}"]
+        if not row["answered"]:
+            table.add_row(row["kind"], *[""] * 6, *counts)
+            continue
         first, between = row["seconds to the first token"], row["seconds between tokens"]
-        times = [f"{value * 1000:,.0f} ms" for one in (first, between) for value in (one["p50"], one["p99"])]
-        pool = row["pool"]
-        counts = [f"{pool['reads']}", f"{pool['live_hits'] / max(1, pool['live_hits'] + pool['host_hits']):.0%}"]
+        times = [_milliseconds(one, share) for one in (first, between) for share in ("p50", "p99")]
         paces = [f"{row['tokens a second']:.1f}", f"{row['requests a second']:.2f}"]
         table.add_row(row["kind"], *paces, *times, *counts)
     console = Console(highlight=False)
     console.print(table)
+    if remote:
+        console.print(
+            f"\n{record['traffic']['requests']} requests to {record['address']}, asked from {record['machine']}"
+        )
+        return
     console.print(
         f"\nWith their own adapters {record['ratio']:.0%} of the pace with one. read: adapters from disk; live: "
         f"requests that found theirs in the model. {record['machine']}, {record['threads']} threads"
     )
+
+
+def _milliseconds(times: dict[str, float], share: str) -> str:
+    return f"{times[share] * 1000:,.0f} ms" if times else ""
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ EXTRAS = {
     "train": {"peft", "tensorboard", "matplotlib", "molora_training"},
     "eval": {"peft", "lm_eval", "molora_training"},
     "ray": {"ray"},
-    "serve": {"fastapi", "uvicorn", "prometheus_client", "python_multipart"},
+    "serve": {"fastapi", "httpx", "uvicorn", "prometheus_client", "python_multipart"},
     "personalize": {"bm25s", "bs4", "pypdf", "rouge_score", "sklearn"},
 }
 

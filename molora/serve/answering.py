@@ -75,7 +75,7 @@ class Answering:
         selection = confine({**named, **asked.selection}, model.stack, key.user, pools)
         turn = key.name if key.user is not None else f"{key.name}/{asked.user}"
         return [
-            Request(ids, selection, asked.sampling(number), turn, self.timeout_s, asked.routes)
+            Request(ids, selection, asked.sampling(number), turn, self.timeout_s, asked.routes, not asked.ignore_eos)
             for ids in self.encoder.prompts(asked)
             for number in range(asked.n)
         ]

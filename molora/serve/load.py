@@ -65,11 +65,13 @@ def arrivals(traffic: Traffic) -> list[Arrival]:
 
 @dataclass
 class Answered:
-    """Seconds from the beginning: when it was asked, and when each token came."""
+    """Seconds from the beginning: when it was asked, and when each token, or piece of text, came. count: of the tokens,
+    where a piece may be several or none."""
 
     asked: float
     tokens: list[float] = field(default_factory=list)
     reason: str = "busy"
+    count: int | None = None
 
 
 def replay(
@@ -124,22 +126,28 @@ def replay(
 
 def report(found: Sequence[Answered]) -> dict[str, Any]:
     """Tokens and requests a second, and seconds at the 50th, 95th and 99th percentile."""
-    whole = [one for one in found if one.reason in ("stop", "length")]
+    whole = [one for one in found if one.reason in ("stop", "length") and one.tokens]
     if not whole:
-        return {"answered": 0, "refused": len(found)}
+        return {"answered": 0, **_unanswered(found)}
     span = max(one.tokens[-1] for one in whole) - min(one.asked for one in whole)
     first = [one.tokens[0] - one.asked for one in whole]
     between = [later - earlier for one in whole for earlier, later in zip(one.tokens, one.tokens[1:], strict=False)]
-    tokens = sum(len(one.tokens) for one in whole)
+    tokens = sum(len(one.tokens) if one.count is None else one.count for one in whole)
     return {
         "answered": len(whole),
-        "refused": sum(one.reason == "busy" for one in found),
-        "failed": sum(one.reason in ("error", "timeout", "cancelled") for one in found),
+        **_unanswered(found),
         "seconds": round(span, 3),
         "requests a second": round(len(whole) / span, 3),
         "tokens a second": round(tokens / span, 2),
         "seconds to the first token": _percentiles(first),
         "seconds between tokens": _percentiles(between),
+    }
+
+
+def _unanswered(found: Sequence[Answered]) -> dict[str, int]:
+    return {
+        "refused": sum(one.reason == "busy" for one in found),
+        "failed": sum(one.reason in ("error", "timeout", "cancelled") for one in found),
     }
 
 

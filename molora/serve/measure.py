@@ -1,6 +1,7 @@
 """How a stack serves many users: the same requests with an adapter for each of them, and with one for all."""
 
 import datetime
+import math
 import platform
 import tempfile
 from collections.abc import Callable
@@ -60,20 +61,36 @@ def measure_serve(
                 model.remove_adapter(layer, slot)
     ratio = kinds["own adapters"]["tokens a second"] / kinds["one adapter"]["tokens a second"]
     return {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine_name(),
+        **_about(traffic),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
-        "seed": traffic.seed,
-        "data": "random prompts; answers of the lengths that the trace has",
-        "traffic": vars(traffic),
         "rows": [{"kind": kind, **values} for kind, values in kinds.items()],
         "sequences at once": rows,
         "rank": rank,
         "layers": {one.name: "auto" if one.default == AUTO else one.default for one in model.stack.layers},
         "ratio": round(ratio, 4),
+    }
+
+
+def measure_at(
+    address: str, name: str, traffic: Traffic, key: str = "", tick: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Replays ``traffic`` at a server that runs; arguments and errors as of :func:`molora.serve.remote.replay_at`."""
+    from molora.serve.remote import replay_at  # needs the extra "serve"
+
+    found = replay_at(address, name, arrivals(traffic), key, tick)
+    return {**_about(traffic), "address": address, "rows": [{"kind": name, **report(found)}]}
+
+
+def _about(traffic: Traffic) -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_name(),
+        "python": platform.python_version(),
+        "seed": traffic.seed,
+        "data": "random prompts; answers of the lengths that the trace has",
+        "traffic": {**vars(traffic), "rate": traffic.rate if math.isfinite(traffic.rate) else None},
     }
 
 

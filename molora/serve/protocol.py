@@ -69,6 +69,7 @@ class _Generation(_Asked):
     frequency_penalty: float = 0.0
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float] = Field(default_factory=dict)
     seed: int | None = None
+    ignore_eos: bool = False  # as at vLLM: the answer has the length that is asked for
     max_tokens: Count | None = None
     stop: list[str] = Field(default_factory=list)
     stream: bool = False
