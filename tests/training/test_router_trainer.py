@@ -283,6 +283,21 @@ def test_data_that_does_not_fit(settings: RouterTrainSettings, tmp_path: Path) -
         train(settings)
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_domain_without_an_example_is_named(settings: RouterTrainSettings, split: str) -> None:
+    (settings.data / f"math.{split}.jsonl").write_text("")
+    with pytest.raises(DataError, match=rf"math\.{split}\.jsonl holds no example"):
+        train(settings)
+
+
+def test_a_label_that_the_stack_does_not_have_is_named_with_its_row(settings: RouterTrainSettings) -> None:
+    row = _row("chemistry", "train", 5, "H2O")
+    with (settings.data / "math.train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"math.train.jsonl: example '{row['id']}' is of domain 'chemistry', not of"):
+        train(settings)
+
+
 def test_questions_that_need_two_adapters_need_both_of_them(settings: RouterTrainSettings) -> None:
     _write_both(settings.data)
     with pytest.raises(DataError, match=r"'law and arithmetic' need adapters for law and math"):
@@ -314,3 +329,22 @@ def test_a_loss_that_is_no_number_stops_it(settings: RouterTrainSettings, monkey
     with pytest.raises(NonFiniteError, match="step 1"):
         train(settings)
     assert not settings.out.exists()
+
+
+def test_a_loss_that_is_no_number_later_leaves_the_last_checkpoint(
+    settings: RouterTrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(dataclasses.replace(settings, out=settings.out.with_name("whole")))
+    step, rule = [0], router_objective._SIDE["z"]
+
+    def broken(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        return rule(logits, real) * (float("nan") if step[0] >= 6 and torch.is_grad_enabled() else 1.0)
+
+    with monkeypatch.context() as here:
+        here.setitem(router_objective._SIDE, "z", broken)
+        with pytest.raises(NonFiniteError, match="step 7"):
+            train(settings, on_step=lambda done, _: step.__setitem__(0, done))
+    steps: list[int] = []
+    resumed = train(settings, on_step=lambda done, _: steps.append(done))
+    assert steps[0] == 5  # the last checkpoint was at 4
+    assert abs(resumed["validation"]["loss"] - whole["validation"]["loss"]) < 1e-5

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
     counts = (settings.mixed, settings.documents, settings.in_a_turn, settings.asides)
 
     def examples_of(split: Split) -> dict[str, Sequence[Example]]:
-        return {domain: read_examples(settings.data / f"{domain}.{split}.jsonl") for domain in domains}
+        return {domain: _some(settings.data / f"{domain}.{split}.jsonl", domains) for domain in domains}
 
     def encoded(
         examples: dict[str, Sequence[Example]], split: Split, counts: Sequence[int], both: int, epoch: int = 0
@@ -145,6 +146,16 @@ def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str],
     few = [min(count, _VALIDATION_MIXED) for count in counts]
     held_out = encoded(examples_of("validation"), "validation", few, min(settings.both, _VALIDATION_MIXED))
     return domains, epochs, held_out
+
+
+def _some(file: Path, domains: Sequence[str]) -> list[Example]:
+    rows = read_examples(file)
+    if not rows:
+        raise DataError(f"{file} holds no example: fill it, or take the domain's files away.")
+    for row in rows:
+        if row.domain not in domains:
+            raise DataError(f"{file}: example {row.id!r} is of domain {row.domain!r}, not of {', '.join(domains)}.")
+    return rows
 
 
 def _turn(rows: Sequence[Example], share: int, epoch: int) -> list[Example]:

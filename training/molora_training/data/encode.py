@@ -83,11 +83,16 @@ def encode_within(
     """Encodes examples and leaves out those longer than `max_tokens`, so that no answer is cut.
 
     Each text is encoded once, however many examples it is in.
+
+    Raises:
+        DataError: as :func:`encode`, and the example is named.
     """
-    cuts = [
-        _cuts(example.messages, tokenizer, example.domains, names, getattr(example, "parts", ()))
-        for example in examples
-    ]
+    cuts = []
+    for example in examples:
+        try:
+            cuts.append(_cuts(example.messages, tokenizer, example.domains, names, getattr(example, "parts", ())))
+        except DataError as error:
+            raise DataError(f"Example {example.id!r}: {error}") from error
     return [one for one in _encoded(cuts, tokenizer) if one.input_ids.numel() <= max_tokens]
 
 
