@@ -7,6 +7,7 @@ import math
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -393,12 +394,12 @@ class TestMerge:
         self, alike: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
     ) -> None:
         read, held = Source.weights, list[tuple[str, weakref.ref[torch.Tensor]]]()
-        met, begun, most = threading.Barrier(2), set[int](), list[int]()
+        met, reads, most = threading.Barrier(2), Counter[int](), list[int]()
 
         def watched(self: Source, module: str) -> LoRAWeights | None:
-            if threading.get_ident() not in begun:
-                begun.add(threading.get_ident())
-                met.wait(60)  # two threads are here at once, or it breaks
+            reads[threading.get_ident()] += 1
+            if reads[threading.get_ident()] == 2:
+                met.wait(60)  # two threads hold a source of their first module each, or it breaks
             alive = {name for name, tensor in list(held) if tensor() is not None and name != module}
             most.append(1 + len(alive))
             found = read(self, module)
