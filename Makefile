@@ -1,6 +1,7 @@
 # make demo   start the browser demo (the first start installs and fetches the base model)
 # make test   lint, types and tests
 # make lint   ruff and mypy only
+# make vllm   the tests of the vLLM plugin, in an environment of their own (3 GB)
 # make clean  remove the virtual environment and every cache in this folder
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -16,7 +17,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false GRADIO_ANALYTIC
 REPLICAS := tests/serve/test_replicas.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint vllm clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -37,8 +38,15 @@ lint: $(VENV)/.installed-all
 	@echo "==> mypy"
 	@$(BIN)/mypy molora training/molora_training demo/molora_demo
 
+vllm: .venv-vllm/.installed
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
+
+.venv-vllm/.installed: tools/vllm_env.sh
+	@echo "==> vLLM's CPU build (3 GB, once)"
+	@tools/vllm_env.sh .venv-vllm
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch comes first and alone: it is most of the download, and its own bar shows that something happens.

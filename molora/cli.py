@@ -13,6 +13,7 @@ from molora.commands.chat import chat
 from molora.commands.compress import compress
 from molora.commands.demo import demo
 from molora.commands.eval_adapters import app as evaluate
+from molora.commands.export import export
 from molora.commands.forget import forget
 from molora.commands.generate import generate
 from molora.commands.info import info
@@ -44,6 +45,7 @@ app.command()(routes)
 app.command()(info)
 app.command()(merge)
 app.command()(compress)
+app.command()(export)
 app.command()(internalize)
 app.command()(assemble)
 app.command()(profile)

@@ -1,0 +1,146 @@
+"""Routing inside a worker: before each forward the gates of its tokens are written."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from molora.errors import BackendError
+from molora.vllm.folder import MANIFEST
+from molora.vllm.memory import SlotMemory
+from molora.vllm.routed import RoutedStack
+from molora.vllm.selections import choice_of
+
+
+class Routing:
+    """What a model runner of vLLM needs to route.
+
+    Each forward of requests goes through ``runner._model_forward``, and neither trial runs nor the capture of CUDA
+    graphs do: what is written there into memory that does not move is what a captured graph reads too.
+
+    Args:
+        runner: whose LoRA model has been loaded.
+
+    Raises:
+        BackendError: it is of another kind.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        if not hasattr(runner, "_model_forward"):
+            raise BackendError("MoLoRA does not know vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
+        self.runner = runner
+        self.memory: SlotMemory | None = None
+        runner._model_forward = self._routed(runner._model_forward)
+
+    @property
+    def manager(self) -> Any:
+        return self.runner.lora_manager._adapter_manager
+
+    @property
+    def wrapper(self) -> Any:
+        """The language model's."""
+        return next(iter(self.manager.punica_wrapper_mapping.values()))
+
+    def open(self, folder: Path) -> RoutedStack | None:
+        """The stack of a LoRA's folder; None of an ordinary adapter.
+
+        Raises:
+            BackendError: vLLM was configured for what is not covered, or its KV cache is one that no memory can follow.
+            MoLoRAError: see :class:`RoutedStack`.
+        """
+        if not (folder / MANIFEST).is_file():
+            return None
+        _check(self.runner.vllm_config, self.manager.supports_mm)
+        stack = RoutedStack(folder, self.runner.device)
+        if stack.size:
+            if self.memory is None:
+                self.memory = SlotMemory(_slots(self.runner), self.runner.device)
+            self.memory.widen(stack.size)
+        return stack
+
+    def _routed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def routed(input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            self.write_gates(input_ids)
+            return forward(input_ids, *args, **kwargs)
+
+        return routed
+
+    def write_gates(self, ids: torch.Tensor | None) -> None:
+        """Of the tokens ids [tokens and padding] of the batch that the runner is about to run."""
+        gates = self.wrapper.gates
+        starts = self.runner.query_start_loc.np[: self.runner.input_batch.num_reqs + 1]
+        tokens = int(starts[-1])
+        gates[:tokens] = (self.wrapper._token_lora_indices[:tokens] >= 0).unsqueeze(1)
+        for stack, choice, length, requests in self._groups(starts):
+            if ids is None:
+                raise BackendError("A routed stack needs token ids: this vLLM runs on embeddings alone.")
+            places = starts[requests][:, None] + np.arange(length)
+            at, before, slots = (
+                torch.from_numpy(some).to(gates.device) for some in (places, *self._kv_slots(requests, length))
+            )
+            found = stack.gates(choice, ids[at].long(), before, slots, self.memory if stack.size else None)
+            gates[at, : found.shape[2]] = found
+
+    def _groups(self, starts: np.ndarray) -> list[tuple[RoutedStack, str | None, int, list[int]]]:
+        """The requests of each stack and selection that have the same number of tokens in this step: all those that
+        decode are one group, and no group needs padding."""
+        batch = self.runner.input_batch
+        groups: dict[tuple[int, str | None, int], list[int]] = defaultdict(list)
+        for request, lora in enumerate(batch.request_lora_mapping[: len(starts) - 1].tolist()):
+            length = int(starts[request + 1] - starts[request])
+            if lora and length:
+                choice = choice_of(self.runner.requests[batch.req_ids[request]].sampling_params)
+                groups[lora, choice, length].append(request)
+        found = []
+        for (lora, choice, length), requests in groups.items():
+            stack = getattr(self.manager.get_adapter(lora), "molora", None)
+            if stack is not None:
+                found.append((stack, choice, length, requests))
+        return found
+
+    def _kv_slots(self, requests: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """KV slots [n] of the token before this step's, -1 where there is none, and [n, length] of this step's."""
+        batch = self.runner.input_batch
+        blocks = batch.block_table[0]
+        first = batch.num_computed_tokens_cpu[requests].astype(np.int64)
+        positions = np.maximum(first[:, None] + np.arange(-1, length), 0)
+        block, inside = np.divmod(positions, blocks.block_size)
+        rows = np.asarray(requests)[:, None]
+        slots = blocks.block_table.np[rows, block].astype(np.int64) * blocks.block_size + inside
+        return np.where(first > 0, slots[:, 0], -1), slots[:, 1:]
+
+
+def _check(config: Any, multimodal: bool) -> None:
+    """Raises BackendError where vLLM was configured for what is not covered."""
+    parallel = config.parallel_config
+    found = {
+        "multimodal models": multimodal,
+        "prompts that are embeddings": config.model_config.enable_prompt_embeds,
+        "speculative decoding": config.speculative_config is not None,
+        "KV caches that are moved or offloaded": config.kv_transfer_config is not None,  # the memory would stay
+        "pipeline stages": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+        "micro-batches": parallel.use_ubatching,
+    }
+    if any(found.values()):
+        kinds = " and ".join(kind for kind, there in found.items() if there)
+        raise BackendError(f"MoLoRA does not route in vLLM with {kinds} yet: switch that off.")
+
+
+def _slots(runner: Any) -> int:
+    """Number of KV slots.
+
+    Raises:
+        BackendError: a token has several, or none that lasts.
+    """
+    groups = runner.kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
+        raise BackendError(f"A router's memory follows a KV cache of full attention only, and this model has {kinds}.")
+    return int(runner.kv_cache_config.num_blocks) * int(groups[0].kv_cache_spec.block_size)
