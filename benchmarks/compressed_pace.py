@@ -7,6 +7,7 @@ as many ordinary ones as have the same bytes, which is fewer.
 """
 
 import argparse
+import copy
 import json
 import statistics
 from pathlib import Path
@@ -50,12 +51,15 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     for kind, adapters in kinds.items():
-        model = MoLoRAModel.from_base(base, Stack([StackLayer(LAYER, default=None)]), tokenizer=tokenizer).to(device)
+        stack = Stack([StackLayer(LAYER, default=None)])
+        model = MoLoRAModel.from_base(copy.deepcopy(base), stack, tokenizer=tokenizer).to(device)
         names = [f"a{number}" for number in range(len(adapters))]
         for name, adapter in zip(names, adapters, strict=True):
             model.stack[LAYER].adapters[name] = adapter.path
             model._put(f"{LAYER}/{name}", adapter)
         model._refresh()
+        if names:
+            check_that_it_acts(model, names[-1])
         for batch in given.batch:
             ids = torch.randint(3, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
             # Far from each other, as those of users are.
@@ -65,8 +69,6 @@ def main() -> None:
             rows.append({"kind": kind, "batch": batch, "tokens a second": round(statistics.median(paces), 1)})
             rows[-1]["bytes of adapters"] = total_bytes(adapters)
             print(json.dumps(rows[-1]), flush=True)
-        for name in names:
-            model._drop(f"{LAYER}/{name}")
     if given.out:
         settings = f"--adapters {given.adapters} --rank {given.rank} --basis {given.basis}"
         about = heading(
@@ -85,6 +87,14 @@ def must(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "pace with all compressed adapters, of that with one ordinary one", share, 0.8, "higher", f"batch {largest}"
         )
     ]
+
+
+def check_that_it_acts(model: MoLoRAModel, name: str) -> None:
+    """What does not act costs nothing."""
+    ids = torch.arange(3, 3 + PROMPT, device=model.device).unsqueeze(0)
+    with torch.no_grad():
+        plain, own = (model(ids, selection={LAYER: one}).logits for one in (None, name))
+    assert plain is not None and own is not None and not torch.equal(plain, own), f"{name} does not act"
 
 
 def ordinary(sizes: dict[str, tuple[int, int]], rank: int, seed: int = 0) -> Adapter:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from molora.adapter import Adapter
 from molora.backend import backend_for, check_backend
+from molora.errors import BaseModelError
 from molora.groups import AdapterGroup, siblings
 from molora.layer import MoLoRALinear, linear_size
 from molora.routing import RoutingState, decoder_layers
@@ -117,6 +118,8 @@ class AdaptedModules:
             group = self._group(name)
             piece = group.names.index(name) if group is not None else 0
             module = self.base.get_submodule(name)
+            if isinstance(module, MoLoRALinear):  # whose plans and pages are those of another model
+                raise BaseModelError("This base serves another MoLoRAModel already: load it anew.")
             found = MoLoRALinear.from_base(module, self.routing, self._layer(name), group, piece).eval()
             parent, _, child = name.rpartition(".")
             setattr(self.base.get_submodule(parent), child, found)

@@ -312,3 +312,14 @@ def test_the_base_is_saved_as_the_base(model: MoLoRAModel, base: Any, ids: torch
     assert torch.equal(again(ids).logits, base(ids).logits)
     model.base.load_state_dict(base.state_dict())
     assert torch.equal(model(ids, selection={"domain": None}).logits, base(ids).logits)
+
+
+def test_a_base_that_serves_another_model_is_refused(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
+    """Its modules follow the other's plans: what is put into them would never act."""
+    stack = Stack([StackLayer("domain", {"math": adapters["math"]}, default="math")])
+    first = MoLoRAModel.from_base(base, stack)
+    before = first(ids).logits
+    other = Stack([StackLayer("domain", {"code": adapters["code"]}, default="code")])
+    with pytest.raises(BaseModelError, match="serves another MoLoRAModel already"):
+        MoLoRAModel.from_base(base, other)
+    assert torch.equal(first(ids).logits, before)
