@@ -317,6 +317,7 @@ def test_the_base_is_saved_as_the_base(model: MoLoRAModel, base: Any, ids: torch
 def test_a_base_that_serves_another_model_is_refused(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
     """Its modules follow the other's plans: what is put into them would never act."""
     stack = Stack([StackLayer("domain", {"math": adapters["math"]}, default="math")])
+    base = copy.deepcopy(base)
     first = MoLoRAModel.from_base(base, stack)
     before = first(ids).logits
     other = Stack([StackLayer("domain", {"code": adapters["code"]}, default="code")])
