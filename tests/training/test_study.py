@@ -16,7 +16,17 @@ from molora_training.continual import study
 from molora_training.continual.growth import blank
 from molora_training.continual.measures import measures
 from molora_training.continual.methods import METHODS
-from molora_training.continual.study import INVENTED, JOINT, NAMES, StudySettings, order_of, run, sequences
+from molora_training.continual.study import (
+    APART,
+    INVENTED,
+    JOINT,
+    METHOD,
+    NAMES,
+    StudySettings,
+    order_of,
+    run,
+    sequences,
+)
 from tests.unit.spoken import make_spoken
 
 ANSWERS = {"ayes": "aye aye", "nos": "no sir", "hums": "hm hm hm"}
@@ -42,16 +52,16 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudySettings:
     )  # fmt: skip
 
 
-FEW = {name: NAMES[name] for name in ("sequential", "replay")}
-MORE = ("elastic", "orthogonal", "sd-lora", "treelora", "inflora, replay", INVENTED)  # a way of each kind
-SOME = FEW | {name: NAMES[name] for name in MORE}
+FEW = ("sequential", "replay")
+MORE = ("elastic", "orthogonal", "sd-lora", "treelora", "inflora, replay", INVENTED, *APART)  # a way of each kind
+SOME = (*FEW, *MORE)
 
 
 def test_a_study_of_three_tasks(
     settings: StudySettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "NAMES", SOME)
-    assert {method for method, _ in NAMES.values()} == set(METHODS)
+    assert {method for method, _ in METHOD.values()} == set(METHODS) and set(NAMES) == {*METHOD, *APART}
     out = tmp_path / "out" / "continual.json"
     assert run(settings, out, "command", (0, 2)) is None and not out.exists()
     report = run(settings, out, "command", (1, 2))
@@ -70,6 +80,12 @@ def test_a_study_of_three_tasks(
     assert all(rows[name]["state_bytes"] > 0 for name in ("inflora, replay", "sd-lora", "treelora"))
     assert all(rows[name]["rank"] == 4 + 3 * 8 for name in ("orthogonal", "inflora, replay", "sd-lora"))
     assert rows["replay"]["rank"] == rows["treelora"]["rank"] == 4
+    for name in APART:
+        apart = json.loads(
+            (out.parent / ".continual" / f"{name.replace(', ', '-').replace(' ', '-')}-0-0.json").read_text()
+        )
+        assert rows[name]["rank"] == 3 * 8 and rows[name]["state_bytes"] > 0 == rows[name]["text_bytes"]
+        assert apart["after"][0][0] > apart["before"][0] + 10
     assert rows[JOINT]["average"] > 10 and kept["after"][0][0] > kept["before"][0] + 10
     assert report["must"][1]["value"] == pytest.approx(rows["replay"]["average"] / rows[JOINT]["average"])
     monkeypatch.setattr(study, "NAMES", FEW)
@@ -89,7 +105,9 @@ def test_a_score_is_what_peft_finds_likeliest(settings: StudySettings, tmp_path:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "some", save_embedding_layers=False)
     texts = {task: study._texts(settings, task) for task in settings.tasks}
-    found = study._scores(settings, tmp_path / "some", settings.tasks, texts)
+    scorer = study.Scorer(settings, {task: texts[task]["test"] for task in settings.tasks})
+    scorer(tmp_path / "blank", settings.tasks)  # what was scored before does not count
+    found = scorer(tmp_path / "some", settings.tasks)
     for task, score in zip(settings.tasks, found, strict=True):
         right = count = 0
         for row in texts[task]["test"]:

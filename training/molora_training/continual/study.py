@@ -13,8 +13,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ from molora.adapter import Adapter
 from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
 from molora_training.batches import plan_pass
+from molora_training.continual.apart import Apart
 from molora_training.continual.growth import blank
+from molora_training.continual.keys import represented
 from molora_training.continual.measures import measures
 from molora_training.continual.memory import BYTES, Memory
 from molora_training.continual.methods import MethodName
 from molora_training.continual.parts import finished
 from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats
-from molora_training.data import IGNORED, Encoded, Split, collate, encode_within, read_examples
+from molora_training.data import IGNORED, Batch, Split, collate, encode_within, read_examples
 from molora_training.report import heading, line, write_report
 
 JOINT = "joint training"
 INVENTED = "invented replay"  # of as many conversations as are new
-NAMES: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is replayed
+METHOD: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is replayed
     "sequential": ("plain", False), "replay": ("plain", True), INVENTED: ("plain", False),
     "elastic": ("elastic", False), "orthogonal": ("orthogonal", False), "distil": ("distil", False),
     "elastic, replay": ("elastic", True), "orthogonal, replay": ("orthogonal", True),
@@ -43,6 +46,8 @@ NAMES: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is rep
     "inflora": ("inflora", False), "sd-lora": ("sd-lora", False), "treelora": ("treelora", False),
     "inflora, replay": ("inflora", True),
 }  # fmt: skip
+APART = {"apart, by router": True, "apart, by key": False}  # adapters of their own, and whether a router finds them
+NAMES = (*METHOD, *APART)
 DEFAULT = "replay"
 Row = Mapping[str, Any]
 
@@ -107,10 +112,11 @@ def run(settings: StudySettings, out: Path, command: str, share: tuple[int, int]
     """
     texts = {task: _texts(settings, task) for task in settings.tasks}
     every = list(sequences(settings))
+    score = Scorer(settings, {task: texts[task]["test"] for task in settings.tasks})
 
     def make(index: int) -> dict[str, Any]:
         one = every[index]
-        found = _joint(settings, one, texts) if one.method == JOINT else _sequence(settings, one, texts)
+        found = _joint(settings, one, texts, score) if one.method == JOINT else _sequence(settings, one, texts, score)
         average, seconds = found["average"], found["seconds"]
         print(f"{one.method}, order {one.order}, seed {one.seed}: {average:.2f} in {seconds} s", flush=True)
         return found
@@ -139,49 +145,84 @@ def order_of(settings: StudySettings, number: int) -> list[str]:
     return tasks
 
 
-def _sequence(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, list[Row]]]) -> dict[str, Any]:
+def _sequence(
+    settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, list[Row]]], score: "Scorer"
+) -> dict[str, Any]:
     started = time.monotonic()
-    method, replays = NAMES[one.method]
     tasks = order_of(settings, one.order)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        served, state = folder / "blank", folder / f"{method}.safetensors"
-        blank(settings.base, settings.rank, served, one.seed)
-        before = _scores(settings, served, tasks, texts)
-        memories: list[Memory] = []
+        blank(settings.base, settings.rank, Path(scratch) / "blank", one.seed)
+        learner = (_Apart if one.method in APART else _Held)(settings, one, Path(scratch))
+        before = score(Path(scratch) / "blank", tasks)
         after, seconds, peaks = [], [], []
-        for number, task in enumerate(tasks):
+        for task in tasks:
             began = time.monotonic()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            work = folder / str(number)
-            work.mkdir()
-            new, apart = texts[task]["train"], texts[task]["validation"]
-            again = _even([row for memory in memories for row in memory.rows], len(new)) if replays else []
-            how = UpdateSettings(
-                folder, "", "adapter", work, method=method, learning_rate=settings.learning_rate,
-                epochs=settings.epochs, max_length=settings.max_length, batch_tokens=settings.batch_tokens,
-                seed=one.seed, invent=len(new) if one.method == INVENTED and number else 0,
-            )  # fmt: skip
-            again += made_up(how, settings.base, served)
-            write_chats(work / "train.jsonl", [*new, *again], task)
-            write_chats(work / "validation.jsonl", apart, task)
-            way, served, _ = learn(how, settings.base, served, state, new, work)
-            way.keep(served)
-            memories.append(Memory(limit=settings.memory).with_(new))
+            learner.learn(task, texts[task]["train"], texts[task]["validation"])
             seconds.append(time.monotonic() - began)
             peaks.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-            after.append(_scores(settings, served, tasks, texts))
-        text = sum(len(json.dumps(row)) for memory in memories for row in memory.rows) if replays else 0
-        size, rank = state.stat().st_size if state.is_file() else 0, Adapter.load(served).ranks[0]
+            after.append(score(learner.served, tasks))
+        kept = learner.kept()
     return {
         "tasks": tasks, "before": before, "after": after, **asdict(measures(after, before)),
-        "update_seconds": statistics.median(seconds), "peak_bytes": max(peaks), "text_bytes": text, "state_bytes": size,
-        "rank": rank, "seconds": round(time.monotonic() - started, 1),
+        "update_seconds": statistics.median(seconds), "peak_bytes": max(peaks), **kept,
+        "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 
 
-def _joint(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, list[Row]]]) -> dict[str, Any]:
+class _Held:
+    """One adapter that goes from task to task, by a method of NAMES."""
+
+    def __init__(self, settings: StudySettings, one: Run, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.method, self.replays = METHOD[one.method]
+        self.served, self.state = folder / "blank", folder / f"{self.method}.safetensors"
+        self.how = _how(settings, one, folder, self.method)
+        self.invents = one.method == INVENTED
+        self.memories: list[Memory] = []
+
+    def learn(self, task: str, new: list[Row], apart: list[Row]) -> None:
+        work = self.folder / task
+        work.mkdir()
+        remembered = [row for memory in self.memories for row in memory.rows] if self.replays else []
+        how = replace(self.how, invent=len(new) if self.invents and self.memories else 0)
+        again = [*_even(remembered, len(new)), *made_up(how, self.settings.base, self.served)]
+        write_chats(work / "train.jsonl", [*new, *again], task)
+        write_chats(work / "validation.jsonl", apart, task)
+        way, self.served, _ = learn(how, self.settings.base, self.served, self.state, new, work)
+        way.keep(self.served)
+        self.memories.append(Memory(limit=self.settings.memory).with_(new))
+
+    def kept(self) -> dict[str, int]:
+        text = sum(len(json.dumps(row)) for memory in self.memories for row in memory.rows) if self.replays else 0
+        state = self.state.stat().st_size if self.state.is_file() else 0
+        return {"text_bytes": text, "state_bytes": state, "rank": Adapter.load(self.served).ranks[0]}
+
+
+class _Apart:
+    """An adapter for each task."""
+
+    def __init__(self, settings: StudySettings, one: Run, folder: Path) -> None:
+        self.served = Apart(_how(settings, one, folder, "plain"), settings.base, folder, APART[one.method])
+
+    def learn(self, task: str, new: list[Row], apart: list[Row]) -> None:
+        self.served.learn(task, new, apart)
+
+    def kept(self) -> dict[str, int]:
+        return {"text_bytes": 0, "state_bytes": self.served.bytes, "rank": self.served.rank}
+
+
+def _how(settings: StudySettings, one: Run, folder: Path, method: MethodName) -> UpdateSettings:
+    return UpdateSettings(
+        folder, "", "adapter", folder, method=method, learning_rate=settings.learning_rate, epochs=settings.epochs,
+        max_length=settings.max_length, batch_tokens=settings.batch_tokens, seed=one.seed,
+    )  # fmt: skip
+
+
+def _joint(
+    settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, list[Row]]], score: "Scorer"
+) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -189,45 +230,68 @@ def _joint(settings: StudySettings, one: Run, texts: Mapping[str, Mapping[str, l
         for split in ("train", "validation"):
             rows = [row for task in settings.tasks for row in texts[task][split]]
             write_chats(folder / f"{split}.jsonl", rows, "all")
-        how = UpdateSettings(
-            folder, "", "adapter", folder, learning_rate=settings.learning_rate, epochs=settings.epochs,
-            max_length=settings.max_length, batch_tokens=settings.batch_tokens, seed=one.seed,
-        )  # fmt: skip
+        how = _how(settings, one, folder, "plain")
         _, served, _ = learn(how, settings.base, folder / "blank", folder / "none", [], folder)
-        scores = _scores(settings, served, settings.tasks, texts)
+        scores = score(served, settings.tasks)
     return {
         "tasks": list(settings.tasks), "scores": scores, "average": statistics.mean(scores),
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 
 
-@torch.no_grad()
-def _scores(
-    settings: StudySettings, folder: Path, tasks: Sequence[str], texts: Mapping[str, Mapping[str, list[Row]]]
-) -> list[float]:
-    """Percent of the answers' tokens of each task's test text that the adapter finds likeliest."""
-    from peft import PeftModel
+class Scorer:
+    """Percent of the answers' tokens of each task's test text that an adapter finds likeliest.
 
-    how = UpdateSettings(folder, "", "adapter", folder)
-    base, tokenizer = load_base(settings.base, dtype=getattr(torch, how.chosen_dtype))
-    model: Any = PeftModel.from_pretrained(base, folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    found = []
-    for task in tasks:
-        rows = _encoded(texts[task]["test"], tokenizer, settings.max_length, task)
+    Base and text are read once, at the first adapter.
+    """
+
+    def __init__(self, settings: StudySettings, tests: Mapping[str, Sequence[Row]]) -> None:
+        self.settings, self.tests = settings, tests
+        self.model: Any = None
+        self.numbers = itertools.count()
+        self.batches: dict[str, list[tuple[Batch, torch.Tensor]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, served: Path | Apart, tasks: Sequence[str]) -> list[float]:
+        """Scores of an adapter's folder, or of adapters that are apart."""
+        if isinstance(served, Path):
+            self._take(served)
+            return [self._score(lambda _: self.model, task) for task in tasks]
+        return [
+            self._score(lambda which: partial(served.model, selection=served.selection(which)), task) for task in tasks
+        ]
+
+    def _take(self, folder: Path) -> None:
+        from peft import PeftModel
+
+        if self.model is not None:
+            old, new = self.model.active_adapter, f"adapter{next(self.numbers)}"
+            self.model.load_adapter(folder, new)
+            self.model.set_adapter(new)
+            self.model.delete_adapter(old)
+            return
+        how = UpdateSettings(folder, "", "adapter", folder)
+        base, tokenizer = load_base(self.settings.base, dtype=getattr(torch, how.chosen_dtype))
+        self.model = PeftModel.from_pretrained(base, folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        for task, rows in self.tests.items():
+            encoded = encode_within(as_examples(rows, task), tokenizer, self.settings.max_length, [task])
+            with self.model.disable_adapter():
+                asked = represented(self.model, encoded, 0, self.settings.batch_tokens)
+            self.batches[task] = [
+                (collate([encoded[index] for index in indices], 0).to(self.model.device), asked[indices])
+                for indices in plan_pass([len(row.input_ids) for row in encoded], self.settings.batch_tokens)
+            ]
+
+    def _score(self, model_for: Callable[[torch.Tensor], Any], task: str) -> float:
+        """model_for: what answers questions of these representations."""
         right = count = 0
-        for indices in plan_pass([len(row.input_ids) for row in rows], settings.batch_tokens):
-            batch = collate([rows[index] for index in indices], tokenizer.pad_token_id or 0).to(model.device)
-            said = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        for batch, asked in self.batches[task]:
+            said = model_for(asked)(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             wanted = batch.labels[:, 1:]
             answer = wanted != IGNORED
             right += int((said[:, :-1].argmax(-1) == wanted)[answer].sum())
             count += int(answer.sum())
-        found.append(100 * right / max(1, count))
-    return found
-
-
-def _encoded(rows: Sequence[Row], tokenizer: Any, max_length: int, task: str) -> list[Encoded]:
-    return encode_within(as_examples(rows, task), tokenizer, max_length, [task])
+        return 100 * right / max(1, count)
 
 
 def _texts(settings: StudySettings, task: str) -> dict[str, list[Row]]:
@@ -252,9 +316,9 @@ def _even(rows: Sequence[Row], count: int) -> list[Row]:
 def _report(settings: StudySettings, found: Sequence[tuple[Run, Row]], command: str) -> dict[str, Any]:
     joint = [float(row["average"]) for one, row in found if one.method == JOINT]
     rows: list[dict[str, Any]] = [{"method": JOINT, "average": statistics.mean(joint), "averages": joint}]
-    for name, (_, replays) in NAMES.items():
+    for name in NAMES:
         own = [row for one, row in found if one.method == name]
-        row = {"method": name, "keeps_text": replays}
+        row = {"method": name, "keeps_text": name in METHOD and METHOD[name][1]}
         for what in (
             "average",
             "forgetting",
