@@ -53,7 +53,7 @@ class PromptPass:
         base, (N, T) = self.plan, ids.shape
         past = cache.length
         length = torch.full((N,), past, device=ids.device)
-        rows = positions.expand(N, T).reshape(-1)
+        rows = positions.expand(N, T).reshape(-1).contiguous()  # of one token each it would be one number
         residual = F.embedding(ids, base.embedding).view(N * T, -1)
         x = torch.empty_like(residual)
         q = residual.new_empty(N, T, base.heads, base.head_width)
