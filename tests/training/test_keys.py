@@ -5,7 +5,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from molora_training.continual.keys import READS, Keys, represented
+from molora_training.continual.keys import LAST, MEAN, READS, Keys, represented
 from molora_training.data import Encoded
 
 
@@ -57,4 +57,5 @@ def test_a_question_ends_where_the_answer_begins() -> None:
     torch.testing.assert_close(found[0], found[1])  # the same four tokens ask
     with torch.no_grad():
         states = base(short[None], output_hidden_states=True).hidden_states
-    torch.testing.assert_close(found[0], states[READS][0, :4].mean(0))
+    torch.testing.assert_close(found[0, MEAN], states[READS][0, :4].mean(0))
+    torch.testing.assert_close(found[0, LAST], states[READS][0, 3])

@@ -22,6 +22,7 @@ from molora_training.continual.study import (
     JOINT,
     METHOD,
     NAMES,
+    SMOLORA,
     StudySettings,
     order_of,
     run,
@@ -47,13 +48,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudySettings:
                 rows.append({"id": f"{task}{n}", "domain": task, "split": split, "messages": said})
             (tmp_path / "data" / f"{task}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return StudySettings(
-        tuple(ANSWERS), tmp_path / "data", str(tmp_path / "base"), 1, 1, 12, 8, 10, rank=4,
+        tuple(ANSWERS), tmp_path / "data", str(tmp_path / "base"), 1, 1, 12, 8, 10, rank=8,
         learning_rate=3e-2, epochs=6, max_length=64, batch_tokens=256,
     )  # fmt: skip
 
 
 FEW = ("sequential", "replay")
-MORE = ("elastic", "orthogonal", "sd-lora", "treelora", "inflora, replay", INVENTED, *APART)  # a way of each kind
+HELD = ("elastic", "orthogonal", "sd-lora", "treelora", "inflora, replay", INVENTED)  # a way of each kind
+MORE = (*HELD, *APART, SMOLORA)
 SOME = (*FEW, *MORE)
 
 
@@ -61,7 +63,7 @@ def test_a_study_of_three_tasks(
     settings: StudySettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "NAMES", SOME)
-    assert {method for method, _ in METHOD.values()} == set(METHODS) and set(NAMES) == {*METHOD, *APART}
+    assert {method for method, _ in METHOD.values()} == set(METHODS) and set(NAMES) == {*METHOD, *APART, SMOLORA}
     out = tmp_path / "out" / "continual.json"
     assert run(settings, out, "command", (0, 2)) is None and not out.exists()
     report = run(settings, out, "command", (1, 2))
@@ -78,13 +80,14 @@ def test_a_study_of_three_tasks(
     assert rows["replay"]["text_bytes"] > 0 == rows["sequential"]["text_bytes"]
     assert rows["elastic"]["state_bytes"] > 0 == rows["replay"]["state_bytes"]
     assert all(rows[name]["state_bytes"] > 0 for name in ("inflora, replay", "sd-lora", "treelora"))
-    assert all(rows[name]["rank"] == 4 + 3 * 8 for name in ("orthogonal", "inflora, replay", "sd-lora"))
-    assert rows["replay"]["rank"] == rows["treelora"]["rank"] == 4
-    for name in APART:
+    assert all(rows[name]["rank"] == 8 + 3 * 8 for name in ("orthogonal", "inflora, replay", "sd-lora"))
+    assert all(rows[name]["rank"] == 3 * 8 for name in APART)
+    assert rows["replay"]["rank"] == rows["treelora"]["rank"] == rows[SMOLORA]["rank"] == 8
+    for name in (*APART, SMOLORA):
         apart = json.loads(
             (out.parent / ".continual" / f"{name.replace(', ', '-').replace(' ', '-')}-0-0.json").read_text()
         )
-        assert rows[name]["rank"] == 3 * 8 and rows[name]["state_bytes"] > 0 == rows[name]["text_bytes"]
+        assert rows[name]["state_bytes"] > 0 == rows[name]["text_bytes"]
         assert apart["after"][0][0] > apart["before"][0] + 10
     assert rows[JOINT]["average"] > 10 and kept["after"][0][0] > kept["before"][0] + 10
     assert report["must"][1]["value"] == pytest.approx(rows["replay"]["average"] / rows[JOINT]["average"])
@@ -135,6 +138,8 @@ def test_bad_studies_are_named(settings: StudySettings, tmp_path: Path) -> None:
         StudySettings(("ayes",), settings.data)
     with pytest.raises(ConfigError, match="must be positive"):
         StudySettings(("ayes", "nos"), settings.data, orders=0)
+    with pytest.raises(ConfigError, match="multiple of 8, not 12"):
+        StudySettings(("ayes", "nos"), settings.data, rank=12)
     file = settings.data / "ayes.test.jsonl"
     file.write_text(file.read_text().splitlines()[0] + "\n")
     with pytest.raises(DataError, match="ayes has 1 conversations to test"):

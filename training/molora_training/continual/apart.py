@@ -4,7 +4,8 @@ It is found by its row of the router, as `molora update domain NAME --new 8` and
 before are protected by the router's samples, 128 tokens' features of each), or by its key, for a question as a whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora_training import router
 from molora_training.continual.growth import blank
-from molora_training.continual.keys import Keys, represented
+from molora_training.continual.keys import MEAN, Keys, represented
 from molora_training.continual.method import Growing
 from molora_training.continual.router_update import RouterUpdateSettings, go_on
 from molora_training.continual.update import UpdateSettings, as_examples, learn, write_chats
@@ -58,13 +59,12 @@ class Apart:
                 self.model.set_router(go_on(self.model, RouterUpdateSettings(text, text), [task], before)[0])
         if not self.routed:
             asked = encode_within(as_examples(new, task), self.model.tokenizer, self.how.max_length, [task])
-            self.keys.add(task, represented(self.model.base, asked, 0, self.how.batch_tokens))
+            self.keys.add(task, represented(self.model.base, asked, 0, self.how.batch_tokens)[:, MEAN])
 
-    def selection(self, questions: torch.Tensor) -> Any:
-        """What acts on each question, of which ``questions`` [n, hidden] are the representations."""
-        if self.routed:
-            return {LAYER: "auto"}
-        return [{LAYER: name} for name in self.keys.nearest(questions)]
+    def answering(self, questions: torch.Tensor) -> Callable[..., Any]:
+        """What answers a batch of questions, of which ``questions`` [n, 2, hidden] are the representations."""
+        which = {LAYER: "auto"} if self.routed else [{LAYER: name} for name in self.keys.nearest(questions[:, MEAN])]
+        return partial(self.model, selection=which)
 
     def _first(self, task: str, adapter: Path, text: Path, work: Path) -> MoLoRAModel:
         stack = Stack([StackLayer(LAYER, {task: adapter}, default="auto" if self.routed else None)])

@@ -16,6 +16,7 @@ from molora_training.batches import plan_pass
 from molora_training.data import IGNORED, Encoded, collate
 
 READS = 4  # the decoder layer whose input stands for a question, as of the default router
+MEAN, LAST = 0, 1  # the two that stand for it: what it is about, and what it asks for in the end
 SHRINKS = 0.1  # of the covariance, towards a multiple of the identity
 
 
@@ -28,7 +29,7 @@ class Keys:
         self.count = 0
 
     def add(self, name: str, questions: torch.Tensor) -> None:
-        """Of ``questions`` [n, d], as of :func:`represented`."""
+        """Of ``questions`` [n, d], their MEAN of :func:`represented`."""
         questions = questions.double().cpu()
         mean = questions.mean(0)
         apart = questions - mean
@@ -59,17 +60,18 @@ class Keys:
 
 @torch.no_grad()
 def represented(base: Any, rows: Sequence[Encoded], pad_id: int, batch_tokens: int) -> torch.Tensor:
-    """[rows, hidden] float32: of each conversation the mean, over the tokens before its first answer, of what enters
-    layer READS of ``base``, without adapters."""
-    found = torch.empty(len(rows), base.config.hidden_size)
+    """[rows, 2, hidden] float32: of what enters layer READS of ``base``, without adapters, the MEAN over the tokens
+    before each conversation's first answer, and the LAST of them."""
+    found = torch.empty(len(rows), 2, base.config.hidden_size)
     for indices in plan_pass([len(row.input_ids) for row in rows], batch_tokens):
         batch = collate([rows[index] for index in indices], pad_id).to(base.device)
         states = base(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_hidden_states=True,
             logits_to_keep=1,
         ).hidden_states  # fmt: skip
-        states = states[min(READS, len(states) - 1)]
+        states = states[min(READS, len(states) - 1)].float()
         asked = ((batch.labels != IGNORED).cumsum(1) == 0) & batch.attention_mask.bool()
-        means = (states.float() * asked.unsqueeze(2)).sum(1) / asked.sum(1, keepdim=True)
-        found[indices] = means.cpu()
+        counts = asked.sum(1)
+        found[indices, MEAN] = ((states * asked.unsqueeze(2)).sum(1) / counts.unsqueeze(1)).cpu()
+        found[indices, LAST] = states[torch.arange(len(indices), device=states.device), counts - 1].cpu()
     return found

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from molora_training.continual.measures import measures
 from molora_training.continual.memory import BYTES, Memory
 from molora_training.continual.methods import MethodName
 from molora_training.continual.parts import finished
+from molora_training.continual.separable import block_rank
+from molora_training.continual.smolora import SMoLora
 from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats
 from molora_training.data import IGNORED, Batch, Split, collate, encode_within, read_examples
 from molora_training.report import heading, line, write_report
@@ -47,7 +48,8 @@ METHOD: dict[str, tuple[MethodName, bool]] = {  # and whether earlier text is re
     "inflora, replay": ("inflora", True),
 }  # fmt: skip
 APART = {"apart, by router": True, "apart, by key": False}  # adapters of their own, and whether a router finds them
-NAMES = (*METHOD, *APART)
+SMOLORA = "smolora"
+NAMES = (*METHOD, *APART, SMOLORA)
 DEFAULT = "replay"
 Row = Mapping[str, Any]
 
@@ -84,6 +86,7 @@ class StudySettings:
             raise ConfigError(f"A sequence takes two tasks or more, each once, not {', '.join(self.tasks) or 'none'}.")
         if min(self.orders, self.seeds, self.examples, self.held_out, self.tests, self.memory) < 1:
             raise ConfigError("orders, seeds, examples, held_out, tests and memory must be positive.")
+        block_rank(self.rank)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def _sequence(
     tasks = order_of(settings, one.order)
     with tempfile.TemporaryDirectory() as scratch:
         blank(settings.base, settings.rank, Path(scratch) / "blank", one.seed)
-        learner = (_Apart if one.method in APART else _Held)(settings, one, Path(scratch))
+        learner = (_Held if one.method in METHOD else _Choosing)(settings, one, Path(scratch))
         before = score(Path(scratch) / "blank", tasks)
         after, seconds, peaks = [], [], []
         for task in tasks:
@@ -200,11 +203,16 @@ class _Held:
         return {"text_bytes": text, "state_bytes": state, "rank": Adapter.load(self.served).ranks[0]}
 
 
-class _Apart:
-    """An adapter for each task."""
+class _Choosing:
+    """What chooses by the question what of it answers: adapters that are apart, or blocks of one."""
 
     def __init__(self, settings: StudySettings, one: Run, folder: Path) -> None:
-        self.served = Apart(_how(settings, one, folder, "plain"), settings.base, folder, APART[one.method])
+        how = _how(settings, one, folder, "plain")
+        self.served: Apart | SMoLora
+        if one.method in APART:
+            self.served = Apart(how, settings.base, folder, APART[one.method])
+        else:
+            self.served = SMoLora(how, settings.base, settings.rank)
 
     def learn(self, task: str, new: list[Row], apart: list[Row]) -> None:
         self.served.learn(task, new, apart)
@@ -252,14 +260,12 @@ class Scorer:
         self.batches: dict[str, list[tuple[Batch, torch.Tensor]]] = {}
 
     @torch.no_grad()
-    def __call__(self, served: Path | Apart, tasks: Sequence[str]) -> list[float]:
-        """Scores of an adapter's folder, or of adapters that are apart."""
+    def __call__(self, served: Path | Apart | SMoLora, tasks: Sequence[str]) -> list[float]:
+        """Scores of an adapter's folder, or of what chooses by the question."""
         if isinstance(served, Path):
             self._take(served)
             return [self._score(lambda _: self.model, task) for task in tasks]
-        return [
-            self._score(lambda which: partial(served.model, selection=served.selection(which)), task) for task in tasks
-        ]
+        return [self._score(served.answering, task) for task in tasks]
 
     def _take(self, folder: Path) -> None:
         from peft import PeftModel
