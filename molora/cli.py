@@ -8,7 +8,7 @@ import typer
 
 from molora._version import __version__
 from molora.commands.assemble import assemble
-from molora.commands.bench import app as bench
+from molora.commands.bench_simulate import app as bench
 from molora.commands.chat import chat
 from molora.commands.compress import compress
 from molora.commands.demo import demo

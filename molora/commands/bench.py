@@ -87,10 +87,10 @@ def serve(
     from rich.console import Console
     from rich.progress import Progress
 
-    from molora.serve.load import Traffic
     from molora.serve.measure import measure_at, measure_serve
+    from molora.serve.traffic import Traffic
 
-    lengths = {"prompt": _range(prompt), "answer": _range(answer)}
+    lengths = {"prompt": token_range(prompt), "answer": token_range(answer)}
     traffic = Traffic(requests, rate or math.inf, cv, users, zipf, seed=seed, **lengths)
     given = {"requests": requests, "rate": rate, "cv": cv, "users": users, "zipf": zipf, "prompt": prompt,
              "answer": answer, "seed": seed}  # fmt: skip
@@ -113,7 +113,12 @@ def serve(
         _print_serve(record)
 
 
-def _range(text: str) -> tuple[int, int]:
+def token_range(text: str) -> tuple[int, int]:
+    """The fewest and most tokens of "8:64".
+
+    Raises:
+        ConfigError: it has another form.
+    """
     least, _, most = text.partition(":")
     try:
         found = int(least), int(most or least)
@@ -144,7 +149,7 @@ def _print_serve(record: dict[str, Any]) -> None:
             table.add_row(row["kind"], *[""] * 6, *counts)
             continue
         first, between = row["seconds to the first token"], row["seconds between tokens"]
-        times = [_milliseconds(one, share) for one in (first, between) for share in ("p50", "p99")]
+        times = [milliseconds(one, share) for one in (first, between) for share in ("p50", "p99")]
         paces = [f"{row['tokens a second']:.1f}", f"{row['requests a second']:.2f}"]
         table.add_row(row["kind"], *paces, *times, *counts)
     console = Console(highlight=False)
@@ -160,7 +165,8 @@ def _print_serve(record: dict[str, Any]) -> None:
     )
 
 
-def _milliseconds(times: dict[str, float], share: str) -> str:
+def milliseconds(times: dict[str, float], share: str) -> str:
+    """A percentile for a table."""
     return f"{times[share] * 1000:,.0f} ms" if times else ""
 
 

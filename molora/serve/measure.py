@@ -17,8 +17,9 @@ from molora.factors import Factors, write_factors
 from molora.model import MoLoRAModel
 from molora.provenance import commit
 from molora.serve.engine import Engine
-from molora.serve.load import Traffic, arrivals, replay, report
+from molora.serve.load import replay, report
 from molora.serve.pool import Pool
+from molora.serve.traffic import Traffic, arrivals
 from molora.stack import AUTO
 
 _FILES = 32  # adapters on disk, which stand for those of all users: each user's is read and live for itself
@@ -46,7 +47,7 @@ def measure_serve(
     coming = arrivals(traffic)
     kinds: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [_write(model, Path(scratch) / str(number), rank, number) for number in range(_FILES)]
+        folders = [write_random(model, Path(scratch) / str(number), rank, number) for number in range(_FILES)]
         for kind in ("one adapter", "own adapters"):
             one = kind == "one adapter"
             pool = Pool(model, layer, lambda name: ("1", folders[int(name[1:]) % _FILES]), most=live)
@@ -99,7 +100,8 @@ def _own(model: MoLoRAModel, layer: str, pool: Pool) -> set[str]:
     return {name for name in model.stack[layer].adapters if pool.shown(name) == name}
 
 
-def _write(model: MoLoRAModel, folder: Path, rank: int, seed: int) -> Path:
+def write_random(model: MoLoRAModel, folder: Path, rank: int, seed: int) -> Path:
+    """A PEFT folder of random factors for all linear modules of the decoder layers; returns ``folder``."""
     chance = torch.Generator().manual_seed(seed)
     factors: Factors = {
         name: (

@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 
 from molora.errors import ConfigError
-from molora.serve.load import Answered, Arrival
+from molora.serve.load import Answered
+from molora.serve.traffic import Arrival
 
 VOCABULARY = 1000  # the ids of prompts are below: every model has them
 
@@ -23,7 +24,7 @@ def replay_at(
     Args:
         address: as http://host:port, without /v1.
         name: the model to ask for; ``{user}`` in it stands for the number of who asks.
-        coming: from :func:`molora.serve.load.arrivals`.
+        coming: from :func:`molora.serve.traffic.arrivals`.
         key: sent as the API key.
         tick: called when an answer is whole, or has failed.
 

@@ -24,6 +24,7 @@ from molora.saved import load
 from molora.serve.failures import EngineFailure
 from molora.serve.forward import Reply, answer, build_door
 from molora.serve.keys import Keys
+from molora.serve.placement import KEPT_KEYS
 from molora.stack import Stack
 
 log = logging.getLogger("molora.serve")
@@ -31,7 +32,6 @@ log = logging.getLogger("molora.serve")
 APP = "molora"
 DRAIN_S = 30.0  # that answers under way have when their replica is told to stop
 CHECK_S = 2.0  # between two looks at a replica's health; the third bad one in a row replaces it
-_KEPT_KEYS = 512  # whose requests a replica is known for
 _MEASURED_S = 5.0
 _MOST_ONGOING = 1024  # of a replica, more than an engine lets wait: it refuses the others itself, in its own words
 
@@ -105,7 +105,7 @@ class Replica:
         async for message in answer(self.app, scope, body):
             yield message
 
-    @serve.multiplexed(max_num_models_per_replica=_KEPT_KEYS)
+    @serve.multiplexed(max_num_models_per_replica=KEPT_KEYS)
     async def keep(self, key: str) -> str:
         """Lets Ray know whose requests come here. The adapters themselves are the pools' business."""
         return key

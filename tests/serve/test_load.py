@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from molora import MoLoRAModel
 from molora.cli import app
 from molora.errors import StackError
-from molora.serve.load import Answered, Traffic, arrivals, report
+from molora.serve.load import Answered, report
 from molora.serve.measure import measure_serve
+from molora.serve.traffic import Traffic, arrivals
 from tests.unit.spoken import make_spoken, save_spoken
 
 FEW = Traffic(requests=12, rate=math.inf, users=3, zipf=1.0, prompt=(2, 6), answer=(3, 5), seed=2)

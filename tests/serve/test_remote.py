@@ -13,8 +13,9 @@ from molora.cli import app
 from molora.errors import ConfigError
 from molora.serve.app import build_app
 from molora.serve.keys import Keys
-from molora.serve.load import Arrival, Traffic, arrivals, report
+from molora.serve.load import report
 from molora.serve.remote import _body, replay_at
+from molora.serve.traffic import Arrival, Traffic, arrivals
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.live import serving
 
