@@ -10,7 +10,7 @@ import torch
 
 from molora import MoLoRAModel
 from molora_training.attention import attend_causally
-from molora_training.captured import CapturedSteps, filled
+from molora_training.captured import OFTEN, CapturedSteps, filled, filled_shape, worth_capturing
 from molora_training.data import IGNORED, Batch
 from molora_training.router_objective import Labels, RouterObjective
 from molora_training.router_settings import LossWeights
@@ -112,6 +112,27 @@ def test_a_base_that_needs_masks_keeps_them() -> None:
     eager = copy.deepcopy(make_base("llama"))
     eager.set_attn_implementation("eager")
     assert not attend_causally(eager, 64)
+
+
+def test_what_comes_often_is_worth_a_capture() -> None:
+    often, seldom = [[17, 9, 30]] * (OFTEN - 1) + [[32]], [[100, 70]] * (OFTEN - 1)
+    assert worth_capturing([*often, *seldom], 256) == {(8, 32)}
+    for lengths in (often[0], often[-1], seldom[0], [200, 5], [3] * 40):
+        batch = make_batch(tuple(lengths))
+        assert filled(batch, 256).input_ids.shape == filled_shape(*batch.input_ids.shape, 256)
+
+
+@pytest.mark.gpu
+def test_other_shapes_run_as_they_are(base: Any, adapters: dict[str, Path]) -> None:
+    objective = make_objective(base, adapters)
+    assert attend_causally(objective.model.base, 128)
+    steps = CapturedSteps(objective, objective.parameters(), 256, worth={(8, 32)})
+    for shape in [(17, 9, 30), (100, 70)] * 3:
+        batch = make_batch(shape)
+        expected = stepped(objective, batch)
+        objective.zero_grad(set_to_none=True)
+        same((steps(batch), gradients(objective)), expected)
+    assert list(steps._steps) == [torch.Size((8, 32))] and steps._steps[torch.Size((8, 32))] is not None
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from molora.cli import app
 from molora.errors import ConfigError, DataError
+from molora_training.continual import stream
+from molora_training.continual.memory import held_out
 from molora_training.continual.stream import StreamSettings, run
 from tests.unit.spoken import make_spoken
 
@@ -64,8 +66,20 @@ def test_bad_studies_are_named(settings: StreamSettings, tmp_path: Path) -> None
         replace(settings, users=("ada", "ada"))
     with pytest.raises(ConfigError, match="two updates or more"):
         replace(settings, updates=1)
-    with pytest.raises(DataError, match="ada has 75 conversations, and 4 updates of 25 take 100"):
+    with pytest.raises(DataError, match="ada has 75 conversations, too few for 4 updates of 25"):
         run(replace(settings, updates=4), tmp_path / "out.json", "command")
+
+
+def test_each_update_has_some_to_learn_and_some_to_judge_by(settings: StreamSettings) -> None:
+    five = replace(settings, conversations=5, updates=8)  # of five, a third of the parts would have none held out
+    parts, rows = stream._text(five, "ada"), stream._rows(five.data / "ada.train.jsonl")
+    assert len(parts) == 8 and any(len(part) > 5 for part in parts)
+    for part in parts:
+        assert len({held_out(row) for row in part}) == 2
+        assert len(part) == 5 or len({held_out(row) for row in part[:-1]}) == 1
+    assert [row for part in parts for row in part] == stream._rows(five.data / "ada.train.jsonl")[
+        : sum(map(len, parts))
+    ]
 
 
 def test_the_command(settings: StreamSettings, tmp_path: Path) -> None:

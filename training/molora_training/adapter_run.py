@@ -17,7 +17,7 @@ from molora.errors import NonFiniteError
 from molora_training.adapter_output import settings_record, write_adapter
 from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.batches import plan_pass
-from molora_training.captured import CapturedSteps
+from molora_training.captured import CapturedSteps, worth_capturing
 from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
 from molora_training.data import IGNORED, Batch, Encoded, collate
@@ -65,7 +65,9 @@ class Run:
         alone = self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1
         self.captured: CapturedSteps | None = None
         if self.capturable and alone and self.settings.lora.dropout == 0:
-            self.captured = CapturedSteps(_Mean(self), self.parameters.values(), self.settings.batch_tokens)
+            plan = [[self.rows[i].input_ids.numel() for i in parts[0]] for parts in self.steps]
+            size = self.settings.batch_tokens
+            self.captured = CapturedSteps(_Mean(self), self.parameters.values(), size, worth_capturing(plan, size))
 
     def start(self, resume: bool) -> None:
         """Restore the checkpoint, or measure what it begins with and write the first one."""

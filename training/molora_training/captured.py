@@ -4,7 +4,8 @@ A training step over a frozen base is thousands of small calls, which the host i
 """
 
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from molora_training.batches import rounded
 from molora_training.data import IGNORED, Batch
 
 _log = logging.getLogger(__name__)
+OFTEN = 10  # times that a shape has to come: a capture takes as long as a few steps, and memory of its own
 _FILLERS = {"attention_mask": 0, "labels": IGNORED, "segments": -1, "domain_ids": -1}  # 0: any token
 
 
@@ -23,16 +25,27 @@ class CapturedSteps:
         objective: gives terms of a batch, ``loss`` among them.
         parameters: what it trains. After a step their ``grad`` is the step's own, whatever it was before.
         batch_tokens: what batches are planned for; they are filled up to it.
+        worth: shapes that come often enough; the others are run as they are. None: all are.
     """
 
-    def __init__(self, objective: nn.Module, parameters: Iterable[nn.Parameter], batch_tokens: int) -> None:
+    def __init__(
+        self,
+        objective: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        batch_tokens: int,
+        worth: Collection[tuple[int, int]] | None = None,
+    ) -> None:
         self.objective, self.parameters, self.batch_tokens = objective, list(parameters), batch_tokens
+        self.worth = worth
         self.pool = torch.cuda.graph_pool_handle()
         self.able = True
         self._steps: dict[torch.Size, _Step | None] = {}  # None: the shape came once
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Terms of a batch, which the next step of its shape overwrites, and the gradients of its loss."""
+        sequences, tokens = batch.input_ids.shape
+        if self.worth is not None and filled_shape(sequences, tokens, self.batch_tokens) not in self.worth:
+            return self._run(batch)
         batch = filled(batch, self.batch_tokens)
         shape = batch.input_ids.shape
         step = self._steps.get(shape)
@@ -98,11 +111,23 @@ class _Step:
         return self.terms
 
 
-def filled(batch: Batch, batch_tokens: int) -> Batch:
-    """The batch with padding: as many tokens as its length is rounded to, as many sequences as then fit."""
-    sequences, tokens = batch.input_ids.shape
+def worth_capturing(plan: Iterable[Sequence[int]], batch_tokens: int) -> set[tuple[int, int]]:
+    """Shapes that come OFTEN in a plan, which has the lengths of each batch."""
+    shapes = Counter(filled_shape(len(lengths), max(lengths), batch_tokens) for lengths in plan)
+    return {shape for shape, count in shapes.items() if count >= OFTEN}
+
+
+def filled_shape(sequences: int, tokens: int, batch_tokens: int) -> tuple[int, int]:
+    """As many tokens as the length is rounded to, and as many sequences as then fit."""
     wanted = rounded(tokens)
-    pads = (0, wanted - tokens, 0, max(0, batch_tokens // wanted - sequences))
+    return max(sequences, batch_tokens // wanted), wanted
+
+
+def filled(batch: Batch, batch_tokens: int) -> Batch:
+    """The batch with padding, of :func:`filled_shape`."""
+    sequences, tokens = batch.input_ids.shape
+    most, wanted = filled_shape(sequences, tokens, batch_tokens)
+    pads = (0, wanted - tokens, 0, most - sequences)
     return Batch(
         **{name: nn.functional.pad(tensor, pads, value=_FILLERS.get(name, 0)) for name, tensor in vars(batch).items()}
     )

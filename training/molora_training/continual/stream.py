@@ -6,6 +6,7 @@ Users are kept as they are finished: an interrupted study goes on, and several p
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -42,7 +43,8 @@ class StreamSettings:
         users: names of prepared data.
         general: prepared data that has nothing to do with any of them; its validation split is measured.
         data: where both are.
-        updates, conversations: how many updates each user has, and how many conversations each brings.
+        updates, conversations: how many updates each user has, and how many conversations each brings; a few more where
+            chance would hold none of them out.
         rank: of a user's adapter. memory: bytes of text that are kept of a user.
     """
 
@@ -192,14 +194,21 @@ def _growth(change: Mapping[str, float]) -> float:
 
 
 def _text(settings: StreamSettings, user: str) -> list[list[Row]]:
-    """The conversations of each update, in the order of the data."""
+    """The conversations of each update, in the order of the data: more of them where none would be held out."""
     rows = _rows(settings.data / f"{user}.train.jsonl")
-    size, wanted = settings.conversations, settings.conversations * settings.updates
-    if len(rows) < wanted:
+    coming, size = iter(rows), settings.conversations
+    parts = []
+    for _ in range(settings.updates):
+        part = list(itertools.islice(coming, size))
+        while part and len({held_out(row) for row in part}) < 2 and (more := next(coming, None)):
+            part.append(more)
+        parts.append(part)
+    if len(parts[-1]) < size or len({held_out(row) for row in parts[-1]}) < 2:
         raise DataError(
-            f"{user} has {len(rows)} conversations, and {settings.updates} updates of {size} take {wanted}."
+            f"{user} has {len(rows)} conversations, too few for {settings.updates} updates of {size}, some of each "
+            f"held out: take fewer, or fewer at a time."
         )
-    return [rows[first : first + size] for first in range(0, wanted, size)]
+    return parts
 
 
 def _rows(file: Path) -> list[Row]:
