@@ -71,15 +71,13 @@ def test_bad_studies_are_named(settings: StreamSettings, tmp_path: Path) -> None
 
 
 def test_each_update_has_some_to_learn_and_some_to_judge_by(settings: StreamSettings) -> None:
-    five = replace(settings, conversations=5, updates=8)  # of five, a third of the parts would have none held out
+    five = replace(settings, conversations=5, updates=12)  # of five, a third of the parts would have none held out
     parts, rows = stream._text(five, "ada"), stream._rows(five.data / "ada.train.jsonl")
-    assert len(parts) == 8 and any(len(part) > 5 for part in parts)
+    assert len(parts) == 12 and any(len(part) > 5 for part in parts)
     for part in parts:
         assert len({held_out(row) for row in part}) == 2
         assert len(part) == 5 or len({held_out(row) for row in part[:-1]}) == 1
-    assert [row for part in parts for row in part] == stream._rows(five.data / "ada.train.jsonl")[
-        : sum(map(len, parts))
-    ]
+    assert [row for part in parts for row in part] == rows[: sum(map(len, parts))]
 
 
 def test_the_command(settings: StreamSettings, tmp_path: Path) -> None:
