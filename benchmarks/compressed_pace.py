@@ -56,7 +56,7 @@ def main() -> None:
         names = [f"a{number}" for number in range(len(adapters))]
         for name, adapter in zip(names, adapters, strict=True):
             model.stack[LAYER].adapters[name] = adapter.path
-            model._put(f"{LAYER}/{name}", adapter)
+            model._put(f"{LAYER}/{name}", model.adapted.pack(adapter))
         model._refresh()
         if names:
             check_that_it_acts(model, names[-1])

@@ -10,11 +10,13 @@ from molora.adapter import Adapter
 from molora.backend import backend_for, check_backend
 from molora.errors import BaseModelError
 from molora.groups import AdapterGroup, siblings
-from molora.layer import MoLoRALinear, linear_size
+from molora.layer import MoLoRALinear, linear_size, multiplied_in
+from molora.packed import Packed, Place, pack
 from molora.routing import RoutingState, decoder_layers
 from molora_kernels import Factors
 from molora_kernels.megablocks import FactorStack, PairOrder, add_lora_megablocks, pair_order, stack_factors
 from molora_kernels.order import PagedPlan
+from molora_kernels.pages import Writes
 
 
 class PairOrders:
@@ -45,8 +47,8 @@ class MegaBlocksGroup(AdapterGroup):
         self.orders = PairOrders()  # one for all groups of a model, once it has them
         self._stacks: dict[int, FactorStack] = {}  # by piece
 
-    def put(self, slot: int, piece: int, factors: Factors | None) -> None:
-        super().put(slot, piece, factors)
+    def put(self, slot: int, piece: int, factors: Factors | None, writes: Writes | None = None) -> None:
+        super().put(slot, piece, factors, writes)
         self._stacks.pop(piece, None)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor:
@@ -83,20 +85,27 @@ class AdaptedModules:
         self._modules: dict[str, MoLoRALinear] = {}  # by name, what was wrapped
         self._last = 0  # slot that was ever taken
 
-    def put(self, slot: int, adapter: Adapter) -> None:
+    def pack(self, adapter: Adapter) -> Packed:
+        """Makes an adapter ready for :meth:`put`; from any thread."""
+        return pack(adapter, self._place)
+
+    def put(self, slot: int, packed: Packed) -> None:
         """Puts an adapter into a slot of all modules that it adapts; the others know the slot then too."""
         self._last = max(self._last, slot)
         for group in self.groups.values():
             group.reserve(self._last)
-        for name, weights in adapter.modules.items():
+        writes, brought = Writes(), packed.brought()
+        for name, weights in packed.adapter.modules.items():
             module = self._wrapped(name)
-            dtype = module.weight.dtype if module.weight.is_floating_point() else self.base.dtype
-            module.set_factors(slot, weights, dtype)
+            module.set_factors(slot, weights, self._dtype(module.weight), brought.get(name), writes)
+        writes.done()
 
     def drop(self, slot: int, adapter: Adapter) -> None:
         """Empties the slot of those modules."""
+        writes = Writes()
         for name in adapter.modules:
-            self._wrapped(name).set_factors(slot, None, self.base.dtype)
+            self._wrapped(name).set_factors(slot, None, self.base.dtype, writes=writes)
+        writes.done()
 
     def moved(self, adapters: Mapping[int, Adapter]) -> None:
         """The base may be on another kind of device, where other code serves: then adapters (by slot) go there."""
@@ -110,7 +119,20 @@ class AdaptedModules:
             module.factors.clear()
             module.shared.clear()
         for slot, adapter in adapters.items():
-            self.put(slot, adapter)
+            self.put(slot, self.pack(adapter))
+
+    def _dtype(self, weight: torch.Tensor) -> torch.dtype:
+        """In which a module with this weight computes."""
+        return weight.dtype if weight.is_floating_point() else self.base.dtype
+
+    def _place(self, name: str) -> Place:
+        module: Any = self.base.get_submodule(name)
+        device, dtype = module.weight.device, self._dtype(module.weight)
+        kernels = self._by_kernels(device)
+        return device, dtype if kernels else multiplied_in(device, dtype), kernels
+
+    def _by_kernels(self, device: torch.device) -> bool:
+        return (self.backend or backend_for(device)) != "torch"
 
     def _wrapped(self, name: str) -> MoLoRALinear:
         found = self._modules.get(name)
@@ -136,7 +158,7 @@ class AdaptedModules:
     def _group(self, name: str) -> AdapterGroup | None:
         """The pages of a module and of those that share its input; None where torch does the work."""
         module: Any = self.base.get_submodule(name)
-        if (self.backend or backend_for(module.weight.device)) == "torch":
+        if not self._by_kernels(module.weight.device):
             return None
         if name not in self.groups:
             names = self._siblings(name)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.backend import broken
 from molora_kernels import Factors
 from molora_kernels.order import PagedPlan
-from molora_kernels.pages import MAX_RANK, PAGE, RankPages
+from molora_kernels.pages import MAX_RANK, PAGE, RankPages, Writes
 
 _FIRST_SLOTS, _FIRST_PAGES = 16, 16
 
@@ -61,8 +61,9 @@ class AdapterGroup:
         dtype = weight.dtype if weight.is_floating_point() else base.dtype
         return cls(names, sizes[0][0], [out for _, out in sizes], dtype, weight.device)
 
-    def put(self, slot: int, piece: int, factors: Factors | None) -> None:
-        """Writes an adapter's factors for one of the modules into a slot; None empties it there.
+    def put(self, slot: int, piece: int, factors: Factors | None, writes: Writes | None = None) -> None:
+        """Writes an adapter's factors for one of the modules into a slot; None empties it there. writes: gathers what
+        is written, for the caller to do.
 
         Raises:
             ValueError: a rank over 256, or factors of another shape.
@@ -78,14 +79,16 @@ class AdapterGroup:
             most *= 2
         if (slots, most) == (pages.slots, pages.max_pages):
             try:
-                pages.put_slice(slot, piece, factors)
+                pages.put_slice(slot, piece, factors, writes)
                 return
             except MemoryError:
                 count *= 2
         while count < pages.pages + most:
             count *= 2
+        if writes is not None:
+            writes.done()  # what is not written yet would not move
         self._move(slots, count, most)
-        self.pages.put_slice(slot, piece, factors)
+        self.pages.put_slice(slot, piece, factors, writes)
 
     def reserve(self, slot: int) -> None:
         """Makes room up to a slot that a plan may name: the kernels do not look whether there is one."""
@@ -185,9 +188,11 @@ class AdapterGroup:
         self.pages = RankPages(
             old.inputs, old.outputs, slots, pages, max_pages * PAGE, dtype or old.A.dtype, device or old.A.device
         )
+        writes = Writes()
         for piece in range(len(old.outputs)):
             for slot, factors in old.factors(piece).items():
-                self.pages.put_slice(slot, piece, factors)
+                self.pages.put_slice(slot, piece, factors, writes)
+        writes.done()
         self.version += 1
 
 

@@ -12,13 +12,20 @@ from molora.adapter import LoRAWeights, SharedWeights
 from molora.backend import failed
 from molora.errors import BaseModelError
 from molora.groups import AdapterGroup
+from molora.packed import ready
 from molora.plan import RoutingPlan
 from molora.shared import SharedPath
 from molora_kernels import Dispatch, Factors, add_lora
+from molora_kernels.pages import Writes
 
 _HALF = (torch.bfloat16, torch.float16)
 _FEW = 48  # tokens up to which all adapters are multiplied with all of them
 _MOST_RANKS = 512  # that are kept joined beyond those that act
+
+
+def multiplied_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch multiplies adapters of a module: on a CPU half precision is slower."""
+    return torch.float32 if device.type == "cpu" and dtype in _HALF else dtype
 
 
 class PlanSource(Protocol):
@@ -88,24 +95,31 @@ class MoLoRALinear(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def set_factors(self, slot: int, weights: LoRAWeights | SharedWeights | None, dtype: torch.dtype) -> None:
-        """Puts an adapter into a slot, or empties it."""
+    def set_factors(
+        self,
+        slot: int,
+        weights: LoRAWeights | SharedWeights | None,
+        dtype: torch.dtype,
+        factors: Factors | None = None,
+        writes: Writes | None = None,
+    ) -> None:
+        """Puts an adapter into a slot, or empties it.
+
+        Args:
+            slot, weights, dtype: which, what, and the module's.
+            factors: what :func:`molora.packed.ready` makes of the weights, if it is there.
+            writes: gathers what is written into the kernels' pages, for the caller to do.
+        """
         self._share(slot, weights if isinstance(weights, SharedWeights) else None)
-        if isinstance(weights, SharedWeights):
-            weights = None
         self._joined = None
         self.factors.pop(slot, None)
-        if self.group is not None:
-            factors = None
-            if weights is not None:
-                B = (weights.B.float() * weights.scale).T
-                factors = Factors(weights.A, B)
-            self.group.put(slot, self.piece, factors)
-        elif weights is not None:
+        if isinstance(weights, LoRAWeights) and factors is None:
             device = self.weight.device
-            dtype = torch.float32 if device.type == "cpu" and dtype in _HALF else dtype
-            B = (weights.B.float() * weights.scale).T.contiguous()
-            self.factors[slot] = Factors(weights.A.to(device, dtype), B.to(device, dtype))
+            factors = ready(weights, device, dtype if self.group is not None else multiplied_in(device, dtype))
+        if self.group is not None:
+            self.group.put(slot, self.piece, factors, writes)
+        elif factors is not None:
+            self.factors[slot] = factors
 
     def _share(self, slot: int, weights: SharedWeights | None) -> None:
         for path in self.shared:

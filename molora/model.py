@@ -18,6 +18,7 @@ from molora.checks import check_fits, check_router
 from molora.errors import BaseModelError, SelectionError, StackError
 from molora.loading import as_folders, load_adapter
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
+from molora.packed import Packed
 from molora.router import Router, RouterConfig
 from molora.routing import RoutingState
 from molora.selection import Selection, candidates, column_layers, resolve, router_rows
@@ -104,7 +105,7 @@ class MoLoRAModel(nn.Module):
         model = cls(base, tokenizer, name, backend)  # from here on nothing is refused
         model.stack = stack
         for label, adapter in adapters.items():
-            model._put(label, adapter)
+            model._put(label, model.adapted.pack(adapter))
         model.set_router(router)
         return model
 
@@ -246,13 +247,13 @@ class MoLoRAModel(nn.Module):
         return {name: ids[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def add_adapter(
-        self, layer: str, name: str, path: str | Path | Adapter, *, examples: Sequence[str] | None = None
+        self, layer: str, name: str, path: str | Path | Adapter | Packed, *, examples: Sequence[str] | None = None
     ) -> None:
         """Adds an adapter to a layer of the live stack.
 
         Args:
             layer, name: where, and as what.
-            path: a PEFT folder or a Hub id, or the adapter that was read there.
+            path: a PEFT folder or a Hub id, or the adapter that was read there, packed or not.
             examples: a few texts of its data: its row of the router is computed from them, so that "auto" can choose
                 it. Without them it acts when it is named.
 
@@ -262,11 +263,11 @@ class MoLoRAModel(nn.Module):
         check_name(name, "an adapter")
         if name in self.stack[layer].adapters:
             raise StackError(f"Layer {layer!r} already has an adapter {name!r}: use replace_adapter.")
-        adapter = self._load(path)
+        packed = self._load(path)
         encoded = self._encode_examples(examples) if examples is not None else []
         with self.routing.lock:
-            self.stack[layer].adapters[name] = adapter.path if isinstance(path, Adapter) else path
-            self._put(f"{layer}/{name}", adapter)
+            self.stack[layer].adapters[name] = path if isinstance(path, str | Path) else packed.adapter.path
+            self._put(f"{layer}/{name}", packed)
             if self.stack[layer].shared:  # which have their row already
                 self._refresh()
                 return
@@ -294,11 +295,11 @@ class MoLoRAModel(nn.Module):
     def replace_adapter(self, layer: str, name: str, path: str | Path) -> None:
         """Swaps an adapter for another version; a generation under way ends with the old one first."""
         self._must_have(layer, name)
-        adapter = self._load(path)
+        packed = self._load(path)
         with self.routing.lock:
             self._drop(f"{layer}/{name}")
             self.stack[layer].adapters[name] = path
-            self._put(f"{layer}/{name}", adapter)
+            self._put(f"{layer}/{name}", packed)
             self._refresh()
 
     def merge(
@@ -396,10 +397,12 @@ class MoLoRAModel(nn.Module):
             known = ", ".join(self.stack[layer].adapters) or "none at all"
             raise StackError(f"Layer {layer!r} has no adapter {name!r}; it has {known}.")
 
-    def _load(self, path: str | Path | Adapter) -> Adapter:
+    def _load(self, path: str | Path | Adapter | Packed) -> Packed:
+        if isinstance(path, Packed):
+            return path
         adapter = path if isinstance(path, Adapter) else load_adapter(path)
         check_fits(adapter, self.base, str(self.base_name), self.adapted.backend)
-        return adapter
+        return self.adapted.pack(adapter)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRAModel":
         """``.to()`` and the like."""
@@ -407,9 +410,9 @@ class MoLoRAModel(nn.Module):
         self.adapted.moved({self.slots[label]: adapter for label, adapter in self.adapters.items()})
         return self
 
-    def _put(self, label: str, adapter: Adapter) -> None:
-        self.adapters[label] = adapter
-        self.adapted.put(self.slots.take(label), adapter)
+    def _put(self, label: str, packed: Packed) -> None:
+        self.adapters[label] = packed.adapter
+        self.adapted.put(self.slots.take(label), packed)
 
     def _drop(self, label: str) -> None:
         self.adapted.drop(self.slots.free(label), self.adapters.pop(label))

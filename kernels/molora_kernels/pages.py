@@ -85,6 +85,34 @@ def _span(width: int, device: torch.device) -> torch.Tensor:
     return torch.tensor([0, width], dtype=torch.int32, device=device)
 
 
+class Writes:
+    """What is to be written into pages: gathered, since on a GPU many writes then take few launches."""
+
+    def __init__(self) -> None:
+        self.emptied: list[torch.Tensor] = []  # counts
+        self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []  # where, and what
+        self.rest: list[torch.Tensor] = []  # of a last page
+        self.runs: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = []  # first, count, and what they become
+
+    @torch.no_grad()
+    def done(self) -> None:
+        """Writes it, in an order in which nothing is read that is half written."""
+        if self.emptied:
+            torch._foreach_zero_(self.emptied)
+        if self.factors:
+            where, what = zip(*self.factors, strict=True)
+            torch._foreach_copy_(list(where), list(what))
+        if self.rest:
+            torch._foreach_zero_(self.rest)
+        if self.runs:
+            firsts, counts, runs = zip(*self.runs, strict=True)
+            numbers = torch.tensor(runs, dtype=torch.int32).to(firsts[0].device)
+            for which, into in enumerate((firsts, counts)):
+                torch._foreach_copy_(list(into), list(numbers[:, which].unbind()))
+        for gathered in (self.emptied, self.factors, self.rest, self.runs):
+            gathered.clear()
+
+
 class RankPages(PageView):
     """Factors of up to ``slots`` adapters, in memory that never moves.
 
@@ -144,16 +172,22 @@ class RankPages(PageView):
             if pair is not None:
                 self._check(index, pair)
         runs = [self._place(index, slot, pair) for index, pair in enumerate(factors)]
+        writes = Writes()
         for index, (pair, run) in enumerate(zip(factors, runs, strict=True)):
-            self._write(index, slot, pair, run)
+            self._write(index, slot, pair, run, writes)
+        writes.done()
 
-    def put_slice(self, slot: int, index: int, pair: Factors | None) -> None:
-        """As :meth:`put`, for one slice; what the slot has in the others stays."""
+    def put_slice(self, slot: int, index: int, pair: Factors | None, writes: Writes | None = None) -> None:
+        """As :meth:`put`, for one slice; what the slot has in the others stays. writes: gathers what is written, for
+        the caller to do before the pages are read."""
         if not 0 <= slot < self.slots:
             raise IndexError(f"There is no slot {slot}: slots are 0 to {self.slots - 1}.")
         if pair is not None:
             self._check(index, pair)
-        self._write(index, slot, pair, self._place(index, slot, pair))
+        mine = Writes() if writes is None else writes
+        self._write(index, slot, pair, self._place(index, slot, pair), mine)
+        if writes is None:
+            mine.done()
 
     def clear(self, slot: int) -> None:
         """Empties a slot."""
@@ -203,17 +237,18 @@ class RankPages(PageView):
             raise MemoryError(f"No {need} free pages in a row: {self.pages} serve {len(self._runs[index])} adapters.")
         return first, need
 
-    def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int]) -> None:
+    def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int], writes: Writes) -> None:
         had = self._runs[index].pop(slot, None)
         self._layout = None
         if had is not None:  # nothing is read there while its pages are written
-            self.count[index, slot] = 0
+            writes.emptied.append(self.count[index, slot])
         if pair is None:
             return
         first, count = run
         rank, rows = pair.A.shape[0], slice(first * PAGE, (first + count) * PAGE)
         for arena, factor in ((self.A[index].flatten(0, 1), pair.A), (self.b_slice(index).flatten(0, 1), pair.B)):
-            arena[rows][:rank].copy_(factor)
-            arena[rows][rank:].zero_()
-        self.first[index, slot], self.count[index, slot] = first, count
+            writes.factors.append((arena[rows][:rank], factor))
+            if rank % PAGE:
+                writes.rest.append(arena[rows][rank:])
+        writes.runs.append((self.first[index, slot], self.count[index, slot], run))
         self._runs[index][slot] = run

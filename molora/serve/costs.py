@@ -251,7 +251,7 @@ def _time_adapters(pool: Any) -> tuple[list[float], list[float], int]:
         pool.lease(read)
         swap.append(time.perf_counter() - begun)
         pool.release(read)
-        size = read.adapter.nbytes
+        size = read.packed.adapter.nbytes
     return fetch, swap, size
 
 

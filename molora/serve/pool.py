@@ -12,11 +12,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from molora.adapter import Adapter
 from molora.checks import check_fits
 from molora.errors import BusyError, StackError
 from molora.loading import load_adapter
 from molora.model import MoLoRAModel
+from molora.packed import Packed
 
 Find = Callable[[str], tuple[str, Path]]
 """name -> its version now, and a PEFT folder that holds it; AdapterNotFoundError: there is none."""
@@ -24,11 +24,11 @@ Find = Callable[[str], tuple[str, Path]]
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """A version of an adapter in the host's memory, checked against the base."""
+    """A version of an adapter in the host's memory, checked against the base and made ready for it."""
 
     name: str
     version: str
-    adapter: Adapter
+    packed: Packed
 
     @property
     def key(self) -> tuple[str, str]:
@@ -111,17 +111,18 @@ class Pool:
         try:
             adapter = load_adapter(folder)
             check_fits(adapter, self.model.base, str(self.model.base_name), self.model.adapted.backend)
+            packed = self.model.adapted.pack(adapter)
         except Exception as error:
             with self._lock:
                 self._coming.pop(key).set_exception(error)
             raise
-        read = Read(*key, adapter)
+        read = Read(*key, packed)
         with self._lock:
             self._counts["read"] += 1
             self._host[key] = read
-            self._held += adapter.nbytes
+            self._held += packed.nbytes
             while self._held > self.host_bytes and len(self._host) > 1:
-                self._held -= self._host.popitem(last=False)[1].adapter.nbytes
+                self._held -= self._host.popitem(last=False)[1].packed.nbytes
             self._coming.pop(key).set_result(read)
         return read
 
@@ -168,7 +169,7 @@ class Pool:
                 return None
             live = _Live(f"{self._prefix}-{self._made}")
             self._made += 1
-            self.model.add_adapter(self.layer, live.slot, read.adapter)
+            self.model.add_adapter(self.layer, live.slot, read.packed)
             self._live[read.key] = live
             self._names[live.slot] = read.name
         self._live.move_to_end(read.key)

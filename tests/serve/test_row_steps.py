@@ -11,6 +11,7 @@ from molora import MoLoRAModel
 from molora.decode import DecodeStep
 from molora.selection import candidates, without_names
 from molora.serve.engine import Engine
+from molora.serve.prefixes import BLOCK
 from tests.conftest import DEVICE, write_adapter
 from tests.parity.test_equalities import make_routed
 from tests.serve.test_engine import Heard, alone, endless, engines, greedy, held, watched  # noqa: F401 - a fixture
@@ -79,6 +80,20 @@ def test_rows_of_all_lengths_in_one_step(
     assert two.sizes, "no step was taken"
     assert all(count <= batch and batch in (1, 2, 4) for count, batch in two.sizes)
     assert any(count < batch for count, batch in two.sizes) or DEVICE.type == "cuda"
+
+
+def test_one_token_each_after_a_known_beginning(
+    two: Two,
+    engines: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = [[first, *range(5, 5 + BLOCK), 9] for first in (3, 4)]
+    expected = [plain_tokens(two, ids, {"domain": "auto"}, TOKENS) for ids in prompts]
+    engine, together = engines(two.model, chunk=192), watched(monkeypatch)
+    for known in (0, BLOCK):
+        with held(engine):
+            heard = [Heard(engine, greedy(ids, {"domain": "auto"}, TOKENS)) for ids in prompts]
+        assert [one.tokens() for one in heard] == expected and together.pop() == (2, known)
 
 
 def test_what_is_being_read_is_not_touched(two: Two, engines: Any) -> None:  # noqa: F811

@@ -1,0 +1,75 @@
+"""An adapter as the modules of a model take it: made ready in any thread, so that it comes in by little work."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from molora.adapter import Adapter, LoRAWeights, SharedWeights
+from molora_kernels import Factors
+
+Place = tuple[torch.device, torch.dtype, bool]
+"""Where a module's factors go, in which dtype, and whether into the pages of kernels."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Flat:
+    """Factors of modules of one device and dtype, A and B one after the other, in the host's memory."""
+
+    values: torch.Tensor
+    device: torch.device
+    shapes: tuple[tuple[str, torch.Size, torch.Size], ...]  # of A and B, by module
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """adapter: as it was read. factors: by module, of those that torch multiplies, where they are multiplied."""
+
+    adapter: Adapter
+    factors: dict[str, Factors]
+    flats: tuple[_Flat, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the adapter and of what was made of it."""
+        parts = [*(part for pair in self.factors.values() for part in pair), *(flat.values for flat in self.flats)]
+        return self.adapter.nbytes + sum(part.nbytes for part in parts)
+
+    def brought(self) -> dict[str, Factors]:
+        """Factors of all modules that have some of their own, on their devices: by one copy for each."""
+        found = dict(self.factors)
+        for flat in self.flats:
+            values, at = flat.values.to(flat.device, non_blocking=True), 0
+            for name, *shapes in flat.shapes:
+                parts = []
+                for rank, width in shapes:
+                    parts.append(values[at : at + rank * width].view(rank, width))
+                    at += rank * width
+                found[name] = Factors(*parts)
+        return found
+
+
+def pack(adapter: Adapter, place: Callable[[str], Place]) -> Packed:
+    """Makes an adapter ready. place: of a module, by its name."""
+    factors: dict[str, Factors] = {}
+    together: dict[tuple[torch.device, torch.dtype], list[tuple[str, Factors]]] = {}
+    for name, weights in adapter.modules.items():
+        if isinstance(weights, SharedWeights):
+            continue  # small, and beside a basis that others have brought
+        device, dtype, kernels = place(name)
+        if kernels:
+            together.setdefault((device, dtype), []).append((name, ready(weights, torch.device("cpu"), dtype)))
+        else:
+            factors[name] = ready(weights, device, dtype)
+    flats = []
+    for (device, _), pairs in together.items():
+        values = torch.cat([part.flatten() for _, pair in pairs for part in pair])
+        shapes = tuple((name, pair.A.shape, pair.B.shape) for name, pair in pairs)
+        flats.append(_Flat(values.pin_memory() if device.type == "cuda" else values, device, shapes))
+    return Packed(adapter, factors, tuple(flats))
+
+
+def ready(weights: LoRAWeights, device: torch.device, dtype: torch.dtype) -> Factors:
+    """One module's factors, the scale multiplied into B."""
+    B = (weights.B.float() * weights.scale).T
+    return Factors(weights.A.to(device, dtype).contiguous(), B.to(device, dtype).contiguous())

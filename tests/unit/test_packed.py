@@ -1,0 +1,55 @@
+"""What was made ready before is the adapter: put in, taken out, and put in again, by torch and by kernels."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora import MoLoRAModel
+from molora.adapter import Adapter
+from tests.conftest import write_adapter
+from tests.parity.test_equalities import make_routed
+
+IDS = torch.arange(5, 25).view(2, 10)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def model(request: Any, base: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> MoLoRAModel:
+    monkeypatch.setattr("molora.adapted.backend_for", lambda _: request.param)
+    return make_routed(base, adapters)
+
+
+@torch.no_grad()
+def logits(model: MoLoRAModel, name: str) -> torch.Tensor:
+    found = model(IDS.to(model.device), selection={"user": name}).logits
+    assert found is not None
+    return found
+
+
+def test_what_was_packed_acts_as_what_is_read(model: MoLoRAModel, base: Any, tmp_path: Path) -> None:
+    folders = [write_adapter(base, tmp_path / f"u{rank}", rank) for rank in (3, 16, 40)]  # of one page, and of more
+    for number, folder in enumerate(folders):
+        model.add_adapter("user", f"read{number}", folder)
+    expected = [logits(model, f"read{number}") for number in range(3)]
+    assert not any(torch.equal(one, expected[0]) for one in expected[1:])
+    for number in range(3):
+        model.remove_adapter("user", f"read{number}")
+    packed = [model.adapted.pack(Adapter.load(folder)) for folder in folders]
+    for _ in range(2):  # into slots that were used before
+        for number, one in enumerate(packed):
+            model.add_adapter("user", f"packed{number}", one)
+        for number, one in enumerate(packed):
+            assert torch.equal(logits(model, f"packed{number}"), expected[number])
+            assert model.stack["user"].adapters[f"packed{number}"] == folders[number] == one.adapter.path
+        for number in range(3):
+            model.remove_adapter("user", f"packed{number}")
+
+
+def test_a_model_that_moved_takes_what_was_packed_before(model: MoLoRAModel, base: Any, tmp_path: Path) -> None:
+    folder = write_adapter(base, tmp_path / "u", 5)
+    packed = model.adapted.pack(Adapter.load(folder))
+    model.to(torch.float64)
+    model.add_adapter("user", "packed", packed)
+    model.add_adapter("user", "read", folder)
+    torch.testing.assert_close(logits(model, "packed"), logits(model, "read"), rtol=1e-6, atol=1e-7)
