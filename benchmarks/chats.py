@@ -19,6 +19,7 @@ from molora import MoLoRAModel
 from molora.bench import full_selection
 from molora.serve.engine import Engine
 from molora.serve.requests import Event, Finished, Request, Sampling
+from molora.serve.warm import warm
 from molora.starter import starter_folder
 from molora_training.report import heading, line
 
@@ -48,6 +49,7 @@ def main() -> None:
     rows = [model.encode(chat)["input_ids"][0].tolist() for chat in chats]
     engine = Engine(model, rows=given.chats, longest=512)
     engine.start()
+    warm(engine)
     kinds: dict[str, Any] = {
         "generate": lambda: batched(model, rows, selection, given.tokens),
         "engine": lambda: served(engine, rows, selection, given.tokens),

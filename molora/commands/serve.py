@@ -97,6 +97,7 @@ def serve(
     from molora.serve.engine import Engine
     from molora.serve.pool import Pool
     from molora.serve.store import AdapterStore
+    from molora.serve.warm import warm
 
     opened, held = open_model(model, dtype), AdapterStore(store) if store is not None else None
     shared = [layer.name for layer in opened.stack.layers if layer.shared]
@@ -106,6 +107,8 @@ def serve(
     engine = Engine(opened, rows=rows, longest=longest, pools=pools)
     app: Any = build_app(engine, keys=known, store=held, hosts=hosts)
     engine.start()
+    if opened.device.type == "cuda":
+        typer.echo(f"Made ready for up to {rows} sequences at once in {warm(engine):.0f} s.")
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)
     finally:

@@ -174,6 +174,13 @@ class Engine:
         """Whether its thread is there to answer."""
         return self._thread is not None and self._thread.is_alive() and not self._closing
 
+    def forget(self) -> None:
+        """Counts from zero, and knows no beginnings of prompts; within :meth:`change`."""
+        self.prefixes.clear()
+        self._batch.prompt_tokens = self._batch.tokens = 0
+        with self._wake:
+            self._requests, self._pace = 0, 1.0
+
     def stats(self) -> Stats:
         """Counts; from any thread."""
         batch = self._batch

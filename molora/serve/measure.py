@@ -20,6 +20,7 @@ from molora.serve.engine import Engine
 from molora.serve.load import replay, report
 from molora.serve.pool import Pool
 from molora.serve.traffic import Traffic, arrivals
+from molora.serve.warm import warm
 from molora.stack import AUTO
 
 _FILES = 32  # adapters on disk, which stand for those of all users: each user's is read and live for itself
@@ -55,6 +56,7 @@ def measure_serve(
                 model, rows=rows, longest=traffic.prompt[1] + traffic.answer[1], waiting=10**9, pools=[pool]
             )
             engine.start()
+            warm(engine)
             found = replay(engine, coming, lambda user: {layer: f"u{0 if one else user}"}, tick)  # noqa: B023
             engine.close()
             kinds[kind] = {**report(found), "pool": vars(pool.stats())}

@@ -81,6 +81,7 @@ class Replica:
         from molora.serve.engine import Engine
         from molora.serve.pool import Pool
         from molora.serve.store import AdapterStore
+        from molora.serve.warm import warm
 
         model = MoLoRAModel.from_pretrained(
             serving.model,
@@ -97,6 +98,8 @@ class Replica:
         keys = Keys(serving.keys) if serving.keys is not None else None
         self.app: FastAPI = build_app(self.engine, keys=keys, store=self.store)
         self.engine.start()
+        if model.device.type == "cuda":
+            warm(self.engine)
 
     async def answer(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[Message]:
         """The server's messages for a request."""

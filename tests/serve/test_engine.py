@@ -20,6 +20,7 @@ from molora.serve.rows import Rows
 from molora.serve.sampling import Sampler
 from molora.serve.text import Text
 from molora.serve.ticket import Ticket
+from molora.serve.warm import warm
 from tests.conftest import DEVICE, FAMILIES, make_base, write_adapter
 from tests.parity.test_equalities import ROUTED, make_routed
 from tests.unit.spoken import make_spoken
@@ -455,6 +456,26 @@ def test_one_token_and_what_does_not_fit_are_read_alone(
     with held(engine):
         heard = [Heard(engine, greedy(ids, {"domain": "auto"}, 5)) for ids in prompts]
     assert [one.tokens() for one in heard] == expected and not found
+
+
+def test_a_warm_engine_has_run_all_sizes_and_begins_from_zero(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, sizes, step = watched(monkeypatch), [], Batch.step
+
+    def counted(batch: Batch) -> list[Ticket]:
+        sizes.append(len(batch.running))
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", counted)
+    engine = engines(model, rows=6, longest=256, chunk=192)
+    assert warm(engine) > 0
+    assert set(sizes) == {1, 2, 4, 6} and [many for many, _ in found] == [2, 4, 6]
+    stats = engine.stats()
+    assert stats.requests_total == stats.prompt_tokens_total == stats.tokens_total == stats.running == 0
+    assert engine.prefixes.stats().held == 0
+    expected = alone(model, [5, 6, 7], {"domain": "auto"}, 6)
+    assert Heard(engine, greedy([5, 6, 7], {"domain": "auto"}, 6)).tokens() == expected
 
 
 def test_what_fails_while_read_together_ends_and_the_next_go_on(
