@@ -12,6 +12,7 @@ import torch
 
 from molora import MoLoRAModel
 from molora.following import Following
+from molora.settled import settle
 from molora.starter import starter_folder
 from molora.versions import Versions
 
@@ -27,6 +28,7 @@ def main() -> None:
             model.to("cuda")
         following = Following(model, folder)
         model.generate(**model.encode([{"role": "user", "content": "Hello"}]), max_new_tokens=2)
+        settle()  # as a chat does
         waits: dict[str, list[float]] = {"router": [], "nothing new": []}
         for _ in range(TIMES):
             for layer in model.stack.layers:

@@ -8,7 +8,8 @@ if os.environ.get("MOLORA_TEST_DEVICE", "cpu") == "cpu":  # kernels in Triton's 
     os.environ["TRITON_INTERPRET"] = "1"
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
     watch()
 torch.set_num_threads(1)
 DEVICE = torch.device(os.environ.get("MOLORA_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh runs the equalities on a GPU
+
+
+@pytest.fixture(autouse=True)
+def _thawed() -> Iterator[None]:
+    """What a command had the collector pass over is the next test's rubbish."""
+    yield
+    gc.unfreeze()
+
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,

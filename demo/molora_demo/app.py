@@ -254,9 +254,11 @@ def launch(model_folder: str | Path, host: str = "127.0.0.1", port: int = 7860, 
 
     from molora import MoLoRAModel
     from molora.following import Following
+    from molora.settled import settle
 
     device_map = "cuda" if torch.cuda.is_available() else None
     model = MoLoRAModel.from_pretrained(model_folder, device_map=device_map)
     page = build(model, Following(model, model_folder).catch_up)
+    settle()
     print(f"MoLoRA demo on http://{host}:{port}. Stop it with Ctrl+C.", flush=True)
     serve(page, host, port, open_browser)

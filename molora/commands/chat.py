@@ -57,6 +57,7 @@ def chat(
     Example: molora chat --select personality=none --temperature 0.7 --seed 1
     """
     from molora.following import Following  # needs torch
+    from molora.settled import settle
 
     selection = parse_selection(select)
     with suppress(ImportError):  # where there is one, it gives the prompt a history and editing
@@ -67,6 +68,7 @@ def chat(
     check_selection(opened, selection)
     set_seed(seed)
     following = Following(opened, model_place(model))
+    settle()
     _Chat(opened, console, selection, sampling(max_new_tokens, temperature), following).run()
 
 

@@ -98,6 +98,7 @@ def serve(
     from molora.serve.pool import Pool
     from molora.serve.store import AdapterStore
     from molora.serve.warm import warm
+    from molora.settled import settle
 
     opened, held = open_model(model, dtype), AdapterStore(store) if store is not None else None
     shared = [layer.name for layer in opened.stack.layers if layer.shared]
@@ -109,6 +110,7 @@ def serve(
     engine.start()
     if opened.device.type == "cuda":
         typer.echo(f"Made ready for up to {rows} sequences at once in {warm(engine):.0f} s.")
+    settle()
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)
     finally:

@@ -82,6 +82,7 @@ class Replica:
         from molora.serve.pool import Pool
         from molora.serve.store import AdapterStore
         from molora.serve.warm import warm
+        from molora.settled import settle
 
         model = MoLoRAModel.from_pretrained(
             serving.model,
@@ -100,6 +101,7 @@ class Replica:
         self.engine.start()
         if model.device.type == "cuda":
             warm(self.engine)
+        settle()
 
     async def answer(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[Message]:
         """The server's messages for a request."""

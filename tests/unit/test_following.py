@@ -1,6 +1,8 @@
 """A loaded model follows its saved folder: what it then says is what a model says that is loaded anew."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from molora.cli import app
 from molora.errors import AdapterError
 from molora.following import Following
 from molora.saved import MANIFEST, load
+from molora.settled import settle
 from molora.versions import Versions
 from tests.conftest import write_adapter
 from tests.unit.spoken import make_spoken, save_spoken
@@ -117,3 +120,23 @@ def test_a_chat_sees_it(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.exit_code == 0, found.output
     first, second = found.output.split("New: domain/math")
     assert "tokens" in first and "tokens" in second
+
+
+def test_what_has_settled_is_not_looked_at_again_and_what_comes_later_is() -> None:
+    class Loop:
+        def __init__(self) -> None:
+            self.itself = self
+
+    settle()
+    assert gc.get_freeze_count() > 1000
+    gone = weakref.ref(Loop())
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_chat_settles_once_it_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[bool] = []
+    monkeypatch.setattr("molora.settled.settle", lambda: settled.append(True))
+    found = CliRunner().invoke(app, ["chat", str(folder), "--max-new-tokens", "2"], input="12\n/quit\n")
+    assert found.exit_code == 0, found.output
+    assert settled == [True]
