@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora_training import router
@@ -80,6 +81,12 @@ class Apart:
             router.train(training, resume=False)
             model = MoLoRAModel.from_pretrained(work / "routed", dtype=dtype)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        found: nn.Module = self.model.base.get_output_embeddings()
+        return found
 
     @property
     def bytes(self) -> int:

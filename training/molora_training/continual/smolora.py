@@ -76,6 +76,12 @@ class SMoLora:
         return partial(self._run, self.gates(questions))
 
     @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        found: nn.Module = self.base.get_output_embeddings()
+        return found
+
+    @property
     def bytes(self) -> int:
         """What is kept beside the blocks."""
         return self.gates.bytes

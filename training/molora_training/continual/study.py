@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from molora.adapter import Adapter
 from molora.base import DEFAULT_BASE, load_base
@@ -35,6 +36,7 @@ from molora_training.continual.separable import block_rank
 from molora_training.continual.smolora import SMoLora
 from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats
 from molora_training.data import IGNORED, Batch, Split, collate, encode_within, read_examples
+from molora_training.evaluate import seeing
 from molora_training.report import heading, line, write_report
 
 JOINT = "joint training"
@@ -51,6 +53,7 @@ APART = {"apart, by router": True, "apart, by key": False}  # adapters of their 
 SMOLORA = "smolora"
 NAMES = (*METHOD, *APART, SMOLORA)
 DEFAULT = "replay"
+SCORED = 4  # times as many tokens at once as in training, since nothing is kept of them
 Row = Mapping[str, Any]
 
 
@@ -264,8 +267,8 @@ class Scorer:
         """Scores of an adapter's folder, or of what chooses by the question."""
         if isinstance(served, Path):
             self._take(served)
-            return [self._score(lambda _: self.model, task) for task in tasks]
-        return [self._score(served.answering, task) for task in tasks]
+            return [self._score(lambda _: self.model, self.model.get_output_embeddings(), task) for task in tasks]
+        return [self._score(served.answering, served.head, task) for task in tasks]
 
     def _take(self, folder: Path) -> None:
         from peft import PeftModel
@@ -285,18 +288,19 @@ class Scorer:
                 asked = represented(self.model, encoded, 0, self.settings.batch_tokens)
             self.batches[task] = [
                 (collate([encoded[index] for index in indices], 0).to(self.model.device), asked[indices])
-                for indices in plan_pass([len(row.input_ids) for row in encoded], self.settings.batch_tokens)
+                for indices in plan_pass([len(row.input_ids) for row in encoded], SCORED * self.settings.batch_tokens)
             ]
 
-    def _score(self, model_for: Callable[[torch.Tensor], Any], task: str) -> float:
-        """model_for: what answers questions of these representations."""
+    def _score(self, model_for: Callable[[torch.Tensor], Any], head: nn.Module, task: str) -> float:
+        """model_for: what answers questions of these representations. head: its output head."""
         right = count = 0
         for batch, asked in self.batches[task]:
-            said = model_for(asked)(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             wanted = batch.labels[:, 1:]
             answer = wanted != IGNORED
-            right += int((said[:, :-1].argmax(-1) == wanted)[answer].sum())
-            count += int(answer.sum())
+            with seeing(head, answer):
+                said = model_for(asked)(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            right += int((said.argmax(-1) == wanted[answer]).sum())
+            count += len(said)
         return 100 * right / max(1, count)
 
 
