@@ -4,7 +4,8 @@ import datetime
 import math
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from molora.model import MoLoRAModel
 from molora.provenance import commit
 from molora.serve.engine import Engine
 from molora.serve.load import replay, report
-from molora.serve.pool import Pool
+from molora.serve.pool import Pool, Read
 from molora.serve.traffic import Traffic, arrivals
 from molora.serve.warm import warm
 from molora.stack import AUTO
@@ -27,7 +28,15 @@ _FILES = 32  # adapters on disk, which stand for those of all users: each user's
 
 
 def measure_serve(
-    model: MoLoRAModel, traffic: Traffic, *, rows: int, live: int, rank: int, tick: Callable[[], None] = lambda: None
+    model: MoLoRAModel,
+    traffic: Traffic,
+    *,
+    rows: int,
+    live: int,
+    rank: int,
+    tick: Callable[[], None] = lambda: None,
+    modules: Collection[str] | None = None,
+    there: int = 0,
 ) -> dict[str, Any]:
     """Replays ``traffic`` twice: "one adapter", where all users have the same, and "own adapters".
 
@@ -36,19 +45,23 @@ def measure_serve(
         traffic: what comes.
         rows: sequences at once.
         live: adapters in the model at once.
-        rank: of the users' adapters, which are random and adapt all linear modules of the decoder layers.
+        rank: of the users' adapters, which are random.
         tick: called after each answer, of 2 * requests.
+        modules: which linear modules of the decoder layers they adapt, by the end of their names; None: all.
+        there: of so many users, the ones that ask most, the adapters are live before the first request.
 
     Raises:
         StackError: the model has no shared layer.
     """
+    if there > min(live, traffic.users):
+        raise ValueError(f"{there} adapters cannot be there: {live} can be live, of {traffic.users} users.")
     layer = next((layer.name for layer in model.stack.layers if layer.shared), None)
     if layer is None:
         raise StackError("The stack has no layer with shared: true, so no adapters of users can come and go in it.")
     coming = arrivals(traffic)
     kinds: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [write_random(model, Path(scratch) / str(number), rank, number) for number in range(_FILES)]
+        folders = [write_random(model, Path(scratch) / str(number), rank, number, modules) for number in range(_FILES)]
         for kind in ("one adapter", "own adapters"):
             one = kind == "one adapter"
             pool = Pool(model, layer, lambda name: ("1", folders[int(name[1:]) % _FILES]), most=live)
@@ -57,6 +70,8 @@ def measure_serve(
             )
             engine.start()
             warm(engine)
+            for user in range(min(there, 1) if one else there):
+                engine.change([], partial(_bring, pool, pool.read(f"u{user}")))
             found = replay(engine, coming, lambda user: {layer: f"u{0 if one else user}"}, tick)  # noqa: B023
             engine.close()
             kinds[kind] = {**report(found), "pool": vars(pool.stats())}
@@ -73,6 +88,12 @@ def measure_serve(
         "layers": {one.name: "auto" if one.default == AUTO else one.default for one in model.stack.layers},
         "ratio": round(ratio, 4),
     }
+
+
+def _bring(pool: Pool, read: Read) -> None:
+    """Makes an adapter live; in the engine's thread."""
+    pool.lease(read)
+    pool.release(read)
 
 
 def measure_at(
@@ -102,8 +123,11 @@ def _own(model: MoLoRAModel, layer: str, pool: Pool) -> set[str]:
     return {name for name in model.stack[layer].adapters if pool.shown(name) == name}
 
 
-def write_random(model: MoLoRAModel, folder: Path, rank: int, seed: int) -> Path:
-    """A PEFT folder of random factors for all linear modules of the decoder layers; returns ``folder``."""
+def write_random(
+    model: MoLoRAModel, folder: Path, rank: int, seed: int, modules: Collection[str] | None = None
+) -> Path:
+    """A PEFT folder of random factors for linear modules of the decoder layers, by the ends of their names (None: all);
+    returns ``folder``."""
     chance = torch.Generator().manual_seed(seed)
     factors: Factors = {
         name: (
@@ -111,7 +135,7 @@ def write_random(model: MoLoRAModel, folder: Path, rank: int, seed: int) -> Path
             0.01 * torch.randn(outside, rank, generator=chance),
         )
         for name, (inside, outside) in linear_sizes(model.base).items()
-        if "layers." in name
+        if "layers." in name and (modules is None or name.rpartition(".")[2] in modules)
     }
     write_factors(folder, factors, str(model.base_name))
     return folder

@@ -66,6 +66,15 @@ def test_each_is_answered_in_both_ways(model: MoLoRAModel) -> None:
     assert not model.stack["user"].adapters  # as before
 
 
+def test_all_adapters_are_there_before_the_first_request(model: MoLoRAModel) -> None:
+    found = measure_serve(model, FEW, rows=2, live=3, rank=2, modules=["q_proj"], there=3)
+    own = found["rows"][1]
+    assert own["answered"] == 12 and own["pool"]["reads"] == 3  # whoever asks
+    assert own["pool"]["live_hits"] == 12 and own["pool"]["host_hits"] == 3  # as they were brought
+    with pytest.raises(ValueError, match="3 adapters cannot be there: 2 can be live"):
+        measure_serve(model, FEW, rows=2, live=2, rank=2, there=3)
+
+
 def test_a_stack_without_a_layer_for_users_is_refused(model: MoLoRAModel) -> None:
     model.stack["user"].shared = False
     with pytest.raises(StackError, match="shared: true"):
