@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,14 @@ from molora.errors import ConfigError
 
 if TYPE_CHECKING:
     from molora.serve.keys import Keys
+
+
+class EngineName(StrEnum):
+    """Which runs the model."""
+
+    own = "own"
+    vllm = "vllm"
+
 
 KEYS_FILE = Path("~/.config/molora/keys.json")
 _DRAIN_S = 30  # that answers under way have when the server is told to stop
@@ -58,6 +67,13 @@ def serve(
     most_replicas: Annotated[
         int | None, typer.Option(min=1, help="With --ray: up to how many there are while many ask.")
     ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="own: MoLoRA's, with stores and keys. vllm: vLLM's server, where it is installed."),
+    ] = EngineName.own,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="With --engine vllm: GPUs that each layer is spread over.")
+    ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Serve the model to clients of OpenAI's API; each request names the adapters that act on it.
@@ -65,7 +81,12 @@ def serve(
     Without a file of keys, programs on this machine may use it and nobody may change its adapters. Needs the extra
     "serve". Stop it with Ctrl+C.
 
+    With --engine vllm the stack is exported and vLLM's own server serves it, as the model "stack" beside "base"; --ray
+    then spreads it over the machines of a Ray cluster. It has one key, in VLLM_API_KEY.
+
     Example: molora serve --store adapters/ --live 256
+
+    Example: molora serve my-molora --engine vllm --tensor-parallel 2 --rows 64
     """
     file = (keys or KEYS_FILE).expanduser()
     if sum([new_key is not None, revoke_key is not None, list_keys]) > 1:
@@ -75,6 +96,19 @@ def serve(
     if new_key is not None or revoke_key is not None or list_keys:
         _keep_keys(file, new_key, scope or ["use"], user, revoke_key)
         return
+    if engine is EngineName.vllm:
+        from molora.vllm.launch import check_options, launch
+
+        check_options(
+            not _is_loopback(host), store=store, keys=keys, replicas=replicas, most_replicas=most_replicas
+        )  # fmt: skip
+        launch(
+            model_place(model), host=host, port=port, rows=rows, longest=longest, dtype=dtype.value,
+            tensor_parallel=tensor_parallel or 1, ray=ray,
+        )  # fmt: skip
+        return
+    if tensor_parallel is not None:
+        raise ConfigError("--tensor-parallel is of vLLM's server: give --engine vllm, too.")
     if not ray and (replicas or most_replicas):
         raise ConfigError("--replicas and --most-replicas are of several replicas: give --ray, too.")
     known = _known_keys(file, required=keys is not None)
@@ -105,16 +139,16 @@ def serve(
     if held is not None and not shared:
         raise ConfigError("The stack has no layer with shared: true, in which a store's adapters could come and go.")
     pools = [Pool(opened, layer, held.finder(layer), most=live) for layer in shared] if held is not None else []
-    engine = Engine(opened, rows=rows, longest=longest, pools=pools)
-    app: Any = build_app(engine, keys=known, store=held, hosts=hosts)
-    engine.start()
+    serving = Engine(opened, rows=rows, longest=longest, pools=pools)
+    app: Any = build_app(serving, keys=known, store=held, hosts=hosts)
+    serving.start()
     if opened.device.type == "cuda":
-        typer.echo(f"Made ready for up to {rows} sequences at once in {warm(engine):.0f} s.")
+        typer.echo(f"Made ready for up to {rows} sequences at once in {warm(serving):.0f} s.")
     settle()
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)
     finally:
-        engine.close()
+        serving.close()
         if held is not None:
             held.close()
 

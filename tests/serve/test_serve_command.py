@@ -68,6 +68,9 @@ def test_without_a_file_there_is_no_key_to_take_away(keys_file):
         (["--revoke-key", "a", "--scope", "use"], "of a new key"),
         (["--revoke-key", "a", "--list-keys"], "Give one of"),
         (["--new-key", "a", "--revoke-key", "b"], "Give one of"),
+        (["--tensor-parallel", "2"], "give --engine vllm, too"),
+        (["--engine", "vllm", "--store", "x", "--replicas", "2"], "vLLM's server has no --store, --replicas"),
+        (["--engine", "vllm", "--host", "0.0.0.0"], "set VLLM_API_KEY, or listen on 127.0.0.1"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(arguments, says):
