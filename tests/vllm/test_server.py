@@ -21,7 +21,8 @@ from tests.vllm.conftest import TOKENS, TOLERANCE, expected, prompt_of
 class Server:
     """vLLM's server, and what it answers."""
 
-    def __init__(self, base: Path, log: Path, *options: str) -> None:
+    def __init__(self, base: Path, log: Path, *options: str, saved: Path | None = None) -> None:
+        """saved: a MoLoRA that is served by our own command, and not by vLLM's with ``options``."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -34,6 +35,12 @@ class Server:
             "--max-lora-rank", "32", "--max-loras", "4", "--max-model-len", "400", "--max-num-seqs", "8",
             "--block-size", "32", "--num-gpu-blocks-override", "200", *options,
         ]  # fmt: skip
+        if saved is not None:
+            command = [
+                sys.executable, "-m", "molora", "serve", str(saved), "--engine", "vllm", "--port", str(self.port),
+                "--dtype", "float32", "--longest", "400",
+            ]  # fmt: skip
+            environment["MOLORA_CACHE"] = str(log.parent / "cache")
         self.log, self.base = log, base
         self.process = subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
@@ -139,5 +146,19 @@ def test_tensor_parallel(
         for kind in ("averages", "gated", "averages"):
             same(started.complete(kind, prompt), expected(models, kind, prompt))
         same(started.complete(str(base), prompt), expected(models, "base", prompt))
+    finally:
+        started.stop()
+
+
+def test_our_own_command_serves_stack_and_base(base: Path, models: Any, tmp_path: Path) -> None:
+    model = models["averages"]
+    model.base_name = str(base)
+    model.save_pretrained(tmp_path / "mine")
+    started = Server(base, tmp_path / "log", saved=tmp_path / "mine")
+    try:
+        started.wait()
+        prompt = prompt_of(40, 200)
+        same(started.complete("stack", prompt), expected(models, "averages", prompt))
+        same(started.complete("base", prompt), expected(models, "base", prompt))
     finally:
         started.stop()
