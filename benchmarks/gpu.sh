@@ -35,5 +35,9 @@ if [ -n "${MOLORA_SMOLLM:-}" ]; then # a folder of the base; the tokens to compa
     CUDA_VISIBLE_DEVICES= measure smollm --base "$MOLORA_SMOLLM" --reference "$out/smollm-cpu.json"
     measure smollm --base "$MOLORA_SMOLLM" --compare "$out/smollm-cpu.json" --out "$out/smollm.json"
 fi
+measure following
+measure chats --chats 8 --out "$out/chats.json"
+measure serving --out "$out/serving.json"
+measure compressed_pace --out "$out/compressed-pace.json"
 python3 -m benchmarks.results "$out" --out "$out/results.json"
 [ ${#failed[@]} -eq 0 ] || { echo "did not run: ${failed[*]}" >&2; exit 1; }

@@ -110,7 +110,7 @@ class MoLoRALinear(nn.Module):
             factors: what :func:`molora.packed.ready` makes of the weights, if it is there.
             writes: gathers what is written into the kernels' pages, for the caller to do.
         """
-        self._share(slot, weights if isinstance(weights, SharedWeights) else None)
+        self._share(slot, weights if isinstance(weights, SharedWeights) else None, writes)
         self._joined = None
         self.factors.pop(slot, None)
         if isinstance(weights, LoRAWeights) and factors is None:
@@ -121,9 +121,9 @@ class MoLoRALinear(nn.Module):
         elif factors is not None:
             self.factors[slot] = factors
 
-    def _share(self, slot: int, weights: SharedWeights | None) -> None:
+    def _share(self, slot: int, weights: SharedWeights | None, writes: Writes | None) -> None:
         for path in self.shared:
-            path.put(slot, None)
+            path.put(slot, None, writes)
         if weights is not None:
             own = next((path for path in self.shared if path.basis is weights.basis), None)
             if own is None:
@@ -131,7 +131,7 @@ class MoLoRALinear(nn.Module):
                 self.shared.append(own)
                 if self.group is not None and own.inner.group is not None:
                     own.inner.group.reserve(self.group.pages.slots - 1)
-            own.put(slot, weights)
+            own.put(slot, weights, writes)
         self.shared = [path for path in self.shared if path.adapts]
         if self.group is not None and self.shared:
             self.group.shared[self.piece] = tuple(self.shared)

@@ -8,6 +8,7 @@ from torch import nn
 
 from molora.adapter import LoRAWeights, SharedBasis, SharedWeights
 from molora.groups import AdapterGroup
+from molora_kernels.pages import Writes
 
 
 class SharedPath:
@@ -34,10 +35,10 @@ class SharedPath:
         nn.init.zeros_(nothing.requires_grad_(False).weight)
         self.inner = module(nothing, AdapterGroup(("core",), down, (up,), dtype, like.device) if grouped else None)
 
-    def put(self, slot: int, weights: SharedWeights | None) -> None:
-        """Puts a core into a slot, or empties it."""
+    def put(self, slot: int, weights: SharedWeights | None, writes: Writes | None = None) -> None:
+        """Puts a core into a slot, or empties it. writes: as for :meth:`AdapterGroup.put`."""
         own = None if weights is None else LoRAWeights(weights.a, weights.b, weights.scale)
-        self.inner.set_factors(slot, own, self.U.dtype)
+        self.inner.set_factors(slot, own, self.U.dtype, writes=writes)
 
     @property
     def adapts(self) -> bool:
