@@ -156,6 +156,7 @@ def measure_costs(model: "MoLoRAModel", *, rows: Sequence[int] = (1, 2, 4, 8), r
     from molora.serve.engine import Engine
     from molora.serve.measure import write_random
     from molora.serve.pool import Pool
+    from molora.serve.warm import warm
 
     layer = next((layer.name for layer in model.stack.layers if layer.shared), None)
     if layer is None:
@@ -170,6 +171,7 @@ def measure_costs(model: "MoLoRAModel", *, rows: Sequence[int] = (1, 2, 4, 8), r
         sizes = sorted({min(tokens, engine.chunk, engine.longest - 1) for tokens in _PROMPTS})
         prompts: dict[int, list[float]] = {tokens: [] for tokens in sizes}
         engine.start()
+        warm(engine)
         try:
             for _ in range(_ROUNDS):
                 for number in steps:

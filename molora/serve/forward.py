@@ -20,6 +20,7 @@ from molora.serve.door import MOST_ADAPTER_BYTES, MOST_BODY_BYTES, CheckHost, Ch
 from molora.serve.failures import EngineFailure, answer_errors, described, failure, stream_error
 from molora.serve.keys import Keys
 from molora.serve.metrics import merged
+from molora.serve.placement import Crowds
 from molora.serve.stream import ClientGone, until_gone
 
 log = logging.getLogger("molora.serve")
@@ -52,6 +53,7 @@ def build_door(
     *,
     shared: Collection[str],
     fixed: Callable[[str, str], bool],
+    at_once: int,
     keys: Keys | None = None,
     hosts: Sequence[str] | None = None,
 ) -> FastAPI:
@@ -62,6 +64,7 @@ def build_door(
         measured: gives the metrics of each replica, by its name.
         shared: layers whose adapters are one for each user.
         fixed: whether an adapter (layer, name) is part of the saved stack: one replica must not change it alone.
+        at_once: requests for the same adapters that one replica is given at once.
         keys, hosts: as for :func:`molora.serve.app.build_app`.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
@@ -70,7 +73,7 @@ def build_door(
     async def metrics() -> Response:
         return Response(merged(await measured()), media_type=CONTENT_TYPE_LATEST)
 
-    app.mount("/", Forward(ask, shared, fixed))
+    app.mount("/", Forward(ask, shared, fixed, at_once))
     answer_errors(app)
     app.add_middleware(
         LimitBody, most=lambda path: MOST_ADAPTER_BYTES if path.startswith("/v1/adapters/") else MOST_BODY_BYTES
@@ -84,8 +87,8 @@ def build_door(
 class Forward:
     """Hands requests on; see :func:`build_door`."""
 
-    def __init__(self, ask: Ask, shared: Collection[str], fixed: Callable[[str, str], bool]) -> None:
-        self.ask, self.shared, self.fixed = ask, shared, fixed
+    def __init__(self, ask: Ask, shared: Collection[str], fixed: Callable[[str, str], bool], at_once: int) -> None:
+        self.ask, self.shared, self.fixed, self.crowds = ask, shared, fixed, Crowds(at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,7 +98,8 @@ class Forward:
         try:
             body = await _whole(receive)
             key = affinity(body, self.shared) if scope["path"] in _ASKING else ""
-            await until_gone(receive, self._forward(key, scope, body, send))
+            with self.crowds.one(key) as place:
+                await until_gone(receive, self._forward(place, scope, body, send))
         except ClientGone:
             log.info("A client has left; its answer was ended.")
 

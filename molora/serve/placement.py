@@ -1,10 +1,42 @@
-"""Where a request goes among several replicas, as Ray Serve's model multiplexing decides it for the door."""
+"""Where a request goes among several replicas: by which key the door asks, and which one Ray Serve takes for a key."""
 
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 KEPT_KEYS = 512  # whose requests a replica is known for
+
+
+def at_once(rows: int) -> int:
+    """How many requests of one key a replica is given at once. Few: what others of the replica's users wait behind is
+    the sum of all its crowds, and where an adapter is at two replicas it is found as often as before."""
+    return max(2, rows // 4)
+
+
+class Crowds:
+    """Who asks more at once than a replica is given finds the rest of the answers at others.
+
+    Args:
+        most: requests of one key at once that go by this key.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._under_way: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, key: str) -> Iterator[str]:
+        """The key by which one more request is asked, as long as it is under way: its own, or another one of the
+        same adapters. "" stands for no adapters, and stays."""
+        crowd = self._under_way[key] // self.most if key else 0
+        self._under_way[key] += 1
+        try:
+            yield f"{key}-{crowd}" if crowd else key
+        finally:
+            self._under_way[key] -= 1
+            if not self._under_way[key]:
+                del self._under_way[key]
 
 
 class Placement:

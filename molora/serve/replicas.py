@@ -24,7 +24,7 @@ from molora.saved import load
 from molora.serve.failures import EngineFailure
 from molora.serve.forward import Reply, answer, build_door
 from molora.serve.keys import Keys
-from molora.serve.placement import KEPT_KEYS
+from molora.serve.placement import KEPT_KEYS, at_once
 from molora.stack import Stack
 
 log = logging.getLogger("molora.serve")
@@ -144,6 +144,7 @@ class Door:
         engine: the replicas.
         own: the adapters that the saved stack itself has, by layer.
         pooled: layers whose other adapters come from the store.
+        at_once: requests for the same adapters that one replica is given at once.
         keys, hosts: as in :class:`Serving`.
     """
 
@@ -152,10 +153,12 @@ class Door:
         engine: DeploymentHandle,
         own: Mapping[str, frozenset[str]],
         pooled: frozenset[str],
+        at_once: int,
         keys: Path | None,
         hosts: tuple[str, ...] | None,
     ) -> None:
         self.engine, self.own, self.pooled, self.keys, self.hosts = engine, own, pooled, keys, hosts
+        self.at_once = at_once
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_door(
@@ -163,6 +166,7 @@ class Door:
             self._measured,
             shared=self.pooled,
             fixed=self._fixed,
+            at_once=self.at_once,
             keys=Keys(self.keys) if self.keys is not None else None,
             hosts=self.hosts,
         )
@@ -215,7 +219,7 @@ def application(serving: Serving) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
     )(Door)
     own = {layer.name: frozenset(layer.adapters) for layer in stack.layers}
-    return door.bind(engine.bind(serving), own, pooled, serving.keys, serving.hosts)
+    return door.bind(engine.bind(serving), own, pooled, at_once(serving.rows), serving.keys, serving.hosts)
 
 
 def deploy(serving: Serving) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from molora.provenance import commit
 from molora.serve.costs import Costs
-from molora.serve.placement import Placement
+from molora.serve.placement import Placement, at_once
 from molora.serve.simulated import Asked, Replica
 from molora.serve.traffic import Arrival, Traffic, arrivals
 
@@ -45,16 +45,24 @@ def simulate(
     """
     chance = np.random.default_rng(seed)
     engines = [Replica(costs, rows, live, waiting, chance) for _ in range(replicas)]
-    placement = Placement(replicas, seed)
-    found = []
+    placement, most = Placement(replicas, seed), at_once(rows)
+    found: list[Asked] = []
+    crowds: dict[int, list[Asked]] = {}  # requests of each user that may be under way
     for one in coming:
         asked = Asked(one.at, one.user, one.prompt, one.prompt, one.answer)
+        crowd = crowds.setdefault(one.user, [])
+        if len(crowd) >= most:
+            for number in {other.replica for other in crowd}:
+                engines[number].advance(one.at)
+            crowd[:] = [other for other in crowd if not other.over(one.at)]
+        others = len(crowd) // most
+        crowd.append(asked)
 
         def under_way(number: int, now: float = one.at) -> int:
             engines[number].advance(now)
             return engines[number].under_way
 
-        asked.replica = placement.choose(one.user, under_way)
+        asked.replica = placement.choose((one.user, others) if others else one.user, under_way)
         engines[asked.replica].advance(one.at)
         engines[asked.replica].submit(asked)
         found.append(asked)

@@ -35,6 +35,10 @@ class Asked:
     done: float | None = None
     refused: bool = False
 
+    def over(self, now: float) -> bool:
+        """Whether it was answered or refused by then."""
+        return self.refused or (self.done is not None and self.done <= now)
+
 
 class Adapters:
     """A replica's adapters: some live, least recently used out, and what else is in the host's memory."""

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,17 @@ def test_a_user_stays_where_the_adapter_is(cluster: Cluster) -> None:
     for _ in range(3):  # the layer may be named by the field, too
         cluster.say("base", extra_body={"selection": {"user": "ada"}})
     assert cluster.counts("molora_sequences_total")[homes["ada"]] == known[homes["ada"]] + 3
+
+
+def test_a_crowd_of_one_user_is_answered_by_both(cluster: Cluster) -> None:
+    cluster.settle()
+    before = cluster.counts("molora_sequences_total")
+    expected = cluster.expected("base+user/ben", LONG)
+    with ThreadPoolExecutor(6) as pool:
+        said = list(pool.map(lambda _: cluster.say("base+user/ben", max_tokens=LONG), range(6)))
+    after = cluster.counts("molora_sequences_total")
+    assert said == [expected] * 6
+    assert all(after[name] > before[name] for name in before) and len(before) == 2
 
 
 def test_another_version_is_seen_by_every_replica(cluster: Cluster) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from molora.serve.costs import Costs, measure_costs, read_costs, write_costs
 from molora.serve.engine import Engine
 from molora.serve.forward import affinity
 from molora.serve.measure import write_random
-from molora.serve.placement import KEPT_KEYS, Placement
+from molora.serve.placement import KEPT_KEYS, Crowds, Placement
 from molora.serve.pool import Pool
 from molora.serve.requests import Request, Sampling
 from molora.serve.simulate import report, simulate
@@ -152,13 +154,39 @@ def test_requests_are_placed_as_rays_router_places_them() -> None:
 
 
 def test_a_user_stays_at_a_replica_and_the_less_busy_of_two_takes_a_new_one() -> None:
-    coming = arrivals(Traffic(4_000, rate=30.0, users=300, prompt=(2, 9), answer=(2, 9), seed=9))
+    coming = arrivals(Traffic(4_000, rate=4.0, users=300, zipf=0.5, prompt=(2, 9), answer=(2, 9), seed=9))
     found, _ = simulate(coming, SOME, replicas=5)
     homes: dict[int, set[int]] = {}
     for one in found:
         homes.setdefault(one.user, set()).add(one.replica)
     assert all(len(home) == 1 for home in homes.values()) and len(set.union(*homes.values())) == 5
     assert all(Placement(2, seed).choose("new", [3, 2].__getitem__) == 1 for seed in range(20))
+
+
+def test_a_crowd_goes_by_further_keys_and_home_again() -> None:
+    crowds = Crowds(2)
+    with ExitStack() as many:
+        assert [many.enter_context(crowds.one("ada")) for _ in range(5)] == ["ada", "ada", "ada-1", "ada-1", "ada-2"]
+        with crowds.one("ben") as other, crowds.one("") as none, crowds.one("") as none_again, crowds.one("") as last:
+            assert other == "ben" and none == none_again == last == ""
+    with crowds.one("ada") as again:
+        assert again == "ada"
+    assert not crowds._under_way
+
+
+def test_who_asks_more_than_one_replica_can_answer_is_answered_by_several() -> None:
+    """One user asks three times what a replica can answer; others ask little."""
+    rows, step = 4, SOME.of_step(4)
+    rate = 3 * rows / (10 * step)
+    hot = arrivals(Traffic(600, rate=rate, users=1, prompt=(1, 1), answer=(10, 10), seed=1))
+    rest = [replace(one, user=1 + number) for number, one in enumerate(hot[::50])]
+    coming = sorted([*hot, *rest], key=lambda one: one.at)
+    found, _ = simulate(coming, SOME, replicas=6, rows=rows, waiting=20)
+    assert not any(one.refused for one in found) and len({one.replica for one in found if one.user == 0}) > 2
+    alone, _ = simulate(coming, SOME, replicas=1, rows=rows, waiting=20)
+    assert sum(one.refused for one in alone) > 200
+    waits = [one.first - one.at for one in found if one.user > 0 and not one.refused]
+    assert len(waits) == len(rest) and max(waits) < 20 * step
 
 
 @pytest.mark.parametrize(
