@@ -25,6 +25,15 @@ app = typer.Typer(
 )
 
 
+# What comes, for both commands that replay it.
+RateOption = Annotated[float, typer.Option(min=0, help="Requests a second on average; 0: all at once.")]
+CvOption = Annotated[float, typer.Option(min=0.1, help="How unevenly they come; 1: as in a Poisson process.")]
+UsersOption = Annotated[int, typer.Option(min=1, help="Each has an adapter.")]
+ZipfOption = Annotated[float, typer.Option(min=0, help="How much more the first users ask; 0: all alike.")]
+PromptOption = Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of a prompt.")]
+AnswerOption = Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of an answer.")]
+
+
 @app.command()
 def decode(model: ModelArgument = None, as_json: JsonOption = False, dtype: DtypeOption = Dtype.bfloat16) -> None:
     """Compare the pace of greedy decoding at batch 1: the bare base, MoLoRA, and PEFT's X-LoRA.
@@ -50,12 +59,12 @@ def decode(model: ModelArgument = None, as_json: JsonOption = False, dtype: Dtyp
 def serve(
     model: ModelArgument = None,
     requests: Annotated[int, typer.Option(min=1, help="How many come.")] = 100,
-    rate: Annotated[float, typer.Option(min=0, help="Requests a second on average; 0: all at once.")] = 2.0,
-    cv: Annotated[float, typer.Option(min=0.1, help="How unevenly they come; 1: as in a Poisson process.")] = 1.0,
-    users: Annotated[int, typer.Option(min=1, help="Each has an adapter.")] = 100,
-    zipf: Annotated[float, typer.Option(min=0, help="How much more the first users ask; 0: all alike.")] = 1.0,
-    prompt: Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of a prompt.")] = "8:128",
-    answer: Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of an answer.")] = "8:64",
+    rate: RateOption = 2.0,
+    cv: CvOption = 1.0,
+    users: UsersOption = 100,
+    zipf: ZipfOption = 1.0,
+    prompt: PromptOption = "8:128",
+    answer: AnswerOption = "8:64",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 8,
     live: Annotated[int, typer.Option(min=1, help="Adapters that are in the model at once.")] = 32,
     rank: Annotated[int, typer.Option(min=1, max=256, help="Of the users' adapters.")] = 16,

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from molora.commands.bench import app, milliseconds, token_range
+from molora.commands.bench import (
+    AnswerOption,
+    CvOption,
+    PromptOption,
+    RateOption,
+    UsersOption,
+    ZipfOption,
+    app,
+    milliseconds,
+    token_range,
+)
 from molora.commands.common import Dtype, DtypeOption, JsonOption, ModelArgument, open_model, write_json
 
 
@@ -40,12 +50,12 @@ def simulate(
     costs: Annotated[Path, typer.Argument(metavar="COSTS", help="From `molora bench costs`.")],
     replicas: Annotated[int, typer.Option(min=1, help="How many, each on a machine as the costs are of.")] = 1,
     requests: Annotated[int, typer.Option(min=1, help="How many come.")] = 10000,
-    rate: Annotated[float, typer.Option(min=0, help="Requests a second on average; 0: all at once.")] = 2.0,
-    cv: Annotated[float, typer.Option(min=0.1, help="How unevenly they come; 1: as in a Poisson process.")] = 1.0,
-    users: Annotated[int, typer.Option(min=1, help="Each has an adapter.")] = 100,
-    zipf: Annotated[float, typer.Option(min=0, help="How much more the first users ask; 0: all alike.")] = 1.0,
-    prompt: Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of a prompt.")] = "8:128",
-    answer: Annotated[str, typer.Option(metavar="LEAST:MOST", help="Tokens of an answer.")] = "8:64",
+    rate: RateOption = 2.0,
+    cv: CvOption = 1.0,
+    users: UsersOption = 100,
+    zipf: ZipfOption = 1.0,
+    prompt: PromptOption = "8:128",
+    answer: AnswerOption = "8:64",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once in a replica.")] = 8,
     live: Annotated[int, typer.Option(min=1, help="Adapters that are in a replica's model at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
