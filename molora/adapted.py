@@ -87,7 +87,7 @@ class AdaptedModules:
 
     def pack(self, adapter: Adapter) -> Packed:
         """Makes an adapter ready for :meth:`put`; from any thread."""
-        return pack(adapter, self._place)
+        return pack(adapter, self._place, self)
 
     def put(self, slot: int, packed: Packed) -> None:
         """Puts an adapter into a slot of all modules that it adapts; the others know the slot then too."""

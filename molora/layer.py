@@ -119,7 +119,8 @@ class MoLoRALinear(nn.Module):
         if self.group is not None:
             self.group.put(slot, self.piece, factors, writes)
         elif factors is not None:
-            self.factors[slot] = factors
+            device = self.weight.device  # the model may have moved since they were made ready
+            self.factors[slot] = Factors(factors.A.to(device), factors.B.to(device))
 
     def _share(self, slot: int, weights: SharedWeights | None, writes: Writes | None) -> None:
         for path in self.shared:

@@ -399,7 +399,9 @@ class MoLoRAModel(nn.Module):
 
     def _load(self, path: str | Path | Adapter | Packed) -> Packed:
         if isinstance(path, Packed):
-            return path
+            if path.made_for is self.adapted:
+                return path
+            path = path.adapter
         adapter = path if isinstance(path, Adapter) else load_adapter(path)
         check_fits(adapter, self.base, str(self.base_name), self.adapted.backend)
         return self.adapted.pack(adapter)

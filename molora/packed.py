@@ -23,9 +23,11 @@ class _Flat:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """adapter: as it was read. factors: by module, of those that torch multiplies, where they are multiplied."""
+    """adapter: as it was read. made_for: what has the modules that it was made ready for. factors: by module, of those
+    that torch multiplies, where they are multiplied."""
 
     adapter: Adapter
+    made_for: object
     factors: dict[str, Factors]
     flats: tuple[_Flat, ...]
 
@@ -49,8 +51,8 @@ class Packed:
         return found
 
 
-def pack(adapter: Adapter, place: Callable[[str], Place]) -> Packed:
-    """Makes an adapter ready. place: of a module, by its name."""
+def pack(adapter: Adapter, place: Callable[[str], Place], made_for: object) -> Packed:
+    """Makes an adapter ready for ``made_for``. place: of a module, by its name."""
     factors: dict[str, Factors] = {}
     together: dict[tuple[torch.device, torch.dtype], list[tuple[str, Factors]]] = {}
     for name, weights in adapter.modules.items():
@@ -66,7 +68,7 @@ def pack(adapter: Adapter, place: Callable[[str], Place]) -> Packed:
         values = torch.cat([part.flatten() for _, pair in pairs for part in pair])
         shapes = tuple((name, pair.A.shape, pair.B.shape) for name, pair in pairs)
         flats.append(_Flat(values.pin_memory() if device.type == "cuda" else values, device, shapes))
-    return Packed(adapter, factors, tuple(flats))
+    return Packed(adapter, made_for, factors, tuple(flats))
 
 
 def ready(weights: LoRAWeights, device: torch.device, dtype: torch.dtype) -> Factors:

@@ -13,7 +13,7 @@ import torch
 
 from molora.bench import machine_name
 from molora.checks import linear_sizes
-from molora.errors import StackError
+from molora.errors import ConfigError, StackError
 from molora.factors import Factors, write_factors
 from molora.model import MoLoRAModel
 from molora.provenance import commit
@@ -51,10 +51,10 @@ def measure_serve(
         there: of so many users, the ones that ask most, the adapters are live before the first request.
 
     Raises:
-        StackError: the model has no shared layer.
+        StackError: the model has no shared layer. ConfigError: more adapters are to be there than can be.
     """
     if there > min(live, traffic.users):
-        raise ValueError(f"{there} adapters cannot be there: {live} can be live, of {traffic.users} users.")
+        raise ConfigError(f"{there} adapters cannot be there: {live} can be live, of {traffic.users} users.")
     layer = next((layer.name for layer in model.stack.layers if layer.shared), None)
     if layer is None:
         raise StackError("The stack has no layer with shared: true, so no adapters of users can come and go in it.")

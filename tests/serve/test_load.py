@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from molora import MoLoRAModel
 from molora.cli import app
-from molora.errors import StackError
+from molora.errors import ConfigError, StackError
 from molora.serve.load import Answered, report
 from molora.serve.measure import measure_serve
 from molora.serve.traffic import Traffic, arrivals
@@ -71,7 +71,7 @@ def test_all_adapters_are_there_before_the_first_request(model: MoLoRAModel) -> 
     own = found["rows"][1]
     assert own["answered"] == 12 and own["pool"]["reads"] == 3  # whoever asks
     assert own["pool"]["live_hits"] == 12 and own["pool"]["host_hits"] == 3  # as they were brought
-    with pytest.raises(ValueError, match="3 adapters cannot be there: 2 can be live"):
+    with pytest.raises(ConfigError, match="3 adapters cannot be there: 2 can be live"):
         measure_serve(model, FEW, rows=2, live=2, rank=2, there=3)
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from molora import MoLoRAModel
+from molora import MoLoRAModel, Stack, StackLayer
 from molora.adapter import Adapter
-from tests.conftest import write_adapter
+from molora.errors import AdapterMismatchError
+from tests.conftest import SMALL, write_adapter
 from tests.parity.test_equalities import make_routed
 
 IDS = torch.arange(5, 25).view(2, 10)
@@ -53,3 +55,19 @@ def test_a_model_that_moved_takes_what_was_packed_before(model: MoLoRAModel, bas
     model.add_adapter("user", "packed", packed)
     model.add_adapter("user", "read", folder)
     torch.testing.assert_close(logits(model, "packed"), logits(model, "read"), rtol=1e-6, atol=1e-7)
+
+
+def test_what_was_packed_for_another_model_is_made_ready_anew(
+    model: MoLoRAModel, base: Any, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = write_adapter(base, tmp_path / "u", 5)
+    packed = model.adapted.pack(Adapter.load(folder))
+    other = make_routed(base, adapters)
+    other.add_adapter("user", "packed", packed)
+    other.add_adapter("user", "read", folder)
+    assert torch.equal(logits(other, "packed"), logits(other, "read"))
+    config = LlamaConfig(**{**SMALL, "hidden_size": 48})
+    wide = MoLoRAModel.from_base(LlamaForCausalLM(config), Stack([StackLayer("user", {})]))
+    with pytest.raises(AdapterMismatchError):
+        wide.add_adapter("user", "packed", packed)
+    assert not wide.stack["user"].adapters
