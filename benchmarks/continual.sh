@@ -7,7 +7,7 @@
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 out=${1:-runs/results} each=${2:-12}
 mkdir -p "$out/log" "$out/.continual" "$out/.stream"
 cp -n "$root"/docs/results/parts/continual/*.json "$out/.continual/" 2>/dev/null
