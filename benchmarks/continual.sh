@@ -3,12 +3,12 @@
 # it was: what is finished lies in OUT/.continual and OUT/.stream, and what a GPU had no room for is tried again. The data has
 # to be there: molora train data math code medicine law science reading commonsense puzzles many
 #   benchmarks/continual.sh [OUT] [EACH]   OUT: folder of the results (default: runs/results)
-#                                          EACH: processes on each GPU (default: 12; one takes up to 8 GB)
+#                                          EACH: processes on each GPU (default: 8; one takes up to 16 GB)
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-out=${1:-runs/results} each=${2:-12}
+out=${1:-runs/results} each=${2:-8}
 mkdir -p "$out/log" "$out/.continual" "$out/.stream"
 cp -n "$root"/docs/results/parts/continual/*.json "$out/.continual/" 2>/dev/null
 gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")

@@ -18,6 +18,7 @@ from molora.errors import (
     NonFiniteError,
     UnsupportedAdapterError,
 )
+from molora.key_file import KEY_FILE, read_key
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -102,6 +103,8 @@ class Adapter:
     config: Mapping[str, Any]
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Weights of the base's own modules, which PEFT writes beside LoRA on an embedding or the head."""
+    key: torch.Tensor | None = None
+    """[questions, hidden] float32: what a keyed layer finds it by."""
 
     @property
     def ranks(self) -> list[int]:
@@ -130,7 +133,7 @@ class Adapter:
         tensors = _read_tensors(folder)
         names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors}
         copies = {name: tensors.pop(key) for key, name in names.items() if name.endswith(_COPIED)}
-        return cls(folder, _read_modules(folder, config, tensors), config, copies)
+        return cls(folder, _read_modules(folder, config, tensors), config, copies, read_key(folder))
 
     def check_fits(
         self,
@@ -182,7 +185,7 @@ def _find(path: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(str(path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
+            return Path(snapshot_download(str(path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, KEY_FILE, "README.md"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise AdapterNotFoundError(
                 f"There is no adapter folder {path}, and the Hub could not bring {path} either ({error})."

@@ -5,7 +5,8 @@ from transformers import PreTrainedModel
 
 from molora.adapter import Adapter
 from molora.backend import backend_for
-from molora.errors import UnsupportedAdapterError
+from molora.errors import AdapterMismatchError, UnsupportedAdapterError
+from molora.key_file import KEY_FILE
 from molora.layer import linear_size
 from molora.router import Router
 from molora.routing import decoder_layers
@@ -36,6 +37,12 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
             return None
 
     adapter.check_fits(linear_sizes(base), weight, name)
+    hidden = base.config.get_text_config().hidden_size
+    if adapter.key is not None and adapter.key.shape[1] != hidden:
+        raise AdapterMismatchError(
+            f"{adapter.path / KEY_FILE} has {adapter.key.shape[1]} features, and {name} has {hidden}: it was made for "
+            f"another base."
+        )
     rank, module = max((weights.rank, module) for module, weights in adapter.modules.items())
     if rank > MAX_RANK and (backend or backend_for(base.device)) != "torch":
         raise UnsupportedAdapterError(

@@ -16,6 +16,8 @@ from molora.captured import CapturedSteps
 from molora.chat import render
 from molora.checks import check_fits, check_router
 from molora.errors import BaseModelError, SelectionError, StackError
+from molora.examples import encode_examples, fit_row, questions_of
+from molora.keys import StackKeys
 from molora.loading import as_folders, load_adapter
 from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
 from molora.packed import Packed
@@ -54,6 +56,7 @@ class MoLoRAModel(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.routing = RoutingState(base)
         self.adapted = AdaptedModules(base, self.routing, backend)
+        self.keys = StackKeys(base)
         self.documents: Any = None  # what has been internalised
         self.steps = CapturedSteps(base, self.routing, self.adapted.groups, backend)
 
@@ -136,8 +139,10 @@ class MoLoRAModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes molora.json, the router and the adapters to ``folder``, whole or not at all."""
+        keyed = [f"{layer.name}/{name}" for layer in self.stack.layers if layer.keyed for name in layer.adapters]
+        keys = {label: key for label in keyed if (key := self.keys.of(*label.split("/"))) is not None}
         with as_folders(self.adapters, str(self.base_name)) as sources:
-            saved.save(folder, str(self.base_name), self.stack, self.router, sources)
+            saved.save(folder, str(self.base_name), self.stack, self.router, sources, keys)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Uploads what :meth:`save_pretrained` writes; returns the address of the commit."""
@@ -182,14 +187,15 @@ class MoLoRAModel(nn.Module):
             input_ids: [batch, tokens] int64.
             attention_mask: [batch, past + tokens], 0 at padding.
             selection: layer -> "auto", a list of names, a name, names with weights or None; a layer left out has its
-                default.
+                default. What a keyed layer is told by is all that comes before the first label.
             output_routes: add ``routes`` to the output.
             kwargs: for the base: ``labels``, ``past_key_values``, ``inputs_embeds``, ...
 
         Raises:
             SelectionError: the selection does not fit the stack or the batch.
         """
-        with self.routing.active(lambda: self._resolve(selection)):
+        inputs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask}
+        with self.routing.active(lambda: self._resolve(selection, inputs)):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             routes = self._routes() if output_routes else None
         if isinstance(output, tuple):  # return_dict=False
@@ -200,7 +206,8 @@ class MoLoRAModel(nn.Module):
         self, *args: Any, selection: Selection | Sequence[Selection] | None = None, **kwargs: Any
     ) -> torch.Tensor | Any:
         """``transformers``' own generate, under ``selection``; every option of it works as on the base."""
-        with self.routing.active(lambda: self._resolve(selection)), self.steps.serve(args, kwargs) as options:
+        inputs = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+        with self.routing.active(lambda: self._resolve(selection, inputs)), self.steps.serve(args, kwargs) as options:
             return self.base.generate(*args, **options)
 
     def stream(
@@ -228,10 +235,28 @@ class MoLoRAModel(nn.Module):
             inputs["max_new_tokens"] = 256
 
         def generate(**inputs: Any) -> None:
-            with self.routing.active(lambda: self._resolve(selection)), self.steps.serve((), inputs) as options:
+            with self.routing.active(lambda: self._resolve(selection, inputs)), self.steps.serve((), inputs) as options:
                 self.base.generate(**options)
 
         return stream(generate, self._route_at, self.tokenizer, inputs)
+
+    def find(
+        self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor, selection: Selection | None = None
+    ) -> Selection:
+        """``selection`` with the adapter that a prompt belongs to in each keyed layer that it leaves to the question.
+
+        Args:
+            prompt: as for :meth:`stream`.
+            selection: as in :meth:`forward`.
+
+        Raises:
+            SelectionError: an adapter that it names has no key.
+        """
+        if not any(layer.keyed for layer in self.stack.layers):
+            return selection or {}
+        with self.routing.lock, self.routing.off():
+            found = self.keys.choose(selection, self.stack, self.encode(prompt))
+        return found if isinstance(found, Mapping) else dict((found or [{}])[0])
 
     def encode(self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [1, tokens] of chat messages, a text or token ids, on the model's device."""
@@ -255,7 +280,8 @@ class MoLoRAModel(nn.Module):
             layer, name: where, and as what.
             path: a PEFT folder or a Hub id, or the adapter that was read there, packed or not.
             examples: a few texts of its data: its row of the router is computed from them, so that "auto" can choose
-                it. Without them it acts when it is named.
+                it; of a keyed layer questions that are its own. Without them it acts when it is named, or by the key
+                that lies beside it.
 
         Raises:
             StackError: the name is taken or no name. AdapterError: it cannot be used. Nothing has changed then.
@@ -264,18 +290,18 @@ class MoLoRAModel(nn.Module):
         if name in self.stack[layer].adapters:
             raise StackError(f"Layer {layer!r} already has an adapter {name!r}: use replace_adapter.")
         packed = self._load(path)
-        encoded = self._encode_examples(examples) if examples is not None else []
+        encoded = encode_examples(self, examples, self.stack[layer].keyed) if examples is not None else []
         with self.routing.lock:
             self.stack[layer].adapters[name] = path if isinstance(path, str | Path) else packed.adapter.path
             self._put(f"{layer}/{name}", packed)
-            if self.stack[layer].shared:  # which have their row already
+            if not self.stack[layer].routed:
                 self._refresh()
-                return
-            if isinstance(self.router, Router):
-                self.router.add_missing(router_rows(self.stack))
-            self.set_router(self._vocabulary_again())
-            if encoded:
-                self._fit_row(f"{layer}/{name}", encoded)
+            else:
+                if isinstance(self.router, Router):
+                    self.router.add_missing(router_rows(self.stack))
+                self.set_router(self._vocabulary_again())
+            if encoded and not self.stack[layer].shared:  # which have their row already
+                self._find_by(layer, name, encoded)
 
     def remove_adapter(self, layer: str, name: str) -> None:
         """Takes an adapter, and its row of the router, out of the live stack."""
@@ -285,7 +311,7 @@ class MoLoRAModel(nn.Module):
             del self.stack[layer].adapters[name]
             if self.stack[layer].default == name:
                 self.stack[layer].default = None
-            if self.stack[layer].shared:
+            if not self.stack[layer].routed:
                 self._refresh()
                 return
             if isinstance(self.router, Router):
@@ -389,7 +415,13 @@ class MoLoRAModel(nn.Module):
         rules = {name: spans for name, spans in self.router.rules.items() if name in rows}
         return VocabularyRouter(rules, rows, self.config.get_text_config().vocab_size)
 
-    def _resolve(self, selection: Selection | Sequence[Selection] | None) -> Any:
+    def _resolve(
+        self, selection: Selection | Sequence[Selection] | None, inputs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """inputs: of the forward; without them what keyed layers are left to stays open."""
+        if inputs is not None:
+            with self.routing.off():
+                selection = self.keys.choose(selection, self.stack, inputs)
         return resolve(selection, self.stack, self.routing.layers, self.router is not None)
 
     def _must_have(self, layer: str, name: str) -> None:
@@ -414,9 +446,13 @@ class MoLoRAModel(nn.Module):
 
     def _put(self, label: str, packed: Packed) -> None:
         self.adapters[label] = packed.adapter
+        layer, _, name = label.partition("/")
+        if self.stack[layer].keyed:
+            self.keys.put(layer, name, packed.adapter.key)
         self.adapted.put(self.slots.take(label), packed)
 
     def _drop(self, label: str) -> None:
+        self.keys.drop(*label.split("/"))
         self.adapted.drop(self.slots.free(label), self.adapters.pop(label))
 
     def _routes(self) -> Routes:
@@ -438,8 +474,8 @@ class MoLoRAModel(nn.Module):
         return read_plan(plan.slots[0, index], plan.weights[0, index], self.slots.names, columns)
 
     def fit_row(self, layer: str, name: str, examples: Sequence[str]) -> None:
-        """Computes the row of an adapter in the router from a few texts of its data, so that "auto" can choose it; the
-        other rows stay.
+        """Computes what an adapter is found by from a few texts of its data, so that "auto" can choose it: its row of
+        the router, or in a keyed layer its key, of questions. Those of others stay.
 
         Raises:
             SelectionError: there is no learned router, or no text. StackError: no such adapter, or a layer whose
@@ -448,38 +484,12 @@ class MoLoRAModel(nn.Module):
         self._must_have(layer, name)
         if self.stack[layer].shared:
             raise StackError(f"Layer {layer!r} is shared: its adapters have one row together.")
-        encoded = self._encode_examples(examples)
+        encoded = encode_examples(self, examples, self.stack[layer].keyed)
         with self.routing.lock:
-            self._fit_row(f"{layer}/{name}", encoded)
+            self._find_by(layer, name, encoded)
 
-    def _fit_row(self, row: str, encoded: Sequence[dict[str, torch.Tensor]]) -> None:
-        router = self.router
-        assert isinstance(router, Router)
-        # Part after part: what a deeper one reads depends on what the first one chooses.
-        for part in range(len(router.parts)):
-            router.set_row(row, part, self._features(encoded, part))
-
-    def _encode_examples(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        if not isinstance(self.router, Router):
-            raise SelectionError("examples need a learned router.")
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
-            raise SelectionError("examples must be a list of texts, at least one and none of them empty.")
-        return [self.encode(text) for text in texts]
-
-    @torch.no_grad()
-    def _features(self, encoded: Sequence[dict[str, torch.Tensor]], part: int) -> torch.Tensor:
-        """A part's features q [tokens, hidden] over texts, routed by the parts before it."""
-        choices = {layer.name: list(layer.adapters) for layer in self.stack.layers if not layer.shared}
-        own: Any = self.router.parts[part]  # type: ignore[union-attr]
-        found = []
-        for inputs in encoded:
-            if own.reads == 0:  # nothing of the base is run for it
-                z = own.read_ids(inputs["input_ids"], self.base.get_input_embeddings())
-                found.append(own.features(z, inputs["attention_mask"].bool(), None)[0])
-                continue
-            with self.routing.active(lambda: self._resolve(choices)):
-                self.base(**inputs, use_cache=False)
-                q = self.routing.features[part]
-                assert q is not None
-                found.append(q[0])
-        return torch.cat(found)
+    def _find_by(self, layer: str, name: str, encoded: Sequence[dict[str, torch.Tensor]]) -> None:
+        if self.stack[layer].keyed:
+            self.keys.put(layer, name, questions_of(self, encoded))
+        else:
+            fit_row(self, f"{layer}/{name}", encoded)

@@ -80,7 +80,7 @@ class LayerTable:
 
 def layer_tables(rows: Sequence[str], layers: Sequence[LayerCandidates], device: torch.device) -> list[LayerTable]:
     """The tables of ``layers`` for a router with ``rows``."""
-    at = {name: index for index, name in enumerate(rows)}
+    at = {"": 0} | {name: index for index, name in enumerate(rows)}  # what has no row is never asked for
     return [
         LayerTable(
             layer,
@@ -144,7 +144,7 @@ def kernel_candidates(
     """
     from molora_kernels.route import Candidates  # needs Triton
 
-    flat_rows = [rows.index(row) for layer in layers for row in layer.rows]
+    flat_rows = [rows.index(row) if row else 0 for layer in layers for row in layer.rows]  # as of layer_tables
     flat_slots = [slot for layer in layers for slot in layer.slots]
 
     def ints(values: Sequence[int]) -> torch.Tensor:

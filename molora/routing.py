@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from molora.backend import backend_for, failed
 from molora.cache import attach, memories_of
-from molora.errors import BaseModelError
+from molora.errors import BaseModelError, SelectionError
 from molora.memory import Memory
 from molora.plan import (
     LayerTable,
@@ -109,6 +109,11 @@ class RoutingState:
         """
         with self.lock:
             selection = resolve()
+            if selection.open:
+                raise SelectionError(
+                    f"Layer {selection.open[0]!r} is told by a question, and none is given here: name the adapter that "
+                    f"model.find(question) gives."
+                )
             before, self.selection = self.selection, selection
             try:
                 yield
@@ -117,6 +122,15 @@ class RoutingState:
                 training = self.router is not None and self.router.training and torch.is_grad_enabled()
                 if not training:  # a checkpointed layer runs again in the backward pass
                     self.plans = []
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Forwards within are the base's alone; by the one who has the turn."""
+        before, self.selection = self.selection, None
+        try:
+            yield
+        finally:
+            self.selection = before
 
     def _before_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.selection is None:

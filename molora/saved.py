@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from molora.errors import RouterError, StackError
+from molora.key_file import KEY_FILE, write_key
 from molora.router import Router, RouterConfig
 from molora.stack import Stack
 from molora.vocabulary import VocabularyRouter
@@ -24,7 +25,7 @@ FORMAT = 1
 MANIFEST = "molora.json"
 ROUTER = "router.safetensors"
 VERSIONS = "versions"
-_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "metrics.json")
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, KEY_FILE, "README.md", "metrics.json")
 
 
 class Saved(NamedTuple):
@@ -127,11 +128,13 @@ def save(
     stack: Stack,
     router: Router | VocabularyRouter | None,
     sources: Mapping[str, Path],
+    keys: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a saved MoLoRA; ``folder`` is replaced whole if it already holds one.
 
     Args:
         sources: "layer/adapter" -> the PEFT folder that is copied.
+        keys: "layer/adapter" -> its key, where it is not that of the folder.
 
     Raises:
         StackError: ``folder`` holds something else, or versions.
@@ -144,7 +147,7 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        _write(work / "new", base, stack, router, sources)
+        _write(work / "new", base, stack, router, sources, keys or {})
         if target.exists():
             os.replace(target, work / "old")
         try:
@@ -158,14 +161,18 @@ def save(
 
 
 def _write(
-    target: Path, base: str, stack: Stack, router: Router | VocabularyRouter | None, sources: Mapping[str, Path]
-) -> None:
+    target: Path, base: str, stack: Stack, router: Router | VocabularyRouter | None, sources: Mapping[str, Path],
+    keys: Mapping[str, torch.Tensor],
+) -> None:  # fmt: skip
     description = stack.to_dict()
     for layer in description["layers"]:
         for name in layer["adapters"]:
             place = Path("adapters") / layer["name"] / name
             (target / place).mkdir(parents=True)
-            copy_adapter(sources[f"{layer['name']}/{name}"], target / place)
+            label = f"{layer['name']}/{name}"
+            copy_adapter(sources[label], target / place)
+            if label in keys:
+                write_key(target / place, keys[label])
             layer["adapters"][name] = place.as_posix()
     entry: dict[str, Any] | None = None
     if isinstance(router, VocabularyRouter):

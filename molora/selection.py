@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Choice: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 Selection: TypeAlias = Mapping[str, Choice]
-"""layer -> "auto" | list of names (the router chooses among these and none) | one name (forced) | names with weights
-(all of them are forced, each at its weight times its own scale) | None (off)."""
+"""layer -> "auto" | list of names (the router chooses among these and none, a keyed layer among these) | one name
+(forced) | names with weights (all of them are forced, each at its weight times its own scale) | None (off)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LayerCandidates:
     name: str
     names: list[str]  # of its adapters
     top_k: int
-    rows: list[str]  # the router's row of each candidate
+    rows: list[str]  # the router's row of each candidate, "" where it has none
     slots: list[int]  # the slot of each candidate, -1 for the null
     first: int  # position of the first among all candidates
     column: int  # first of its top_k columns in a plan
@@ -59,8 +59,9 @@ def candidates(stack: Stack, slots: SlotTable) -> list[LayerCandidates]:
         names = list(layer.adapters)
         labels = [f"{layer.name}/{name}" for name in names]
         rows = [f"{layer.name}/*"] * len(names) if layer.shared else list(labels)
+        rows = [""] * (len(names) + 1) if layer.keyed else [*rows, f"{layer.name}/{NONE}"]
         here = [*(slots[label] for label in labels), -1]
-        entry = LayerCandidates(layer.name, names, layer.top_k, [*rows, f"{layer.name}/{NONE}"], here, first, column)
+        entry = LayerCandidates(layer.name, names, layer.top_k, rows, here, first, column)
         result.append(entry)
         first += len(entry.slots)
         column += layer.top_k
@@ -87,9 +88,12 @@ def without_names(
 
 
 def router_rows(stack: Stack) -> list[str]:
-    """The rows that a router for ``stack`` has: one an adapter (one a shared layer) and one a layer's null."""
+    """The rows that a router for ``stack`` has: one an adapter (one a shared layer, none a keyed one) and one a layer's
+    null."""
     rows: list[str] = []
     for layer in stack.layers:
+        if layer.keyed:
+            continue
         rows += [f"{layer.name}/*"] if layer.shared else [f"{layer.name}/{name}" for name in layer.adapters]
         rows.append(f"{layer.name}/{NONE}")
     return rows
@@ -114,6 +118,7 @@ class ResolvedSelection:
     routed_layers: tuple[int, ...]
     uniform: bool  # the same in every sequence
     unit: bool  # every weight of what is forced is 1
+    open: tuple[str, ...] = ()  # keyed layers that are left to a question, which is not known here
 
     @property
     def any_routed(self) -> bool:
@@ -174,19 +179,23 @@ def resolve(
     columns = sum(layer.top_k for layer in layers)
     allowed = torch.zeros(len(many), sum(len(layer.slots) for layer in layers), dtype=torch.bool)
     forced: list[dict[int, tuple[int, float]]] = [{} for _ in many]  # column -> slot and weight
+    left: dict[str, None] = {}
     routed = torch.zeros(len(many), len(layers), dtype=torch.bool)
     for n, one in enumerate(many):
         _check_layers(one, stack)
         more = columns
         for index, (layer, entry) in enumerate(zip(stack.layers, layers, strict=True)):
-            choice = one.get(layer.name, layer.default if has_router or layer.default != AUTO else None)
-            names = _allowed_names(layer, entry, choice, has_router)
+            told = has_router or layer.keyed
+            choice = one.get(layer.name, layer.default if told or layer.default != AUTO else None)
+            names = _allowed_names(layer, entry, choice, told)
             if isinstance(names, Mapping):
                 for place, (name, share) in enumerate(names.items()):
                     column = entry.column + place
                     if place >= entry.top_k:
                         column, more = more, more + 1
                     forced[n][column] = (entry.slots[entry.places[name]], share)
+            elif names and layer.keyed:
+                left[layer.name] = None
             elif names:
                 positions = [entry.first + entry.places[name] for name in names]
                 allowed[n, [*positions, entry.all.stop - 1]] = True
@@ -204,6 +213,7 @@ def resolve(
         routed_layers=tuple(routed.any(0).nonzero().flatten().tolist()),
         uniform=bool((allowed == allowed[:1]).all()) and forced.count(forced[0]) == len(forced),
         unit=all(share == 1.0 for own in forced for _, share in own.values()),
+        open=tuple(left),
     )
 
 

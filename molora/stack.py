@@ -52,6 +52,8 @@ class StackLayer:
         top_k: how many of the layer's adapters the router may choose for one token.
         default: what a selection means that does not mention this layer: "auto", a name or None.
         shared: the router has one row for every adapter of the layer (users: who speaks is told, not guessed).
+        keyed: the router has none for it: "auto" is one adapter for a question as a whole, told by keys that are not
+            trained (:mod:`molora.keys`).
     """
 
     name: str
@@ -59,6 +61,7 @@ class StackLayer:
     top_k: int = 1
     default: str | None = AUTO
     shared: bool = False
+    keyed: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name, "a layer")
@@ -69,12 +72,21 @@ class StackLayer:
             raise StackError(f"Layer {self.name!r}: adapters must map names to folders.")
         if not isinstance(self.shared, bool):
             raise StackError(f"Layer {self.name!r}: shared must be true or false, not {self.shared!r}.")
+        if not isinstance(self.keyed, bool):
+            raise StackError(f"Layer {self.name!r}: keyed must be true or false, not {self.keyed!r}.")
+        if self.keyed and (self.shared or self.top_k != 1):
+            raise StackError(f"Layer {self.name!r} is keyed, so it cannot be shared, and its top_k is 1.")
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
             raise StackError(f"Layer {self.name!r}: top_k must be a whole number from 1, not {self.top_k!r}.")
         if self.shared and self.default == AUTO:
             self.default = None
         if self.default not in (AUTO, None) and self.default not in list(self.adapters):
             raise StackError(f"Layer {self.name!r}: its default {self.default!r} is none of its adapters.")
+
+    @property
+    def routed(self) -> bool:
+        """Whether each of its adapters has a row of the router for itself."""
+        return not (self.shared or self.keyed)
 
 
 class Stack:
@@ -121,7 +133,7 @@ class Stack:
             raise StackError("A stack is {layers: [{name: ..., adapters: {...}}, ...]} and nothing else.")
         layers = []
         for entry in data["layers"]:
-            known = {"name", "adapters", "top_k", "default", "shared"}
+            known = {"name", "adapters", "top_k", "default", "shared", "keyed"}
             if not isinstance(entry, Mapping) or "name" not in entry or set(entry) - known:
                 raise StackError(f"A layer has the keys {', '.join(sorted(known))}, not {entry!r}.")
             entry = dict(entry)
@@ -143,6 +155,7 @@ class Stack:
                     "top_k": layer.top_k,
                     "default": layer.default,
                     "shared": layer.shared,
+                    **({"keyed": True} if layer.keyed else {}),
                     "adapters": {name: str(path) for name, path in layer.adapters.items()},
                 }
                 for layer in self.layers

@@ -330,6 +330,7 @@ class Versions:
         if self.layer not in layers:
             raise VersionError(f"There is no layer {self.layer!r}; the stack has {', '.join(layers)}.")
         layer = layers[self.layer]
-        if self.name not in layer["adapters"] and manifest["router"] is not None and not layer["shared"]:
+        routed = manifest["router"] is not None and not (layer["shared"] or layer.get("keyed"))
+        if self.name not in layer["adapters"] and routed:
             raise VersionError(f"The router has no row for {self.label}: add the adapter to the model first.")
         layer["adapters"][self.name] = place

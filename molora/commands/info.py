@@ -94,6 +94,7 @@ def _stack(stack: "Stack") -> dict[str, Any]:
             "top_k": layer.top_k,
             "default": layer.default,
             "shared": layer.shared,
+            "keyed": layer.keyed,
             "adapters": [{"name": name, **_adapter(load_adapter(path))} for name, path in layer.adapters.items()],
         }
         for layer in stack.layers
@@ -149,10 +150,8 @@ def _print(record: Mapping[str, Any]) -> None:
             table.add_row(layer["name"], adapter["name"], ranks, ", ".join(adapter["targets"]), *sizes)
     console.print(Text(f"base: {record['base'] or 'not named'}"))
     for layer in record.get("layers", ()):
-        shared = ", one router row for all" if layer["shared"] else ""
-        console.print(
-            Text(f"layer {layer['name']}: top {layer['top_k']}, default {layer['default'] or 'none'}{shared}")
-        )
+        told = ", one router row for all" if layer["shared"] else ", by keys" if layer["keyed"] else ""
+        console.print(Text(f"layer {layer['name']}: top {layer['top_k']}, default {layer['default'] or 'none'}{told}"))
     console.print(table)
     if record["kind"] != "adapter":
         console.print(Text(f"router: {_router_line(record['router'])}"), soft_wrap=True)

@@ -66,7 +66,8 @@ def update(
     are protected by the samples that the router keeps, and the rows of the others alone are trained.
 
     `--new 8` begins an adapter of that rank. Where each adapter has its own row of the router, the new one's is fitted
-    to the conversations, and the version serves only if it does not take what the others are found by.
+    to the conversations, and the version serves only if it does not take what the others are found by. In a keyed layer
+    the same holds of its key.
 
     Example: molora update user ada --data new_chats.jsonl --model my-molora
     """
@@ -123,6 +124,8 @@ def _show(found: "Updated", most: float) -> None:
         ("general", found.general, "not measured: --general names conversations that have nothing to do with it"),
     ):
         typer.echo(_line(name, change, f", at most {most:+.1%}") if change else f"{name:<8} {missing}")
+    if found.found is not None:
+        typer.echo(f"found    by {found.found:.1%} of the held-out new conversations' questions")
     state = "serves" if found.promoted else "is kept and does not serve"
     typer.echo(f"Version {found.version} {state}: {found.why}. {found.seconds:.0f} s")
 

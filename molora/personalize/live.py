@@ -48,7 +48,7 @@ def internalize(
             model.stack.layers.append(StackLayer(layer, {}, default=AUTO if routed else name))
         own = model.stack[layer]
         try:
-            examples = chunks(text, model.tokenizer, EXAMPLE_TOKENS) if routed and not own.shared else None
+            examples = chunks(text, model.tokenizer, EXAMPLE_TOKENS) if routed and own.routed else None
             model.add_adapter(layer, name, folder, examples=examples)
         except BaseException:
             if new:

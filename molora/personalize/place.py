@@ -45,7 +45,7 @@ def place(
         write_factors(folder, factors, str(model.base_name), about)
         version = versions.add(folder, command=command, data=about)
         router = None
-        if new and isinstance(model.router, Router) and not model.stack[layer].shared:
+        if new and isinstance(model.router, Router) and model.stack[layer].routed:
             model.add_adapter(layer, name, folder, examples=examples)
             router = model.router.cpu()
     versions.promote(version.number, router=router)

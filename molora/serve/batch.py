@@ -66,6 +66,7 @@ class Batch:
         """Gives it the row after the others, with as much of its prompt as is known. Returns as :meth:`read`."""
         with self.model.routing.lock:
             again = self._router_changed()
+            ticket.selection = dict(self.model.find(torch.tensor([ticket.request.ids]), ticket.selection))
             ticket.reader = self.rows.reader(len(self.tickets))
             self.reading.append(ticket)
             ticket.acting = self.prefixes.acting(self.model._resolve(ticket.selection))

@@ -79,7 +79,7 @@ class RowSteps:
 
     def _step(self, selection: ResolvedSelection, count: int) -> "DecodeStep | None":
         captured, router, layers = self.model.steps, self.model.router, self.model.routing.layers
-        named = [layer.name for layer in self.model.stack.layers if layer.shared]
+        named = [layer.name for layer in self.model.stack.layers if not layer.routed]
         routed = {layers[index].name for index in selection.routed_layers}
         if (
             self._off

@@ -55,7 +55,12 @@ class Selections:
         own = {} if choice is None else json.loads(choice)
         if not isinstance(own, dict):
             raise SelectionError(f"A selection maps layers to choices; {choice} does not.")
-        return resolve({**self._default, **own}, self.stack, self.layers, self._has_router)
+        found = resolve({**self._default, **own}, self.stack, self.layers, self._has_router)
+        if found.open:
+            raise SelectionError(
+                f"In vLLM nothing tells by the question what acts in layer {found.open[0]!r}: name an adapter, or None."
+            )
+        return found
 
 
 def check_choice(choice: str, folder: Path | None) -> None:

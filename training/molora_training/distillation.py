@@ -26,7 +26,7 @@ class Teacher:
         self.candidates = {
             layer: [KeptSelections(model, {**off, layer: name}) for name in (*model.stack[layer].adapters, None)]
             for layer in layers
-            if not model.stack[layer].shared
+            if model.stack[layer].routed
         }
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ class MergeTable:
             self._row("base", names, {name: self.base[name] for name in names}),
             self._row("each on its own text", names, {name: self.alone[name] for name in names}),
         ]
-        if self.model.router is not None and not self.model.stack[self.settings.layer].shared:
+        if self.model.router is not None and self.model.stack[self.settings.layer].routed:
             found.append(self._row("routed by token", names, self._routed(names)))
         for title, make in self._merges(names):
             with tempfile.TemporaryDirectory() as scratch:

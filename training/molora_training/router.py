@@ -114,7 +114,8 @@ def load_model(settings: RouterTrainSettings, device: torch.device) -> MoLoRAMod
 def _data(settings: RouterTrainSettings, model: MoLoRAModel) -> tuple[list[str], list[list[Encoded]], list[Encoded]]:
     """Names of the domains, training conversations by epoch, and those for validation."""
     # A layer that is off unless it is named (how to speak) is a choice of the person, which no text foretells.
-    known = [n for layer in model.stack.layers if layer.default == AUTO or layer.shared for n in layer.adapters]
+    layers = [layer for layer in model.stack.layers if not layer.keyed and (layer.default == AUTO or layer.shared)]
+    known = [n for layer in layers for n in layer.adapters]
     domains = [n for n in dict.fromkeys([*known, GENERAL]) if (settings.data / f"{n}.train.jsonl").is_file()]
     if not set(domains) - {GENERAL}:
         raise DataError(

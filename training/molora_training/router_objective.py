@@ -35,7 +35,7 @@ class Labels:
         at = {name: index for index, name in enumerate(model.router.rows)}
         for layer in model.stack.layers:
             taught = [domain for domain in domains if domain in layer.adapters]
-            if not taught:
+            if not taught or layer.keyed:
                 continue
             names = ["*"] if layer.shared else list(layer.adapters)
             names.append("none")

@@ -1,7 +1,7 @@
 """An adapter of its own for each task: nothing that was learnt changes any more, and no text is kept.
 
 It is found by its row of the router, as `molora update domain NAME --new 8` and `molora update router` have it (rows
-before are protected by the router's samples, 128 tokens' features of each), or by its key, for a question as a whole.
+before are protected by the router's samples, 128 tokens' features of each), or by its key, as a keyed layer has it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
+from molora.keys import LayerKeys
 from molora_training import router
 from molora_training.continual.growth import blank
-from molora_training.continual.keys import MEAN, Keys, represented
 from molora_training.continual.method import Growing
+from molora_training.continual.questions import MEAN, represented
 from molora_training.continual.router_update import RouterUpdateSettings, go_on
 from molora_training.continual.update import UpdateSettings, as_examples, learn, write_chats
 from molora_training.data import encode_within
@@ -38,7 +39,7 @@ class Apart:
 
     def __init__(self, how: UpdateSettings, base: str, folder: Path, routed: bool) -> None:
         self.how, self.base, self.folder, self.routed = how, base, folder, routed
-        self.keys = Keys()
+        self.keys = LayerKeys()
         self.model: Any = None
 
     def learn(self, task: str, new: Sequence[Row], apart: Sequence[Row]) -> None:
@@ -60,12 +61,14 @@ class Apart:
                 self.model.set_router(go_on(self.model, RouterUpdateSettings(text, text), [task], before)[0])
         if not self.routed:
             asked = encode_within(as_examples(new, task), self.model.tokenizer, self.how.max_length, [task])
-            self.keys.add(task, represented(self.model.base, asked, 0, self.how.batch_tokens)[:, MEAN])
+            self.keys.put(task, represented(self.model.base, asked, 0, self.how.batch_tokens)[:, MEAN])
 
     def answering(self, questions: torch.Tensor) -> Callable[..., Any]:
         """What answers a batch of questions, of which ``questions`` [n, 2, hidden] are the representations."""
-        which = {LAYER: "auto"} if self.routed else [{LAYER: name} for name in self.keys.nearest(questions[:, MEAN])]
-        return partial(self.model, selection=which)
+        if self.routed:
+            return partial(self.model, selection={LAYER: "auto"})
+        names = self.keys.nearest(questions[:, MEAN], list(self.keys.questions))
+        return partial(self.model, selection=[{LAYER: name} for name in names])
 
     def _first(self, task: str, adapter: Path, text: Path, work: Path) -> MoLoRAModel:
         stack = Stack([StackLayer(LAYER, {task: adapter}, default="auto" if self.routed else None)])
@@ -92,7 +95,7 @@ class Apart:
     def bytes(self) -> int:
         """What is kept beside adapters and rows: the router's samples, or the keys."""
         if not self.routed:
-            return self.keys.bytes
+            return sum(questions.nbytes for questions in self.keys.questions.values())
         parts = () if self.model is None else self.model.router.parts
         return sum(part.samples.features.nbytes + part.samples.rows.nbytes for part in parts)
 

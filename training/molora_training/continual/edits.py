@@ -1,7 +1,7 @@
-"""A new adapter's row of the router: what is learnt apart needs it to be found.
+"""What is learnt apart needs to be found: a new adapter's row of the router, or its key in a keyed layer.
 
-So each edit may be an adapter of its own, frozen ever after, and its row the key by which it is found; taking it away
-takes away all that it knew (the idea of SoLA, arXiv 2603.11239; whether its key is made in this way was not checked).
+So each edit may be an adapter of its own, frozen ever after; taking it away takes away all that it knew (the idea of
+SoLA, arXiv 2603.11239; whether its key is made in this way was not checked).
 """
 
 import copy
@@ -15,8 +15,12 @@ import torch
 from molora import MoLoRAModel, Router
 from molora.chat import render
 from molora.errors import VersionError
+from molora.key_file import kept
+from molora.keys import LayerKeys
 from molora.router import NEVER
+from molora_training.continual.questions import MEAN, represented
 from molora_training.continual.sketches import found
+from molora_training.data import Encoded
 
 EXAMPLES = 128  # conversations that a row is fitted to
 
@@ -67,6 +71,47 @@ def row_again(
     if texts:
         loaded.fit_row(layer, name, texts[:EXAMPLES])
     return router.cpu()
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """questions: [n, hidden], the key. found: the share of questions that were not learnt and find the adapter by it.
+    taken: the share of the questions of the layer's other keys that find theirs no more."""
+
+    questions: torch.Tensor
+    found: float
+    taken: float
+
+
+def new_key(
+    base: Any, others: Mapping[str, torch.Tensor], before: torch.Tensor | None, new: Sequence[Encoded],
+    apart: Sequence[Encoded], batch_tokens: int,
+) -> NewKey:  # fmt: skip
+    """The key of an adapter that has learnt from new conversations.
+
+    Args:
+        base: without adapters.
+        others: questions [n, hidden] of the layer's other adapters by name.
+        before: those of the adapter itself, if it has a key.
+        new: what it learnt from. apart: what it did not.
+        batch_tokens: padded tokens in one forward.
+    """
+    asked, unseen = (represented(base, rows, 0, batch_tokens)[:, MEAN] for rows in (new, apart))
+    questions = kept(asked if before is None else torch.cat([before, asked]))
+    keys, own = LayerKeys(), ""  # which no adapter is called
+    for name, theirs in others.items():
+        keys.put(name, theirs)
+    if before is not None:
+        keys.put(own, before)
+    was = [_own(keys, name, theirs) for name, theirs in others.items()]
+    keys.put(own, questions)
+    now = [_own(keys, name, theirs) for name, theirs in others.items()]
+    return NewKey(questions, _own(keys, own, unseen), (sum(was) - sum(now)) / max(1, len(others)))
+
+
+def _own(keys: LayerKeys, name: str, questions: torch.Tensor) -> float:
+    """The share of questions that find the adapter of that name."""
+    return keys.nearest(questions, list(keys.questions)).count(name) / len(questions)
 
 
 def check_samples(router: Any) -> Router:

@@ -18,11 +18,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from molora.errors import ConfigError, DataError, VersionError
+from molora.key_file import read_key, write_key
 from molora.saved import load
 from molora.versions import ROW_OF, Versions
 from molora_training import adapter
 from molora_training.continual.edits import row_again
 from molora_training.continual.memory import Memory, key
+from molora_training.continual.questions import MEAN, represented
 from molora_training.continual.update import (
     MEMORY,
     Change,
@@ -142,6 +144,10 @@ def _forget(
         was, now = before(rows), after(rows)
         if was is None or now is None:
             raise DataError(f"Every conversation to be forgotten is over {settings.max_length} tokens long.")
+        if saved.stack[settings.layer].keyed and made != first:
+            asked = represented(after.model.base, after.encode(rest.taught), 0, settings.batch_tokens)[:, MEAN]
+            before_all = read_key(first)
+            write_key(made, asked if before_all is None else torch.cat([before_all, asked]))
         version = versions.add(
             made,
             command=command,

@@ -52,7 +52,7 @@ class Probe:
         the router reads; -2 for none of them. Nothing of the model above that layer is run."""
         router: Any = model.router
         assert isinstance(router, Router)
-        layers = [layer for layer in model.stack.layers if layer.default == AUTO and not layer.shared]
+        layers = [layer for layer in model.stack.layers if layer.default == AUTO and layer.routed]
         selection = KeptSelections(model, {one.name: AUTO if one in layers else None for one in model.stack.layers})
         found: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)] * len(self.rows)
         part: Any = router.parts[-1]

@@ -198,7 +198,7 @@ def with_text(model: MoLoRAModel, data: Path) -> tuple[list[str], list[str]]:
     """
     served: Any = model.router
     # A layer that is off unless it is named is a choice of the person.
-    layers = [layer for layer in model.stack.layers if layer.default == AUTO and not layer.shared]
+    layers = [layer for layer in model.stack.layers if layer.default == AUTO and layer.routed]
     names = [(layer.name, name) for layer in layers for name in layer.adapters]
     known = [name for _, name in names if (data / f"{name}.train.jsonl").is_file()]
     if not known:

@@ -24,7 +24,7 @@ from molora.checks import linear_sizes
 from molora.errors import DataError, NonFiniteError
 from molora_training.adapter_run import answer_count
 from molora_training.batches import plan_pass, plan_steps
-from molora_training.continual.keys import represented
+from molora_training.continual.questions import represented
 from molora_training.continual.separable import Choice, Gates, SeparableLinear, block_rank
 from molora_training.continual.update import UpdateSettings, as_examples
 from molora_training.data import IGNORED, Encoded, collate, encode_within

@@ -27,11 +27,11 @@ from molora.errors import ConfigError, DataError
 from molora_training.batches import plan_pass
 from molora_training.continual.apart import Apart
 from molora_training.continual.growth import blank
-from molora_training.continual.keys import represented
 from molora_training.continual.measures import measures
 from molora_training.continual.memory import BYTES, Memory
 from molora_training.continual.methods import MethodName
 from molora_training.continual.parts import finished
+from molora_training.continual.questions import represented
 from molora_training.continual.separable import block_rank
 from molora_training.continual.smolora import SMoLora
 from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats

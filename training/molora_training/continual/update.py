@@ -15,22 +15,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import release_memory
 from filelock import FileLock, Timeout
 
 from molora import MoLoRAModel, Stack, StackLayer
 from molora.adapter import Adapter
 from molora.errors import ConfigError, DataError, VersionError
+from molora.key_file import read_key, write_key
 from molora.saved import load
 from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
-from molora_training.continual.edits import check_samples, new_row
+from molora_training.continual.edits import NewKey, NewRow, check_samples, new_key, new_row
 from molora_training.continual.growth import blank
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
 from molora_training.continual.method import Method, Task
 from molora_training.continual.methods import METHODS, MethodName
-from molora_training.data import Example, encode_within, write_examples
+from molora_training.data import Encoded, Example, encode_within, write_examples
 from molora_training.evaluate import losses
 
 MEMORY = "memory.jsonl"
@@ -106,7 +108,8 @@ class Updated:
     """What came of an update.
 
     learnt: on the new conversations. kept: on the remembered ones, None where there are none. general: on those that
-    have nothing to do with it, None where there are none.
+    have nothing to do with it, None where there are none. found: in a keyed layer the share of the new conversations'
+    questions that find the adapter.
     """
 
     version: int
@@ -116,6 +119,7 @@ class Updated:
     learnt: Change
     kept: Change | None
     general: Change | None
+    found: float | None
     replayed: int
     seconds: float
 
@@ -134,7 +138,7 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
     saved = load(settings.model)
     layer = saved.stack[settings.layer]
     _check_name(settings, layer)
-    to_route = settings.new is not None and saved.router is not None and not layer.shared
+    to_route = settings.new is not None and saved.router is not None and layer.routed
     if to_route:
         check_samples(saved.router)
     place = settings.model / versions.place
@@ -143,7 +147,7 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
         with FileLock(place / ".update.lock", timeout=0):
             base = str(saved.base)
             served = Path(layer.adapters[settings.name]) if settings.new is None else _begun(settings, versions, base)
-            return _update(settings, command, versions, base, served, to_route, started)
+            return _update(settings, command, versions, base, served, layer, to_route, started)
     except Timeout:
         raise VersionError(f"Another update of {versions.label} is running.") from None
 
@@ -177,8 +181,8 @@ def _begun(settings: UpdateSettings, versions: Versions, base: str) -> Path:
 
 
 def _update(
-    settings: UpdateSettings, command: str | None, versions: Versions, base: str, served: Path, to_route: bool,
-    started: float,
+    settings: UpdateSettings, command: str | None, versions: Versions, base: str, served: Path, layer: StackLayer,
+    to_route: bool, started: float,
 ) -> Updated:  # fmt: skip
     file = settings.model / versions.place / MEMORY
     if not settings.memory:
@@ -207,13 +211,20 @@ def _update(
         kept = judge(memory.kept_apart)
         general = judge(read_chats(settings.general)) if settings.general else None
         why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
-        row = None
-        if to_route and not why:
+        by: NewRow | NewKey | None = None
+        if layer.keyed and not why:
+            others = {n: k for n, path in layer.adapters.items() if (k := read_key(Path(path))) is not None}
+            before = others.pop(settings.name, None)
+            encoded = (judge.encode(new), judge.encode(apart))
+            by = new_key(judge.model.base, others, before, *encoded, settings.batch_tokens)
+            write_key(learner, by.questions)
+        elif to_route and not why:
             dtype = getattr(torch, settings.chosen_dtype)
-            row = new_row(settings.model, settings.layer, settings.name, learner, new, dtype)
-            if row.taken > settings.max_forgetting:
-                most = settings.max_forgetting
-                why = f"it takes {row.taken:.1%} of what others are found by, which may be {most:.1%} at most"
+            by = new_row(settings.model, settings.layer, settings.name, learner, new, dtype)
+        if by is not None and by.taken > settings.max_forgetting:
+            most = settings.max_forgetting
+            why = f"it takes {by.taken:.1%} of what others are found by, which may be {most:.1%} at most"
+        found = by.found if isinstance(by, NewKey) else None
         version = versions.add(
             learner,
             command=command,
@@ -229,13 +240,14 @@ def _update(
                 "method": settings.method,
                 "steps": trained["steps"],
                 "best_step": trained["best_step"],
-                **({} if row is None else {"taken": row.taken}),
+                **({} if by is None else {"taken": by.taken}),
+                **({} if found is None else {"found": found}),
             },
             passed=not why,
             why=why or f"{-learnt.growth:.1%} less loss on new conversations",
         )
     if not why:
-        versions.promote(version.number, router=None if row is None else row.router)
+        versions.promote(version.number, router=by.router if isinstance(by, NewRow) else None)
         if settings.memory:
             memory.with_(rows).save(file)
         method.keep(versions.path(version.number))
@@ -247,6 +259,7 @@ def _update(
         learnt=learnt,
         kept=kept,
         general=general,
+        found=found,
         replayed=len(replayed),
         seconds=round(time.monotonic() - started, 1),
     )
@@ -290,6 +303,7 @@ def learn(
     )
     training = training_settings(settings, base, method.start(served, work), work)
     trained = adapter.train(training, resume=False, command=command, hold=method)
+    release_memory()  # a model is in cycles: of many trainings, each would hold a GPU's memory until they are collected
     shutil.rmtree(training.work, ignore_errors=True)
     return method, method.finish(training.out, work), trained
 
@@ -343,10 +357,13 @@ class Judge:
         self.model = MoLoRAModel.from_base(base, stack, dtype=getattr(torch, settings.chosen_dtype))
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+        """Those of the conversations that are not too long."""
+        examples = as_examples(rows, self.settings.name)
+        return encode_within(examples, self.model.tokenizer, self.settings.max_length, [self.settings.name])
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Change | None:
-        settings = self.settings
-        examples = as_examples(rows, settings.name)
-        encoded = encode_within(examples, self.model.tokenizer, settings.max_length, [settings.name])
+        settings, encoded = self.settings, self.encode(rows)
         if not encoded:
             return None
         before, after = (

@@ -84,7 +84,7 @@ def learn(settings: LearnSettings, command: str | None = None) -> Learnt:
     versions = Versions(settings.model, settings.layer, settings.name)
     saved = load(settings.model)
     layer = saved.stack[settings.layer]
-    if settings.name not in layer.adapters and saved.router is not None and not layer.shared:
+    if settings.name not in layer.adapters and saved.router is not None and layer.routed:
         raise VersionError(
             f"The router chooses in the layer {layer.name!r}, and has no row for a new adapter there: begin it by "
             f"`molora update {layer.name} {settings.name} --new {settings.learning.rank}`, or take a shared layer."
