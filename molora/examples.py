@@ -24,8 +24,7 @@ def encode_examples(model: "MoLoRAModel", texts: Sequence[str], questions: bool)
         raise SelectionError("examples need a learned router.")
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise SelectionError("examples must be a list of texts, at least one and none of them empty.")
-    asks = questions and getattr(model.tokenizer, "chat_template", None) is not None
-    return [model.encode([{"role": "user", "content": text}] if asks else text) for text in texts]
+    return [model.encode([{"role": "user", "content": text}] if questions else text) for text in texts]
 
 
 def questions_of(model: "MoLoRAModel", encoded: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:

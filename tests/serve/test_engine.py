@@ -1,5 +1,6 @@
 """Requests that come and go in one batch: each is answered as if it were alone."""
 
+import copy
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from molora.serve.warm import warm
 from tests.conftest import DEVICE, FAMILIES, make_base, write_adapter
 from tests.parity.test_equalities import ROUTED, make_routed
 from tests.unit.spoken import make_spoken
+from tests.unit.test_keyed import make_keyed, questions
 
 SELECTIONS: list[dict[str, Any]] = [
     {"personality": "sage", "domain": "auto", "user": "ada"},
@@ -531,3 +533,25 @@ def test_those_that_are_being_read_move_up_when_others_leave(model: MoLoRAModel)
             batch.step()
     found = [[event.token for event in events if isinstance(event, Piece)] for events in heard]
     assert (found[1], found[3], found[2]) == (expected[1], expected[3], []) and found[0] == expected[0][:1]
+
+
+def test_what_a_question_is_told_by_acts_all_along(base: Any, tmp_path: Path, engines: Any) -> None:
+    """Keyed layers: each request has the adapter that its own prompt belongs to, whatever is shared with others'."""
+    paths = {name: write_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("low", "high"), 1)}
+    model = endless(make_keyed(copy.deepcopy(base), paths))
+    beginning = torch.randint(3, 97, (BLOCK,), generator=torch.Generator().manual_seed(2)).tolist()
+    asked = [beginning + one.tolist() * 12 for topic in paths for one in questions(topic, 4, seed=7)]
+    asked = [ids[: BLOCK + 60] for ids in asked]
+    chosen = [model.find(torch.tensor([ids]))["task"] for ids in asked]
+    assert set(chosen) == set(paths)
+    expected = [alone(model, ids, {"task": name}, 9) for ids, name in zip(asked, chosen, strict=True)]
+    assert expected == [alone(model, ids, None, 9) for ids in asked]
+    engine = engines(model, longest=256)
+    assert [Heard(engine, greedy(ids, {"task": "auto"}, 9)).tokens() for ids in asked] == expected
+    assert engine.prefixes.stats().found == 6 * BLOCK  # those of the same adapter share the beginning
+    heard = [Heard(engine, greedy(ids, None, 9)) for ids in asked]
+    assert [one.tokens() for one in heard] == expected
+    one = Heard(engine, greedy(asked[0], {"task": ["high"]}, 9))
+    assert one.tokens() == alone(model, asked[0], {"task": "high"}, 9)
+    with pytest.raises(SelectionError, match="no adapter 'third'"):
+        engine.submit(greedy(asked[0], {"task": ["third"]}, 9), print)

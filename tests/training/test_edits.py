@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from molora import MoLoRAModel, Router
+from molora import MoLoRAModel, Router, StackLayer
 from molora.chat import render
 from molora.errors import VersionError
 from molora.following import Following
+from molora.key_file import KEY_FILE, read_key
+from molora.keys import asked
 from molora.saved import load
 from molora.versions import Versions
 from molora_training.continual.forget import forget
-from molora_training.continual.memory import Memory
+from molora_training.continual.memory import Memory, held_out
 from molora_training.continual.router_update import RouterUpdateSettings, update_router
 from molora_training.continual.update import MEMORY, UpdateSettings, update
 from tests.training.test_router_update import TEXTS, write_data
@@ -143,3 +145,90 @@ def test_a_router_without_samples_is_named(bare: UpdateSettings) -> None:
     with pytest.raises(VersionError, match="keeps no samples, so that a new row could take over"):
         update(bare)
     assert Versions(bare.model, "domain", "fact").all() == []
+
+
+CALLS = {"math": "1234 5678 9012", "code": "(a){b};[c]<d>"}
+
+
+@pytest.fixture
+def keyed(bare: UpdateSettings, tmp_path: Path) -> UpdateSettings:
+    """A saved MoLoRA with a router for its domains and a keyed layer of two, in which a third is to be learnt."""
+    model = MoLoRAModel.from_pretrained(bare.model, dtype=torch.float32)
+    model.stack.layers.append(StackLayer("task", {}, keyed=True))
+    model._refresh()
+    for name, said in CALLS.items():
+        asks = [f"{said[n % 5 :]}{said[: n % 5]}" * 2 for n in range(12)]
+        model.add_adapter("task", name, tmp_path / "adapters" / name, examples=asks)
+    model.save_pretrained(tmp_path / "keyed")
+    return replace(bare, model=tmp_path / "keyed", layer="task")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_task_is_found_by_its_key_and_goes(keyed: UpdateSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    others, router = files(keyed.model / "adapters"), (keyed.model / "router.safetensors").read_bytes()
+    running = loaded(keyed)
+    following = Following(running, keyed.model)
+    ask = [{"role": "user", "content": FACT}]
+    assert running.find(ask)["task"] in CALLS
+    found = update(keyed)
+    assert found.promoted and found.found == 1.0 and (found.version, found.parent) == (2, 1)
+    version = Versions(keyed.model, "task", "fact")[2]
+    assert version.metrics["found"] == 1.0 and version.metrics["taken"] == 0.0
+    assert files(keyed.model / "adapters") == others and (keyed.model / "router.safetensors").read_bytes() == router
+    assert Versions(keyed.model).all() == []  # the router has nothing to do with it
+    for model in (loaded(keyed), running):
+        following.catch_up()
+        assert model.find(ask)["task"] == "fact"
+        assert all(model.find([{"role": "user", "content": one * 2}])["task"] == own for own, one in CALLS.items())
+    conversations = [json.loads(line) for line in keyed.data.read_text().splitlines()]
+    learnt = [row for row in conversations if not held_out(row)]
+    told = [[message for message in row["messages"] if message["role"] == "user"] for row in learnt]
+    wanted = torch.stack([asked(running.base, running.encode(one)["input_ids"][0]) for one in told])
+    torch.testing.assert_close(running.keys.of("task", "fact"), wanted)
+    Versions(keyed.model, "task", "fact").erase()
+    assert not list((keyed.model / "versions").rglob(KEY_FILE)) and files(keyed.model / "adapters") == others
+    following.catch_up()
+    assert running.find(ask)["task"] in CALLS
+
+
+def test_an_update_adds_questions_and_forgetting_makes_the_key_anew(keyed: UpdateSettings, tmp_path: Path) -> None:
+    assert update(keyed).promoted
+    first = read_key(Versions(keyed.model, "task", "fact").path(2))
+    rows = [json.loads(line) for line in keyed.data.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] = f"{number} QXQX ### %%%"
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert update(replace(keyed, new=None, data=more, max_forgetting=0.5)).promoted
+    both = read_key(Versions(keyed.model, "task", "fact").path(3))
+    assert first is not None and both is not None and torch.equal(both[: len(first)], first) and len(both) > len(first)
+    found = forget(replace(keyed, new=None), topic="QXQX")
+    left = read_key(Versions(keyed.model, "task", "fact").path(found.version))
+    assert left is not None and len(left) == len(first)
+    torch.testing.assert_close(left.sort(0).values, first.sort(0).values)  # those of the first update alone
+    forget(replace(keyed, new=None))
+    last = loaded(keyed)
+    assert last.keys.of("task", "fact") is None and last.find([{"role": "user", "content": FACT}])["task"] in CALLS
+
+
+def test_a_key_that_takes_from_others_does_not_serve(keyed: UpdateSettings) -> None:
+    rows = []
+    for n in range(40):
+        asks = f"{CALLS['math'][n % 5 :]}{CALLS['math'][: n % 5]}" * 2
+        said = [{"role": "user", "content": asks}, {"role": "assistant", "content": f"the third {n}"}]
+        rows.append(json.dumps({"messages": said}) + "\n")
+    keyed.data.write_text("".join(rows))
+    found = update(keyed)
+    assert not found.promoted and "of what others are found by, which may be 2.0% at most" in found.why
+    assert "fact" not in load(keyed.model).stack["task"].adapters
+
+
+def test_without_text_the_key_stays(keyed: UpdateSettings) -> None:
+    assert update(replace(keyed, memory=0)).promoted
+    place = keyed.model / Versions(keyed.model, "task", "fact").place
+    kept = [file for file in place.rglob("*") if file.is_file() and file.suffix not in (".lock", ".safetensors")]
+    assert not any(FACT[:3] in file.read_text() for file in kept)
+    assert loaded(keyed).find([{"role": "user", "content": FACT}])["task"] == "fact"
