@@ -118,7 +118,7 @@ def _router(model: Path, data: Path, most: float, chosen: dict[str, Any], as_jso
 
 
 def _show(found: "Updated", most: float) -> None:
-    typer.echo(_line("learnt", found.learnt, ""))
+    typer.echo(_line("learnt", found.learnt, f", by chance alone in {found.learnt.chance:.1%} of cases"))
     for name, change, missing in (
         ("kept", found.kept, "nothing was remembered yet"),
         ("general", found.general, "not measured: --general names conversations that have nothing to do with it"),

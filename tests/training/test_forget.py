@@ -95,7 +95,7 @@ def test_killed_at_any_moment_it_can_be_done_again(
         shutil.copytree(tmp_path / "adapters" / "code", how.out)
 
     monkeypatch.setattr(module.adapter, "train", train)
-    monkeypatch.setattr(module, "Judge", lambda *_: lambda rows: Change(len(rows), 1.0, 2.0))
+    monkeypatch.setattr(module, "Judge", lambda *_: lambda rows: Change(len(rows), 1.0, 2.0, 1.0))
     whole, chance = tmp_path / "whole", random.Random(0)
     shutil.copytree(told.model, whole)
     mine, started, outcomes = Versions(told.model, "domain", "math"), time.monotonic(), set()

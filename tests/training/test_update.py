@@ -1,6 +1,7 @@
 """`molora update` on a tiny model: what it learnt and lost is what PEFT says, and only what passed its gate serves."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -230,6 +231,41 @@ def test_what_learnt_nothing_does_not_serve(settings: UpdateSettings) -> None:
     found = update(replace(settings, learning_rate=1e-12))
     assert not found.promoted and found.why == "no step was better than none"
     assert Versions(settings.model, "domain", "math").current is None
+
+
+def test_a_gain_that_chance_gives_is_told_so(settings: UpdateSettings, tmp_path: Path) -> None:
+    def noise(name: str, numbers: range) -> Path:
+        """Nothing can be learnt but which letters there are."""
+        drawn, rows = random.Random(name), []
+        for row in rows_of(chats(tmp_path / name, "", numbers)):
+            row["messages"][1]["content"] = "".join(drawn.choices("abcd", k=8))
+            rows.append(json.dumps(row) + "\n")
+        (tmp_path / name).write_text("".join(rows))
+        return tmp_path / name
+
+    mine = Versions(settings.model, "domain", "math")
+    first = update(replace(settings, data=noise("letters", range(200)), epochs=8))
+    assert first.promoted and first.learnt.chance < 0.001
+    more = replace(settings, data=noise("more", range(300, 350)), learning_rate=1e-3, epochs=1, max_forgetting=100.0)
+    found = update(more)
+    assert found.learnt.after < found.learnt.before and found.learnt.conversations > 5
+    assert found.learnt.chance > 0.05 and mine[3].metrics["learnt"]["chance"] == found.learnt.chance
+
+
+@pytest.mark.parametrize("alike", [2, 7])
+def test_one_that_lost_counts(alike: int, settings: UpdateSettings, tmp_path: Path) -> None:
+    rows = rows_of(settings.data)
+    apart = [*filter(held_out, rows)][:alike]
+    apart += [*filter(held_out, rows_of(chats(tmp_path / "other.jsonl", "hm", range(200, 240))))][:1]
+    data = tmp_path / "new.jsonl"
+    new = [*(row for row in rows if not held_out(row)), *apart]
+    data.write_text("".join(json.dumps(row) + "\n" for row in new))
+    found = update(replace(settings, data=data))
+    mine = Versions(settings.model, "domain", "math")
+    before, after = ([loss(settings, mine.path(n), [row]) for row in apart] for n in (1, 2))
+    assert [now < was for was, now in zip(before, after, strict=True)] == [True] * alike + [False]
+    assert found.learnt.conversations == alike + 1 and found.learnt.after < found.learnt.before
+    assert found.learnt.chance == 2 / 2 ** (alike + 1)
 
 
 def test_without_a_memory_no_text_stays(settings: UpdateSettings, tmp_path: Path) -> None:

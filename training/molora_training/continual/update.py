@@ -26,6 +26,7 @@ from molora.saved import load
 from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
+from molora_training.continual.chance import by_chance
 from molora_training.continual.edits import NewKey, NewRow, check_samples, new_key, new_row
 from molora_training.continual.growth import blank
 from molora_training.continual.invented import invent
@@ -91,11 +92,15 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class Change:
-    """Nats an answer token of so many held-out conversations, under the version that serves and under the new one."""
+    """Nats an answer token of so many held-out conversations, under the version that serves and under the new one.
+
+    chance: how often chance alone lowers it as much: see :mod:`molora_training.continual.chance`.
+    """
 
     conversations: int
     before: float
     after: float
+    chance: float
 
     @property
     def growth(self) -> float:
@@ -367,10 +372,11 @@ class Judge:
         if not encoded:
             return None
         before, after = (
-            losses(self.model, encoded, {_LAYER: which}, 1, batch_tokens=settings.batch_tokens).mean
+            losses(self.model, encoded, {_LAYER: which}, 1, batch_tokens=settings.batch_tokens)
             for which in ("before", "after")
         )
-        return Change(len(encoded), before, after)
+        gains = (before.loss - after.loss).sum(1)  # nats a conversation, as the mean over tokens weighs them
+        return Change(len(encoded), before.mean, after.mean, by_chance(gains))
 
 
 def _against(settings: UpdateSettings, learnt: Change, kept: Change | None, general: Change | None) -> str:
