@@ -147,18 +147,19 @@ def build(model: Any, catch_up: Callable[[], list[str]] = list) -> gr.Blocks:
 
 
 def _control(layer: StackLayer, has_router: bool) -> gr.Dropdown:
-    """A layer that the router decides by default takes "auto" or several names; any other takes one name or none."""
+    """A layer that the router or keys decide by default takes "auto" or several names; any other one name or none."""
     title = layer.name.replace("_", " ").capitalize()
     off = ("none", NONE)
-    if layer.default != AUTO or not has_router:
+    if layer.default != AUTO or not (has_router or layer.keyed):
         forced = layer.default if layer.default in layer.adapters else NONE
         return gr.Dropdown([off, *layer.adapters], value=forced, label=title)
+    picks = "the question picks one for the answer" if layer.keyed else "the router picks for every token"
     control = gr.Dropdown(
         [("auto", AUTO), off, *layer.adapters],
         value=[AUTO],
         multiselect=True,
         label=title,
-        info="auto: the router picks for every token. Several names: it picks among these.",
+        info=f"auto: {picks}. Several names: it picks among these.",
     )
     control.input(settle, control, control, queue=False, show_progress="hidden", api_visibility="private")
     return control

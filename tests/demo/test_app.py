@@ -156,6 +156,14 @@ def test_without_a_router_nothing_offers_auto():
     assert not any("auto" in dict(drop.choices).values() or drop.multiselect for drop in drops)
 
 
+def test_a_keyed_layer_offers_auto_without_a_router():
+    model = FakeModel()
+    model.router, model.stack["domain"].keyed = None, True
+    drops = [block for block in build(model).blocks.values() if block.get_block_name() == "dropdown"]
+    assert [drop.value for drop in drops] == ["none", ["auto"], "none"]
+    assert "the question picks one" in drops[1].info
+
+
 def test_an_unknown_adapter_is_refused_in_words(address):
     with pytest.raises(AppError, match="lawyer"):
         ask(connect(address), "hello", 64, 0, "none", ["lawyer"], "none")
