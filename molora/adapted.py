@@ -13,6 +13,7 @@ from molora.groups import AdapterGroup, siblings
 from molora.layer import MoLoRALinear, linear_size, multiplied_in
 from molora.packed import Packed, Place, pack
 from molora.routing import RoutingState, decoder_layers
+from molora.shared import core_dtype
 from molora_kernels import Factors
 from molora_kernels.megablocks import FactorStack, PairOrder, add_lora_megablocks, pair_order, stack_factors
 from molora_kernels.order import PagedPlan
@@ -125,10 +126,12 @@ class AdaptedModules:
         """In which a module with this weight computes."""
         return weight.dtype if weight.is_floating_point() else self.base.dtype
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str, shared: bool) -> Place:
         module: Any = self.base.get_submodule(name)
         device, dtype = module.weight.device, self._dtype(module.weight)
         kernels = self._by_kernels(device)
+        if shared:
+            return device, core_dtype(module.weight, kernels), kernels
         return device, dtype if kernels else multiplied_in(device, dtype), kernels
 
     def _by_kernels(self, device: torch.device) -> bool:

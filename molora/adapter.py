@@ -89,6 +89,11 @@ class SharedWeights:
         return self.a.shape[0]
 
     @property
+    def core(self) -> LoRAWeights:
+        """What stands between the bases."""
+        return LoRAWeights(self.a, self.b, self.scale)
+
+    @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What is in memory for it alone."""
         return self.a, self.b

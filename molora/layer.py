@@ -110,10 +110,14 @@ class MoLoRALinear(nn.Module):
             factors: what :func:`molora.packed.ready` makes of the weights, if it is there.
             writes: gathers what is written into the kernels' pages, for the caller to do.
         """
-        self._share(slot, weights if isinstance(weights, SharedWeights) else None, writes)
-        self._joined = None
+        shared = isinstance(weights, SharedWeights)
+        self._share(slot, weights if isinstance(weights, SharedWeights) else None, factors if shared else None, writes)
+        if self._joined is not None:  # setting an attribute of a module is slow
+            self._joined = None
         self.factors.pop(slot, None)
-        if isinstance(weights, LoRAWeights) and factors is None:
+        if shared:
+            factors = None
+        elif isinstance(weights, LoRAWeights) and factors is None:
             device = self.weight.device
             factors = ready(weights, device, dtype if self.group is not None else multiplied_in(device, dtype))
         if self.group is not None:
@@ -122,9 +126,9 @@ class MoLoRALinear(nn.Module):
             device = self.weight.device  # the model may have moved since they were made ready
             self.factors[slot] = Factors(factors.A.to(device), factors.B.to(device))
 
-    def _share(self, slot: int, weights: SharedWeights | None, writes: Writes | None) -> None:
+    def _share(self, slot: int, weights: SharedWeights | None, factors: Factors | None, writes: Writes | None) -> None:
         for path in self.shared:
-            path.put(slot, None, writes)
+            path.put(slot, None, None, writes)
         if weights is not None:
             own = next((path for path in self.shared if path.basis is weights.basis), None)
             if own is None:
@@ -132,8 +136,9 @@ class MoLoRALinear(nn.Module):
                 self.shared.append(own)
                 if self.group is not None and own.inner.group is not None:
                     own.inner.group.reserve(self.group.pages.slots - 1)
-            own.put(slot, weights, writes)
-        self.shared = [path for path in self.shared if path.adapts]
+            own.put(slot, weights, factors, writes)
+        if not all(path.adapts for path in self.shared):
+            self.shared = [path for path in self.shared if path.adapts]
         if self.group is not None and self.shared:
             self.group.shared[self.piece] = tuple(self.shared)
         elif self.group is not None:

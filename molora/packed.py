@@ -51,18 +51,18 @@ class Packed:
         return found
 
 
-def pack(adapter: Adapter, place: Callable[[str], Place], made_for: object) -> Packed:
-    """Makes an adapter ready for ``made_for``. place: of a module, by its name."""
+def pack(adapter: Adapter, place: Callable[[str, bool], Place], made_for: object) -> Packed:
+    """Makes an adapter ready for ``made_for``. place: of a module, by its name and whether its factors stand between shared
+    bases."""
     factors: dict[str, Factors] = {}
     together: dict[tuple[torch.device, torch.dtype], list[tuple[str, Factors]]] = {}
     for name, weights in adapter.modules.items():
-        if isinstance(weights, SharedWeights):
-            continue  # small, and beside a basis that others have brought
-        device, dtype, kernels = place(name)
+        own = weights.core if isinstance(weights, SharedWeights) else weights
+        device, dtype, kernels = place(name, isinstance(weights, SharedWeights))
         if kernels:
-            together.setdefault((device, dtype), []).append((name, ready(weights, torch.device("cpu"), dtype)))
+            together.setdefault((device, dtype), []).append((name, ready(own, torch.device("cpu"), dtype)))
         else:
-            factors[name] = ready(weights, device, dtype)
+            factors[name] = ready(own, device, dtype)
     flats = []
     for (device, _), pairs in together.items():
         values = torch.cat([part.flatten() for _, pair in pairs for part in pair])

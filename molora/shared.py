@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from molora.adapter import LoRAWeights, SharedBasis, SharedWeights
+from molora.adapter import SharedBasis, SharedWeights
 from molora.groups import AdapterGroup
+from molora_kernels import Factors
 from molora_kernels.pages import Writes
+
+
+def core_dtype(weight: torch.Tensor, grouped: bool) -> torch.dtype:
+    """In which the cores of a module with this weight are multiplied. grouped: by kernels."""
+    on_cpu = weight.device.type == "cpu" and not grouped
+    return torch.float32 if on_cpu or not weight.is_floating_point() else weight.dtype
 
 
 class SharedPath:
@@ -26,8 +33,7 @@ class SharedPath:
 
     def __init__(self, basis: SharedBasis, module: Any, grouped: bool, like: torch.Tensor) -> None:
         self.basis, self.number = basis, next(self.numbers)
-        on_cpu = like.device.type == "cpu" and not grouped
-        dtype = torch.float32 if on_cpu or not like.is_floating_point() else like.dtype
+        dtype = core_dtype(like, grouped)
         self.U, self.V = (matrix.to(like.device, dtype) for matrix in (basis.U, basis.V))
         down, up = self.V.shape[1], self.U.shape[1]
         # Without a draw from the random generator, which belongs to whoever trains.
@@ -35,10 +41,11 @@ class SharedPath:
         nn.init.zeros_(nothing.requires_grad_(False).weight)
         self.inner = module(nothing, AdapterGroup(("core",), down, (up,), dtype, like.device) if grouped else None)
 
-    def put(self, slot: int, weights: SharedWeights | None, writes: Writes | None = None) -> None:
-        """Puts a core into a slot, or empties it. writes: as for :meth:`AdapterGroup.put`."""
-        own = None if weights is None else LoRAWeights(weights.a, weights.b, weights.scale)
-        self.inner.set_factors(slot, own, self.U.dtype, writes=writes)
+    def put(
+        self, slot: int, weights: SharedWeights | None, factors: Factors | None = None, writes: Writes | None = None
+    ) -> None:
+        """Puts a core into a slot, or empties it. factors, writes: as for :meth:`MoLoRALinear.set_factors`."""
+        self.inner.set_factors(slot, None if weights is None else weights.core, self.U.dtype, factors, writes)
 
     @property
     def adapts(self) -> bool:

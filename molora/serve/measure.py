@@ -5,6 +5,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from molora.serve.traffic import Traffic, arrivals
 from molora.serve.warm import warm
 from molora.stack import AUTO
 
+_READERS = 8  # threads
 _FILES = 32  # adapters on disk, which stand for those of all users: each user's is read and live for itself
 
 
@@ -70,8 +72,7 @@ def measure_serve(
             )
             engine.start()
             warm(engine)
-            for user in range(min(there, 1) if one else there):
-                engine.change([], partial(_bring, pool, pool.read(f"u{user}")))
+            _fill(engine, pool, min(there, 1) if one else there)
             found = replay(engine, coming, lambda user: {layer: f"u{0 if one else user}"}, tick)  # noqa: B023
             engine.close()
             kinds[kind] = {**report(found), "pool": vars(pool.stats())}
@@ -88,6 +89,15 @@ def measure_serve(
         "layers": {one.name: "auto" if one.default == AUTO else one.default for one in model.stack.layers},
         "ratio": round(ratio, 4),
     }
+
+
+def _fill(engine: Engine, pool: Pool, users: int) -> None:
+    """Makes the adapters of the first users live; few at a time are in the host's memory."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        for first in range(0, users, 2 * _READERS):
+            names = [f"u{user}" for user in range(first, min(first + 2 * _READERS, users))]
+            for read in readers.map(pool.read, names):
+                engine.change([], partial(_bring, pool, read))
 
 
 def _bring(pool: Pool, read: Read) -> None:
