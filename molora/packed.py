@@ -52,7 +52,7 @@ class Packed:
 
 
 def pack(adapter: Adapter, place: Callable[[str, bool], Place], made_for: object) -> Packed:
-    """Makes an adapter ready for ``made_for``. place: of a module, by its name and whether its factors stand between shared
+    """Makes an adapter ready for ``made_for``. place: of a module, by its name and whether it is a core between shared
     bases."""
     factors: dict[str, Factors] = {}
     together: dict[tuple[torch.device, torch.dtype], list[tuple[str, Factors]]] = {}

@@ -11,7 +11,7 @@ from molora.outputs import read_plan
 from molora.selection import ResolvedSelection, column_layers
 from molora.serve.pool import Pool
 from molora.serve.prefixes import Prefixes
-from molora.serve.requests import FinishReason, Piece
+from molora.serve.requests import FinishReason
 from molora.serve.rows import Rows
 from molora.serve.sampling import Chosen, choose
 from molora.serve.steps import RowSteps
@@ -47,6 +47,7 @@ class Batch:
         self.running: list[Ticket] = []  # by row
         self.reading: list[Ticket] = []  # their rows are those after theirs
         self.prompt_tokens = self.tokens = 0  # since the start
+        self.tells_later = model.device.type == "cuda"  # while the device is at work
         self._router: tuple[Any, list[tuple[torch.Tensor, int]]] | None = None  # under which all rows were read
         self._resolved: tuple[Any, list[Ticket], ResolvedSelection] | None = None
         found = model.generation_config.eos_token_id
@@ -165,8 +166,14 @@ class Batch:
             if logits is None:
                 logits = self._forward(tokens)
             routes = [self._route(row, 0) if one.request.routes else () for row, one in enumerate(running)]
+        self.say()
         self._take(running, choose(logits, [ticket.sampler for ticket in running]), routes)
         return []
+
+    def say(self) -> None:
+        """Tells of the last step's tokens, as far as that has not been done."""
+        for ticket in self.running:
+            ticket.say()
 
     def _forward(self, tokens: list[int]) -> torch.Tensor:
         """Logits [N, vocabulary] of one more token of each row, by the base's own forward."""
@@ -185,6 +192,7 @@ class Batch:
 
     def clear(self) -> list[Ticket]:
         """Lets go of all that is under way, and returns it."""
+        self.say()
         tickets = self.tickets
         self.running, self.reading = [], []
         return tickets
@@ -257,8 +265,9 @@ class Batch:
             ticket.tokens += 1
             self.tokens += 1
             ended = ticket.request.ends and one.token in self._ends
-            text = "" if ended else ticket.text.add(one.token)
-            ticket.tell(Piece(one.token, text, one.logprob, one.likeliest, route))
+            ticket.untold = (one, route, ended)
+            if not self.tells_later or ticket.request.sampling.stop:
+                ticket.say()  # which may find a stop text
             if ended or ticket.text.stopped:
                 self.leave(ticket, "stop")
             elif ticket.tokens >= ticket.most:

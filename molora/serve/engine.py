@@ -254,6 +254,9 @@ class Engine:
 
     def _turn(self) -> None:
         self._give_up()
+        batch = self._batch
+        if self._changes or batch.reading or (self._turns and batch.has_room):
+            batch.say()  # what comes before the next step may take long
         self._make_changes()
         read = self._read_prompts()
         if self._batch.running:

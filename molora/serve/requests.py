@@ -9,6 +9,8 @@ from molora.errors import RequestError
 from molora.selection import Selection
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "error"]
+Route: TypeAlias = tuple[tuple[str, str | None, float], ...]
+"""Of a token the layer, the adapter or None, and its weight, for each that may act."""
 MOST_LOGPROBS = 20
 
 
@@ -82,7 +84,7 @@ class Piece:
     text: str
     logprob: float | None = None  # nats
     likeliest: tuple[tuple[int, float], ...] = ()  # tokens and their logprobs
-    route: tuple[tuple[str, str | None, float], ...] = ()  # layer, adapter or None, weight
+    route: Route = ()
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Sampler:
         return scores.index_add(0, tokens, changes)
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether the likeliest token is not all that is asked for."""
+        return self.sampling.temperature > 0 or self.sampling.logprobs is not None or self.changes
+
+    @property
     def changes(self) -> bool:
         one = self.sampling
         return one.repetition_penalty != 1.0 or bool(one.presence_penalty or one.frequency_penalty or one.logit_bias)
@@ -76,13 +81,14 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Chosen]:
         logits: [N, vocabulary].
         samplers: of each; they take the tokens in.
     """
-    raw = logits.float()
-    sound = raw.amax(-1).isfinite()  # of what holds a NaN the largest is one
-    raw = raw.masked_fill(~sound.unsqueeze(-1), 0.0)  # on a GPU a draw from it would end more than this sequence
-    scores = raw
+    best, tokens = logits.max(-1)
+    sound = best.isfinite()  # of what holds a NaN the largest is one
+    if any(one.needs_scores for one in samplers):
+        # On a GPU a draw from what holds a NaN would end more than this sequence.
+        raw = scores = logits.float().masked_fill(~sound.unsqueeze(-1), 0.0)
     if any(one.changes for one in samplers):
         scores = torch.stack([one.changed(row) for one, row in zip(samplers, raw, strict=True)])
-    tokens = scores.argmax(-1)
+        tokens = scores.argmax(-1)
     groups: dict[tuple[float, int, float, float], list[int]] = {}
     for row, one in enumerate(samplers):
         if one.sampling.temperature > 0:

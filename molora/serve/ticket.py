@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from molora.selection import Choice, Selection
 from molora.serve.pool import Pool, Read
 from molora.serve.prefixes import Acting
-from molora.serve.requests import Event, Finished, FinishReason, Request
+from molora.serve.requests import Event, Finished, FinishReason, Piece, Request, Route
 from molora.serve.rows import RowReader
-from molora.serve.sampling import Sampler
+from molora.serve.sampling import Chosen, Sampler
 from molora.serve.text import Text
 
 
@@ -32,6 +32,7 @@ class Ticket:
     reader: RowReader | None = None
     acting: Acting | None = None  # on what is being read
     tokens: int = 0
+    untold: tuple[Chosen, Route, bool] | None = None  # the last token, its route, and whether it has no text
     finished: bool = False
 
     def cancel(self) -> None:
@@ -70,6 +71,13 @@ class Ticket:
         self.leased = True
         return True
 
+    def say(self) -> None:
+        """Tells of the last token, if that has not been done."""
+        if self.untold is not None:
+            (one, route, silent), self.untold = self.untold, None
+            text = "" if silent else self.text.add(one.token)
+            self.tell(Piece(one.token, text, one.logprob, one.likeliest, route))
+
     def tell(self, event: Event) -> None:
         try:
             self.listener(event)
@@ -81,6 +89,7 @@ class Ticket:
         if self.leased:
             for pool, read in self.reads:
                 pool.release(read)
+        self.say()
         self.finished = True
         error = error or self.failed
         self.tell(Finished(reason, len(self.request.ids), self.tokens, self.text.rest(), error))

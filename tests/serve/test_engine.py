@@ -38,12 +38,14 @@ SELECTIONS: list[dict[str, Any]] = [
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 
 
-@pytest.fixture
-def engines() -> Iterator[Any]:
+@pytest.fixture(params=[False, True], ids=["at once", "while the next step runs"])
+def engines(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Makes engines, which tell of tokens as on a CPU and as on a GPU."""
     made: list[Engine] = []
 
     def make(model: MoLoRAModel, **settings: Any) -> Engine:
         made.append(Engine(model, **{"rows": 4, "longest": 96, "chunk": 16, **settings}))
+        made[-1]._batch.tells_later = request.param
         made[-1].start()
         return made[-1]
 
