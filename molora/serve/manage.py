@@ -16,6 +16,7 @@ from starlette.datastructures import UploadFile
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from molora.checks import check_fits
 from molora.errors import AdapterError, AdapterFormatError, AdapterNotFoundError, StackError
+from molora.key_file import KEY_FILE
 from molora.serve.door import needs
 from molora.serve.keys import Key
 from molora.serve.names import UnknownNameError
@@ -50,11 +51,12 @@ def adapter_routes(engine: "Engine", store: "AdapterStore | None" = None) -> API
 
     @router.post("/{layer}/{name}", status_code=201)
     async def put(layer: str, name: str, request: Request, key: Manager) -> AdapterCard:
-        """Takes a PEFT folder's two files as multipart/form-data; what runs ends with what it began with."""
-        adapters.layer(layer)
+        """Takes a PEFT folder's two files as multipart/form-data, and for a keyed layer the key beside them; what runs
+        ends with what it began with."""
+        keyed = adapters.layer(layer).keyed
         check_name(name, "an adapter")
-        async with request.form(max_files=2, max_fields=0) as form:
-            return await adapters.put(layer, name, _files([value for _, value in form.multi_items()]))
+        async with request.form(max_files=3 if keyed else 2, max_fields=0) as form:
+            return await adapters.put(layer, name, _files([value for _, value in form.multi_items()], keyed))
 
     @router.delete("/{layer}/{name}", status_code=204)
     async def remove(layer: str, name: str, key: Manager) -> None:
@@ -242,10 +244,12 @@ def _check_patterns(patterns: object) -> None:
             )
 
 
-def _files(values: list[UploadFile | str]) -> dict[str, UploadFile]:
+def _files(values: list[UploadFile | str], keyed: bool) -> dict[str, UploadFile]:
     files = {value.filename or "": value for value in values if isinstance(value, UploadFile)}
-    if len(values) != 2 or set(files) != {CONFIG_FILE, WEIGHTS_FILE}:
-        raise HTTPException(400, f"Upload two files as multipart/form-data: {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    needed, may = {CONFIG_FILE, WEIGHTS_FILE}, {KEY_FILE} if keyed else set()
+    if len(values) != len(files) or not needed <= set(files) <= needed | may:
+        more = f", and {KEY_FILE} if it has one" if keyed else ""
+        raise HTTPException(400, f"Upload two files as multipart/form-data: {CONFIG_FILE} and {WEIGHTS_FILE}{more}.")
     return files
 
 

@@ -8,8 +8,10 @@ import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
+from molora.key_file import KEY_FILE, write_key
 from molora.serve.app import build_app
 from molora.serve.keys import Keys
+from molora.stack import StackLayer
 from tests.serve.fake_engine import FakeEngine
 from tests.unit.spoken import make_spoken
 
@@ -64,6 +66,25 @@ def test_an_adapter_comes_changes_and_goes(client, model, home):
 def test_a_user_gets_one(client, home):
     assert upload(client, home / "law", "user/ada").status_code == 201
     assert client.get("/v1/models/base+user/ada").status_code == 200
+
+
+def test_a_key_comes_beside_its_adapter(client, model, home):
+    key = torch.arange(64.0).view(2, 32)
+    write_key(home / "law", key)
+    assert upload(client, home / "law", names=(*FILES, KEY_FILE)).status_code == 400  # a layer that has no keys
+    model.stack.layers.append(StackLayer("task", {}, keyed=True))
+    model._refresh()
+    try:
+        assert upload(client, home / "law", "task/law", (*FILES, KEY_FILE)).status_code == 201
+        assert torch.equal(model.keys.of("task", "law"), key)
+        assert upload(client, home / "law", "task/law").status_code == 201  # without one it acts by name
+        assert model.keys.of("task", "law") is None
+        assert upload(client, home / "law", "task/law", (*FILES, FILES[0])).status_code == 400
+        assert client.delete("/v1/adapters/task/law").status_code == 204
+    finally:
+        (home / "law" / KEY_FILE).unlink()
+        model.stack.layers.pop()
+        model._refresh()
 
 
 def _config(folder, **changes):

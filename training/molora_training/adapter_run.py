@@ -120,6 +120,7 @@ class Run:
 
     def finish(self, seconds: float, command: str | None) -> dict[str, Any]:
         """Write the best adapter and remove the checkpoint; the curves stay."""
+        self.captured = None  # which holds this, and with it the model and its graphs on a GPU
         best = load_file(self.best_file)
         with torch.no_grad():
             for name, parameter in self.parameters.items():

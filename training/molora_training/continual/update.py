@@ -308,7 +308,7 @@ def learn(
     )
     training = training_settings(settings, base, method.start(served, work), work)
     trained = adapter.train(training, resume=False, command=command, hold=method)
-    release_memory()  # a model is in cycles: of many trainings, each would hold a GPU's memory until they are collected
+    release_memory()  # of a GPU: other processes may be on it
     shutil.rmtree(training.work, ignore_errors=True)
     return method, method.finish(training.out, work), trained
 
