@@ -13,6 +13,7 @@ from molora.errors import StackError
 
 AUTO = "auto"
 NONE = "none"
+ROUTERS = "_routers"  # the layer of a store's routers: none of a stack can have this name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 

@@ -41,6 +41,12 @@ def serve(
         ),
     ] = None,
     live: Annotated[int, typer.Option(min=1, help="Adapters of the store that are in the model at once.")] = 64,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The router of the store that serves; a newer version of it is taken up while it runs."
+        ),
+    ] = None,
     keys: Annotated[
         Path | None,
         typer.Option("--keys", metavar="FILE", help=f"The file of API keys. Default: {KEYS_FILE}, if it is there."),
@@ -100,7 +106,8 @@ def serve(
         from molora.vllm.launch import check_options, launch
 
         check_options(
-            not _is_loopback(host), store=store, keys=keys, replicas=replicas, most_replicas=most_replicas
+            not _is_loopback(host), store=store, router=router, keys=keys, replicas=replicas,
+            most_replicas=most_replicas,
         )  # fmt: skip
         launch(
             model_place(model), host=host, port=port, rows=rows, longest=longest, dtype=dtype.value,
@@ -109,6 +116,8 @@ def serve(
         return
     if tensor_parallel is not None:
         raise ConfigError("--tensor-parallel is of vLLM's server: give --engine vllm, too.")
+    if router is not None and store is None:
+        raise ConfigError(f"The router {router} is one of a store: give --store, too.")
     if not ray and (replicas or most_replicas):
         raise ConfigError("--replicas and --most-replicas are of several replicas: give --ray, too.")
     known = _known_keys(file, required=keys is not None)
@@ -122,7 +131,7 @@ def serve(
         with extra("ray"), extra("serve"):
             from molora.serve.replicas import Serving, run
         told = model_place(model), dtype.value, rows, longest, store, live, file if known else None, hosts
-        run(Serving(*told, replicas or 2, most_replicas), host, port, os.environ.get("RAY_ADDRESS"))
+        run(Serving(*told, replicas or 2, most_replicas, router=router), host, port, os.environ.get("RAY_ADDRESS"))
         return
     with extra("serve"):
         import uvicorn
@@ -130,24 +139,28 @@ def serve(
         from molora.serve.app import build_app
     from molora.serve.engine import Engine
     from molora.serve.pool import Pool
+    from molora.serve.routers import StoredRouter
     from molora.serve.store import AdapterStore
     from molora.serve.warm import warm
     from molora.settled import settle
 
     opened, held = open_model(model, dtype), AdapterStore(store) if store is not None else None
     shared = [layer.name for layer in opened.stack.layers if layer.shared]
-    if held is not None and not shared:
+    if held is not None and not shared and router is None:
         raise ConfigError("The stack has no layer with shared: true, in which a store's adapters could come and go.")
     pools = [Pool(opened, layer, held.finder(layer), most=live) for layer in shared] if held is not None else []
     serving = Engine(opened, rows=rows, longest=longest, pools=pools)
     app: Any = build_app(serving, keys=known, store=held, hosts=hosts)
     serving.start()
+    followed = StoredRouter(serving, held, router) if held is not None and router is not None else None
     if opened.device.type == "cuda":
         typer.echo(f"Made ready for up to {rows} sequences at once in {warm(serving):.0f} s.")
     settle()
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)
     finally:
+        if followed is not None:
+            followed.close()
         serving.close()
         if held is not None:
             held.close()

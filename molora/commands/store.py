@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from molora.commands.common import JsonOption, write_json
-from molora.errors import AdapterNotFoundError, ConfigError, StoreError
-from molora.stack import check_name, read_label
+from molora.errors import AdapterNotFoundError, ConfigError, RouterError, StoreError
+from molora.stack import ROUTERS, check_name, read_label
 
 if TYPE_CHECKING:
     from molora.serve.store import AdapterStore
@@ -26,25 +26,32 @@ app = typer.Typer(
 UrlArgument = Annotated[
     str, typer.Argument(metavar="URL", help="A folder, s3://bucket/prefix, or what else fsspec reaches.")
 ]
-LabelArgument = Annotated[str, typer.Argument(metavar="LAYER/NAME", help="The adapter, such as user/ada.")]
+LabelArgument = Annotated[
+    str, typer.Argument(metavar="LAYER/NAME", help="The adapter, such as user/ada; a router is _routers/NAME.")
+]
 
 
 @app.command()
 def put(
     url: UrlArgument,
     label: LabelArgument,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A PEFT folder on this machine.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A PEFT folder on this machine; of a router a saved MoLoRA.")
+    ],
 ) -> None:
     """Store an adapter as a new version, print the version, and let it serve.
 
     The folder is checked first: what is damaged, or holds NaN, is not stored. The same content is the same version. A
     store that is a local folder is made if there is none.
 
+    The router of a saved MoLoRA is stored as `_routers/NAME`, for `molora serve --router NAME`.
+
     Example: molora store put s3://bucket/adapters user/ada adapters/ada
     """
-    layer, name = read_label(label)
+    layer, name = _place(label)
     with _opened(url, new=True) as store:
-        typer.echo(store.put(layer, name, folder).version)
+        made = store.put_router(name, folder) if layer == ROUTERS else store.put(layer, name, folder)
+        typer.echo(made.version)
 
 
 @app.command("list")
@@ -61,7 +68,8 @@ def list_(
 
     Example: molora store list s3://bucket/adapters user --prefix a
     """
-    check_name(layer, "a layer")
+    if layer != ROUTERS:
+        check_name(layer, "a layer")
     with _opened(url) as store:
         names = store.names(layer, prefix, limit + 1)
         rows = [row for row in (_row(store, layer, name) for name in names[:limit]) if row is not None]
@@ -83,7 +91,7 @@ def versions(url: UrlArgument, label: LabelArgument, as_json: JsonOption = False
 
     Example: molora store versions s3://bucket/adapters user/ada
     """
-    layer, name = read_label(label)
+    layer, name = _place(label)
     with _opened(url) as store:
         found, current = store.versions(layer, name), _current(store, layer, name)
     if as_json:
@@ -92,7 +100,7 @@ def versions(url: UrlArgument, label: LabelArgument, as_json: JsonOption = False
         return
     for one in found:
         state = "serves" if one.version == current else ""
-        rank = f"rank {', '.join(map(str, one.ranks))}"
+        rank = f"rank {', '.join(map(str, one.ranks))}" if one.ranks else ""
         typer.echo(f"{one.version}  {_date(one.created)}  {_size(one.size_bytes):>11}  {rank:<8}  {state}".rstrip())
     if current is not None and current not in {one.version for one in found}:
         typer.echo(f"{current} was to serve, and is damaged: let another one serve with `molora store use`.")
@@ -108,7 +116,7 @@ def use(
 
     Example: molora store use s3://bucket/adapters user/ada 0123456789abcdef
     """
-    layer, name = read_label(label)
+    layer, name = _place(label)
     with _opened(url) as store:
         store.set_current(layer, name, version)
     typer.echo(f"Version {version} of {label} serves.")
@@ -120,7 +128,7 @@ def rollback(url: UrlArgument, label: LabelArgument) -> None:
 
     Example: molora store rollback s3://bucket/adapters user/ada
     """
-    layer, name = read_label(label)
+    layer, name = _place(label)
     with _opened(url) as store:
         version = store.roll_back(layer, name)
     typer.echo(f"Version {version} of {label} serves.")
@@ -142,15 +150,16 @@ def get(
     from molora.atomic import new_folder
     from molora.serve.store_record import FILES
 
-    layer, name = read_label(label)
+    layer, name = _place(label)
     if out.exists():
         raise ConfigError(f"{out} exists: nothing was written. Choose another folder.")
     with _opened(url) as store:
         found = store.get(layer, name, version)
         try:
             with new_folder(out) as made:
-                for file in FILES["adapter"]:
-                    shutil.copyfile(found / file, made / file)
+                for file in FILES["router" if layer == ROUTERS else "adapter"]:
+                    if (found / file).is_file():  # a router of rules has no weights
+                        shutil.copyfile(found / file, made / file)
         except OSError as error:
             raise ConfigError(f"{out} cannot be written ({error}). Choose another folder, or try again.") from error
     typer.echo(f"Version {found.name} of {label} is in {out}.")
@@ -166,7 +175,7 @@ def remove(
 
     Example: molora store remove s3://bucket/adapters user/ada
     """
-    layer, name = read_label(label)
+    layer, name = _place(label)
     with _opened(url) as store:
         if not yes:
             _current(store, layer, name)  # nobody is asked about what is not there
@@ -186,7 +195,7 @@ def prune(
 
     Example: molora store prune s3://bucket/adapters user/ada --keep 2
     """
-    layer, name = read_label(label)
+    layer, name = _place(label)
     with _opened(url) as store:
         gone = store.prune(layer, name, keep)
     typer.echo(f"Deleted: {', '.join(gone) or 'none'}.")
@@ -203,6 +212,12 @@ def reindex(url: UrlArgument) -> None:
     with _opened(url) as store:
         found = store.reindex()
     typer.echo(f"{_count(found.names, 'name')}, {_count(found.versions, 'version')}.")
+
+
+def _place(label: str) -> tuple[str, str]:
+    """LAYER/NAME in its parts; _routers/NAME, too, which no layer is called."""
+    layer, _, name = label.partition("/")
+    return (ROUTERS, check_name(name, "a router")) if layer == ROUTERS else read_label(label)
 
 
 @contextmanager
@@ -232,7 +247,7 @@ def _row(store: "AdapterStore", layer: str, name: str) -> dict[str, Any] | None:
     """An adapter in the list; None where it was removed meanwhile."""
     try:
         found, current = store.versions(layer, name), _current(store, layer, name)
-    except AdapterNotFoundError:
+    except (AdapterNotFoundError, RouterError):
         return None
     serves = next((one for one in found if one.version == current), None)
     about = {"bytes": serves.size_bytes, "created": serves.created} if serves else {"bytes": None, "created": None}

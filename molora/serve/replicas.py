@@ -47,6 +47,7 @@ class Serving:
         keys: the file of keys. hosts: the names under which the door may be asked; None: any.
         replicas, most_replicas: how many there are, and up to how many there may be while many ask.
         cpus, gpus: that each of them takes.
+        router: of the store, that serves and whose newer versions are taken up.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Serving:
     most_replicas: int | None = None
     cpus: int = 1
     gpus: float = 0.0
+    router: str | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or _most(self) < self.replicas:
@@ -80,6 +82,7 @@ class Replica:
         from molora.serve.app import build_app
         from molora.serve.engine import Engine
         from molora.serve.pool import Pool
+        from molora.serve.routers import StoredRouter
         from molora.serve.store import AdapterStore
         from molora.serve.warm import warm
         from molora.settled import settle
@@ -99,6 +102,9 @@ class Replica:
         keys = Keys(serving.keys) if serving.keys is not None else None
         self.app: FastAPI = build_app(self.engine, keys=keys, store=self.store)
         self.engine.start()
+        self.router: StoredRouter | None = None
+        if self.store is not None and serving.router is not None:
+            self.router = StoredRouter(self.engine, self.store, serving.router)
         if model.device.type == "cuda":
             warm(self.engine)
         settle()
@@ -131,6 +137,8 @@ class Replica:
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
+            if (followed := getattr(self, "router", None)) is not None:
+                followed.close()
             self.engine.close()
             if self.store is not None:
                 self.store.close()
@@ -190,7 +198,7 @@ def application(serving: Serving) -> serve.Application:
     """
     stack = load(serving.model).stack
     pooled = frozenset(_shared(stack) if serving.store is not None else ())
-    if serving.store is not None and not pooled:
+    if serving.store is not None and not pooled and serving.router is None:
         raise ConfigError("The stack has no layer with shared: true, in which a store's adapters could come and go.")
     many: dict[str, Any] = {"num_replicas": serving.replicas}
     if serving.most_replicas is not None:

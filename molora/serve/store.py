@@ -39,8 +39,8 @@ from molora.saved import ROUTER, load, load_router, save_router
 from molora.serve.store_index import Index
 from molora.serve.store_places import ABOUT, Folder, Remote
 from molora.serve.store_record import FILES, ROUTER_ENTRY, FileMark, Kind, StoredVersion, content_version
-from molora.serve.store_shelves import ROUTERS, Shelves, path_of
-from molora.stack import check_name
+from molora.serve.store_shelves import Shelves, path_of
+from molora.stack import ROUTERS, check_name
 from molora.vocabulary import VocabularyRouter
 
 IDLE_S = 600

@@ -5,10 +5,7 @@ import json
 from molora.errors import AdapterFormatError, AdapterNotFoundError, MoLoRAError, RouterError, StoreError, VersionError
 from molora.serve.store_places import ABOUT, Folder, Remote
 from molora.serve.store_record import VERSION, StoredVersion
-from molora.stack import check_name
-
-ROUTERS = "_routers"
-"""The layer under which versions of routers are; no layer of a stack can have this name."""
+from molora.stack import ROUTERS, check_name
 
 _CURRENT = "current.json"
 _DAMAGED = "damaged.json"

@@ -76,6 +76,12 @@ class Heard:
         assert end.tokens == len(pieces) and end.error is None, end
         return [piece.token for piece in pieces]
 
+    def tokens_left(self) -> list[int]:
+        """Of which some were heard already."""
+        pieces, end = self.all()
+        assert end.error is None, end
+        return [piece.token for piece in pieces]
+
 
 def endless(model: MoLoRAModel) -> MoLoRAModel:
     model.base.generation_config.eos_token_id = None

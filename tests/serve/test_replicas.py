@@ -19,8 +19,10 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from molora import VocabularyRouter
 from molora.commands import serve as command
 from molora.errors import ConfigError
+from molora.selection import router_rows
 from molora.serve.failures import EngineFailure
 from molora.serve.keys import Keys
 from molora.serve.store import AdapterStore
@@ -47,6 +49,7 @@ class Cluster:
         self.store = AdapterStore(root / "store")
         for seed, user in enumerate(USERS):
             self.store.put("user", user, self.adapter(70 + seed))
+        self.store.put_router("main", self.model.router)
         keys = Keys(root / "keys.json")
         self.boss, self.ada = keys.create("boss", ["use", "manage"]), keys.create("ada", ["use"], "ada")
         self.serving = replicas.Serving(
@@ -55,6 +58,7 @@ class Cluster:
             rows=4,
             store=str(root / "store"),
             keys=keys.file,
+            router="main",
         )
         self.alone = replicas.Replica(self.serving)
         with socket.socket() as free:
@@ -272,6 +276,14 @@ def test_a_rolling_update_loses_no_request(cluster: Cluster) -> None:
     assert not before & set(cluster.counts("molora_rows"))
     assert old != right and set(said) <= {old, right} and cluster.say("base+math") == right
     assert said[0] == old and len(said) > 10
+
+
+def test_a_router_of_the_store_comes_to_every_replica(cluster: Cluster) -> None:
+    vocabulary, rows = cluster.model.config.vocab_size, router_rows(cluster.model.stack)
+    cluster.store.put_router("main", VocabularyRouter({"domain/code": [[0, vocabulary - 1]]}, rows, vocabulary))
+    said = cluster.expected("base+code")
+    assert said != cluster.expected("base+math")
+    assert until(lambda: cluster.say_everywhere("base+auto") == {said}, 60)
 
 
 def test_a_replica_whose_engine_has_ended_is_not_healthy(cluster: Cluster) -> None:
