@@ -173,10 +173,17 @@ def test_a_crowd_of_one_user_is_answered_by_both(cluster: Cluster) -> None:
     cluster.settle()
     before = cluster.counts("molora_sequences_total")
     expected = cluster.expected("base+user/ben", LONG)
-    with ThreadPoolExecutor(6) as pool:
-        said = list(pool.map(lambda _: cluster.say("base+user/ben", max_tokens=LONG), range(6)))
+    clients, together = [cluster.client() for _ in range(8)], threading.Barrier(8)
+
+    def ask(client: openai.OpenAI) -> str | None:
+        together.wait(60)
+        answer = client.chat.completions.create(model="base+user/ben", max_tokens=LONG, **CHAT)
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(ask, clients))
     after = cluster.counts("molora_sequences_total")
-    assert said == [expected] * 6
+    assert said == [expected] * 8
     assert all(after[name] > before[name] for name in before) and len(before) == 2
 
 
