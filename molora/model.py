@@ -250,12 +250,15 @@ class MoLoRAModel(nn.Module):
             selection: as in :meth:`forward`.
 
         Raises:
-            SelectionError: an adapter that it names has no key.
+            SelectionError: an adapter that it names has no key, or there are several prompts.
         """
         if not any(layer.keyed for layer in self.stack.layers):
             return selection or {}
+        inputs = self.encode(prompt)
+        if len(inputs["input_ids"]) != 1:
+            raise SelectionError("One prompt is told at a time.")
         with self.routing.lock, self.routing.off():
-            found = self.keys.choose(selection, self.stack, self.encode(prompt))
+            found = self.keys.choose(selection, self.stack, inputs)
         return found if isinstance(found, Mapping) else dict((found or [{}])[0])
 
     def encode(self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor) -> dict[str, torch.Tensor]:

@@ -202,6 +202,8 @@ def test_what_is_refused(model: MoLoRAModel, paths: dict[str, Path]) -> None:
         model(ids, selection={"task": ["low", "third"]})
     with pytest.raises(SelectionError, match="2 selections were given for a batch of 3"):
         model(ids.expand(3, -1), selection=[{}, {}])
+    with pytest.raises(SelectionError, match="One prompt is told at a time"):
+        model.find(ids.expand(2, -1))
     with pytest.raises(SelectionError, match="a sequence without any token"):
         model(ids, attention_mask=torch.zeros_like(ids))
     undecided = model._resolve({"task": "auto"})
