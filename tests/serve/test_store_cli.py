@@ -17,6 +17,7 @@ from molora.errors import (
     ConfigError,
     MoLoRAError,
     NonFiniteError,
+    RouterError,
     StackError,
     StoreError,
     VersionError,
@@ -240,7 +241,9 @@ def test_what_is_not_there_or_no_name_is_told(url: str, folders: list[Path], com
     name, *options = command
     unknown = mistake(name, url, "user/nobody", *options)
     assert isinstance(unknown, AdapterNotFoundError) and "user/nobody" in str(unknown)
-    for label in ("user/../x", "../x", "user/", "/ada", "user/none", "user", "_routers/main"):
+    unknown = mistake(name, url, "_routers/main", *options)
+    assert isinstance(unknown, RouterError) and "no router 'main'" in str(unknown)
+    for label in ("user/../x", "../x", "user/", "/ada", "user/none", "user", "_routers/../x", "_routers/", "_routers"):
         assert isinstance(mistake(name, url, label, *options), StackError), label
     nowhere = mistake(name, f"{url}-nowhere", "user/ada", *options)
     assert isinstance(nowhere, StoreError) and "molora store put" in str(nowhere)
