@@ -14,6 +14,7 @@ from molora.errors import AdapterFormatError, RouterError, SelectionError, Unsup
 from molora.selection import router_rows
 from molora.vllm.export import content_hash, export, padded
 from molora.vllm.folder import MANIFEST, read_manifest
+from molora.vllm.selections import Selections
 from tests.vllm.conftest import load_base, write_adapter
 
 
@@ -72,6 +73,17 @@ def test_wrong_selections_are_refused(folders: dict[str, Path], tmp_path: Path) 
         export(source, tmp_path, {"domain": "cooking"})
     with pytest.raises(SelectionError, match="not a list"):
         export(source, tmp_path, [{}, {}])  # type: ignore[arg-type]
+
+
+def test_keyed_layers_act_by_name(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    layer = StackLayer("task", {name: adapters[name] for name in ("math", "code")}, keyed=True)
+    folder = saved(base, Stack([layer]), tmp_path / "saved")
+    with pytest.raises(SelectionError, match="nothing tells by the question what acts in layer 'task'"):
+        export(folder, tmp_path / "out")
+    found = Selections(read_manifest(export(folder, tmp_path / "out", {"task": None})))
+    assert found.resolve('{"task": "code"}').forced.tolist() == [[1]]
+    with pytest.raises(SelectionError, match="nothing tells by the question"):
+        found.resolve('{"task": "auto"}')
 
 
 def test_ranks_are_those_of_vllm() -> None:
