@@ -45,7 +45,7 @@ def test_the_trace_is_asked_as_it_is(engine: FakeEngine, address: str) -> None:
     told = report(found)
     assert told["answered"] == 9 and (told["refused"], told["failed"]) == (0, 0)
     seconds = sum(one.answer for one in coming) / told["tokens a second"]
-    assert told["seconds"] == pytest.approx(seconds, abs=0.0051)  # which are told to a hundredth
+    assert told["seconds"] == pytest.approx(seconds, abs=0.00051)  # which are told to a thousandth
 
 
 def test_each_user_has_a_name(address: str) -> None:
