@@ -127,9 +127,11 @@ class StackKeys:
             CacheError: there is a cache already, so the question is not there.
         """
         layers = [layer for layer in stack.layers if layer.keyed]
+        if not layers:
+            return selection
         many: list[Any] = [selection] if selection is None or isinstance(selection, Mapping) else list(selection)
         many = [{} if one is None else one for one in many]
-        if not layers or not many or not all(isinstance(one, Mapping) for one in many):
+        if not many or not all(isinstance(one, Mapping) for one in many):
             return selection
         left: dict[tuple[int, str], list[str]] = {}
         for number, one in enumerate(many):

@@ -66,8 +66,9 @@ class Batch:
     def begin(self, ticket: Ticket) -> list[Ticket]:
         """Gives it the row after the others, with as much of its prompt as is known. Returns as :meth:`read`."""
         with self.model.routing.lock:
-            again = self._router_changed()
+            # First: what is wrong with this one may not lose those that are to begin again.
             ticket.selection = dict(self.model.find(torch.tensor([ticket.request.ids]), ticket.selection))
+            again = self._router_changed()
             ticket.reader = self.rows.reader(len(self.tickets))
             self.reading.append(ticket)
             ticket.acting = self.prefixes.acting(self.model._resolve(ticket.selection))

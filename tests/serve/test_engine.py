@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from molora import MoLoRAModel, Stack, StackLayer
+from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora.errors import BaseModelError, BusyError, NonFiniteError, RequestError, SelectionError
 from molora.serve.batch import Batch
 from molora.serve.engine import Engine
@@ -563,3 +563,27 @@ def test_what_a_question_is_told_by_acts_all_along(base: Any, tmp_path: Path, en
     assert one.tokens() == alone(model, asked[0], {"task": "high"}, 9)
     with pytest.raises(SelectionError, match="no adapter 'third'"):
         engine.submit(greedy(asked[0], {"task": ["third"]}, 9), print)
+
+
+def test_one_that_cannot_be_told_loses_no_other(
+    base: Any, adapters: dict[str, Path], tmp_path: Path, engines: Any
+) -> None:
+    """Also where a new router has all others begin again in the same moment."""
+    paths = {name: write_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("low", "high"), 1)}
+    layers = [StackLayer("domain", {"math": adapters["math"]})]
+    router = RouterConfig(width=8, hidden=16, units=12)
+    model = endless(make_keyed(copy.deepcopy(base), paths, layers=layers, router=router))
+    model.add_adapter("task", "third", paths["low"])  # which has no key
+    engine = engines(model)
+    ids = questions("low", 1, seed=7)[0].tolist()
+    running = Heard(engine, greedy(ids, None, 60))
+    running.next()
+
+    def change() -> Heard:
+        model.set_router(copy.deepcopy(model.router))
+        return Heard(engine, greedy(ids, {"task": ["third"]}, 9))
+
+    bad = engine.change([], change)
+    pieces, end = bad.all()
+    assert not pieces and isinstance(end.error, SelectionError) and "'third' has no key" in str(end.error)
+    assert len(running.tokens_left()) == 59
