@@ -31,7 +31,7 @@ class Index:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(file, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
-            self._base.execute("PRAGMA journal_mode=WAL")
+            _write_ahead(self._base)
             self._base.execute("PRAGMA synchronous=NORMAL")  # a loss of power may lose rows; reindex() finds them
             with self._writing() as base:
                 for table in _TABLES:
@@ -106,3 +106,16 @@ class Index:
                 self._base.execute("ROLLBACK")
                 raise
             self._base.execute("COMMIT")
+
+
+def _write_ahead(base: sqlite3.Connection) -> None:
+    """SQLite does not wait for another process that changes to this mode in the same moment."""
+    ends = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            base.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
+            time.sleep(0.01)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from molora.errors import (
 )
 from molora.serve import store as store_module
 from molora.serve.store import ROUTERS, AdapterStore
+from molora.serve.store_index import Index
 from molora.serve.store_places import ABOUT
 from tests.parity.test_equalities import make_routed
 
@@ -495,3 +497,22 @@ def test_two_processes_at_once_lose_nothing(
     assert store.reindex() == (2 * EACH + 1, 2 * EACH + len(folders))
     with pytest.raises(AdapterError):
         store.get("user", "c0")
+
+
+def test_many_open_a_new_index_at_once(tmp_path: Path) -> None:
+    for number in range(40):
+        go, failed = threading.Barrier(8), list[Exception]()
+
+        def run(file: Path = tmp_path / f"{number}.sqlite", go: threading.Barrier = go) -> None:
+            go.wait(30)
+            try:
+                Index(file)
+            except StoreError as error:
+                failed.append(error)  # noqa: B023
+
+        threads = [threading.Thread(target=run) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
