@@ -127,8 +127,7 @@ def run(settings: StudySettings, out: Path, command: str, share: tuple[int, int]
         print(f"{one.method}, order {one.order}, seed {one.seed}: {average:.2f} in {seconds} s", flush=True)
         return found
 
-    names = [f"{one.method.replace(', ', '-').replace(' ', '-')}-{one.order}-{one.seed}" for one in every]
-    kept = finished(out.parent / f".{out.stem}", names, _mark(settings, texts), share, make)
+    kept = finished(out.parent / f".{out.stem}", part_names(settings), _mark(settings, texts), share, make)
     if kept is None:
         return None
     report = _report(settings, list(zip(every, kept, strict=True)), command)
@@ -142,6 +141,11 @@ def sequences(settings: StudySettings) -> Iterator[Run]:
         yield Run(JOINT, 0, seed)
     for seed, order, method in itertools.product(range(settings.seeds), range(settings.orders), NAMES):
         yield Run(method, order, seed)
+
+
+def part_names(settings: StudySettings) -> list[str]:
+    """Of the file in which each sequence is kept."""
+    return [f"{one.method.replace(', ', '-').replace(' ', '-')}-{one.order}-{one.seed}" for one in sequences(settings)]
 
 
 def order_of(settings: StudySettings, number: int) -> list[str]:
