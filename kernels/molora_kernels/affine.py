@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.limits import COUNTS
+
 FEW = 16  # tokens below which each goes through by itself
 PROGRAMS = 128  # that a product is cut into at least, where it can be: about as many as a GPU runs side by side
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _affine_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, tokens, width_in, width_out,
     SILU: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from molora_kernels.affine import precision
+from molora_kernels.limits import COUNTS
 
 CHUNK = 32  # tokens
-_LENGTHS = ["tokens", "chunks", "real_n", "real_t"]  # a prompt of another length compiles nothing
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _is_real(n, t, real_ptr, tokens, real_n, real_t):
     return (tl.load(real_ptr + n * real_n + t * real_t, mask=t < tokens, other=0) != 0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _ends_kernel(
     table_ptr, ids_ptr, z_ptr, real_ptr, decays_ptr, ends_ptr, totals_ptr,
     tokens, width, chunks, real_n, real_t,
@@ -52,7 +52,7 @@ def _ends_kernel(
         tl.store(totals_ptr + n * chunks + chunk, total)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _averages_kernel(
     z_ptr, real_ptr, decays_ptr, start_ptr, ends_ptr, totals_ptr, u_ptr, state_ptr,
     tokens, width, chunks, real_n, real_t,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from molora_kernels.limits import COUNTS
+
 BLOCK = 64  # tokens
 PAIRED = tl.constexpr(4)  # columns of a plan up to which all pairs of slots are compared
 
@@ -24,7 +26,7 @@ class Blocks:
     counts: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _blocks_kernel(
     slots_ptr, order_ptr, lists_ptr, counts_ptr, tokens, most,
     TOP: tl.constexpr, TOPS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,

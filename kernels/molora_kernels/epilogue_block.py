@@ -11,6 +11,7 @@ import triton.language as tl
 from molora_kernels.blocks import BLOCK, add_adapters, early_tiles, plan_rows
 from molora_kernels.epilogue_token import scale_of, written
 from molora_kernels.expand import block_shape, block_stages
+from molora_kernels.limits import COUNTS
 from molora_kernels.tiles import EpilogueTile, epilogue_tile
 
 ADD_BLOCK = 128  # columns of a program
@@ -48,7 +49,7 @@ def _norm_scales(squares_ptr, token, here, parts, width, eps, PARTS: tl.constexp
     return tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _add_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr,
     h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
@@ -87,7 +88,7 @@ def _add_kernel(
         tl.store(x_ptr + at, (r * g[None, :]).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gate_kernel(
     y_ptr, m_ptr, squares_ptr,
     h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
@@ -131,7 +132,7 @@ def _gate_kernel(
     tl.store(m_ptr + token[:, None] * width + o[None, :], m.to(m_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _heads_kernel(
     y_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, length_ptr,
     squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,

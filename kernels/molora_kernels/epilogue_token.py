@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.limits import COUNTS
 from molora_kernels.pages import PAGE, PageView
 from molora_kernels.rows import add_lora, first_rows
 
@@ -45,7 +46,7 @@ def _norm_kernel(r_ptr, g_ptr, x_ptr, width, eps, BLOCK: tl.constexpr, PDL: tl.c
     tl.store(x_ptr + token * width + o, (r * scale * g).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _add_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, parts, pages, adapters,
@@ -93,7 +94,7 @@ def _partial_sum(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _heads_kernel(
     y_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, length_ptr,
     squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
@@ -174,7 +175,7 @@ def _heads_kernel(
             tl.store(keys_ptr + cell + HALF + i, turned_high.to(keys_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gate_kernel(
     y_ptr, m_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
     tokens, width, pages, adapters, parts, hidden, scale_eps,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from molora_kernels.blocks import BLOCK, Blocks, add_adapters, early_tiles, plan_rows
-from molora_kernels.limits import shared_memory
+from molora_kernels.limits import COUNTS, shared_memory
 from molora_kernels.pages import PAGE, PageView
 
 LARGEST_PAGES = 4  # that are multiplied at once
@@ -28,7 +28,7 @@ class ExpandTile:
     warps: int = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _expand_token_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, columns_ptr,
     pairs, pages, adapters, stride_y, piece_first,
@@ -71,7 +71,7 @@ def _expand_token_kernel(
         tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _expand_block_kernel(
     y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, order_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr, columns_ptr,
     tokens, most, pages, adapters, stride_y, piece_first,

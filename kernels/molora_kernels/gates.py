@@ -16,10 +16,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.affine import FEW, precision
 from molora_kernels.averages import _is_real
+from molora_kernels.limits import COUNTS
 
 CHUNK = 64  # tokens: all of V is read for each
 FEW_UNITS = 8  # that a program opens at once, of few tokens
-_LENGTHS = ["tokens", "chunks", "real_n", "real_t"]  # a prompt of another length compiles nothing
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _then(keep, h, later_keep, later_h):
     return keep * later_keep, h * later_keep + later_h
 
 
-@triton.jit(do_not_specialize=["tokens", "real_n", "real_t"])
+@triton.jit(do_not_specialize=COUNTS)
 def _places_kernel(real_ptr, places_ptr, count_ptr, tokens, real_n, real_t, BLOCK_T: tl.constexpr):
     """The places of a sequence's real tokens, one after the other, and how many there are up to each token."""
     n = tl.program_id(0).to(tl.int64)
@@ -42,7 +42,7 @@ def _places_kernel(real_ptr, places_ptr, count_ptr, tokens, real_n, real_t, BLOC
         before += tl.sum(real, 0)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _chunks_kernel(
     table_ptr, ids_ptr, z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, gates_ptr, bias_ptr,
     u_ptr, keep_ptr, kept_ptr, ends_ptr,
@@ -129,7 +129,7 @@ def _chunks_kernel(
     tl.store(ends_ptr + end, tl.sum(tl.where(last, h, 0.0), 0), mask=mine)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def _carry_kernel(
     z_ptr, real_ptr, places_ptr, count_ptr, start_ptr, keep_ptr, kept_ptr, ends_ptr, u_ptr, state_ptr,
     tokens, width, units, below, column, stride_u, stride_state, chunks, real_n, real_t,
@@ -263,7 +263,7 @@ def _see_kernel(
             z = older
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _open_kernel(
     seen_ptr, real_ptr, gates_ptr, bias_ptr, state_ptr, u_ptr,
     tokens, seen, units, below, column, own, stride_u, stride_state,

@@ -1,10 +1,12 @@
-"""What a GPU has room for: tiles were measured on one kind of it, in half precision."""
+"""What a GPU has room for: tiles were measured on one kind of it, in half precision; and what compiles nothing."""
 
 from functools import cache
 
 import torch
 import triton
 
+# Arguments of kernels that follow a prompt's length: another length, or one that 16 divides, compiles nothing.
+COUNTS = ["tokens", "pairs", "each", "most", "chunks", "real_n", "real_t"]
 SPARE = 8 << 10  # bytes of shared memory for what is no operand
 
 

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from molora_kernels.affine import affine
 from molora_kernels.averages import remember
 from molora_kernels.gates import remember_gated, step_gated
+from molora_kernels.limits import COUNTS
 
 
 @dataclass
@@ -131,7 +132,7 @@ def _remember_kernel(
         tl.store(u + (1 + d) * width, new, mask=w < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _choose_kernel(
     logits_ptr, rows_ptr, slots_of_ptr, firsts_ptr, columns_ptr, allowed_ptr, forced_ptr, shares_ptr,
     routed_ptr,

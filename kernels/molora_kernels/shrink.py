@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from molora_kernels.blocks import Blocks, slot_rows
-from molora_kernels.limits import fitting_block
+from molora_kernels.limits import COUNTS, fitting_block
 from molora_kernels.pages import PAGE, PageView
 
 _TARGET_PROGRAMS = 264  # by token: two for each of an H100's multiprocessors
@@ -30,7 +30,7 @@ class ShrinkTile:
     stages: int = 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _shrink_token_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, first_ptr, count_ptr,
     pairs, width_in, pages, adapters, stride_x,
@@ -60,7 +60,7 @@ def _shrink_token_kernel(
     tl.store(h_ptr + at + part * PAGE + ranks, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _shrink_block_kernel(
     x_ptr, a_ptr, h_ptr, slots_ptr, order_ptr, first_ptr, count_ptr,
     tokens, width_in, pages, adapters, stride_x,

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from molora_kernels.limits import COUNTS
+
 
 @triton.jit
 def _keys(t, slots_ptr, tokens, columns, COLUMNS: tl.constexpr, BITS: tl.constexpr):
@@ -26,7 +28,7 @@ def _keys(t, slots_ptr, tokens, columns, COLUMNS: tl.constexpr, BITS: tl.constex
     return tl.where(t < tokens, key, HIGHEST)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=COUNTS)
 def _order_kernel(
     slots_ptr, order_ptr, tokens, columns,
     COLUMNS: tl.constexpr, BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,

@@ -47,7 +47,9 @@ class Batch:
         self.running: list[Ticket] = []  # by row
         self.reading: list[Ticket] = []  # their rows are those after theirs
         self.prompt_tokens = self.tokens = 0  # since the start
-        self.tells_later = model.device.type == "cuda"  # while the device is at work
+        on_gpu = model.device.type == "cuda"
+        self.tells_later = on_gpu  # while the device is at work
+        self.reads_again = on_gpu  # where a forward costs more than some tokens more in it
         self._router: tuple[Any, list[tuple[torch.Tensor, int]]] | None = None  # under which all rows were read
         self._resolved: tuple[Any, list[Ticket], ResolvedSelection] | None = None
         found = model.generation_config.eos_token_id
@@ -77,11 +79,15 @@ class Batch:
 
     def group(self, most: int) -> list[Ticket]:
         """The first of those that are being read, and as many after it as can be read with it in one forward: from one
-        place on, and padded to the longest within ``most`` tokens. What has one token left is read alone."""
+        place on, and padded to the longest within ``most`` tokens. What has one token left is read alone; so is that of
+        which more is known, unless it ``reads_again`` from that place on."""
         found = self.reading[:1]
         for ticket in self.reading[1:]:
-            unread = [one.unread for one in [*found, ticket]]
-            if min(unread) < 2 or len(unread) * max(unread) > most or _read(ticket) != _read(found[0]):
+            group = [*found, ticket]
+            past, lengths = min(map(_read, group)), [len(one.ids) for one in group]
+            if min(lengths) - past < 2 or len(group) * (max(lengths) - past) > most:
+                break
+            if not self.reads_again and any(_read(one) > past for one in group):
                 break
             found.append(ticket)
         return found
@@ -90,7 +96,7 @@ class Batch:
         """All of the prompts of :meth:`group` but their last tokens, which are for the next step. Returns as
         :meth:`read`."""
         model, first = self.model, len(self.running)
-        past, lengths = _read(group[0]), [len(ticket.ids) - 1 for ticket in group]
+        past, lengths = min(map(_read, group)), [len(ticket.ids) - 1 for ticket in group]
         device, longest = model.device, max(lengths)
         pieces = [ticket.ids[past:-1] + [0] * (longest - length) for ticket, length in zip(group, lengths, strict=True)]
         places = torch.arange(longest, device=device)
@@ -99,6 +105,8 @@ class Batch:
             if again := self._router_changed():
                 return again
             readers = [ticket.reader for ticket in group if ticket.reader is not None]
+            for reader in readers:
+                reader.back(past)
             joint = self.rows.together(first, readers)
             with self.steps.reading(joint):
                 model.base(

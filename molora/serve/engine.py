@@ -339,7 +339,7 @@ class Engine:
             if not group:
                 break
             if len(group) > 1:
-                left -= len(group) * max(one.unread for one in group)
+                left -= len(group) * max(one.unread for one in group)  # about, where some is read again
                 self._guarded(group, partial(batch.read_together, group))
             else:
                 left -= min(group[0].unread, self.chunk)

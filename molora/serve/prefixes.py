@@ -32,7 +32,7 @@ class Acting:
 @dataclass(frozen=True, eq=False)
 class _Block:
     number: int
-    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [1, heads, BLOCK, width]
+    parts: list[torch.Tensor]  # of RowReader.parts, BLOCK tokens
     memories: list[tuple[torch.Tensor, torch.Tensor]]  # by part of the router, z [1, BLOCK, width], the state after it
     acting: Acting
     nbytes: int
@@ -68,12 +68,9 @@ class Prefixes:
         chain = [block for _, block in self._walk(ids, acting, len(ids) - 1) if block is not None]
         if not chain:
             return
-        for index, layer in enumerate(reader.layers):
-            for place, block in enumerate(chain):
-                here = slice(place * BLOCK, (place + 1) * BLOCK)
-                keys, values = block.layers[index]
-                layer.keys[:, :, here], layer.values[:, :, here] = keys, values
-            layer.length = len(chain) * BLOCK
+        for index, part in enumerate(reader.parts):
+            part[..., : len(chain) * BLOCK, :] = torch.cat([block.parts[index] for block in chain], -2)
+        reader.advance(len(chain) * BLOCK)
         reader.remember(self._memories(chain))
         self._found += reader.length
 
@@ -91,10 +88,10 @@ class Prefixes:
                 z = memory.z[:, here].clone()
                 states[index] = memory.rule(z, memory.real[:, here], states[index])[1]
                 kept.append((z, states[index]))
-            layers = [(one.keys[:, :, here].clone(), one.values[:, :, here].clone()) for one in reader.layers]
-            nbytes = sum(a.nbytes + b.nbytes for a, b in [*layers, *kept])
+            parts = [part[..., here, :].clone() for part in reader.parts]
+            nbytes = sum(part.nbytes for part in parts) + sum(z.nbytes + state.nbytes for z, state in kept)
             self._made += 1
-            self._blocks[key] = _Block(self._made, layers, kept, acting, nbytes)
+            self._blocks[key] = _Block(self._made, parts, kept, acting, nbytes)
             self._held += nbytes
         while self._held > self.most_bytes and self._blocks:
             self._held -= self._blocks.popitem(last=False)[1].nbytes

@@ -57,14 +57,22 @@ class Rows:
         return reader
 
     def _show(self, reader: "RowReader", here: slice) -> None:
+        reader.parts = self._parts(here)
         reader.memory = None if self.whole is None else self.whole[:, :, here]
+
+    def _parts(self, here: slice) -> list[torch.Tensor]:
+        """Keys and values of rows, in as few tensors as they lie in; their last dimension but one is the tokens."""
+        if self.whole is not None:
+            return [self.whole[:, :, here]]
+        return [of[here] for pair in self.memory for of in pair]
 
     def together(self, first: int, readers: Sequence["RowReader"]) -> "RowReader":
         """One cache of the readers of rows ``first`` and following, which have read as many tokens each."""
         joint = self._reader(slice(first, first + len(readers)))
         joint.advance(readers[0].length)
-        parts = zip(*(getattr(reader, "routing_memories", []) for reader in readers), strict=True)
-        joint.remember([Memory.joined(of) for of in parts])
+        if joint.length:
+            parts = zip(*(getattr(reader, "routing_memories", []) for reader in readers), strict=True)
+            joint.remember([Memory.joined(of) for of in parts])
         return joint
 
     def apart(self, joint: "RowReader", readers: Sequence["RowReader"], lengths: Sequence[int]) -> None:
@@ -86,9 +94,9 @@ class Rows:
     def move(self, source: int, target: int) -> None:
         """Puts what a row holds into another one."""
         length = self.lengths[source]
-        for keys, values in self.memory:
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+        rows = (self._parts(slice(row, row + 1)) for row in (source, target))
+        for there, here in zip(*rows, strict=True):
+            here[..., :length, :] = there[..., :length, :]
         for state in self.states:
             state[target] = state[source]
         self.lengths[target] = length
@@ -103,8 +111,8 @@ class Rows:
 
     def wipe(self, row: int) -> None:
         """Forgets numbers that may not be finite: what is not attended to counts as zero times its values."""
-        for keys, values in self.memory:
-            keys[row], values[row] = 0, 0
+        for part in self._parts(slice(row, row + 1)):
+            part.zero_()
         for state in self.states:
             state[row] = 0
 
@@ -114,9 +122,11 @@ class Rows:
 
 
 class RowReader(Cache):
-    """A prompt's cache, which writes into a row. memory: all layers' keys and values at once, if they are alike."""
+    """A prompt's cache, which writes into a row. memory: all layers' keys and values at once, if they are alike.
+    parts: the same, or those of each layer; their last dimension but one is the tokens."""
 
     memory: torch.Tensor | None = None
+    parts: list[torch.Tensor]
 
     def __init__(self, layers: list[StepLayer]) -> None:
         super().__init__(layers=list(layers))
@@ -129,6 +139,13 @@ class RowReader(Cache):
         """So many more were written."""
         for layer in self.layers:
             layer.length += tokens
+
+    def back(self, length: int) -> None:
+        """Forgets what was read from position ``length`` on."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+        for memory in getattr(self, "routing_memories", []):
+            memory.crop(length)
 
     def remember(self, memories: list[Memory]) -> None:
         """What the router remembers of the tokens that the row was given, by part."""

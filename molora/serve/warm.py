@@ -11,8 +11,9 @@ _PROMPT, _ANSWER = 24, 3  # tokens
 
 
 def warm(engine: Engine) -> float:
-    """Lets an engine that was started, and was asked nothing yet, answer one, two, four ... prompts at once, and one as
-    long as it reads between two steps. It then counts from zero. On a CPU it brings nothing.
+    """Lets an engine that was started, and was asked nothing yet, answer one, two, four ... prompts at once, and one of
+    each size for which kernels are compiled, up to as many tokens as it reads between two steps; the longest twice,
+    since the second time its beginning is known. It then counts from zero. On a CPU it brings nothing.
 
     Returns:
         The seconds that it took.
@@ -20,8 +21,14 @@ def warm(engine: Engine) -> float:
     began, rows = time.perf_counter(), engine.stats().rows
     long = min(engine.chunk, engine.longest - _ANSWER)
     short = min(_PROMPT, long)
+    # Tiles are of the nearest power of two.
+    singles = [_PROMPT << power for power in range(1, (long // _PROMPT).bit_length())]
     sizes = [1 << power for power in range(rows.bit_length())]
-    for lengths in [[long], *([short] * size for size in sizes), [short] * rows]:
+    for lengths in [
+        *([length] for length in [*singles, long, long]),
+        *([short] * size for size in sizes),
+        [short] * rows,
+    ]:
         _answer(engine, lengths)
     engine.change([], engine.forget)
     return time.perf_counter() - began

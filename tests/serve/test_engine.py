@@ -40,12 +40,12 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(params=[False, True], ids=["at once", "while the next step runs"])
 def engines(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Makes engines, which tell of tokens as on a CPU and as on a GPU."""
+    """Makes engines, which read prompts together and tell of tokens as on a CPU and as on a GPU."""
     made: list[Engine] = []
 
     def make(model: MoLoRAModel, **settings: Any) -> Engine:
         made.append(Engine(model, **{"rows": 4, "longest": 96, "chunk": 16, **settings}))
-        made[-1]._batch.tells_later = request.param
+        made[-1]._batch.tells_later = made[-1]._batch.reads_again = request.param
         made[-1].start()
         return made[-1]
 
@@ -408,7 +408,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def together(batch: Batch, group: Sequence[Ticket]) -> list[Ticket]:
         assert group[0].reader is not None
-        found.append((len(group), group[0].reader.length))
+        found.append((len(group), min(ticket.reader.length for ticket in group if ticket.reader is not None)))
         return read(batch, group)
 
     monkeypatch.setattr(Batch, "read_together", together)
@@ -441,6 +441,25 @@ def test_prompts_that_begin_alike_are_read_together_from_where_they_differ(
     with held(engine):
         heard = [Heard(engine, greedy(ids, {"domain": "auto"}, 6)) for ids in prompts]
     assert [one.tokens() for one in heard] == expected and found == [(3, BLOCK)]
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_what_is_known_of_some_is_read_again_with_the_others_where_that_is_faster(
+    kind: str, base: Any, adapters: dict[str, Path], engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = endless(make_routed(base, adapters, **ROUTED[kind])), watched(monkeypatch)
+    system = list(range(3, 3 + BLOCK))
+    known, further = [*system, 80, 81, 82], [*system, 90, 91]
+    prompts = [known, [5, 6, 7], further, [*system, *range(20, 20 + BLOCK)], [9, 8]]
+    asked = [(ids, SELECTIONS[0]) for ids in prompts]
+    expected = [alone(model, ids, selection, 6) for ids, selection in asked]
+    engine = engines(model, rows=5, longest=160, chunk=3 * (BLOCK + 3))
+    assert Heard(engine, greedy(known, SELECTIONS[0], 6)).tokens() == expected[0]
+    with held(engine):
+        heard = [Heard(engine, greedy(ids, selection, 6)) for ids, selection in asked]
+    assert [one.tokens() for one in heard] == expected
+    # The fourth is too long to be read with the three before it, or the fifth with it.
+    assert found == ([(3, 0)] if engine._batch.reads_again else [(2, BLOCK)])
 
 
 def test_whole_blocks_of_what_was_read_together_are_found_again(

@@ -13,11 +13,12 @@ from torch import nn
 
 from molora.errors import ConfigError
 from molora_training.continual.growth import recompress, widen
-from molora_training.continual.method import Task
+from molora_training.continual.method import Method, Task
 from molora_training.continual.methods import EVERY, Distil, Elastic, Orthogonal
+from molora_training.continual.steady import ROWS, Steady
 from molora_training.data import IGNORED, collate
 from tests.conftest import make_base
-from tests.training.tasks import learner, make_task, rows_of, trainable
+from tests.training.tasks import learner, make_task, rows_of, saying, trainable
 
 
 def make_adapter(folder: Path, rank: int = 4, rslora: bool = False, seed: int = 0) -> Path:
@@ -153,6 +154,44 @@ def test_what_has_grown_too_far_is_cut(task: Task, tmp_path: Path) -> None:
     assert method.finish(kept, tmp_path) == kept
     cut = method.finish(grown, tmp_path)
     assert json.loads((cut / "adapter_config.json").read_text())["r"] == method.most // 2
+
+
+@pytest.mark.parametrize("own", [Distil, Method])
+def test_what_is_general_is_held_to_the_base(own: type[Method], task: Task, tmp_path: Path) -> None:
+    """Over two steps it comes to all of six conversations, a few at a time, beside what the method holds itself."""
+    served = tmp_path / "adapters" / "math"
+    model = learner(task, served).eval()
+    general = [row for n in range(3) for row in rows_of(saying(task, "yes" * n + "no"))][:6]
+    alone = own(task)
+    alone.prepare(model)
+    steady = Steady(own(task), general)
+    steady.prepare(model)
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert learns == [name for name, p in learner(task, served).named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p += torch.randn_like(p) / 20
+    batch = collate(rows_of(task), 0)
+    before = float(alone.penalty(model, batch).detach()) if own is Distil else 0.0
+    for turn in range(2):
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for row in (general[(turn * ROWS + n) % len(general)] for n in range(ROWS)):
+            ids = row.input_ids.unsqueeze(0)
+            q = model(input_ids=ids).logits.double().log_softmax(-1)
+            with torch.no_grad(), model.disable_adapter():
+                p = model(input_ids=ids).logits.double().log_softmax(-1)
+            total = total + (p.exp() * (p - q)).sum()
+            count += ids.numel()
+        found = steady.penalty(model, batch)
+        assert float(total) > 1e-3 * count
+        torch.testing.assert_close(
+            found.detach().double(), before + steady.strength * total.detach() / count, rtol=1e-4, atol=1e-6
+        )
+        mine = torch.autograd.grad(found, list(trainable(model).values()), retain_graph=True)
+        if own is Method:
+            theirs = torch.autograd.grad(steady.strength * total / count, list(trainable(model).values()))
+            for one, other in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_distilled_is_the_questions(task: Task, tmp_path: Path) -> None:

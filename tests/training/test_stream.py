@@ -31,7 +31,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StreamSettings:
         (tmp_path / "data" / f"{user}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return StreamSettings(
         ("ada", "bo"), "rest", tmp_path / "data", str(tmp_path / "base"), updates=3, conversations=25,
-        general_count=5, rank=4, learning_rate=1e-2, epochs=3, max_length=64, batch_tokens=256,
+        general_count=25, rank=4, learning_rate=1e-2, epochs=3, max_length=64, batch_tokens=256,
     )  # fmt: skip
 
 

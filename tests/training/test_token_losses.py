@@ -80,6 +80,27 @@ def test_rows_that_are_not_asked_for_are_the_same_whether_they_are_left_out_or_n
     assert not mine[labels.flatten() == IGNORED].any()
 
 
+@pytest.mark.parametrize("case", ["plain", "soft cap", "head with an adapter"])
+def test_divergences_and_gradients_are_those_of_all_logits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_losses, "CHUNK", 16)
+    base, (ids, _) = tiny(GEMMA if case == "soft cap" else None), some()
+    model = with_lora(base, ("q_proj", "lm_head") if case == "head with an adapter" else ("q_proj",))
+    weights, tokens = torch.rand(3, 37, dtype=torch.float64), TokenLosses(base)
+    assert tokens.chunks == (case == "plain")
+
+    def say() -> Any:
+        return model(input_ids=ids, use_cache=False)
+
+    with torch.no_grad(), model.disable_adapter():
+        taught, q = tokens.states(say), say().logits.log_softmax(-1)
+    found = tokens.divergences(tokens.states(say), taught)
+    wanted = (q.exp() * (q - say().logits.log_softmax(-1))).sum(-1)
+    assert found.shape == (3, 37) and wanted.mean() > 1e-6
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)  # they themselves are float32
+    for mine, theirs in zip(gradients(model, found, weights), gradients(model, wanted, weights), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["soft cap", "head with an adapter", "head that learns", "head with a hook"])
 def test_a_head_that_is_not_the_last_word_is_left_as_it_is(case: str) -> None:
     base, (ids, labels) = tiny(GEMMA if case == "soft cap" else None), some()

@@ -48,6 +48,21 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UpdateSettings:
 
 
 @torch.no_grad()
+def change(settings: UpdateSettings, folder: Path, rows: list[Any]) -> float:
+    """Nats a token by which the base's distributions differ from an adapter's, by transformers and PEFT alone."""
+    base = AutoModelForCausalLM.from_pretrained(settings.model.parent / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model.parent / "base")
+    model, found = PeftModel.from_pretrained(base, folder).eval(), []
+    for row in rows:
+        ids = tokenizer(render(tokenizer, row["messages"]), add_special_tokens=False, return_tensors="pt").input_ids
+        after = model(input_ids=ids).logits.log_softmax(-1)
+        with model.disable_adapter():
+            before = model(input_ids=ids).logits.log_softmax(-1)
+        found.append((before.exp() * (before - after)).sum(-1).flatten())
+    return float(torch.cat(found).mean())
+
+
+@torch.no_grad()
 def loss(settings: UpdateSettings, folder: Path, rows: list[Any]) -> float:
     """Nats a token of the answers and the marks that end them, by transformers and PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(settings.model.parent / "base", dtype=torch.float32)
@@ -186,14 +201,15 @@ def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path
     assert {key(row) for row in memory.rows} == {key(row) for row in first}
 
     other = chats(tmp_path / "june.jsonl", "no sir", range(100, 140))
-    general = chats(tmp_path / "general.jsonl", "hm", range(500, 505))
+    general = chats(tmp_path / "general.jsonl", "hm", range(500, 530))
+    general_apart = [row for row in rows_of(general) if held_out(row)]
     later = update(replace(settings, data=other, general=general, max_forgetting=100.0))
     assert later.promoted and later.replayed > 0 and mine.current == 3 and mine[3].parent == 2
     assert later.kept is not None and later.kept.conversations == len(apart)
     assert later.kept.before == pytest.approx(loss(settings, mine.path(2), apart), rel=1e-3)
     assert later.kept.after == pytest.approx(loss(settings, mine.path(3), apart), rel=1e-3)
-    assert later.general is not None
-    assert later.general.after == pytest.approx(loss(settings, mine.path(3), rows_of(general)), rel=1e-3)
+    assert later.general is not None and later.general.conversations == len(general_apart) > 0
+    assert later.general.after == pytest.approx(loss(settings, mine.path(3), general_apart), rel=1e-3)
     assert mine[3].data["conversations"] == 40 and "no sir" not in json.dumps(mine[3].data)
     with torch.no_grad():  # and a model that is loaded now has it
         model = MoLoRAModel.from_pretrained(settings.model, dtype=torch.float32)
@@ -222,9 +238,25 @@ def test_what_forgets_too_much_does_not_serve(settings: UpdateSettings, tmp_path
 
 
 def test_what_harms_others_does_not_serve(settings: UpdateSettings, tmp_path: Path) -> None:
-    general = chats(tmp_path / "general.jsonl", "!?", range(500, 505))
+    general = chats(tmp_path / "general.jsonl", "!?", range(500, 530))
     found = update(replace(settings, general=general, max_forgetting=0.0))
     assert not found.promoted and found.why.startswith("loss on general conversations grew by")
+    few = chats(tmp_path / "few.jsonl", "!?", range(500, 503))
+    assert not any(map(held_out, rows_of(few)))
+    with pytest.raises(DataError, match="none of its 3 conversations is held out"):
+        update(replace(settings, general=few))
+
+
+def test_what_is_general_stays_nearer_to_the_base(settings: UpdateSettings, tmp_path: Path) -> None:
+    general = chats(tmp_path / "general.jsonl", "!?", range(500, 530))
+    apart = [row for row in rows_of(general) if held_out(row)]
+    mine = Versions(settings.model, "domain", "math")
+    found = []
+    for where in (None, general):
+        found.append(update(replace(settings, epochs=8, memory=0, max_forgetting=100.0, general=where)))
+        mine.promote(1)
+    alone, held = (change(settings, mine.path(one.version), apart) for one in found)
+    assert held < alone / 2 and found[1].learnt.after < found[1].learnt.before
 
 
 def test_what_learnt_nothing_does_not_serve(settings: UpdateSettings) -> None:

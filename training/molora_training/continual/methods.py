@@ -20,6 +20,7 @@ from molora_training.continual.penalties import elastic, fisher, orthogonal
 from molora_training.continual.sdlora import SDLora
 from molora_training.continual.treelora import TreeLora
 from molora_training.data import IGNORED, Batch
+from molora_training.token_losses import TokenLosses
 
 MethodName = Literal["plain", "elastic", "orthogonal", "distil", "inflora", "sd-lora", "treelora"]
 EVERY = 4  # tokens, of which the first is distilled
@@ -88,6 +89,7 @@ class Distil(Method):
 
     def prepare(self, model: Any) -> None:
         self.before = {name: p.detach().clone() for name, p in trainable(model).items()}
+        self.tokens = TokenLosses(model.get_base_model())
 
     def penalty(self, model: Any, batch: Batch) -> torch.Tensor | None:
         places = torch.arange(0, batch.input_ids.shape[1], EVERY, device=batch.input_ids.device)
@@ -96,11 +98,10 @@ class Distil(Method):
             "logits_to_keep": places,
         }  # fmt: skip
         with torch.no_grad():
-            taught = torch.func.functional_call(model, self.before, kwargs=asked).logits.float().log_softmax(-1)
-        said = model(**asked).logits.float().log_softmax(-1)
+            taught = self.tokens.states(lambda: torch.func.functional_call(model, self.before, kwargs=asked))
+        each = self.tokens.divergences(self.tokens.states(lambda: model(**asked)), taught)
         after = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)[:, places]
         counts = (after == IGNORED) & batch.attention_mask[:, places].bool()
-        each = nn.functional.kl_div(said, taught, reduction="none", log_target=True).sum(-1)
         return self.strength * (each * counts).sum() / counts.sum().clamp_min(1)
 
 

@@ -41,7 +41,8 @@ class StreamSettings:
 
     Args:
         users: names of prepared data.
-        general: prepared data that has nothing to do with any of them; its validation split is measured.
+        general: prepared data that has nothing to do with any of them. Of its validation split a fifth is measured; in
+            the others an update is held to what the base says.
         data: where both are.
         updates, conversations: how many updates each user has, and how many conversations each brings; a few more where
             chance would hold none of them out.
@@ -54,7 +55,7 @@ class StreamSettings:
     base: str = DEFAULT_BASE
     updates: int = 10
     conversations: int = 20
-    general_count: int = 40
+    general_count: int = 200
     rank: int = 8
     method: MethodName = "plain"
     memory: int = BYTES
@@ -87,6 +88,8 @@ def run(settings: StreamSettings, out: Path, command: str, share: tuple[int, int
     """
     texts = {user: _text(settings, user) for user in settings.users}
     general = _rows(settings.data / f"{settings.general}.validation.jsonl")[: settings.general_count]
+    if not any(map(held_out, general)):
+        raise DataError(f"{settings.general}: {len(general)} conversations are too few, for none of them is held out.")
     record = {key: str(value) for key, value in asdict(settings).items() if key not in ("data", "users")}
     mark = hashlib.sha256(json.dumps([record, texts, general], sort_keys=True).encode()).hexdigest()
 
@@ -137,7 +140,7 @@ def _user(
         return {
             "updates": updates,
             "drift": drift,
-            "general": _without(how, settings.base, last, general),
+            "general": _without(how, settings.base, last, [row for row in general if held_out(row)]),
             "text_bytes": memory.stat().st_size if memory.is_file() else 0,
             "seconds": round(time.monotonic() - started, 1),
         }

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,9 @@ from molora_training.continual.edits import NewKey, NewRow, check_samples, new_k
 from molora_training.continual.growth import blank
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
-from molora_training.continual.method import Method, Task
+from molora_training.continual.method import Method, Task, first_rows
 from molora_training.continual.methods import METHODS, MethodName
+from molora_training.continual.steady import Steady
 from molora_training.data import Encoded, Example, encode_within, write_examples
 from molora_training.evaluate import losses
 
@@ -48,7 +49,8 @@ class UpdateSettings:
         model: a saved MoLoRA.
         layer, name: of the adapter.
         data: new conversations, one JSON object with `messages` a line.
-        general: conversations that have nothing to do with the adapter; None: what it does to them is not measured.
+        general: conversations that have nothing to do with the adapter. A fifth of them tells what it does to such; in
+            the others it is held to what the base says. None: nothing is held or told.
         max_forgetting: how much the loss on remembered and on general conversations may grow, as a share.
         memory: bytes of conversations that are remembered beside the adapter's versions; 0: no text is kept, nothing is
             replayed, and what is forgotten is told by ``general`` alone.
@@ -208,13 +210,21 @@ def _update(
         write_chats(work / "train.jsonl", [*new, *replayed], settings.name)
         write_chats(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
         state = settings.model / versions.place / f"{settings.method}.safetensors"
-        method, learner, trained = learn(settings, base, served, state, new, work, command)
+        general_rows = read_chats(settings.general) if settings.general else []
+        general_apart = [row for row in general_rows if held_out(row)]
+        if general_rows and not general_apart:
+            raise DataError(
+                f"{settings.general}: none of its {len(general_rows)} conversations is held out to judge by; of twenty "
+                f"or more that is about a fifth."
+            )
+        steady = [row for row in general_rows if not held_out(row)]
+        method, learner, trained = learn(settings, base, served, state, new, work, command, steady)
         judge = Judge(settings, base, served, learner)
         learnt = judge(apart)
         if learnt is None:
             raise DataError(f"{settings.data}: every held-out conversation is over {settings.max_length} tokens long.")
         kept = judge(memory.kept_apart)
-        general = judge(read_chats(settings.general)) if settings.general else None
+        general = judge(general_apart)
         why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
         by: NewRow | NewKey | None = None
         if layer.keyed and not why:
@@ -285,29 +295,32 @@ def learn(
     new: Sequence[Mapping[str, Any]],
     work: Path,
     command: str | None = None,
+    steady: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Method, Path, dict[str, Any]]:
     """Goes on from ``served`` by the settings' method, with train.jsonl and validation.jsonl in ``work``.
 
     Args:
         state: the file of what the method knows of earlier tasks.
         new: what of train.jsonl was not learnt before.
+        steady: conversations in the first 64 of which it is held to what the base says.
 
     Returns:
         The method, which is to :meth:`~Method.keep` what comes out if that is kept; its folder in ``work``; the
         trainer's metrics.
     """
-    method = METHODS[settings.method](
-        Task(
-            base=base,
-            examples=as_examples(new, settings.name),
-            max_length=settings.max_length,
-            dtype=getattr(torch, settings.chosen_dtype),
-            state=state,
-            seed=settings.seed,
-        )
+    task = Task(
+        base=base,
+        examples=as_examples(new, settings.name),
+        max_length=settings.max_length,
+        dtype=getattr(torch, settings.chosen_dtype),
+        state=state,
+        seed=settings.seed,
     )
+    method = METHODS[settings.method](task)
     training = training_settings(settings, base, method.start(served, work), work)
-    trained = adapter.train(training, resume=False, command=command, hold=method)
+    general = first_rows(replace(task, examples=as_examples(steady, settings.name))) if steady else []
+    hold = Steady(method, general) if general else method
+    trained = adapter.train(training, resume=False, command=command, hold=hold)
     release_memory()  # of a GPU: other processes may be on it
     shutil.rmtree(training.work, ignore_errors=True)
     return method, method.finish(training.out, work), trained
