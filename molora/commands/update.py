@@ -24,7 +24,12 @@ def update(
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="A saved MoLoRA.")],
     name: Annotated[str | None, typer.Argument(metavar="ADAPTER", help="Its name; not of the router.")] = None,
     general: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Conversations that have nothing to do with it.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Conversations that have nothing to do with it, about a hundred: a fifth judges what the update does "
+            "to such, others hold it to what the base says.",
+        ),
     ] = None,
     max_forgetting: Annotated[
         float, typer.Option(min=0, help="How much the loss on old conversations may grow, as a share.")
