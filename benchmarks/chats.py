@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.made import watched
 from molora import MoLoRAModel
 from molora.bench import full_selection
 from molora.serve.engine import Engine
@@ -55,17 +56,21 @@ def main() -> None:
         "engine": lambda: served(engine, rows, selection, given.tokens),
     }
     paces: dict[str, list[float]] = {name: [] for name in kinds}
+    made: dict[str, list[dict[str, int]]] = {name: [] for name in kinds}
     for turn in range(given.times + 1):
         for name, run in kinds.items():
-            begun = time.perf_counter()
-            tokens = run()
+            with watched() as while_it_ran:
+                begun = time.perf_counter()
+                tokens = run()
+                took = time.perf_counter() - begun
             if turn:
-                paces[name].append(tokens / (time.perf_counter() - begun))
+                paces[name].append(tokens / took)
+                made[name].append(dict(while_it_ran))
     engine.close()
     median = {name: round(statistics.median(values), 2) for name, values in paces.items()}
     ratio = round(median["engine"] / median["generate"], 4)
     must = [line("tokens/s of the engine over batched generate's", ratio, 0.85, "higher")]
-    found = {"tokens a second": median, "runs": paces, "ratio": ratio, "must": must}
+    found = {"tokens a second": median, "runs": paces, "made": made, "ratio": ratio, "must": must}
     print(json.dumps(found))
     if given.out:
         command = f"python -m benchmarks.chats --chats {given.chats} --tokens {given.tokens} --times {given.times}"
