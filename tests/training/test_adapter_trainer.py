@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from molora.errors import AdapterMismatchError, AdapterNotFoundError, ConfigErro
 from molora_training import adapter_run
 from molora_training.adapter import train
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
+from molora_training.data import Batch
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,27 @@ def test_resumed_equals_uninterrupted(settings: AdapterTrainSettings) -> None:
     assert resumed["validation_loss"] == pytest.approx(whole["validation_loss"], abs=1e-5)
     ours, theirs = (load_file(m / "adapter_model.safetensors") for m in (settings.out, settings.out.with_name("whole")))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_batch_in_parts_teaches_the_same(settings: AdapterTrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = dataclasses.replace(settings, max_steps=3, lora=LoraShape(rank=4, alpha=8, dropout=0.0))
+    sizes: list[int] = []
+    loss = adapter_run.Run.summed_loss
+
+    def watched(run: adapter_run.Run, model: Any, batch: Batch) -> torch.Tensor:
+        if model.training:
+            sizes.append(len(batch.input_ids))
+        return loss(run, model, batch)
+
+    monkeypatch.setattr(adapter_run.Run, "summed_loss", watched)
+    found = {}
+    for name, most in (("whole", 1 << 20), ("parts", 128)):
+        monkeypatch.setattr(adapter_run, "CPU_TOKENS", most)
+        found[name] = train(dataclasses.replace(plain, out=settings.out.with_name(name)))
+        assert (len(sizes) == 3) == (name == "whole") and max(sizes) <= most // 32
+        sizes.clear()
+    assert found["parts"]["train_losses"] == pytest.approx(found["whole"]["train_losses"], rel=1e-5)
+    assert found["parts"]["validation_loss"] == pytest.approx(found["whole"]["validation_loss"], rel=1e-5)
 
 
 def test_checkpoint_of_other_settings_is_refused(settings: AdapterTrainSettings) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from molora.errors import NonFiniteError
 from molora_training.adapter_output import settings_record, write_adapter
 from molora_training.adapter_settings import AdapterTrainSettings
-from molora_training.batches import plan_pass
+from molora_training.batches import plan_pass, rounded
 from molora_training.captured import CapturedSteps, worth_capturing
 from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
@@ -25,6 +25,7 @@ from molora_training.schedule import warm_cosine
 from molora_training.start_dropout import StartDropout
 from molora_training.token_losses import TokenLosses
 
+CPU_TOKENS = 1024  # padded; each takes 1.5 MB between a forward and its way back (SmolLM2-135M)
 _CLIP_NORM = 1.0
 
 
@@ -160,27 +161,42 @@ class Run:
         # Dropout depends on the step alone, so a resumed training draws the same.
         torch.manual_seed(self.settings.seed * 1_000_003 + step * processes + rank)
         self.model.train()
-        batch = self._batch(self.rows, self.steps[step][rank])
+        indices = self.steps[step][rank]
+        batch = self._batch(self.rows, indices)
         # Gradients are averaged over processes, hence the factor: each answer token of the step weighs the same.
         count = self._answer_tokens(step)
         if self.captured is not None:
             total = self.captured(batch)["mean"] * count
         else:
             self.optimizer.zero_grad(set_to_none=True)
-            total = self.summed_loss(self.model, batch)
+            *first, last = self._parts(indices)
+            total = torch.zeros((), device=self.accelerator.device)
+            for part in first:
+                loss = self.summed_loss(self.model, self._batch(self.rows, part))
+                (loss * (processes / count)).backward()
+                total += loss.detach()
+            loss = self.summed_loss(self.model, self._batch(self.rows, last) if first else batch)
             penalty = self.hold.penalty(self.alone, batch) if self.hold is not None else None
-            (total * (processes / count) + (0.0 if penalty is None else penalty)).backward()
+            (loss * (processes / count) + (0.0 if penalty is None else penalty)).backward()
+            total += loss.detach()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM))
-        loss = float(self.accelerator.reduce(total.detach(), "sum")) / count
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        mean = float(self.accelerator.reduce(total.detach(), "sum")) / count
+        if not (math.isfinite(mean) and math.isfinite(norm)):
             raise NonFiniteError(
-                f"The loss became {loss} and the gradient's norm {norm} at step {step + 1}. The adapter of step "
+                f"The loss became {mean} and the gradient's norm {norm} at step {step + 1}. The adapter of step "
                 f"{self.counters['best_step']} stays in {self.best_file}; take a lower learning_rate and start anew."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
         self.optimizer.step()
-        return loss, norm
+        return mean, norm
+
+    def _parts(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Of a batch, what goes forward and back at a time: on a CPU less, which is as fast and takes less memory."""
+        if self.accelerator.device.type != "cpu" or self.accelerator.num_processes > 1:
+            return [indices]
+        size = max(1, CPU_TOKENS // rounded(max(self.rows[index].input_ids.numel() for index in indices)))
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
 
     def _batch(self, rows: Sequence[Encoded], indices: Sequence[int]) -> Batch:
         return collate([rows[index] for index in indices], self.pad_id).to(self.accelerator.device)
