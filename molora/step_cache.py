@@ -58,12 +58,8 @@ class StepLayer(CacheLayerMixin):
         self.length = min(self.length, self.length + max_length if max_length < 0 else max_length)
 
 
-class StepCache(Cache):
-    """Keys and values of sequences that grow together, in ``memory`` [layers, 2, batch, heads, longest, width]."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        super().__init__(layers=[StepLayer(keys, values) for keys, values in memory])
+class CountedCache(Cache):
+    """A cache of :class:`StepLayer` alone."""
 
     @property
     def length(self) -> int:
@@ -73,3 +69,11 @@ class StepCache(Cache):
         """So many more were written."""
         for layer in self.layers:
             layer.length += tokens
+
+
+class StepCache(CountedCache):
+    """Keys and values of sequences that grow together, in ``memory`` [layers, 2, batch, heads, longest, width]."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        super().__init__(layers=[StepLayer(keys, values) for keys, values in memory])

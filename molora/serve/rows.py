@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from molora.cache import attach
 from molora.errors import BaseModelError
 from molora.memory import Memory
-from molora.step_cache import StepLayer
+from molora.step_cache import CountedCache, StepLayer
 
 
 class Rows:
@@ -121,7 +121,7 @@ class Rows:
         return RowsStep(self, count)
 
 
-class RowReader(Cache):
+class RowReader(CountedCache):
     """A prompt's cache, which writes into a row. memory: all layers' keys and values at once, if they are alike.
     parts: the same, or those of each layer; their last dimension but one is the tokens."""
 
@@ -130,15 +130,6 @@ class RowReader(Cache):
 
     def __init__(self, layers: list[StepLayer]) -> None:
         super().__init__(layers=list(layers))
-
-    @property
-    def length(self) -> int:
-        return int(self.get_seq_length())
-
-    def advance(self, tokens: int) -> None:
-        """So many more were written."""
-        for layer in self.layers:
-            layer.length += tokens
 
     def back(self, length: int) -> None:
         """Forgets what was read from position ``length`` on."""
