@@ -29,13 +29,12 @@ class Steady:
         lengths = torch.tensor([min(LENGTH, row.input_ids.numel()) for row in rows])
         self.mask = torch.arange(self.ids.shape[1]) < lengths[:, None]
 
-    @torch.no_grad()
     def prepare(self, model: Any) -> None:
         device = next(model.parameters()).device
         self.ids, self.mask = self.ids.to(device), self.mask.to(device)
         self.tokens = TokenLosses(model.get_base_model())
         self.turn = torch.zeros((), dtype=torch.int64, device=device)
-        with model.disable_adapter():  # which has every adapter learn again in the end, so this comes before the method
+        with torch.no_grad(), model.disable_adapter():  # which has every adapter learn again in the end, so this comes before the method
             taught = [self._states(model, slice(at, at + ROWS)) for at in range(0, len(self.ids), ROWS)]
         self.taught = torch.cat(taught)
         self.method.prepare(model)
