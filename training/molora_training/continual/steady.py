@@ -34,7 +34,8 @@ class Steady:
         self.ids, self.mask = self.ids.to(device), self.mask.to(device)
         self.tokens = TokenLosses(model.get_base_model())
         self.turn = torch.zeros((), dtype=torch.int64, device=device)
-        with torch.no_grad(), model.disable_adapter():  # which has every adapter learn again in the end, so this comes before the method
+        # Before the method, which may have a part of the adapter learn nothing: in the end this has all of it learn.
+        with torch.no_grad(), model.disable_adapter():
             taught = [self._states(model, slice(at, at + ROWS)) for at in range(0, len(self.ids), ROWS)]
         self.taught = torch.cat(taught)
         self.method.prepare(model)
