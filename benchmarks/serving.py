@@ -9,6 +9,7 @@ waiting times count. The adapters of those who ask most are there before. They a
 
 import argparse
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, nargs=2, default=(8, 512), help="fewest and most tokens")
     parser.add_argument("--out", type=Path, help="where the figures go, too")
     given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     device = check_device(given)
     stack = Stack([StackLayer("user", {}, shared=True)])
     model = MoLoRAModel.from_base(random_base(given.shape, device, compute_dtype(device)), stack).eval()

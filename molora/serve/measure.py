@@ -1,9 +1,11 @@
 """How a stack serves many users: the same requests with an adapter for each of them, and with one for all."""
 
 import datetime
+import logging
 import math
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,6 +26,8 @@ from molora.serve.pool import Pool, Read
 from molora.serve.traffic import Traffic, arrivals
 from molora.serve.warm import warm
 from molora.stack import AUTO
+
+log = logging.getLogger("molora.serve")
 
 _READERS = 8  # threads
 _FILES = 32  # adapters on disk, which stand for those of all users: each user's is read and live for itself
@@ -71,11 +75,13 @@ def measure_serve(
                 model, rows=rows, longest=traffic.prompt[1] + traffic.answer[1], waiting=10**9, pools=[pool]
             )
             engine.start()
-            warm(engine)
+            began, warmed = time.perf_counter(), warm(engine)
             _fill(engine, pool, min(there, 1) if one else there)
+            ready = {"warm": round(warmed, 2), "adapters": round(time.perf_counter() - began - warmed, 2)}
+            log.info("%s: ready after %s s", kind, ready)
             found = replay(engine, coming, lambda user: {layer: f"u{0 if one else user}"}, tick)  # noqa: B023
             engine.close()
-            kinds[kind] = {**report(found), "pool": vars(pool.stats())}
+            kinds[kind] = {**report(found), "pool": vars(pool.stats()), "seconds to be ready": ready}
             for slot in [name for name in model.stack[layer].adapters if name not in _own(model, layer, pool)]:
                 model.remove_adapter(layer, slot)
     ratio = kinds["own adapters"]["tokens a second"] / kinds["one adapter"]["tokens a second"]
