@@ -68,8 +68,9 @@ class Prefixes:
         chain = [block for _, block in self._walk(ids, acting, len(ids) - 1) if block is not None]
         if not chain:
             return
-        for index, part in enumerate(reader.parts):
-            part[..., : len(chain) * BLOCK, :] = torch.cat([block.parts[index] for block in chain], -2)
+        for place, block in enumerate(chain):
+            for part, known in zip(reader.parts, block.parts, strict=True):
+                part[..., place * BLOCK : (place + 1) * BLOCK, :] = known
         reader.advance(len(chain) * BLOCK)
         reader.remember(self._memories(chain))
         self._found += reader.length
