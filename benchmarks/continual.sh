@@ -3,7 +3,7 @@
 # it was: what is finished lies in OUT/.continual and OUT/.stream, and what a GPU had no room for is tried again with more.
 # The data has to be there: molora train data math code medicine law science reading commonsense puzzles many
 #   benchmarks/continual.sh [OUT] [EACH]   OUT: folder of the results (default: runs/results)
-#                                          EACH: processes on each GPU (default: one for each 11 GiB of its memory)
+#                                          EACH: processes on each GPU (default: one for each 14 GiB of its memory)
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -16,7 +16,7 @@ import torch
 count = torch.cuda.device_count()
 print(count, torch.cuda.get_device_properties(0).total_memory // 2**30 if count else 0)")
 [ "$gpus" -gt 0 ] || { echo "No GPU is here." >&2; exit 1; }
-each=${2:-$((room / 11))}
+each=${2:-$((room / 14))}
 tasks="math code medicine law science reading commonsense puzzles"
 users=$(cd "${MOLORA_DATA:-$(python3 -c 'from molora_training.data import data_dir; print(data_dir())')}" &&
     wc -l speech-*.train.jsonl | awk '$1 >= 200 && $2 != "total" {sub(".train.jsonl", "", $2); print $2}')
@@ -38,11 +38,11 @@ out, *users = sys.argv[1:]
 names = part_names(StudySettings(("a", "b"), Path()))
 for index, user in enumerate(users):
     if not Path(out, ".stream", f"{user}.json").is_file():
-        print("stream", f"{index}/{len(users)}", 10)
+        print("stream", f"{index}/{len(users)}", 12)
 missing = [n for n in range(len(names)) if not Path(out, ".continual", f"{names[n]}.json").is_file()]
 rank = {n: next((at for at, start in enumerate(LONG) if names[n].startswith(start)), len(LONG)) for n in missing}
 for n in sorted(missing, key=rank.get):
-    print("continual", f"{n}/{len(names)}", 14 if "distil" in names[n] else 10)
+    print("continual", f"{n}/{len(names)}", 22 if "distil" in names[n] else 12)
 PY
 echo 0 >"$out/next"
 began=$SECONDS
@@ -78,7 +78,7 @@ worker() { # GPU
             echo "$((SECONDS - began)) s $kind $share: $((SECONDS - started)) s" >>"$out/progress.txt"
         else
             echo "$((SECONDS - began)) s $kind $share in $gib GiB FAILED" >>"$out/progress.txt"
-            [ "$gib" -ge 20 ] || echo "$kind $share $((gib + 4))" >>"$jobs"
+            [ "$gib" -ge 28 ] || echo "$kind $share $((gib + 4))" >>"$jobs"
         fi
     done
 }
@@ -91,6 +91,6 @@ for number in $(seq 1 "$each"); do
 done
 wait
 for kind in stream continual; do
-    CUDA_VISIBLE_DEVICES=0 study "$kind" 0/1 20 >"$out/log/$kind.txt" 2>&1 || echo "$kind: see $out/log/$kind.txt" >&2
+    CUDA_VISIBLE_DEVICES=0 study "$kind" 0/1 28 >"$out/log/$kind.txt" 2>&1 || echo "$kind: see $out/log/$kind.txt" >&2
 done
 [ -e "$out/stream.json" ] && [ -e "$out/continual.json" ]
