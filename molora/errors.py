@@ -81,6 +81,14 @@ class StoreError(MoLoRAError, RuntimeError):
     """A store of adapters cannot be reached, or what it holds is damaged."""
 
 
+class FederationError(MoLoRAError, RuntimeError):
+    """A federated training cannot begin or go on: too few clients, or what is on disk belongs to another one."""
+
+
+class UpdateError(MoLoRAError, ValueError):
+    """A client's update is refused; the message says why, to follow "refused: "."""
+
+
 class RequestError(MoLoRAError, ValueError):
     """A request asks for what cannot be served: a value out of range, a prompt that is too long."""
 

@@ -1,0 +1,119 @@
+"""Which updates the server takes: one that is malformed, wild, old or boastful is refused, and the round goes on.
+
+It sees single updates, so it cannot guard a round whose updates come masked (see `docs/federated.md`).
+"""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from molora.errors import UpdateError
+from molora_training.federated.factors import Factors, distance, read_bytes
+
+FEWEST = 3  # updates of a round that have a median
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client was asked for: the round and a number used once, and the factors that it went on from."""
+
+    round: int
+    nonce: str
+    sent: Factors
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that may be taken.
+
+    norm: of what changed, the Frobenius norm of the difference of deltas. digest: of its tensors.
+    """
+
+    factors: Factors
+    examples: int
+    norm: float
+    digest: str
+
+
+@dataclass
+class Guard:
+    """Checks updates of one training.
+
+    Args:
+        max_examples: that a client may say it learnt from.
+        max_norm: times the round's median that an update may change.
+        seen: digests of all updates that were taken before.
+    """
+
+    max_examples: int
+    max_norm: float
+    seen: set[str] = field(default_factory=set)
+
+    def read(self, message: bytes, asked: Asked) -> Update:
+        """One client's answer by itself.
+
+        Raises:
+            UpdateError: it may not be taken.
+        """
+        tensors, about, scale = read_bytes(message)
+        if about.get("round") != asked.round or about.get("nonce") != asked.nonce:
+            raise UpdateError(f"it answers round {about.get('round')!r} of another order: a replay, or too late")
+        _check_tensors(tensors, asked.sent.tensors())
+        if scale != asked.sent.scale:
+            raise UpdateError(f"its scale is {scale}, and {asked.sent.scale} was sent")
+        examples = about.get("examples")
+        if not isinstance(examples, int) or isinstance(examples, bool) or not 1 <= examples <= self.max_examples:
+            raise UpdateError(f"it claims {examples!r} examples, and 1 to {self.max_examples} are believed")
+        digest = digest_of(tensors)
+        if digest in self.seen:
+            raise UpdateError("the same tensors came before: a replay")
+        factors = Factors.from_tensors(tensors, scale)
+        norm = distance(factors, asked.sent)
+        if not math.isfinite(norm):
+            raise UpdateError("what it changes has no finite norm")
+        return Update(factors, examples, norm, digest)
+
+    def compare(self, updates: Mapping[str, Update]) -> dict[str, str]:
+        """The updates of a round beside each other: whose are refused, and why. The others' digests are kept."""
+        refused = {}
+        median = statistics.median(one.norm for one in updates.values()) if len(updates) >= FEWEST else math.inf
+        digests: set[str] = set()
+        for client, one in updates.items():
+            if one.norm > self.max_norm * median:
+                times = one.norm / median if median else math.inf
+                refused[client] = f"it changes {times:.3g} times as much as the round's median, which may be {self.max_norm}"
+            elif one.digest in digests:
+                refused[client] = "another client of this round sent the same tensors"
+            digests.add(one.digest)
+        self.seen |= {one.digest for client, one in updates.items() if client not in refused}
+        return refused
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values, whatever is said beside them."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + b"\0" + tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    missing, strange = _some(wanted.keys() - tensors.keys()), _some(tensors.keys() - wanted.keys())
+    if missing or strange:
+        raise UpdateError(f"its tensors are not those that were sent (missing: {missing}; unknown: {strange})")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise UpdateError(f"{name} is {tensor.dtype}, and torch.float32 was sent")
+        if tensor.shape != wanted[name].shape:
+            raise UpdateError(f"{name} is {list(tensor.shape)}, and {list(wanted[name].shape)} was sent")
+        if not torch.isfinite(tensor).all():
+            raise UpdateError(f"{name} holds NaN or infinite values")
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)[:2]
+    return ", ".join(first) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
