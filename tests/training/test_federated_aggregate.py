@@ -10,15 +10,15 @@ from peft import PeftModel
 
 from molora.errors import ConfigError, UpdateError
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
-from molora_training.federated.factors import Factors, distance, read_bytes
+from molora_training.federated.lora import Lora, distance, read_bytes
 from tests.conftest import make_base
 
 SIZES = {"tall": (40, 12), "wide": (9, 33), "square": (16, 16)}  # out, in
 
 
-def factors(rank: int, seed: int, scale: float = 2.0, sizes: dict[str, tuple[int, int]] = SIZES) -> Factors:
+def factors(rank: int, seed: int, scale: float = 2.0, sizes: dict[str, tuple[int, int]] = SIZES) -> Lora:
     generator = torch.Generator().manual_seed(seed)
-    return Factors(
+    return Lora(
         {
             name: (torch.randn(rank, width, generator=generator), torch.randn(rows, rank, generator=generator))
             for name, (rows, width) in sizes.items()
@@ -27,7 +27,7 @@ def factors(rank: int, seed: int, scale: float = 2.0, sizes: dict[str, tuple[int
     )
 
 
-def dense(one: Factors, name: str) -> np.ndarray:
+def dense(one: Lora, name: str) -> np.ndarray:
     a, b = (tensor.double().numpy() for tensor in one.pairs[name])
     return one.scale * b @ a
 
@@ -35,11 +35,11 @@ def dense(one: Factors, name: str) -> np.ndarray:
 CLIENTS = [(factors(4, 1), 0.5), (factors(1, 2), 0.125), (factors(7, 3), 0.25), (factors(2, 4, scale=0.5), 0.125)]
 
 
-def summed(name: str, clients: list[tuple[Factors, float]] = CLIENTS) -> np.ndarray:
+def summed(name: str, clients: list[tuple[Lora, float]] = CLIENTS) -> np.ndarray:
     return sum(weight * dense(one, name) for one, weight in clients)
 
 
-def total(clients: list[tuple[Factors, float]] = CLIENTS) -> DeltaSum:
+def total(clients: list[tuple[Lora, float]] = CLIENTS) -> DeltaSum:
     found = DeltaSum()
     for one, weight in clients:
         found.add(one, weight)
@@ -81,7 +81,7 @@ def test_many_clients_take_no_more_memory_than_the_module() -> None:
 
 def test_the_order_of_clients_does_not_matter() -> None:
     one, other = total().cut(4, 2.0), total(CLIENTS[::-1]).cut(4, 2.0)
-    assert distance(one, other) < 1e-4 * distance(one, Factors({n: (a * 0, b) for n, (a, b) in one.pairs.items()}, 2.0))
+    assert distance(one, other) < 1e-4 * distance(one, Lora({n: (a * 0, b) for n, (a, b) in one.pairs.items()}, 2.0))
 
 
 def test_ranks_that_the_sum_lacks_can_still_learn() -> None:
@@ -102,7 +102,7 @@ def test_the_mean_of_factors_has_cross_terms() -> None:
         assert not np.allclose(dense(naive, name), summed(name, clients), atol=0.1)
 
 
-def dense_factor(one: Factors, name: str, which: int) -> np.ndarray:
+def dense_factor(one: Lora, name: str, which: int) -> np.ndarray:
     return one.pairs[name][which].double().numpy()
 
 
@@ -136,7 +136,7 @@ def test_the_distance_is_that_of_dense_deltas(ranks: tuple[int, int]) -> None:
 def test_bytes_come_back_as_they_were() -> None:
     tensors, about, scale = read_bytes(factors(3, 1).to_bytes({"round": 4, "client": "ada"}))
     assert about == {"round": 4, "client": "ada"} and scale == 2.0
-    back = Factors.from_tensors(tensors, scale)
+    back = Lora.from_tensors(tensors, scale)
     assert all(torch.equal(x, y) for n in SIZES for x, y in zip(back.pairs[n], factors(3, 1).pairs[n], strict=True))
 
 
@@ -147,11 +147,28 @@ def test_what_is_no_safetensors_is_refused(message: bytes) -> None:
 
 
 def test_a_folder_is_one_that_peft_reads(adapters: dict[str, Path], tmp_path: Path) -> None:
-    read = Factors.from_folder(adapters["math"])
+    read = Lora.from_folder(adapters["math"])
     config = json.loads((adapters["math"] / "adapter_config.json").read_text())
     read.slice(2).save(tmp_path / "two", config)
     model = PeftModel.from_pretrained(make_base(), tmp_path / "two")
     name, (a, b) = next(iter(read.pairs.items()))
-    module = model.get_submodule(name)
+    module = model.base_model.model.get_submodule(name)
     assert module.scaling["default"] == read.scale == 2.0
-    assert torch.equal(module.lora_A["default"].weight, a[:2]) and torch.equal(module.lora_B["default"].weight, b[:, :2])
+    assert torch.equal(module.lora_A["default"].weight, a[:2])
+    assert torch.equal(module.lora_B["default"].weight, b[:, :2])
+
+
+def test_a_stack_has_the_ranks_that_each_module_needs(adapters: dict[str, Path], tmp_path: Path) -> None:
+    read = Lora.from_folder(adapters["math"])
+    found = DeltaSum()
+    for times in range(10):
+        found.add(read, 0.1 * times)
+    config = json.loads((adapters["math"] / "adapter_config.json").read_text())
+    found.exact().save(tmp_path / "stack", config)
+    model = PeftModel.from_pretrained(make_base(), tmp_path / "stack")
+    ranks = set()
+    for name, (a, b) in read.pairs.items():
+        module = model.base_model.model.get_submodule(name)
+        ranks.add(module.r["default"])
+        assert torch.allclose(module.get_delta_weight("default"), 4.5 * read.scale * b @ a, atol=1e-4)
+    assert ranks == {16, 32}

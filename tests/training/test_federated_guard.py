@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import save
 
 from molora.errors import UpdateError
-from molora_training.federated.factors import Factors
 from molora_training.federated.guard import Asked, Guard, Update
+from molora_training.federated.lora import Lora
 
 ABOUT = {"round": 3, "nonce": "abc", "examples": 8}
 
 
-def factors(seed: int, rank: int = 2, size: float = 1.0) -> Factors:
+def factors(seed: int, rank: int = 2, size: float = 1.0) -> Lora:
     generator = torch.Generator().manual_seed(seed)
-    return Factors(
+    return Lora(
         {
             name: (torch.randn(rank, 6, generator=generator), size * torch.randn(5, rank, generator=generator))
             for name in ("q", "v")
@@ -38,13 +38,13 @@ def test_an_honest_update_is_taken() -> None:
     assert torch.equal(found.factors.pairs["q"][0], factors(1).pairs["q"][0])
 
 
-def changed(name: str, tensor: torch.Tensor | None) -> Factors:
+def changed(name: str, tensor: torch.Tensor | None) -> Lora:
     pairs: dict[str, Any] = dict(factors(1).pairs)
     if tensor is None:
         del pairs[name]
     else:
-        pairs[name] = (tensor, pairs.get(name, pairs["q"])[1])
-    return Factors(pairs, 2.0)
+        pairs[name] = (tensor, pairs.get(name, pairs["q"])[1].clone())
+    return Lora(pairs, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def changed(name: str, tensor: torch.Tensor | None) -> Factors:
         (changed("q", torch.ones(2, 6, dtype=torch.int32)), "int32"),
         (changed("q", torch.full((2, 6), torch.nan)), "NaN"),
         (changed("q", torch.full((2, 6), -torch.inf)), "infinite"),
-        (changed("q", None), "missing: q"),
-        (changed("head", torch.ones(2, 6)), "unknown: head"),
+        (changed("q", None), r"missing: base_model\.model\.q"),
+        (changed("head", torch.ones(2, 6)), r"unknown: base_model\.model\.head"),
         (replace(factors(1), scale=200.0), "scale is 200.0"),
         (replace(factors(1), scale=-2.0), "scale is -2.0"),
     ],
 )
-def test_a_malformed_update_is_refused(update: Factors, reason: str) -> None:
+def test_a_malformed_update_is_refused(update: Lora, reason: str) -> None:
     with pytest.raises(UpdateError, match=reason):
         guard().read(update.to_bytes(ABOUT), ASKED)
 
@@ -107,7 +107,8 @@ def test_bytes_that_are_no_update_are_refused(message: bytes) -> None:
 def test_the_same_tensors_are_not_taken_twice() -> None:
     own = guard()
     first = own.read(factors(1).to_bytes(ABOUT), ASKED)
-    assert own.compare({"ada": first}) == {}
+    assert own.compare({"ada": first}) == {} == own.compare({"ada": first})  # a round may be tried again
+    own.keep([first])
     with pytest.raises(UpdateError, match="came before"):
         own.read(factors(1).to_bytes(ABOUT | {"nonce": "new", "round": 4}), replace(ASKED, nonce="new", round=4))
     again = Guard(10, 5.0, seen=own.seen)  # as after a resumption
@@ -126,8 +127,7 @@ def test_a_huge_update_is_refused_beside_the_others() -> None:
     honest = {f"c{seed}": own.read(factors(seed).to_bytes(ABOUT), ASKED) for seed in range(1, 5)}
     huge = own.read(factors(9, size=1e4).to_bytes(ABOUT), ASKED)
     refused = own.compare({**honest, "liar": huge})
-    assert list(refused) == ["liar"] and "times as much" in refused["liar"]
-    assert huge.digest not in own.seen and all(one.digest in own.seen for one in honest.values())
+    assert list(refused) == ["liar"] and "times the round's median" in refused["liar"]
 
 
 def test_two_updates_have_no_median() -> None:
@@ -141,7 +141,7 @@ def test_where_nobody_changes_anything_whoever_does_is_refused() -> None:
 
 
 def test_values_whose_norm_overflows_are_refused() -> None:
-    wild = Factors({n: (a * 1e30, b * 1e30) for n, (a, b) in factors(1).pairs.items()}, 2.0)
+    wild = Lora({n: (a * 1e30, b * 1e30) for n, (a, b) in factors(1).pairs.items()}, 2.0)
     found = guard().read(wild.to_bytes(ABOUT), ASKED)  # finite in float64, and then far over the median
     honest = {f"c{seed}": guard().read(factors(seed).to_bytes(ABOUT), ASKED) for seed in range(1, 5)}
     assert list(guard().compare({**honest, "wild": found})) == ["wild"]

@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 import torch
 
 from molora.errors import ConfigError
-from molora_training.federated.factors import Factors, Pair
+from molora_training.federated.lora import Lora, Pair
 
 
 @dataclass
 class DeltaSum:
     """Sum of w_k (alpha_k / r_k) B_k A_k, taken client by client and kept as factors.
 
-    Where ranks beside each other outgrow the module's smaller side, they are multiplied out, and the identity stands for
-    the other factor: nothing is lost, and memory does not grow with the number of clients.
+    Where ranks beside each other outgrow the module's smaller side, they are multiplied out, and the identity stands
+    for the other factor: nothing is lost, and memory does not grow with the number of clients.
     """
 
     stacked: dict[str, Pair] = field(default_factory=dict)
 
-    def add(self, factors: Factors, weight: float) -> None:
+    def add(self, factors: Lora, weight: float) -> None:
         """Another client's, float64 from here on. ``weight`` may be negative: then it is taken away."""
         for name, (a, b) in factors.pairs.items():
             wide, tall = a.double(), weight * factors.scale * b.double()
@@ -28,11 +28,11 @@ class DeltaSum:
                 tall = torch.cat([self.stacked[name][1], tall], 1)
             self.stacked[name] = _narrowed(wide, tall)
 
-    def exact(self) -> Factors:
+    def exact(self) -> Lora:
         """As it is, at scale 1: ranks concatenated."""
-        return Factors({name: (a.float(), b.float()) for name, (a, b) in self.stacked.items()}, 1.0)
+        return Lora({name: (a.float(), b.float()) for name, (a, b) in self.stacked.items()}, 1.0)
 
-    def cut(self, rank: int, scale: float, seed: int = 0) -> Factors:
+    def cut(self, rank: int, scale: float, seed: int = 0) -> Lora:
         """The nearest adapter of a rank: B = U S / scale, A = V^T of the sum's largest singular values.
 
         FlexLoRA's redistribution (arXiv 2402.11505, section 3): a client of rank r takes the first r of these. Ranks
@@ -49,10 +49,10 @@ class DeltaSum:
             fresh = _drawn(rank - kept, wide.shape[1], seed * 1_000_003 + number).double()
             b = torch.nn.functional.pad(b, (0, rank - kept))
             found[name] = torch.cat([a, fresh]).float(), b.float()
-        return Factors(found, scale)
+        return Lora(found, scale)
 
 
-def mean_of_factors(updates: Sequence[tuple[Factors, float]]) -> Factors:
+def mean_of_factors(updates: Sequence[tuple[Lora, float]]) -> Lora:
     """FedAvg on A and B apart (as FedIT, arXiv 2305.05644): the naive form, whose product has the terms B_i A_j too.
 
     Smaller ranks are filled up with zeros to the largest.
@@ -61,7 +61,7 @@ def mean_of_factors(updates: Sequence[tuple[Factors, float]]) -> Factors:
         raise ConfigError("There is no update to take the mean of.")
     scales = {factors.scale for factors, _ in updates}
     if len(scales) > 1:
-        raise ConfigError("Factors of different scales have no mean.")
+        raise ConfigError("Lora of different scales have no mean.")
     rank = max(factors.rank for factors, _ in updates)
     sums: dict[str, Pair] = {}
     for factors, weight in updates:
@@ -71,7 +71,7 @@ def mean_of_factors(updates: Sequence[tuple[Factors, float]]) -> Factors:
             tall = weight * torch.nn.functional.pad(b.double(), (0, spare))
             before = sums.get(name)
             sums[name] = (wide, tall) if before is None else (before[0] + wide, before[1] + tall)
-    return Factors({name: (a.float(), b.float()) for name, (a, b) in sums.items()}, scales.pop())
+    return Lora({name: (a.float(), b.float()) for name, (a, b) in sums.items()}, scales.pop())
 
 
 def shares(examples: Mapping[str, int]) -> dict[str, float]:

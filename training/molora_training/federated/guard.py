@@ -6,13 +6,13 @@ It sees single updates, so it cannot guard a round whose updates come masked (se
 import hashlib
 import math
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from molora.errors import UpdateError
-from molora_training.federated.factors import Factors, distance, read_bytes
+from molora_training.federated.lora import Lora, distance, read_bytes
 
 FEWEST = 3  # updates of a round that have a median
 
@@ -23,7 +23,7 @@ class Asked:
 
     round: int
     nonce: str
-    sent: Factors
+    sent: Lora
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Update:
     norm: of what changed, the Frobenius norm of the difference of deltas. digest: of its tensors.
     """
 
-    factors: Factors
+    factors: Lora
     examples: int
     norm: float
     digest: str
@@ -71,26 +71,29 @@ class Guard:
         digest = digest_of(tensors)
         if digest in self.seen:
             raise UpdateError("the same tensors came before: a replay")
-        factors = Factors.from_tensors(tensors, scale)
+        factors = Lora.from_tensors(tensors, scale)
         norm = distance(factors, asked.sent)
         if not math.isfinite(norm):
             raise UpdateError("what it changes has no finite norm")
         return Update(factors, examples, norm, digest)
 
     def compare(self, updates: Mapping[str, Update]) -> dict[str, str]:
-        """The updates of a round beside each other: whose are refused, and why. The others' digests are kept."""
+        """The updates of a round beside each other: whose are refused, and why."""
         refused = {}
         median = statistics.median(one.norm for one in updates.values()) if len(updates) >= FEWEST else math.inf
         digests: set[str] = set()
         for client, one in updates.items():
             if one.norm > self.max_norm * median:
                 times = one.norm / median if median else math.inf
-                refused[client] = f"it changes {times:.3g} times as much as the round's median, which may be {self.max_norm}"
+                refused[client] = f"it changes {times:.3g} times the round's median, and {self.max_norm:g} is the most"
             elif one.digest in digests:
                 refused[client] = "another client of this round sent the same tensors"
             digests.add(one.digest)
-        self.seen |= {one.digest for client, one in updates.items() if client not in refused}
         return refused
+
+    def keep(self, updates: Iterable[Update]) -> None:
+        """Remembers what became part of the adapter."""
+        self.seen |= {one.digest for one in updates}
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -105,7 +108,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, tor
     missing, strange = _some(wanted.keys() - tensors.keys()), _some(tensors.keys() - wanted.keys())
     if missing or strange:
         raise UpdateError(f"its tensors are not those that were sent (missing: {missing}; unknown: {strange})")
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.dtype != torch.float32:
             raise UpdateError(f"{name} is {tensor.dtype}, and torch.float32 was sent")
         if tensor.shape != wanted[name].shape:

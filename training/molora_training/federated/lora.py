@@ -1,4 +1,4 @@
-"""The factors of one adapter as clients and server hand them to and fro: A and B of each module at one scale."""
+"""One adapter as clients and server hand it to and fro: the factors of each module at one scale, as safetensors."""
 
 import json
 import math
@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 
-from molora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from molora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, LoRAWeights
 from molora.atomic import new_folder
 from molora.errors import UnsupportedAdapterError, UpdateError
 from molora_training.checkpoint import save_tensors
 
-ENDS = ".lora_A.weight", ".lora_B.weight"
+_ENDS = ".lora_A.weight", ".lora_B.weight"
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Factors:
+class Lora:
     """An adapter: delta of a module = scale * B A.
 
-    pairs: by the module's name in PEFT's file, A [rank, in] and B [out, rank], float32; each module of the same rank.
+    pairs: by the base's module name A [rank, in] and B [out, rank], float32.
     """
 
     pairs: Mapping[str, Pair]
@@ -32,59 +32,66 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        return len(next(iter(self.pairs.values()))[0])
+        """Of the module that has the highest."""
+        return max(len(a) for a, _ in self.pairs.values())
 
-    def slice(self, rank: int) -> "Factors":
+    def slice(self, rank: int) -> "Lora":
         """The first ranks of it."""
-        return Factors({name: (a[:rank], b[:, :rank]) for name, (a, b) in self.pairs.items()}, self.scale)
+        return Lora({name: (a[:rank], b[:, :rank]) for name, (a, b) in self.pairs.items()}, self.scale)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By PEFT's names."""
         found: dict[str, torch.Tensor] = {}
         for name, (a, b) in self.pairs.items():
-            found |= {name + ENDS[0]: a.contiguous(), name + ENDS[1]: b.contiguous()}
+            found |= {PREFIX + name + _ENDS[0]: a.contiguous(), PREFIX + name + _ENDS[1]: b.contiguous()}
         return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], scale: float) -> "Lora":
+        """Of what :meth:`tensors` gave."""
+        names = [name.removesuffix(_ENDS[0]) for name in tensors if name.endswith(_ENDS[0])]
+        pairs = {name.removeprefix(PREFIX): (tensors[name + _ENDS[0]], tensors[name + _ENDS[1]]) for name in names}
+        return cls(pairs, scale)
 
     def to_bytes(self, about: Mapping[str, Any]) -> bytes:
         """safetensors, with ``about`` as JSON among its metadata."""
         return save(self.tensors(), {"scale": repr(self.scale), "about": json.dumps(dict(about))})
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], scale: float) -> "Factors":
-        """Of what :meth:`tensors` gave."""
-        names = [name.removesuffix(ENDS[0]) for name in tensors if name.endswith(ENDS[0])]
-        return cls({name: (tensors[name + ENDS[0]], tensors[name + ENDS[1]]) for name in names}, scale)
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "Factors":
+    def from_folder(cls, folder: Path) -> "Lora":
         """Of a PEFT folder.
 
         Raises:
             AdapterError: it cannot be read. UnsupportedAdapterError: its ranks or scales differ by module.
         """
         adapter = Adapter.load(folder)
-        scales = {weights.scale for weights in adapter.modules.values()}
+        weights = {name: one for name, one in adapter.modules.items() if isinstance(one, LoRAWeights)}
+        scales = {one.scale for one in weights.values()}
         if len(adapter.ranks) > 1 or len(scales) > 1:
             raise UnsupportedAdapterError(f"The adapter at {folder} has ranks or scales that differ by module.")
-        tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-        return cls.from_tensors(tensors, scales.pop())
+        return cls({name: (one.A.float(), one.B.float()) for name, one in weights.items()}, scales.pop())
 
     def save(self, out: Path, config: Mapping[str, Any]) -> None:
-        """A PEFT folder with what ``config`` says of the adapter, but for its rank and scale."""
-        alpha = self.scale * self.rank
-        own = {**config, "r": self.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+        """A PEFT folder with what ``config`` says of the adapter, but for its ranks and scale."""
+        ranks = {name: len(a) for name, (a, _) in self.pairs.items() if len(a) != self.rank}
+        own = {
+            "r": self.rank,
+            "lora_alpha": _whole(self.scale * self.rank),
+            "rank_pattern": ranks,
+            "alpha_pattern": {name: _whole(self.scale * rank) for name, rank in ranks.items()},
+            "use_rslora": False,
+            "inference_mode": True,
+        }
         with new_folder(out) as folder:
             save_tensors(folder / WEIGHTS_FILE, self.tensors(), {"format": "pt"})
-            (folder / CONFIG_FILE).write_text(
-                json.dumps({**own, "use_rslora": False}, indent=2) + "\n", encoding="utf-8"
-            )
+            (folder / CONFIG_FILE).write_text(json.dumps({**config, **own}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_bytes(message: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any], float]:
     """Tensors, what is said about them, and their scale.
 
     Raises:
-        UpdateError: the bytes are no safetensors that :meth:`Factors.to_bytes` wrote.
+        UpdateError: the bytes are no safetensors that :meth:`Lora.to_bytes` wrote.
     """
     try:
         size = int.from_bytes(message[:8], "little")
@@ -98,7 +105,7 @@ def read_bytes(message: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any],
     return tensors, about, scale
 
 
-def distance(one: Factors, other: Factors) -> float:
+def distance(one: Lora, other: Lora) -> float:
     """Frobenius norm of the difference of two adapters' deltas over all modules; their ranks may differ.
 
     ||B A||^2 = tr(B^T B A A^T), of the factors of both beside each other: no delta is made.
@@ -110,3 +117,7 @@ def distance(one: Factors, other: Factors) -> float:
         wide = torch.cat([a.double(), a0.double()])
         total += float(((tall.T @ tall) * (wide @ wide.T)).sum())
     return math.sqrt(max(total, 0.0)) if not math.isnan(total) else math.inf
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -1,0 +1,277 @@
+"""Rounds of a federated training on a tiny model, in one process: who is taken, what comes of it, and resuming."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora.errors import AdapterNotFoundError, ConfigError, DataError, FederationError, UpdateError
+from molora_training.federated import local
+from molora_training.federated.aggregate import DeltaSum
+from molora_training.federated.client import Base, Client, Order, clipped
+from molora_training.federated.lora import Lora, distance, read_bytes
+from molora_training.federated.rounds import Federation, b_vector, from_vector, state_folder
+from molora_training.federated.settings import FederateSettings, LimitSettings, LocalSettings, PrivacySettings
+from tests.unit.spoken import make_spoken
+
+ANSWERS = {"ada": "aye", "bob": "nay", "cyd": "aye aye", "dan": "nay nay"}
+RANKS = {"ada": 2, "bob": 4, "cyd": 8, "dan": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a file of conversations for each client."""
+    place = tmp_path_factory.mktemp("federation")
+    model = make_spoken(place / "adapters")
+    model.base.save_pretrained(place / "base")
+    model.tokenizer.save_pretrained(place / "base")
+    (place / "data").mkdir()
+    for client, answer in ANSWERS.items():
+        rows = [
+            {"messages": [{"role": "user", "content": f"{n:02}"}, {"role": "assistant", "content": answer}]}
+            for n in range(30)
+        ]
+        (place / "data" / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+@pytest.fixture(scope="module")
+def clients(folder: Path) -> dict[str, Client]:
+    base = Base.load(str(folder / "base"))
+    return {name: Client.of_file(name, base, folder / "data" / f"{name}.jsonl") for name in ANSWERS}
+
+
+@pytest.fixture
+def settings(folder: Path, tmp_path: Path) -> FederateSettings:
+    return FederateSettings(
+        data=folder / "data", out=tmp_path / "adapter", base=str(folder / "base"), ranks=(2, 4, 8), rounds=3,
+        local=LocalSettings(examples=12, learning_rate=3e-2, batch_tokens=256, max_length=64),
+    )  # fmt: skip
+
+
+def answers(own: Federation, clients: dict[str, Client]) -> dict[str, bytes]:
+    return {name: client.train(own.order(name, RANKS[name])).to_bytes() for name, client in clients.items()}
+
+
+def loss(own: Federation, clients: dict[str, Client]) -> float:
+    told = [client.evaluate(own.trial()) for client in clients.values()]
+    return sum(one["loss"] for one in told) / sum(one["tokens"] for one in told)
+
+
+def finished(settings: FederateSettings, clients: dict[str, Client]) -> Federation:
+    own = Federation.open(settings)
+    while not own.over:
+        own.close(answers(own, clients))
+    return own
+
+
+@pytest.mark.parametrize("how", ["flexlora", "changes", "stack", "factors", "shared"])
+def test_every_way_of_putting_updates_together_learns(
+    settings: FederateSettings, clients: dict[str, Client], how: Any
+) -> None:
+    settings = replace(settings, aggregate=how, local=replace(settings.local, epochs=4))
+    before = loss(Federation.open(settings), clients)
+    own = finished(settings, clients)
+    assert loss(own, clients) < 0.9 * before
+    assert [report.round for report in own.reports] == [1, 2, 3]
+    row = own.reports[-1].clients["bob"]
+    assert row["rank"] == 4 and row["examples"] == 12 and row["bytes_up"] > 0 and row["bytes_down"] > 0
+    assert row["seconds"] > 0 and row["peak_bytes"] > 2**20 and row["norm"] > 0 and own.reports[-1].norm > 0
+
+
+def test_a_round_is_the_weighted_sum_of_deltas(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    own = Federation.open(settings)
+    told = answers(own, clients)
+    total = DeltaSum()
+    for message in told.values():
+        tensors, _, scale = read_bytes(message)
+        total.add(Lora.from_tensors(tensors, scale), 1 / 4)  # each learnt from twelve
+    own.close(told)
+    expected = total.cut(8, 2.0)
+    assert distance(own.lora, expected) < 1e-5 * distance(expected, Federation.open(settings, resume=False).lora)
+
+
+@pytest.mark.parametrize("how", ["flexlora", "changes", "factors", "shared", "stack"])
+def test_the_rest_is_aggregated_as_if_they_were_alone(
+    settings: FederateSettings, clients: dict[str, Client], how: Any
+) -> None:
+    """One is gone, one lies, one comes with an old answer: the round is that of the two others."""
+    settings = replace(settings, aggregate=how)
+    own = Federation.open(settings)
+    orders = {name: own.order(name, RANKS[name]) for name in ANSWERS}
+    own.order("eve", 4)
+    told = {name: clients[name].train(orders[name]).to_bytes() for name in ("ada", "bob")}
+    first = Federation.open(replace(settings, out=settings.out.with_name("other")))
+    assert distance(first.lora, own.lora) == pytest.approx(0, abs=1e-5)
+    hostile = clients["cyd"].train(orders["cyd"])
+    pairs = {name: (a * torch.nan, b) for name, (a, b) in hostile.lora.pairs.items()}
+    told["cyd"] = replace(hostile, lora=Lora(pairs, 2.0)).to_bytes()
+    told["dan"] = clients["dan"].train(first.order("dan", 2)).to_bytes()  # right, but of another order
+    told["mallory"] = told["ada"]
+    report = own.close(told)
+    alone = {name: clients[name].train(first.order(name, RANKS[name])).to_bytes() for name in ("ada", "bob")}
+    first.close(alone)
+    assert distance(own.result(), first.result()) < 1e-4 * max(1.0, report.norm)
+    assert sorted(report.clients) == ["ada", "bob"] and report.absent == ["eve"]
+    assert "NaN" in report.refused["cyd"] and "replay" in report.refused["dan"]
+    assert "not asked" in report.refused["mallory"]
+
+
+def test_a_huge_update_does_not_move_the_round(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    own = Federation.open(settings)
+    orders = {name: own.order(name, RANKS[name]) for name in ANSWERS}
+    learnt = {name: client.train(orders[name]) for name, client in clients.items()}
+    wild = Lora({name: (a, 1e3 + b) for name, (a, b) in learnt["dan"].lora.pairs.items()}, 2.0)
+    told = {name: one.to_bytes() for name, one in learnt.items()} | {
+        "dan": replace(learnt["dan"], lora=wild).to_bytes()
+    }
+    report = own.close(told)
+    assert "median" in report.refused["dan"] and sorted(report.clients) == ["ada", "bob", "cyd"]
+    assert report.norm < 10 * max(row["norm"] for row in report.clients.values())
+
+
+def test_too_few_updates_change_nothing(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    own = Federation.open(settings)
+    before = own.lora
+    told = {"ada": clients["ada"].train(own.order("ada", 2)).to_bytes(), "bob": b"nothing"}
+    own.order("bob", 4)
+    with pytest.raises(FederationError, match=r"1 updates that may be taken.*bob was refused: it is no safetensors"):
+        own.close(told)
+    assert own.round == 0 and own.lora is before
+    told = answers(own, clients)  # again, and now all are there
+    assert len(own.close(told).clients) == 4
+
+
+@pytest.mark.parametrize("how", ["flexlora", "stack", "shared"])
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
+    settings: FederateSettings, clients: dict[str, Client], how: Any
+) -> None:
+    settings = replace(settings, aggregate=how)
+    whole = finished(replace(settings, out=settings.out.with_name("whole")), clients)
+    own = Federation.open(settings)
+    stale = answers(own, clients)
+    own.close(stale)
+    own.close(answers(own, clients))
+    own.order("ada", 2)  # and here it is killed
+    again = Federation.open(settings)
+    assert again.round == 2 and [path.name for path in state_folder(settings.out).glob("[0-9]*")] == ["2"]
+    assert distance(again.lora, own.lora) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(UpdateError, match="replay"):
+        again.order("ada", 2)
+        again.guard.read(stale["ada"], again.asked["ada"])
+    assert again.guard.seen == own.guard.seen and len(own.guard.seen) == 8
+    again.close(answers(again, clients))
+    assert distance(again.result(), whole.result()) < 1e-3 * sum(one.norm for one in whole.reports)
+
+
+def test_another_trainings_state_is_not_taken(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    own = Federation.open(settings)
+    own.close(answers(own, clients))
+    with pytest.raises(FederationError, match="other settings"):
+        Federation.open(replace(settings, aggregate="changes"))
+    longer = Federation.open(replace(settings, rounds=9, limits=replace(settings.limits, seconds=5.0)))
+    assert longer.round == 1 and not longer.over
+    assert Federation.open(settings, resume=False).round == 0
+
+
+def test_it_goes_on_from_an_adapter(settings: FederateSettings, folder: Path, tmp_path: Path) -> None:
+    start = folder / "adapters" / "math"  # rank 4
+    own = Federation.open(replace(settings, start=start))
+    assert own.lora.rank == 8 and distance(own.lora, Lora.from_folder(start)) < 1e-4
+    with pytest.raises(FederationError, match="has rank 4, and the largest of `ranks` is 2"):
+        Federation.open(replace(settings, start=start, ranks=(2,), out=tmp_path / "two"))
+    with pytest.raises(AdapterNotFoundError):
+        Federation.open(replace(settings, start=tmp_path / "none", out=tmp_path / "three"))
+
+
+def test_the_loss_is_what_the_base_says(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    own = finished(settings, clients)
+    client = clients["ada"]
+    told = client.evaluate(own.trial())
+    row = client._rows(64)[1][0]
+    base = client.base.model
+    with torch.no_grad(), local.generated(base, local.acting(own.lora, "cpu")):
+        logits = base(row.input_ids[None]).logits[0, :-1]
+    one = local.loss(base, 0, own.lora, [row])
+    assert one[0] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, row.labels[1:], ignore_index=-100, reduction="sum")), rel=1e-4
+    )
+    assert told["conversations"] == len(client._rows(64)[1]) and told["tokens"] == one[1] * told["conversations"]
+
+
+def test_what_is_held_out_is_never_learnt(clients: dict[str, Client]) -> None:
+    learnt, apart = clients["ada"].split
+    assert len(learnt) + len(apart) == 30 and len(apart) > 1 and not [row for row in learnt if row in apart]
+
+
+def test_an_order_for_b_alone_leaves_a_and_clips(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    private = PrivacySettings(clip=0.01, secure=True)
+    own = Federation.open(replace(settings, aggregate="shared", privacy=private))
+    order = own.order("ada", 2)
+    before = Lora.from_tensors(*read_bytes(order.factors)[::2])
+    after = clients["ada"].train(order).lora
+    assert all(torch.equal(after.pairs[name][0], a) for name, (a, _) in before.pairs.items())
+    vector = b_vector(before, after, 8)
+    assert float(vector.norm()) == pytest.approx(0.01, rel=1e-4)
+    assert distance(clipped(before, after, 1.0), after) == pytest.approx(0, abs=1e-6)
+    back = from_vector(vector, own.lora)
+    for name, (_, b) in after.pairs.items():
+        assert torch.equal(back[name][:, :2], b - before.pairs[name][1]) and not back[name][:, 2:].any()
+    with pytest.raises(FederationError, match="entries"):
+        from_vector(vector[:-1], own.lora)
+
+
+def test_a_round_of_which_the_mean_alone_is_known(settings: FederateSettings, clients: dict[str, Client]) -> None:
+    private = PrivacySettings(clip=0.5, secure=True)
+    settings = replace(settings, aggregate="shared", privacy=private)
+    own, other = (Federation.open(replace(settings, out=settings.out.with_name(name))) for name in ("one", "two"))
+    told = answers(own, clients)
+    vectors = []
+    for name, message in told.items():
+        tensors, _, scale = read_bytes(message)
+        after = Lora.from_tensors(tensors, scale)
+        vectors.append(b_vector(own.lora.slice(RANKS[name]), after, 8))
+    own.close(told)
+    report = other.close_sum(torch.stack(vectors).mean(0), {name: {} for name in told})
+    assert distance(own.lora, other.lora) < 1e-5 and report.norm == pytest.approx(own.reports[0].norm, rel=1e-4)
+    with pytest.raises(FederationError, match="not finite"):
+        other.close_sum(torch.full_like(vectors[0], torch.nan), {name: {} for name in told})
+
+
+def test_a_client_cannot_have_more_than_the_servers_rank(settings: FederateSettings) -> None:
+    own = Federation.open(settings)
+    for asked, given in ((10**9, 8), (0, 1), (-3, 1), (3, 3)):
+        assert Lora.from_tensors(*read_bytes(own.order("ada", asked).factors)[::2]).rank == given
+
+
+def test_what_is_wrong_is_said(settings: FederateSettings, clients: dict[str, Client], tmp_path: Path) -> None:
+    own = Federation.open(settings)
+    with pytest.raises(UpdateError, match="the order lacks"):
+        clients["ada"].train(Order(own.lora.to_bytes({"round": 1})))
+    none = Client("none", clients["ada"].base, [])
+    with pytest.raises(DataError, match="none has no conversation"):
+        none.train(own.order("none", 2))
+    with pytest.raises(DataError, match="cannot be read"):
+        Client.of_file("x", clients["ada"].base, tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (lambda: FederateSettings(ranks=()), "ranks"),
+        (lambda: FederateSettings(ranks=(0,)), "ranks"),
+        (lambda: FederateSettings(rounds=0), "rounds"),
+        (lambda: LocalSettings(examples=0), "local"),
+        (lambda: LimitSettings(seconds=0), "limits"),
+        (lambda: PrivacySettings(epsilon=-1.0), "epsilon"),
+        (lambda: PrivacySettings(delta=1.0), "delta"),
+        (lambda: FederateSettings(privacy=PrivacySettings(epsilon=8.0)), "aggregate: shared"),
+        (lambda: FederateSettings(privacy=PrivacySettings(secure=True)), "aggregate: shared"),
+    ],
+)
+def test_settings_that_cannot_be(wrong: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        wrong()
