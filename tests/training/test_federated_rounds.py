@@ -26,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a file of conversations for each client."""
     place = tmp_path_factory.mktemp("federation")
     model = make_spoken(place / "adapters")
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight.mul_(10)  # or its logits are so near each other that little is learnt
     model.base.save_pretrained(place / "base")
     model.tokenizer.save_pretrained(place / "base")
     (place / "data").mkdir()
@@ -48,7 +50,7 @@ def clients(folder: Path) -> dict[str, Client]:
 def settings(folder: Path, tmp_path: Path) -> FederateSettings:
     return FederateSettings(
         data=folder / "data", out=tmp_path / "adapter", base=str(folder / "base"), ranks=(2, 4, 8), rounds=3,
-        local=LocalSettings(examples=12, learning_rate=3e-2, batch_tokens=256, max_length=64),
+        local=LocalSettings(examples=12, learning_rate=1e-2, batch_tokens=256, max_length=64),
     )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def finished(settings: FederateSettings, clients: dict[str, Client]) -> Federati
 def test_every_way_of_putting_updates_together_learns(
     settings: FederateSettings, clients: dict[str, Client], how: Any
 ) -> None:
-    settings = replace(settings, aggregate=how, local=replace(settings.local, epochs=4))
+    settings = replace(settings, aggregate=how, local=replace(settings.local, epochs=2))
     before = loss(Federation.open(settings), clients)
     own = finished(settings, clients)
     assert loss(own, clients) < 0.9 * before
