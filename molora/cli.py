@@ -14,6 +14,7 @@ from molora.commands.compress import compress
 from molora.commands.demo import demo
 from molora.commands.eval_adapters import app as evaluate
 from molora.commands.export import export
+from molora.commands.federate import app as federate
 from molora.commands.forget import forget
 from molora.commands.generate import generate
 from molora.commands.info import info
@@ -59,6 +60,7 @@ app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 app.add_typer(store, name="store")
+app.add_typer(federate, name="federate")
 
 
 def _version(asked: bool) -> None:

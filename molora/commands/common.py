@@ -21,6 +21,7 @@ EXTRAS = {
     "train": {"peft", "tensorboard", "matplotlib", "molora_training"},
     "eval": {"peft", "lm_eval", "molora_training"},
     "ray": {"ray"},
+    "federated": {"flwr", "ray", "dp_accounting"},
     "serve": {"fastapi", "httpx", "uvicorn", "prometheus_client", "python_multipart"},
     "personalize": {"bm25s", "bs4", "pypdf", "rouge_score", "sklearn"},
 }

@@ -225,7 +225,10 @@ def _update(
             raise DataError(f"{settings.data}: every held-out conversation is over {settings.max_length} tokens long.")
         kept = judge(memory.kept_apart)
         general = judge(general_apart)
-        why = _against(settings, learnt, kept, general) if trained["best_step"] else "no step was better than none"
+        if trained["best_step"]:
+            why = refusal(settings.max_forgetting, learnt, kept, general)
+        else:
+            why = "no step was better than none"
         by: NewRow | NewKey | None = None
         if layer.keyed and not why:
             others = {n: k for n, path in layer.adapters.items() if (k := read_key(Path(path))) is not None}
@@ -392,14 +395,14 @@ class Judge:
         return Change(len(encoded), before.mean, after.mean, by_chance(gains))
 
 
-def _against(settings: UpdateSettings, learnt: Change, kept: Change | None, general: Change | None) -> str:
-    """Why the new version may not serve; nothing if it may."""
-    if not learnt.after < learnt.before:
+def refusal(max_forgetting: float, learnt: Change | None, kept: Change | None, general: Change | None) -> str:
+    """Why the new version may not serve; nothing if it may. What was not measured says nothing against it."""
+    if learnt is not None and not learnt.after < learnt.before:
         return f"nothing was learnt: loss on new conversations {learnt.before:.4f} -> {learnt.after:.4f}"
     for what, change in (("remembered", kept), ("general", general)):
-        if change is not None and not change.growth <= settings.max_forgetting:
-            most = settings.max_forgetting
-            return f"loss on {what} conversations grew by {change.growth:.1%}, which may be {most:.1%} at most"
+        if change is not None and not change.growth <= max_forgetting:
+            most = f"which may be {max_forgetting:.1%} at most"
+            return f"loss on {what} conversations grew by {change.growth:.1%}, {most}"
     return ""
 
 

@@ -78,10 +78,9 @@ def client_app(find: Callable[[Context], Who]) -> ClientApp:
         if messages.ORDER in message.content.config_records:
             return Message(messages.of_answer(learnt.to_bytes()), reply_to=message)
         before, _, about = read_order(order)
-        figures = {"client": who.name, "examples": learnt.about["examples"], "rank": before.rank, **asdict(learnt.usage)}
-        return Message(
-            messages.fit_of_vector(b_vector(before, learnt.lora, about["rank"]), figures), reply_to=message
-        )
+        figures = {"client": who.name, "rank": before.rank, **asdict(learnt.usage)}
+        vector = b_vector(before, learnt.lora, about["rank"])
+        return Message(messages.fit_of_vector(vector, figures), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

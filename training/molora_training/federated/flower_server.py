@@ -1,18 +1,16 @@
-"""A Flower ServerApp around :class:`~molora_training.federated.rounds.Federation`: who is asked, and when a round ends."""
+"""The server's side in Flower: who is asked, and when a round ends (:mod:`molora_training.federated.rounds`)."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.app.message_type import MessageType
 from flwr.serverapp import Grid
 
 from molora.errors import FederationError
 from molora_training.federated import masked, messages
-from molora_training.federated.client import Order
 from molora_training.federated.rounds import TRIES, Federation, RoundReport
 
 POLL = 0.2  # seconds
@@ -75,7 +73,7 @@ def serve(grid: Grid, context: Context, federation: Federation, watch: Watch) ->
     settings = federation.settings
     fleet = Fleet(grid, settings.limits.seconds, watch)
     _wait(fleet, settings.limits.fewest)
-    before = _trial(fleet, federation, "before")
+    before = federation.begun_with(lambda: _trial(fleet, federation, "before"))
     while not federation.over:
         _round(fleet, context, federation)
     return {"before": before, "after": _trial(fleet, federation, "after")}
@@ -86,8 +84,8 @@ def _wait(fleet: Fleet, fewest: int) -> None:
     while len(there := fleet.look()) < fewest:
         if time.monotonic() > end:
             raise FederationError(
-                f"{len(there)} clients came within {fleet.seconds:g} seconds, and limits.fewest asks for {fewest}: start "
-                f"more SuperNodes, or give them more time by limits.seconds."
+                f"{len(there)} clients came within {fleet.seconds:g} seconds, and limits.fewest asks for {fewest}: "
+                f"start more SuperNodes, or give them more time by limits.seconds."
             )
         time.sleep(POLL)
     fleet.watch("clients", {"clients": there})
@@ -109,9 +107,7 @@ def _round(fleet: Fleet, context: Context, federation: Federation) -> RoundRepor
     raise AssertionError
 
 
-def _closed(
-    fleet: Fleet, context: Context, federation: Federation, clients: list[str], began: float
-) -> RoundReport:
+def _closed(fleet: Fleet, context: Context, federation: Federation, clients: list[str], began: float) -> RoundReport:
     orders = {client: federation.order(client, fleet.ranks[client]) for client in clients}
     if federation.settings.privacy.secure:
         found = masked.mean(fleet.grid, context, federation, {fleet.nodes[c]: order for c, order in orders.items()})

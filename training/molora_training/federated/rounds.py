@@ -6,7 +6,7 @@ It knows nothing of how messages travel: Flower brings them (:mod:`molora_traini
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from molora.adapter import CONFIG_FILE
-from molora.atomic import new_folder, remove_folder, sweep
+from molora.atomic import new_folder, remove_folder, sweep, write_text
 from molora.errors import FederationError, UpdateError
 from molora_training.checkpoint import save_tensors
 from molora_training.continual.growth import blank
@@ -26,6 +26,7 @@ from molora_training.federated.lora import Lora, distance, read_bytes
 from molora_training.federated.private import Private
 from molora_training.federated.settings import SCALE, FederateSettings
 
+BEFORE = "before.json"
 TRIES = 3  # of a round that too few answer
 
 
@@ -103,6 +104,13 @@ class Federation:
     @property
     def over(self) -> bool:
         return self.round >= self.settings.rounds
+
+    def begun_with(self, measure: Callable[[], dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+        """What clients lost under the adapter that the first round began with: measured once, and kept."""
+        file = self.folder / BEFORE
+        if self.round == 0:
+            write_text(file, json.dumps(measure(), indent=1) + "\n")
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def cohort(self, clients: Sequence[str]) -> list[str]:
         """Those that learn in this round: all, or with privacy one part of them after the other."""

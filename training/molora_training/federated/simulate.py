@@ -41,11 +41,13 @@ def client_files(settings: FederateSettings, count: int | None = None) -> dict[s
     if unknown:
         raise ConfigError(f"{settings.data} has no {unknown[0]}.jsonl and no {unknown[0]}.train.jsonl.")
     if len(names) < (count or 1):
-        raise ConfigError(f"{settings.data} has conversations of {len(names)} clients, and {count or 1} are to take part.")
+        raise ConfigError(f"{settings.data} has conversations of {len(names)} clients, not of {count or 1}.")
     return {name: found[name] for name in names[:count]}
 
 
-def simulate(settings: FederateSettings, files: Mapping[str, Path], federation: Federation, watch: Watch) -> dict[str, Any]:
+def simulate(
+    settings: FederateSettings, files: Mapping[str, Path], federation: Federation, watch: Watch
+) -> dict[str, Any]:
     """All rounds that are left, with as many clients at a time as the machine has processors.
 
     Returns:
@@ -57,7 +59,8 @@ def simulate(settings: FederateSettings, files: Mapping[str, Path], federation: 
     base = str(base_folder(settings.base))  # or each process would fetch it
     ranks, secure = settings.ranks, settings.privacy.secure
     everyone = [
-        Who(name, str(file), ranks[number % len(ranks)], base, secure) for number, (name, file) in enumerate(files.items())
+        Who(name, str(file), ranks[number % len(ranks)], base, secure)
+        for number, (name, file) in enumerate(files.items())
     ]
     found: dict[str, Any] = {}
     errors: list[BaseException] = []

@@ -1,0 +1,184 @@
+"""What comes of a federated training: a PEFT folder, or a version of a saved MoLoRA's adapter that passes its gate."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molora.atomic import remove_folder
+from molora.errors import FederationError
+from molora.saved import load
+from molora.versions import Versions
+from molora_training.continual.chance import by_chance
+from molora_training.continual.memory import Memory
+from molora_training.continual.update import MEMORY, Change, Judge, UpdateSettings, read_chats, refusal
+from molora_training.federated.rounds import Federation
+
+Losses = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Into:
+    """An adapter of a saved MoLoRA. general: conversations that have nothing to do with it."""
+
+    model: Path
+    layer: str
+    name: str
+    general: Path | None = None
+
+    def served(self) -> Path | None:
+        """The adapter that serves now, from which the training goes on; None where there is none yet.
+
+        Raises:
+            StackError: there is no such layer.
+            FederationError: the adapter is new, and the router would need a row for it.
+        """
+        saved = load(self.model)
+        layer = saved.stack[self.layer]
+        if self.name in layer.adapters:
+            return Path(layer.adapters[self.name])
+        if saved.router is not None and layer.routed:
+            raise FederationError(
+                f"The router has no row for {self.layer}/{self.name}, and nothing of the clients' text is here to fit "
+                f"one to: begin the adapter by `molora update {self.layer} {self.name} --new RANK` with a few "
+                f"conversations."
+            )
+        if layer.keyed:
+            raise FederationError(
+                f"An adapter of the keyed layer {self.layer!r} is found by its questions, and none are here: begin "
+                f"it by `molora update {self.layer} {self.name} --new RANK` with a few conversations."
+            )
+        return None
+
+    @property
+    def base(self) -> str:
+        return str(load(self.model).base)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The version that was made. learnt: on what clients held out; kept: on what is remembered here; general: as in
+    :class:`Into`. None: it was not measured."""
+
+    version: int
+    promoted: bool
+    why: str
+    learnt: Change | None
+    kept: Change | None
+    general: Change | None
+
+
+def keep(
+    federation: Federation, losses: Mapping[str, Losses], into: Into, command: str, about: Mapping[str, Any]
+) -> Kept:
+    """Makes a version of what was learnt, and lets it serve if it learnt something and lost little.
+
+    Args:
+        federation: whose rounds are over.
+        losses: "before" and "after" of each client, or nothing.
+        into: whose version it becomes.
+        command: that made it.
+        about: what else is to be kept of it.
+
+    Raises:
+        VersionError, AdapterError, DataError: as of :mod:`molora.versions` and of an update.
+    """
+    settings = federation.settings
+    versions = Versions(into.model, into.layer, into.name)
+    served, learnt = into.served(), change_of(losses.get("before", {}), losses.get("after", {}))
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Path(scratch) / "adapter"
+        federation.result().save(new, federation.config)
+        remembered = general = None
+        if served is not None:
+            how = UpdateSettings(into.model, into.layer, into.name, into.model, max_length=settings.local.max_length)
+            judge = Judge(how, into.base, served, new)
+            remembered = judge(Memory.load(into.model / versions.place / MEMORY).kept_apart)
+            general = judge(read_chats(into.general)) if into.general is not None else None
+        why = refusal(settings.limits.max_forgetting, learnt, remembered, general)
+        if learnt is None and remembered is None and general is None:
+            why = "nothing was measured of it: under privacy clients tell no losses, so name general conversations"
+        version = versions.add(
+            new,
+            command=command,
+            data={"clients": len(_devices(federation)), "rounds": federation.round},
+            metrics={
+                "learnt": learnt and asdict(learnt),
+                "kept": remembered and asdict(remembered),
+                "general": general and asdict(general),
+                **about,
+            },
+            passed=not why,
+            why=why or (f"{-learnt.growth:.1%} less loss on what clients held out" if learnt else "it lost little"),
+        )
+    if not why:
+        versions.promote(version.number)
+    return Kept(version.number, not why, version.why, learnt, remembered, general)
+
+
+def write(federation: Federation, out: Path) -> None:
+    """The PEFT folder, in place of what is there."""
+    if out.exists():
+        remove_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    federation.result().save(out, federation.config)
+
+
+def change_of(before: Losses, after: Losses) -> Change | None:
+    """Over the clients that told both; `chance` of their gains, one of each. None if there are none."""
+    both = sorted(before.keys() & after.keys())
+    tokens = sum(after[name]["tokens"] for name in both)
+    if not tokens:
+        return None
+    gains = torch.tensor([before[name]["loss"] - after[name]["loss"] for name in both])
+    return Change(
+        int(sum(after[name]["conversations"] for name in both)),
+        sum(before[name]["loss"] for name in both) / tokens,
+        sum(after[name]["loss"] for name in both) / tokens,
+        by_chance(gains),
+    )
+
+
+def report(federation: Federation, losses: Mapping[str, Losses], command: str, seconds: float) -> dict[str, Any]:
+    """What is told of a training: rounds, what each client cost, losses, and what privacy is promised."""
+    learnt = change_of(losses.get("before", {}), losses.get("after", {}))
+    return {
+        "command": command,
+        "settings": asdict(federation.settings),
+        "rounds": [asdict(one) for one in federation.reports],
+        "clients": _devices(federation),
+        "losses": dict(losses),
+        "learnt": None if learnt is None else asdict(learnt),
+        "privacy": None if federation.private is None else federation.private.report(),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _devices(federation: Federation) -> dict[str, dict[str, Any]]:
+    """Of each client over all rounds: bytes up and down, seconds, the highest memory, rounds, refusals."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in federation.reports:
+        for name, row in one.clients.items():
+            own = found.setdefault(name, {"rounds": 0, "refused": 0, "absent": 0})
+            own["rounds"] += 1
+            own["rank"] = row.get("rank")
+            for key in ("bytes_up", "bytes_down", "seconds", "cpu_seconds"):
+                own[key] = round(own.get(key, 0) + row.get(key, 0), 3)
+            own["peak_bytes"] = max(own.get("peak_bytes", 0), row.get("peak_bytes", 0))
+        for key, names in (("refused", one.refused), ("absent", one.absent)):
+            for name in names:
+                found.setdefault(name, {"rounds": 0, "refused": 0, "absent": 0})[key] += 1
+    return found
+
+
+def plain(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as JSON has it."""
+
+    def other(one: Any) -> Any:
+        return asdict(one) if is_dataclass(one) and not isinstance(one, type) else str(one)
+
+    return json.loads(json.dumps(found, default=other))
