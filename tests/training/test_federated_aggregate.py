@@ -75,8 +75,27 @@ def test_many_clients_take_no_more_memory_than_the_module() -> None:
     many = [(factors(16, seed), 1 / 64) for seed in range(64)]
     found = total(many)
     for name, (rows, width) in SIZES.items():
-        assert len(found.stacked[name][0]) == min(rows, width)
+        assert found.dense[name].shape == (rows, width) and name not in found.stacked
         assert np.allclose(dense(found.exact(), name), summed(name, many), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_a_dense_sum_is_cut_as_numpy_says(rank: int) -> None:
+    many = [(factors(6, seed), 0.9**seed) for seed in range(30)]
+    cut = total(many).cut(rank, 2.0)
+    for name in SIZES:
+        u, s, vh = np.linalg.svd(summed(name, many))
+        assert np.allclose(dense(cut, name), u[:, :rank] * s[:rank] @ vh[:rank], rtol=0, atol=1e-4)
+        a = cut.pairs[name][0].double().numpy()
+        assert np.allclose(a @ a.T, np.eye(rank), atol=1e-5)
+
+
+def test_what_adds_up_to_nothing_is_nothing() -> None:
+    for one in (factors(3, 1), factors(9, 2)):  # as factors, and where they outgrow the module
+        cut = total([(one, 1.0), (one, -1.0), (one, 0.0)]).cut(4, 2.0)
+        for name in SIZES:
+            a, _ = cut.pairs[name]
+            assert np.abs(dense(cut, name)).max() < 1e-5 and bool((a.norm(dim=1) > 0).all())
 
 
 def test_the_order_of_clients_does_not_matter() -> None:

@@ -8,29 +8,45 @@ import torch
 from molora.errors import ConfigError
 from molora_training.federated.lora import Lora, Pair
 
+_LEAST = 1e-6  # of the largest singular value: what is smaller is rounding
+
 
 @dataclass
 class DeltaSum:
-    """Sum of w_k (alpha_k / r_k) B_k A_k, taken client by client and kept as factors.
+    """Sum of w_k (alpha_k / r_k) B_k A_k, taken client by client.
 
-    Where ranks beside each other outgrow the module's smaller side, they are multiplied out, and the identity stands
-    for the other factor: nothing is lost, and memory does not grow with the number of clients.
+    Of a module the factors stand beside each other, A [ranks, in] and B [out, ranks], until they would outgrow its
+    smaller side; then the sum is kept as it is, [out, in]. Nothing is lost, and memory does not grow with the number
+    of clients. float64.
     """
 
     stacked: dict[str, Pair] = field(default_factory=dict)
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, factors: Lora, weight: float) -> None:
-        """Another client's, float64 from here on. ``weight`` may be negative: then it is taken away."""
-        for name, (a, b) in factors.pairs.items():
-            wide, tall = a.double(), weight * factors.scale * b.double()
+    def add(self, lora: Lora, weight: float) -> None:
+        """Another client's. ``weight`` may be negative: then it is taken away."""
+        for name, (a, b) in lora.pairs.items():
+            wide, tall = a.double(), weight * lora.scale * b.double()
+            if name in self.dense:
+                self.dense[name].addmm_(tall, wide)
+                continue
             if name in self.stacked:
                 wide = torch.cat([self.stacked[name][0], wide])
                 tall = torch.cat([self.stacked[name][1], tall], 1)
-            self.stacked[name] = _narrowed(wide, tall)
+            if len(wide) <= min(len(tall), wide.shape[1]):
+                self.stacked[name] = wide, tall
+            else:
+                self.stacked.pop(name, None)
+                self.dense[name] = tall @ wide
 
     def exact(self) -> Lora:
-        """As it is, at scale 1: ranks concatenated."""
-        return Lora({name: (a.float(), b.float()) for name, (a, b) in self.stacked.items()}, 1.0)
+        """As it is, at scale 1: ranks concatenated, or of a dense sum the identity for one of the factors."""
+        found = dict(self.stacked)
+        for name, whole in self.dense.items():
+            rows, columns = whole.shape
+            one = torch.eye(min(rows, columns), dtype=whole.dtype)
+            found[name] = (whole, one) if rows <= columns else (one, whole)
+        return Lora({name: (a.float(), b.float()) for name, (a, b) in found.items()}, 1.0)
 
     def cut(self, rank: int, scale: float, seed: int = 0) -> Lora:
         """The nearest adapter of a rank: B = U S / scale, A = V^T of the sum's largest singular values.
@@ -39,16 +55,12 @@ class DeltaSum:
         that the sum does not have get rows of A as PEFT draws them and columns of zeros, which can still learn.
         """
         found = {}
-        for number, (name, (wide, tall)) in enumerate(self.stacked.items()):
-            # tall wide = Q_b (R_b R_a^T) Q_a^T: only the small core is decomposed.
-            q_b, r_b = torch.linalg.qr(tall)
-            q_a, r_a = torch.linalg.qr(wide.T)
-            u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-            kept = int((s[:rank] > s[0] * torch.finfo(torch.float32).eps).sum())
-            a, b = vh[:kept] @ q_a.T, q_b @ u[:, :kept] * s[:kept] / scale
-            fresh = _drawn(rank - kept, wide.shape[1], seed * 1_000_003 + number).double()
-            b = torch.nn.functional.pad(b, (0, rank - kept))
-            found[name] = torch.cat([a, fresh]).float(), b.float()
+        for number, name in enumerate([*self.stacked, *self.dense]):
+            u, s, vh = _of_factors(*self.stacked[name]) if name in self.stacked else _of_dense(self.dense[name])
+            kept = int((s[:rank] > _LEAST * s[0]).sum())
+            fresh = _drawn(rank - kept, vh.shape[1], seed * 1_000_003 + number).double()
+            b = torch.nn.functional.pad(u[:, :kept] * s[:kept] / scale, (0, rank - kept))
+            found[name] = torch.cat([vh[:kept], fresh]).float(), b.float()
         return Lora(found, scale)
 
 
@@ -80,14 +92,27 @@ def shares(examples: Mapping[str, int]) -> dict[str, float]:
     return {client: count / total for client, count in examples.items()}
 
 
-def _narrowed(wide: torch.Tensor, tall: torch.Tensor) -> Pair:
-    """The same product with no more ranks than its smaller side. wide: [rank, in]. tall: [out, rank]."""
-    rows, columns = len(tall), wide.shape[1]
-    if len(wide) <= min(rows, columns):
-        return wide, tall
-    if rows <= columns:
-        return tall @ wide, torch.eye(rows, dtype=wide.dtype)
-    return torch.eye(columns, dtype=wide.dtype), tall @ wide
+def _of_factors(wide: torch.Tensor, tall: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S and V^T of tall wide = Q_b (R_b R_a^T) Q_a^T: only the small core is decomposed."""
+    q_b, r_b = torch.linalg.qr(tall)
+    q_a, r_a = torch.linalg.qr(wide.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.T
+
+
+def _of_dense(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S and V^T of its smaller side's Gram matrix, a fraction of an SVD's time: in float64 what that costs is far
+    below the float32 of what comes out."""
+    if len(whole) > whole.shape[1]:
+        u, s, vh = _of_dense(whole.T)
+        return vh.T, s, u.T
+    squares, vectors = torch.linalg.eigh(whole @ whole.T)
+    u, s = vectors.flip(1), squares.clamp_min(0).sqrt().flip(0)
+    kept = s > _LEAST * s[0]
+    u, s = u[:, kept], s[kept]
+    if not len(s):
+        u, s = vectors[:, :1], squares[:1] * 0
+    return u, s, u.T @ whole / s.clamp_min(1e-300)[:, None]
 
 
 def _drawn(ranks: int, width: int, seed: int) -> torch.Tensor:
