@@ -123,8 +123,9 @@ class Client:
     def evaluate(self, order: Order) -> dict[str, float]:
         """Nats on its held-out conversations under the order's factors: `loss` summed, `tokens`, `conversations`."""
         lora, below, about = read_order(order)
-        rows = self._rows(about["local"]["max_length"])[1]
-        attend_causally(self.base.model, rounded(about["local"]["max_length"]))
+        how = from_mapping(LocalSettings, about["local"])
+        rows = self._rows(how.max_length)[1][: how.judged]
+        attend_causally(self.base.model, rounded(how.max_length))
         total, count = local.loss(self.base.model, self.base.pad_id, lora, rows, below)
         return {"loss": total, "tokens": count, "conversations": len(rows)}
 

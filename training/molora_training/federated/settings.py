@@ -20,6 +20,7 @@ class LocalSettings:
         examples: of its conversations that it learns from, drawn anew each round.
         batch_tokens: padded tokens of a step.
         max_length: tokens; longer conversations are left out.
+        judged: of the conversations that it holds out, how many tell its loss at most.
     """
 
     method: Literal["backprop", "forward"] = "backprop"
@@ -28,9 +29,13 @@ class LocalSettings:
     learning_rate: float = 1e-3
     batch_tokens: int = 512
     max_length: int = 256
+    judged: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.examples, self.epochs, self.batch_tokens, self.max_length) < 1 or self.learning_rate <= 0:
+        if (
+            min(self.examples, self.epochs, self.batch_tokens, self.max_length, self.judged) < 1
+            or self.learning_rate <= 0
+        ):
             raise ConfigError("The settings under local must be positive.")
 
 
