@@ -68,8 +68,8 @@ def run(
     in bytes, seconds and memory. A run that was interrupted goes on after its last round.
 
     Settings: data, clients, out, base, start, ranks, rounds, aggregate (flexlora, changes, stack, factors, shared),
-    local (method, examples, epochs, learning_rate, batch_tokens, max_length, judged), limits (seconds, fewest, max_examples,
-    max_norm, max_forgetting), privacy (epsilon, delta, clip, cohorts, secure), seed.
+    local (method, examples, epochs, learning_rate, batch_tokens, max_length, judged), limits (seconds, fewest,
+    max_examples, max_norm, max_forgetting), privacy (epsilon, delta, clip, cohorts, secure), seed.
 
     Example: molora federate run data=chats rounds=5 ranks=[4,16] local.examples=32
     """

@@ -70,7 +70,7 @@ def gradient(
     """
     halves = [torch.zeros_like(theta), torch.zeros_like(theta)]
     taken, spread = 0, float("inf")
-    while taken < MOST and spread > agreed:
+    while not taken or (taken < MOST and spread > agreed):
         first = (seed * MOST + taken) * CANDIDATES
         for one in alike(range(first, first + FEWEST * CANDIDATES), len(theta), before, FEWEST):
             v = direction(one, len(theta))
@@ -80,9 +80,8 @@ def gradient(
             halves[taken % 2].add_(v, alpha=slope)
             taken += 1
         left, right = (half / (taken / 2) for half in halves)
-        mean = (left + right) / 2
-        spread = float((left - right).norm() / 2 / mean.norm().clamp_min(1e-30))
-    return Estimate(mean, taken, spread)
+        spread = float((left - right).norm() / (left + right).norm().clamp_min(1e-30))
+    return Estimate((halves[0] + halves[1]) / taken, taken, spread)
 
 
 @torch.no_grad()

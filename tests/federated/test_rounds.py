@@ -1,6 +1,5 @@
 """Rounds of a federated training on a tiny model, in one process: who is taken, what comes of it, and resuming."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,7 @@ from molora_training.federated.client import Base, Client, Order, clipped
 from molora_training.federated.lora import Lora, distance, read_bytes
 from molora_training.federated.rounds import Federation, b_vector, from_vector, state_folder
 from molora_training.federated.settings import FederateSettings, LimitSettings, LocalSettings, PrivacySettings
-from tests.unit.spoken import make_spoken
-
-ANSWERS = {"ada": "aye", "bob": "nay", "cyd": "aye aye", "dan": "nay nay"}
-RANKS = {"ada": 2, "bob": 4, "cyd": 8, "dan": 2}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and a file of conversations for each client."""
-    place = tmp_path_factory.mktemp("federation")
-    model = make_spoken(place / "adapters")
-    with torch.no_grad():
-        model.base.get_output_embeddings().weight.mul_(10)  # or its logits are so near each other that little is learnt
-    model.base.save_pretrained(place / "base")
-    model.tokenizer.save_pretrained(place / "base")
-    (place / "data").mkdir()
-    for client, answer in ANSWERS.items():
-        rows = [
-            {"messages": [{"role": "user", "content": f"{n:02}"}, {"role": "assistant", "content": answer}]}
-            for n in range(30)
-        ]
-        (place / "data" / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place
+from tests.federated.parties import ANSWERS, RANKS, make_settings
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +25,7 @@ def clients(folder: Path) -> dict[str, Client]:
 
 @pytest.fixture
 def settings(folder: Path, tmp_path: Path) -> FederateSettings:
-    return FederateSettings(
-        data=folder / "data", out=tmp_path / "adapter", base=str(folder / "base"), ranks=(2, 4, 8), rounds=3,
-        local=LocalSettings(examples=12, learning_rate=1e-2, batch_tokens=256, max_length=64),
-    )  # fmt: skip
+    return make_settings(folder, tmp_path / "adapter")
 
 
 def answers(own: Federation, clients: dict[str, Client]) -> dict[str, bytes]:
