@@ -40,7 +40,7 @@ def mean(grid: Grid, context: Context, federation: Federation, orders: Mapping[i
     own: Any = LegacyContext(context, config=ServerConfig(num_rounds=1), strategy=asking)
     own.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord({Key.CURRENT_ROUND: federation.round + 1})
     own.state.array_records[MAIN_PARAMS_RECORD] = ArrayRecord()
-    threshold = max(2, min(settings.limits.fewest, len(orders) - 1)) if len(orders) > 2 else 2
+    threshold = max(settings.limits.fewest, len(orders) // 2 + 1)  # fewer cannot take a mask off, whoever they obey
     workflow = SecAggPlusWorkflow(
         num_shares=1.0,
         reconstruction_threshold=threshold / max(1, len(orders)),

@@ -1,0 +1,238 @@
+"""The server in Flower, over clients that are late, gone, lying or masked: a round is what the others make of it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common import bytes_to_ndarray
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+
+from molora.errors import ConfigError, FederationError
+from molora_training.federated import flower_server, messages
+from molora_training.federated.client import Base, Client
+from molora_training.federated.flower_client import Who, client_app, of_node
+from molora_training.federated.flower_server import Fleet, serve
+from molora_training.federated.lora import Lora, distance, read_bytes
+from molora_training.federated.outcome import change_of, report
+from molora_training.federated.rounds import Federation
+from molora_training.federated.settings import FederateSettings, LimitSettings, PrivacySettings
+from tests.federated.grid import LocalGrid
+from tests.federated.parties import ANSWERS, RANKS, make_settings
+
+NODES = {name: node for node, name in enumerate(ANSWERS, 1)}
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_server, "POLL", 0.01)
+
+
+def make_grid(folder: Path, secure: bool = False) -> LocalGrid:
+    who = [Who(n, str(folder / "data" / f"{n}.jsonl"), RANKS[n], str(folder / "base"), secure) for n in ANSWERS]
+    return LocalGrid(client_app(lambda context: who[int(context.node_config["partition-id"])]), len(who))
+
+
+@pytest.fixture
+def settings(folder: Path, tmp_path: Path) -> FederateSettings:
+    return make_settings(folder, tmp_path / "adapter", rounds=1, limits=LimitSettings(seconds=20.0))
+
+
+class Watched(list[tuple[str, Mapping[str, Any]]]):
+    def __call__(self, what: str, told: Mapping[str, Any]) -> None:
+        self.append((what, dict(told)))
+
+    def of(self, what: str) -> list[Mapping[str, Any]]:
+        return [told for one, told in self if one == what]
+
+
+def alone(settings: FederateSettings, folder: Path, names: list[str]) -> Federation:
+    """The round of these clients without Flower."""
+    own = Federation.open(replace(settings, out=settings.out.with_name("alone")))
+    base = Base.load(settings.base)
+    clients = {name: Client.of_file(name, base, folder / "data" / f"{name}.jsonl") for name in names}
+    own.close({name: client.train(own.order(name, RANKS[name])).to_bytes() for name, client in clients.items()})
+    return own
+
+
+def same(one: Federation, other: Federation) -> bool:
+    return distance(one.lora, other.lora) < 1e-4 * one.reports[-1].norm
+
+
+def test_a_round_over_flower_is_that_without(settings: FederateSettings, folder: Path) -> None:
+    own, grid, seen = Federation.open(settings), make_grid(folder), Watched()
+    losses = serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
+    assert same(own, alone(settings, folder, list(ANSWERS)))
+    found = change_of(losses["before"], losses["after"])
+    assert found is not None and found.after < found.before and found.conversations > 10
+    assert [told["answers"] for told in seen.of("answer")] == [1, 2, 3, 4]
+    assert {name: row["rank"] for name, row in own.reports[0].clients.items()} == RANKS
+    told = report(own, losses, "command", 1.0)
+    assert told["clients"]["cyd"]["rounds"] == 1 and told["clients"]["cyd"]["bytes_up"] > 0
+    assert told["learnt"]["after"] == found.after and told["privacy"] is None
+
+
+def nan_update(reply: Message) -> Message:
+    tensors, about, scale = read_bytes(messages.to_answer(reply.content))
+    pairs = {name: (a, b * torch.nan) for name, (a, b) in Lora.from_tensors(tensors, scale).pairs.items()}
+    reply.content = messages.of_answer(Lora(pairs, scale).to_bytes(about))
+    return reply
+
+
+def on_training(twist: Any) -> Any:
+    """Of updates alone: the client says who it is as others do."""
+    return lambda reply: twist(reply) if messages.ANSWER in reply.content.config_records else reply
+
+
+def crash(_: Message) -> Message:
+    raise RuntimeError("out of memory")
+
+
+def test_the_round_is_that_of_those_who_kept_to_it(settings: FederateSettings, folder: Path) -> None:
+    """One is killed in the round, one is slow, one lies, one crashes."""
+    settings = replace(settings, limits=LimitSettings(seconds=3.0, fewest=1))
+    own, grid, seen = Federation.open(settings), make_grid(folder), Watched()
+    grid.twists = {
+        NODES["bob"]: on_training(lambda _: None),
+        NODES["cyd"]: on_training(nan_update),
+        NODES["dan"]: on_training(crash),
+    }
+    serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
+    (told,) = own.reports
+    assert list(told.clients) == ["ada"] and told.absent == ["bob", "dan"] and "NaN" in told.refused["cyd"]
+    assert "out of memory" in seen.of("failed")[0]["why"] and 3 <= told.seconds < 6
+    assert same(own, alone(settings, folder, ["ada"]))
+
+
+def test_a_slow_client_is_not_waited_for_and_may_come_again(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, rounds=2, limits=LimitSettings(seconds=2.5, fewest=2))
+    own, grid, seen = Federation.open(settings), make_grid(folder), Watched()
+    slow = Fleet(grid, 2.5, seen)  # type: ignore[arg-type]
+    assert slow.look() == sorted(ANSWERS)
+    kept: list[Message] = []
+
+    def twist(reply: Message) -> Message:
+        if messages.ANSWER in reply.content.config_records:
+            kept.append(reply)
+            if len(kept) == 2:  # of the second round: it hands in what it had ready for the first
+                reply.content = kept[0].content
+            grid.late[NODES["bob"]] = 10.0 if len(kept) == 1 else 0.0
+        return reply
+
+    grid.twists = {NODES["bob"]: twist}
+    serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
+    first, second = own.reports
+    assert first.absent == ["bob"] and sorted(first.clients) == ["ada", "cyd", "dan"]
+    assert second.absent == [] and "replay, or too late" in second.refused["bob"]
+
+
+def test_a_round_with_too_few_is_tried_again_and_then_told(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, limits=LimitSettings(seconds=1.5, fewest=4))
+    own, grid, seen = Federation.open(settings), make_grid(folder), Watched()
+    grid.twists = {NODES["bob"]: on_training(crash)}
+    with pytest.raises(FederationError, match="3 updates that may be taken, and limits.fewest asks for 4"):
+        serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
+    assert len(seen.of("again")) == 2 and own.round == 0
+    grid.twists = {}
+    again = Federation.open(settings)
+    serve(grid, grid.context(), again, seen)  # type: ignore[arg-type]
+    assert again.over and len(again.reports[0].clients) == 4
+
+
+def test_too_few_clients_are_waited_for_and_told(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, limits=LimitSettings(seconds=0.2, fewest=4))
+    grid = make_grid(folder)
+    grid.gone = {1, 2}
+    with pytest.raises(FederationError, match="2 clients came within 0.2 seconds"):
+        serve(grid, grid.context(), Federation.open(settings), Watched())  # type: ignore[arg-type]
+
+
+def test_nobody_takes_anothers_name(settings: FederateSettings, folder: Path) -> None:
+    grid, seen = make_grid(folder), Watched()
+    app = client_app(lambda _: Who("ada", str(folder / "data" / "ada.jsonl")))
+    fleet = Fleet(LocalGrid(app, 2), 1.0, seen)  # type: ignore[arg-type]
+    assert fleet.look() == ["ada"] and seen.of("refused") == [{"client": "ada", "why": "another client has its name"}]
+    fleet = Fleet(grid, 1.0, seen)  # type: ignore[arg-type]
+    fleet.look()
+    grid.gone = {NODES["cyd"]}
+    assert fleet.look() == ["ada", "bob", "dan"]
+
+
+MASKED = PrivacySettings(clip=0.5, secure=True)
+
+
+def test_a_masked_round_has_the_mean_of_an_open_one(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, aggregate="shared", privacy=MASKED)
+    own, grid = Federation.open(settings), make_grid(folder, secure=True)
+    losses = serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    assert losses == {"before": {}, "after": {}}  # nobody is asked for a loss
+    clear = alone(settings, folder, list(ANSWERS))
+    entries = sum(b.numel() for _, b in own.lora.pairs.values())
+    # An entry is rounded by a level of 2 clip / 2^22 at most, in each of four updates.
+    off = max(float((b - clear.lora.pairs[name][1]).abs().max()) for name, (_, b) in own.lora.pairs.items())
+    assert off < 2 * 2 * 0.5 / 2**22 and entries > 1000
+    assert {name: row["rank"] for name, row in own.reports[0].clients.items()} == RANKS
+
+
+def test_what_the_server_gets_of_one_client_is_noise(settings: FederateSettings, folder: Path) -> None:
+    """Masked entries of one client are even over all residues, whatever it learnt."""
+    settings = replace(settings, aggregate="shared", privacy=MASKED)
+    own, grid, got = Federation.open(settings), make_grid(folder, secure=True), []
+
+    def listen(reply: Message) -> Message:
+        if RECORD_KEY_CONFIGS not in reply.content.config_records:
+            return reply
+        record: Any = reply.content.config_records[RECORD_KEY_CONFIGS]
+        if Key.MASKED_PARAMETERS in record:
+            vector = bytes_to_ndarray(record[Key.MASKED_PARAMETERS][-1])
+            got.append(torch.from_numpy(vector.astype("float64")).flatten())
+        return reply
+
+    grid.twists = {NODES["ada"]: listen}
+    serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    (masked,) = got
+    even = (masked / 2**32).sort().values
+    theory = torch.arange(1, len(even) + 1, dtype=torch.float64) / len(even)
+    assert float((even - theory).abs().max()) < 1.95 / len(even) ** 0.5
+
+
+def test_a_masked_round_is_that_of_those_who_stay(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, aggregate="shared", privacy=MASKED, limits=LimitSettings(seconds=3.0, fewest=2))
+    own, grid = Federation.open(settings), make_grid(folder, secure=True)
+
+    def dies(reply: Message) -> Message | None:
+        return None if "fitres.num_examples" in reply.content.metric_records else reply
+
+    grid.twists = {NODES["cyd"]: dies}
+    serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    (told,) = own.reports
+    assert sorted(told.clients) == ["ada", "bob", "dan"] and told.absent == ["cyd"]
+    clear = alone(settings, folder, ["ada", "bob", "dan"])
+    assert distance(own.lora, clear.lora) < 1e-3 * told.norm
+
+
+def test_a_client_that_answers_masked_alone_is_not_tricked(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, limits=LimitSettings(seconds=1.0))
+    grid, seen = make_grid(folder, secure=True), Watched()
+    with pytest.raises(FederationError, match="0 updates"):
+        serve(grid, grid.context(), Federation.open(settings), seen)  # type: ignore[arg-type]
+    assert "answers masked only" in seen.of("failed")[0]["why"]
+
+
+@pytest.mark.parametrize("content", [RecordDict(), RecordDict({"answer": ConfigRecord({"update": 7})})])
+def test_an_answer_of_another_form_is_refused(settings: FederateSettings, content: RecordDict) -> None:
+    assert messages.to_answer(content) == b""
+
+
+def test_a_client_is_what_its_host_says(folder: Path) -> None:
+    context = make_grid(folder).contexts[1]
+    context.node_config["data"], context.node_config["rank"] = "chats/ada.jsonl", 4
+    assert of_node(context) == Who("ada", "chats/ada.jsonl", 4)
+    context.node_config["rnk"] = 4
+    with pytest.raises(ConfigError, match="not rnk"):
+        of_node(context)
+    with pytest.raises(ConfigError, match="needs data"):
+        of_node(make_grid(folder).contexts[1])
