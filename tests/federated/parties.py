@@ -7,19 +7,18 @@ from typing import Any
 import torch
 
 from molora_training.federated.settings import FederateSettings, LocalSettings
-from tests.unit.spoken import make_spoken
+from tests.unit.spoken import make_spoken, save_spoken
 
 ANSWERS = {"ada": "aye", "bob": "nay", "cyd": "aye aye", "dan": "nay nay"}
 RANKS = {"ada": 2, "bob": 4, "cyd": 8, "dan": 2}  # in turn of 2, 4, 8
 
 
 def make_parties(place: Path) -> Path:
-    """`base`, `adapters` and `data` with a file for each of them, in ``place``."""
+    """`base`, `adapters`, a saved MoLoRA `model`, and `data` with a file for each of them, in ``place``."""
     model = make_spoken(place / "adapters")
     with torch.no_grad():
         model.base.get_output_embeddings().weight.mul_(10)  # or its logits are so near each other that little is learnt
-    model.base.save_pretrained(place / "base")
-    model.tokenizer.save_pretrained(place / "base")  # type: ignore[union-attr]
+    save_spoken(model, place)
     (place / "data").mkdir()
     for client, answer in ANSWERS.items():
         rows = [

@@ -81,7 +81,7 @@ def write_certificates(folder: Path) -> Path:
     known = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
     by = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    folder.mkdir()
+    folder.mkdir(parents=True)
     authority = sign(
         ca_name, ca_key.public_key(), (x509.BasicConstraints(True, None), True), (usage, True), (known, False)
     )
