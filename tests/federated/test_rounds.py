@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molora.errors import AdapterNotFoundError, ConfigError, DataError, FederationError, UpdateError
-from molora_training.federated import local
+from molora_training.federated import local, private
 from molora_training.federated.aggregate import DeltaSum
 from molora_training.federated.client import Base, Client, Order, clipped
 from molora_training.federated.lora import Lora, distance, read_bytes
@@ -184,8 +184,8 @@ def test_what_is_held_out_is_never_learnt(clients: dict[str, Client]) -> None:
 
 
 def test_an_order_for_b_alone_leaves_a_and_clips(settings: FederateSettings, clients: dict[str, Client]) -> None:
-    private = PrivacySettings(clip=0.01, secure=True)
-    own = Federation.open(replace(settings, aggregate="shared", privacy=private))
+    masked = PrivacySettings(clip=0.01, secure=True)
+    own = Federation.open(replace(settings, aggregate="shared", privacy=masked))
     order = own.order("ada", 2)
     before = Lora.from_tensors(*read_bytes(order.factors)[::2])
     after = clients["ada"].train(order).lora
@@ -201,8 +201,8 @@ def test_an_order_for_b_alone_leaves_a_and_clips(settings: FederateSettings, cli
 
 
 def test_a_round_of_which_the_mean_alone_is_known(settings: FederateSettings, clients: dict[str, Client]) -> None:
-    private = PrivacySettings(clip=0.5, secure=True)
-    settings = replace(settings, aggregate="shared", privacy=private)
+    masked = PrivacySettings(clip=0.5, secure=True)
+    settings = replace(settings, aggregate="shared", privacy=masked)
     own, other = (Federation.open(replace(settings, out=settings.out.with_name(name))) for name in ("one", "two"))
     told = answers(own, clients)
     vectors = []
@@ -215,6 +215,26 @@ def test_a_round_of_which_the_mean_alone_is_known(settings: FederateSettings, cl
     assert distance(own.lora, other.lora) < 1e-5 and report.norm == pytest.approx(own.reports[0].norm, rel=1e-4)
     with pytest.raises(FederationError, match="not finite"):
         other.close_sum(torch.full_like(vectors[0], torch.nan), {name: {} for name in told})
+
+
+def test_private_rounds_are_kept_on_disk_and_go_on(
+    settings: FederateSettings, clients: dict[str, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two trees of two cohorts, interrupted in each of them and between them."""
+    monkeypatch.setattr(private, "noise_multiplier", lambda *_: 0.1)
+    how = PrivacySettings(epsilon=8.0, clip=0.5, cohorts=2)
+    settings = replace(settings, rounds=4, aggregate="shared", privacy=how, limits=LimitSettings(fewest=1))
+    taken: list[str] = []
+    for number in range(1, 5):
+        own = Federation.open(settings)
+        turn = own.cohort(sorted(clients))
+        report = own.close({name: clients[name].train(own.order(name, RANKS[name])).to_bytes() for name in turn})
+        assert report.round == number and len(report.clients) == 2 and report.noise == pytest.approx(0.1 * 0.5 / 2)
+        taken += turn
+    assert sorted(taken[:2] + taken[2:4]) == sorted(taken[4:]) == sorted(clients)
+    assert Federation.open(settings).over
+    with pytest.raises(FederationError, match="other settings"):
+        Federation.open(replace(settings, rounds=5))  # its noise was chosen for four
 
 
 def test_a_client_cannot_have_more_than_the_servers_rank(settings: FederateSettings) -> None:

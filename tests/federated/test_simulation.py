@@ -55,6 +55,7 @@ def test_a_private_masked_training_becomes_a_version(folder: Path, tmp_path: Pat
         folder, tmp_path / "unused", "aggregate=shared", "privacy.secure=true", "privacy.epsilon=1000",
         "privacy.clip=0.3", "rounds=2", "--into", str(model), "domain", "math", "--general", str(general), "--json",
     )  # fmt: skip
+    assert result.stdout, result.exception
     told = json.loads(result.stdout)
     assert told["privacy"]["epsilon"] <= 1000 and told["privacy"]["rounds"] == 2
     assert told["learnt"] is None and told["losses"] == {"before": {}, "after": {}}

@@ -113,7 +113,8 @@ class Private:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What :meth:`read` takes."""
-        found = {f"origin.{name}": one for name, one in self.origin.tensors().items()}
+        # Copies: what serves may be the same tensors, and safetensors writes none twice.
+        found = {f"origin.{name}": one.clone() for name, one in self.origin.tensors().items()}
         return found | {f"total.{name}": one for name, one in self.total.items()}
 
     def state(self) -> dict[str, Any]:
