@@ -2,6 +2,7 @@
 # make test   lint, types and tests
 # make lint   ruff and mypy only
 # make vllm   the tests of the vLLM plugin, in an environment of their own (3 GB)
+# make federated  the tests of federated training, in an environment of their own
 # make clean  remove the virtual environment and every cache in this folder
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -17,7 +18,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false GRADIO_ANALYTIC
 REPLICAS := tests/serve/test_replicas.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint vllm clean
+.PHONY: help demo test lint vllm federated clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,8 +46,15 @@ vllm: .venv-vllm/.installed
 	@echo "==> vLLM's CPU build (3 GB, once)"
 	@tools/vllm_env.sh .venv-vllm
 
+federated: .venv-federated/.installed
+	@$(TEST_ENV) OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0 .venv-federated/bin/python -m pytest tests/federated $(ARGS)
+
+.venv-federated/.installed: tools/federated_env.sh pyproject.toml
+	@echo "==> Flower, and torch once more"
+	@tools/federated_env.sh .venv-federated
+
 clean:
-	rm -rf $(VENV) .venv-vllm build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-federated build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch comes first and alone: it is most of the download, and its own bar shows that something happens.
