@@ -176,6 +176,48 @@ def continual(
 
 
 @app.command()
+def federated(
+    clients: Annotated[list[str], typer.Argument(help="Names of prepared data, one for each client, three or more.")],
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/federated.json"),
+    base: Annotated[str | None, typer.Option(help="Of the adapter. Default: the starter's.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 20,
+    examples: Annotated[int, typer.Option(min=1, help="Conversations that a client learns in a round.")] = 32,
+    tests: Annotated[int, typer.Option(min=1, help="Conversations of each client to score by.")] = 24,
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N processes that share the runs, the I-th (from 0).")
+    ] = "0/1",
+    as_json: JsonOption = False,
+) -> None:
+    """What do clients learn together that none may show? Ways of federated training beside central training.
+
+    In: the data of `molora train data many`. Out: a JSON file with the loss on the clients' test conversations, bytes,
+    seconds and peak memory: of FlexLoRA with ranks of 4 to 32 and with equal ones, of other ways of putting updates
+    together, of each client alone, of all text in one place, of differential privacy at epsilon 8 and 1, and of clients
+    without backpropagation in equal time. What is finished is kept beside the file: an interrupted study goes on, and
+    is written once every share has run. Privacy needs the extra "federated".
+
+    Example: molora eval federated speech-barack-obama speech-james-polk speech-jimmy-carter --seeds 1 --rounds 5
+    """
+    with extra("train"):
+        from molora.base import DEFAULT_BASE
+        from molora_training.data import data_dir
+        from molora_training.federated.settings import LocalSettings
+        from molora_training.federated.study import StudySettings, run
+
+        settings = StudySettings(
+            tuple(clients), data or data_dir(), base or DEFAULT_BASE, seeds, rounds,
+            local=LocalSettings(examples=examples, batch_tokens=2048, max_length=512), tests=tests,
+        )  # fmt: skip
+        command = f"molora eval federated {' '.join(clients)}"
+        given = {"seeds": (seeds, 3), "rounds": (rounds, 20), "examples": (examples, 32), "tests": (tests, 24)}
+        report = run(settings, out, command + _changed(given), _parse_share(share))
+    if report is not None:
+        show(report, as_json)
+
+
+@app.command()
 def stream(
     users: Annotated[list[str], typer.Argument(help="Names of prepared data, one for each user.")],
     general: Annotated[str, typer.Option(metavar="NAME", help="Prepared data that has nothing to do with them.")],
