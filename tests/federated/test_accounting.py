@@ -13,7 +13,7 @@ from tests.federated.test_privacy import lora
 
 def by_hand(multiplier: float, delta: float, levels: int, count: int) -> float:
     """RDP of `count` trees of which a client is in `levels` nodes each: alpha levels count / 2 z^2, converted by
-    the improved bound (arXiv 1908.10530, theorem 21), at the best of many orders."""
+    proposition 12 of arXiv 2004.00010, at the best of many orders."""
     best = math.inf
     for tenth in range(11, 5000):
         alpha = tenth / 10
@@ -29,7 +29,7 @@ def by_hand(multiplier: float, delta: float, levels: int, count: int) -> float:
 def test_the_accountant_says_what_the_paper_does(
     multiplier: float, rounds: int, cohorts: int, levels: int, count: int
 ) -> None:
-    """A client is in one node of each level of a tree (arXiv 2103.00039, theorem 4.1)."""
+    """A client is in one node of each level of a tree (arXiv 2103.00039)."""
     found = epsilon(multiplier, 1e-5, rounds, cohorts)
     assert found == pytest.approx(by_hand(multiplier, 1e-5, levels, count), rel=0.02)
 

@@ -51,7 +51,7 @@ class DeltaSum:
     def cut(self, rank: int, scale: float, seed: int = 0) -> Lora:
         """The nearest adapter of a rank: B = U S / scale, A = V^T of the sum's largest singular values.
 
-        FlexLoRA's redistribution (arXiv 2402.11505, section 3): a client of rank r takes the first r of these. Ranks
+        FlexLoRA's redistribution (arXiv 2402.11505): a client of rank r takes the first r of these. Ranks
         that the sum does not have get rows of A as PEFT draws them and columns of zeros, which can still learn.
         """
         found = {}

@@ -1,4 +1,4 @@
-"""A round whose updates the server never sees: Flower's SecAgg+ (arXiv 2012.05254) gives it their mean alone."""
+"""A round whose updates the server never sees: Flower's SecAgg+ (IACR ePrint 2020/704) gives it their mean alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -71,7 +71,7 @@ class PrivacySettings:
         delta: the chance with which that may fail.
         clip: the largest L2 norm of what a client changes in a round.
         cohorts: parts of the clients, of which one learns in a round; after all had their turn the tree begins anew.
-        secure: the server gets sums only, by SecAgg+ (arXiv 2012.05254).
+        secure: the server gets sums only, by SecAgg+ (IACR ePrint 2020/704).
     """
 
     epsilon: float | None = None
