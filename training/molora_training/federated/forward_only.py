@@ -30,6 +30,7 @@ from molora_training.token_losses import TokenLosses
 STEP = 0.01  # h
 CANDIDATES = 10  # directions that are looked at for each that is taken
 FEWEST, MOST = 4, 16  # directions of a step
+AT_ONCE = 512  # padded tokens of a pass: a loss is a sum, so small passes give the same with less memory
 AGREED = 1.0  # how far apart the halves' gradients may be, over how long their mean is
 
 
@@ -100,7 +101,7 @@ def train(
 
             def mean_loss(at: Tensor, batch: list[Encoded] = batch) -> float:
                 total, count = summed_loss(
-                    base, losses, pad_id, acting(_unflat(at, lora, frozen_a), base.device), batch, how.batch_tokens
+                    base, losses, pad_id, acting(_unflat(at, lora, frozen_a), base.device), batch, AT_ONCE
                 )
                 return total / max(1, count)
 
