@@ -1,12 +1,16 @@
 """Rounds of a federated training on a tiny model, in one process: who is taken, what comes of it, and resuming."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from molora.cli import app
+from molora.commands.common import MissingExtraError
 from molora.errors import AdapterNotFoundError, ConfigError, DataError, FederationError, UpdateError
 from molora_training.federated import local, private
 from molora_training.federated.aggregate import DeltaSum
@@ -271,3 +275,15 @@ def test_what_is_wrong_is_said(settings: FederateSettings, clients: dict[str, Cl
 def test_settings_that_cannot_be(wrong: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         wrong()
+
+
+@pytest.mark.parametrize("command", [["run"], ["app", "folder"]])
+def test_without_flower_the_command_says_what_to_install(
+    settings: FederateSettings, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flwr" or ".federated.flower" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "molora_training.federated.simulate", raising=False)
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    with pytest.raises(MissingExtraError, match=r"needs flwr.*molora\[federated\]"):
+        CliRunner().invoke(app, ["federate", *command, f"data={settings.data}"], catch_exceptions=False)

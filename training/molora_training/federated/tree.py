@@ -1,8 +1,9 @@
 """Noise on running sums that grows with the logarithm of their number: a binary tree of Gaussian nodes.
 
-Tree aggregation, as DP-FTRL has it (arXiv 2103.00039). The sum of the first t steps is the sum of one node for each 1 in the
-binary form of t, which covers 2^level steps; each node gets noise once, N(0, std^2 I). A step is below one node of each
-level, so a change of one step changes no more nodes than the tree has levels, and a sum has the noise of popcount(t).
+Tree aggregation, as DP-FTRL has it (arXiv 2103.00039). The sum of the first t steps is the sum of one node for each 1
+in the binary form of t, which covers 2^level steps; each node gets noise once, N(0, std^2 I). A step is below one node
+of each level, so a change of one step changes no more nodes than the tree has levels, and a sum has the noise of
+popcount(t) of them.
 """
 
 import hashlib
