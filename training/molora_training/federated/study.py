@@ -276,6 +276,7 @@ def _report(settings: StudySettings, found: Mapping[tuple[str, int], Any], comma
     cost = 100 * (by[FLEX_EQUAL]["gain_of_central"] - by[FLEX]["gain_of_central"])
     apart = by[FLEX]["gain_interval"][0] - by[NAIVE]["gain_interval"][1]
     memory = by[FORWARD]["peak_bytes"] / by[FLEX_EQUAL]["peak_bytes"]
+    where = "of a GPU, base and all" if torch.cuda.is_available() else "resident, with all that the process ever kept"
     spread = f"ranks {', '.join(map(str, settings.ranks))}"
     return {
         **heading(command, f"{ways}; splits by sha256 of the document id"),
@@ -285,7 +286,7 @@ def _report(settings: StudySettings, found: Mapping[tuple[str, int], Any], comma
             line("share of central training's gain, FlexLoRA", by[FLEX]["gain_of_central"], 0.95, "higher", spread),
             line("between the intervals of FlexLoRA and the naive form, nats", apart, 0.0, "higher", spread),
             line("what differing ranks cost, points of central's gain", cost, 1.0, "lower", spread),
-            line("peak memory without backpropagation, over that with it", memory, 0.25, "lower", "of the process"),
+            line("peak memory without backpropagation, over that with it", memory, 0.25, "lower", where),
         ],
     }
 
