@@ -21,7 +21,7 @@ class Steady:
         rows: the conversations; a step looks at ROWS of them, the next at those that follow.
     """
 
-    strength = 100.0
+    strength = 10.0
 
     def __init__(self, method: Hold, rows: Sequence[Encoded]) -> None:
         self.method = method
