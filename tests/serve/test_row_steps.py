@@ -16,6 +16,7 @@ from tests.conftest import DEVICE, write_adapter
 from tests.parity.test_equalities import make_routed
 from tests.serve.test_engine import Heard, alone, endless, engines, greedy, held, watched  # noqa: F401 - a fixture
 
+AS_ON_A_GPU = pytest.mark.parametrize("engines", [True], indirect=True)
 TOKENS = 12 if DEVICE.type == "cuda" else 3  # the interpreter takes a second a step
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11], [12]]
 KINDS: list[Any] = [
@@ -61,6 +62,7 @@ SELECTIONS: list[dict[str, Any]] = [
 ]
 
 
+@AS_ON_A_GPU
 @pytest.mark.parametrize("config", KINDS)
 def test_rows_of_all_lengths_in_one_step(
     config: dict[str, Any],
@@ -82,6 +84,7 @@ def test_rows_of_all_lengths_in_one_step(
     assert any(count < batch for count, batch in two.sizes) or DEVICE.type == "cuda"
 
 
+@AS_ON_A_GPU
 def test_one_token_each_after_a_known_beginning(
     two: Two,
     engines: Any,  # noqa: F811
@@ -96,6 +99,7 @@ def test_one_token_each_after_a_known_beginning(
         assert [one.tokens() for one in heard] == expected and together.pop() == (2, known)
 
 
+@AS_ON_A_GPU
 def test_what_is_being_read_is_not_touched(two: Two, engines: Any) -> None:  # noqa: F811
     """A step of three runs as one of four: the fourth row is one that a prompt is being read into."""
     first = [(ids, {"domain": "auto"}, 8 + TOKENS) for ids in PROMPTS]
@@ -107,6 +111,7 @@ def test_what_is_being_read_is_not_touched(two: Two, engines: Any) -> None:  # n
     assert (3, 4) in two.sizes and (4, 4) in two.sizes
 
 
+@AS_ON_A_GPU
 def test_the_router_does_not_decide_of_a_shared_layer_there(two: Two, engines: Any) -> None:  # noqa: F811
     selection = {"domain": "auto", "user": ["ada"]}  # Ada's adapter or none, by token
     two.model.stack["user"].shared = two.plain.stack["user"].shared = True
@@ -118,6 +123,7 @@ def test_the_router_does_not_decide_of_a_shared_layer_there(two: Two, engines: A
     assert len(two.sizes) == taken
 
 
+@AS_ON_A_GPU
 def test_adapters_of_a_shared_layer_come_without_a_new_step(
     two: Two,
     engines: Any,  # noqa: F811
