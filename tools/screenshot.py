@@ -11,7 +11,9 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-from molora_demo.app import EXAMPLES, build, serve
+from molora_demo.app import build, serve
+from molora_demo.chat import EXAMPLES
+from molora_demo.source import LocalSource
 
 BROWSER_FLAGS = [
     "--no-sandbox",
@@ -58,7 +60,7 @@ def shoot(
     patience_s: float = 300,
 ) -> None:
     """Saves a picture of the demo of ``model`` after it has answered ``prompts``."""
-    address = serve(build(model), port=free_port(), open_browser=False, block=False)
+    address = serve(build(LocalSource(model)), port=free_port(), open_browser=False, block=False)
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser, args=BROWSER_FLAGS)
         page = chromium.new_page(viewport={"width": 1320, "height": 860}, device_scale_factor=1.5, color_scheme="light")

@@ -2,7 +2,7 @@
 
 import html
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -12,6 +12,7 @@ from molora.stack import AUTO, StackLayer
 Route = Sequence[tuple[str, str | None, float]]
 """(layer, adapter or None, weight) of every adapter that acted while a token was produced."""
 
+ALIKE = 1e-3  # a difference of weights that makes nobody the one who speaks
 FILLS = 8  # backgrounds in style.css, one an adapter of the speaking layer; more adapters go round again
 LINES = 6  # underline colours in style.css, for the adapters of the other layers
 LINE_STYLES = ("line", "dots")  # the first two other layers are drawn; the hover text names all of them
@@ -76,6 +77,16 @@ class Palette:
         colour = self._lines.setdefault((layer, adapter), len(self._lines) % LINES)
         return f"{LINE_STYLES[place]}-{colour}" if place < len(LINE_STYLES) else ""
 
+    def mark(self, route: Route, layer: str) -> str:
+        """The class of a token in a layer: its speaker's; of the speaking layer one of its own where several speak
+        alike."""
+        acted = sorted(
+            (weight for name, adapter, weight in route if name == layer and adapter is not None), reverse=True
+        )
+        if layer == self.speaking.name and len(acted) > 1 and acted[0] - acted[1] < ALIKE:
+            return "fill-many"
+        return self.css_class(layer, speaker(route, layer))
+
 
 def escape(text: str) -> str:
     """``text`` safe in element content and quoted attributes, and inert in Gradio's own ``${}`` and ``{{}}``."""
@@ -105,17 +116,23 @@ def tokens_html(tokens: Iterable[Token], palette: Palette) -> str:
         text = "".join(token.text for token in members)
         if not text:
             continue
-        route = members[0].route
-        marks = [palette.css_class(layer.name, speaker(route, layer.name)) for layer in palette.layers]
+        marks = [palette.mark(members[0].route, layer.name) for layer in palette.layers]
         classes = " ".join(["run", *filter(None, marks)])
         spans.append(f'<span class="{classes}" data-route="{escape(label)}">{escape(text)}</span>')
     return "".join(spans)
 
 
 def shares(tokens: Iterable[Token], layer: str) -> list[tuple[str | None, float]]:
-    """(adapter or None, part of the tokens that it spoke), largest first; the parts sum to 1."""
-    counts = Counter(speaker(token.route, layer) for token in tokens)
-    return [(name, count / counts.total()) for name, count in counts.most_common()]
+    """(adapter or None, part of the tokens that it spoke), largest first; the parts sum to 1. Adapters that act on a
+    token together share it by their weights."""
+    parts: Counter[str | None] = Counter()
+    for token in tokens:
+        acted = [(adapter, abs(weight)) for name, adapter, weight in token.route if name == layer and adapter]
+        whole = sum(weight for _, weight in acted)
+        for adapter, weight in acted if whole else [(None, 1.0)]:
+            parts[adapter] += weight / (whole or 1.0)  # type: ignore[assignment]
+    count = sum(parts.values())
+    return [(name, part / count) for name, part in parts.most_common()]
 
 
 def shares_html(tokens: Sequence[Token], palette: Palette) -> str:
@@ -182,8 +199,42 @@ def running_html(prompt: str, tokens: Sequence[Token], palette: Palette) -> str:
 
 
 def failed_html(prompt: str, message: str) -> str:
-    """A turn that ended in an error."""
-    return f'{_prompt(prompt)}<div class="failed" role="alert">{escape(message)}</div>'
+    """A turn that ended in an error; ``prompt`` may be empty."""
+    return f'{_prompt(prompt) if prompt else ""}<div class="failed" role="alert">{escape(message)}</div>'
+
+
+def answer_html(tokens: Sequence[Token], stats: Stats, palette: Palette) -> str:
+    """An answer without its question, as far as it has come."""
+    foot = f'{shares_html(tokens, palette)}<p class="stats">{stats_text(stats)}</p>'
+    return f'<div class="pane"><div class="answer"><p class="text">{tokens_html(tokens, palette)}</p>{foot}</div></div>'
+
+
+def waiting_html(why: str = "Not asked yet.") -> str:
+    """A pane without an answer."""
+    return f'<div class="pane"><p class="stats waits">{escape(why)}</p></div>'
+
+
+def table_html(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Figures with their names."""
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    return f"<section><h2>{escape(title)}</h2><table>{body}</table></section>"
+
+
+def balance_html(layer: StackLayer, spoken: Mapping[str | None, int], palette: Palette) -> str:
+    """How many of all tokens each adapter of a layer spoke, as bars."""
+    total = sum(spoken.values())
+    names: list[str | None] = [*layer.adapters, *(name for name in spoken if name not in layer.adapters and name), None]
+    rows = []
+    for name in names:
+        part = spoken.get(name, 0) / total if total else 0.0
+        mark = palette.css_class(layer.name, name) if name in layer.adapters else ""
+        fill = f'<i class="{mark}" style="width:{part:.1%}"></i>'
+        rows.append(
+            f'<tr><th scope="row">{_swatch(mark)}{escape(name or "none")}</th>'
+            f'<td class="meter" aria-hidden="true">{fill}</td><td>{part:.0%}</td></tr>'
+        )
+    title = f"Who speaks: {layer.name}"
+    return f"<section><h2>{escape(title)}</h2><table>{''.join(rows)}</table></section>"
 
 
 def _turn(prompt: str, text: str, foot: str) -> str:

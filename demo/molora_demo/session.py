@@ -1,40 +1,16 @@
-"""One conversation without its page: what the controls mean, what fits the model, and an answer as it grows."""
+"""What runs for a browser: an answer as it grows, its stop button, and what adapters have said since the start."""
 
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
-from molora.errors import MoLoRAError
-from molora.selection import Choice, Selection
-from molora.stack import AUTO, NONE
-from molora_demo.render import Stats, Token
+from molora_demo.render import Palette, Stats, Token, speaker
 
 REFRESH_S = 0.1  # a redraw sends the whole conversation, so it is not done for every token
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A finished pair: plain text for the model, HTML for the page."""
-
-    prompt: str
-    answer: str
-    html: str
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an answer is generated; temperature 0 is greedy."""
-
-    max_new_tokens: int
-    temperature: float
-
-    @property
-    def generate_kwargs(self) -> dict[str, Any]:
-        kwargs: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        return kwargs | ({"temperature": self.temperature} if self.temperature > 0 else {})
+RECENT = 50  # answers whose pace is told
 
 
 @dataclass
@@ -54,63 +30,19 @@ class Answer:
         return Stats(len(self.tokens), self.first_s, self.rest_s)
 
 
-def settle(values: Sequence[str]) -> list[str]:
-    """What a multiple choice shows after a click: the last pick wins where "auto" or "none" meets names.
-
-    A browser appends each new pick to the end; an empty choice is "none".
-    """
-    if not values:
-        return [NONE]
-    if values[-1] in (AUTO, NONE):
-        return [values[-1]]
-    return [value for value in values if value not in (AUTO, NONE)]
-
-
-def choice(value: str | Sequence[str]) -> Choice:
-    """A control's value as a selection's: "auto", one name, a list of names, or None for off."""
-    names = [value] if isinstance(value, str) else settle(value)
-    if len(names) > 1:
-        return names
-    return None if names[0] == NONE else names[0]
-
-
-def fitting_messages(
-    turns: Sequence[Turn], prompt: str, room: int, count: Callable[[list[dict[str, str]]], int]
-) -> list[dict[str, str]]:
-    """The conversation with ``prompt`` at its end, without as many of the oldest pairs as it takes to fit.
-
-    Args:
-        room: the most tokens that the prompt may have.
-        count: the number of tokens of messages rendered for generation.
-
-    Raises:
-        MoLoRAError: ``prompt`` alone does not fit.
-    """
-    for start in range(len(turns) + 1):
-        messages = []
-        for turn in turns[start:]:
-            messages.append({"role": "user", "content": turn.prompt})
-            messages.append({"role": "assistant", "content": turn.answer})
-        messages.append({"role": "user", "content": prompt})
-        if (tokens := count(messages)) <= room:
-            return messages
-    raise MoLoRAError(
-        f"Your message has {tokens} tokens and this model can read {max(room, 0)} with the present settings. "
-        f"Shorten it, or lower the number of new tokens."
-    )
-
-
-def answer(
-    model: Any, messages: list[dict[str, str]], selection: Selection, settings: Settings, stop: threading.Event
-) -> Iterator[Answer]:
+def answer(ask: Callable[[], Iterator[Token]], stop: threading.Event) -> Iterator[Answer]:
     """The answer as it grows: the same object, yielded now and then and once at the end.
 
+    Args:
+        ask: begins the tokens, which are closed at the end.
+        stop: ends it early.
+
     Raises:
-        MoLoRAError: as ``model.stream`` does.
+        MoLoRAError: as ``ask`` does.
     """
     result, drawn = Answer(), 0.0
     began = time.perf_counter()
-    with closing(model.stream(messages, selection=selection, **settings.generate_kwargs)) as stream:
+    with closing(ask()) as stream:  # type: ignore[type-var]
         for token in stream:
             now = time.perf_counter()
             result.first_s = now - began if result.first_s is None else result.first_s
@@ -130,6 +62,9 @@ class Running:
     def __init__(self) -> None:
         self._events: dict[str, threading.Event] = {}
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     def start(self, session: str) -> threading.Event:
         event = self._events[session] = threading.Event()
         return event
@@ -140,3 +75,26 @@ class Running:
 
     def finish(self, session: str) -> None:
         self._events.pop(session, None)
+
+
+class Tally:
+    """How many tokens each adapter has spoken since the start, and how fast the last answers were. Of no one's text
+    and under no one's own names: what only one browser has, counts as ``OWN``."""
+
+    OWN = "taught by one browser"
+
+    def __init__(self, palette: Palette) -> None:
+        self._palette, self._lock = palette, threading.Lock()
+        self.spoken: dict[str, Counter[str | None]] = {layer.name: Counter() for layer in palette.layers}
+        self.answers = 0
+        self.recent: deque[Stats] = deque(maxlen=RECENT)
+
+    def add(self, tokens: Sequence[Token], stats: Stats) -> None:
+        """Counts an answer."""
+        with self._lock:
+            self.answers += 1
+            self.recent.append(stats)
+            for layer in self._palette.layers:
+                for token in tokens:
+                    name = speaker(token.route, layer.name)
+                    self.spoken[layer.name][name if name is None or name in layer.adapters else self.OWN] += 1

@@ -15,11 +15,13 @@ from molora.serve.failures import answer_errors
 from molora.serve.keys import Key, Keys
 from molora.serve.manage import adapter_routes
 from molora.serve.metrics import CountRequests, Metrics
-from molora.serve.names import models, parse_model
+from molora.serve.names import models, parse_model, told_adapters
 from molora.serve.protocol import ChatRequest, CompletionRequest
-from molora.serve.replies import Chat, ModelCard, ModelList, Text
+from molora.serve.replies import Chat, LayerCard, ModelCard, ModelList, StackCard, Text
+from molora.stack import AUTO
 
 if TYPE_CHECKING:
+    from molora.model import MoLoRAModel
     from molora.serve.engine import Engine
     from molora.serve.store import AdapterStore
 
@@ -70,6 +72,11 @@ def build_app(
         parse_model(name, engine.model.stack, str(engine.model.base_name), key.user, engine.pools)
         return ModelCard(id=name, created=started)
 
+    @app.get("/v1/stack")
+    async def stack(key: User) -> StackCard:
+        """The layers, in order: what a selection may name."""
+        return stack_card(engine.model, key.user)
+
     @app.get("/health")
     async def health() -> Response:
         runs = engine.runs
@@ -88,3 +95,15 @@ def build_app(
         app.add_middleware(CheckHost, hosts=hosts)
     app.add_middleware(CountRequests, metrics=metrics)
     return app
+
+
+def stack_card(model: "MoLoRAModel", user: str | None) -> StackCard:
+    """What ``user`` may be told of a model's stack."""
+    layers = []
+    for layer in list(model.stack.layers):
+        names = told_adapters(layer, user)
+        default = layer.default if layer.default == AUTO or layer.default in names else None
+        layers.append(
+            LayerCard(name=layer.name, adapters=names, default=default, shared=layer.shared, keyed=layer.keyed)
+        )
+    return StackCard(base=str(model.base_name), router=model.router is not None, layers=layers)

@@ -81,12 +81,16 @@ def confine(
     return dict.fromkeys(hidden) | dict(selection)
 
 
+def told_adapters(layer: StackLayer, user: str | None = None) -> list[str]:
+    """The adapters of a layer that ``user`` may be told; those of a shared layer are private."""
+    return list(layer.adapters) if not layer.shared else [user] if user in layer.adapters else []
+
+
 def models(stack: Stack, user: str | None = None) -> list[str]:
     """The names of models that ``user`` may be told."""
     names = [DEFAULTS, BASE]
     for layer in stack.layers:
-        told = list(layer.adapters) if not layer.shared else [user] if user in layer.adapters else []
-        names += [f"{BASE}+{layer.name}/{name}" for name in told]
+        names += [f"{BASE}+{layer.name}/{name}" for name in told_adapters(layer, user)]
     return names
 
 

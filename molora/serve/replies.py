@@ -107,6 +107,20 @@ class ModelList(_Reply):
     data: list[ModelCard]
 
 
+class LayerCard(_Reply):
+    name: str
+    adapters: list[str]  # that the asker may name
+    default: str | None  # what acts where nothing is said: an adapter, "auto" or nothing
+    shared: bool  # one adapter for each user
+    keyed: bool  # "auto" is decided for a question as a whole
+
+
+class StackCard(_Reply):
+    base: str
+    router: bool
+    layers: list[LayerCard]
+
+
 class AdapterCard(_Reply):
     layer: str
     name: str

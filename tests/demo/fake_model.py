@@ -97,6 +97,8 @@ class FakeModel:
             if choice == AUTO or isinstance(choice, list):
                 allowed = layer.adapters if choice == AUTO else choice
                 yield layer.name, domain if domain in allowed else None, 1.0 if number % 7 else 0.85
+            elif isinstance(choice, dict):
+                yield from ((layer.name, name, weight) for name, weight in choice.items())
             else:
                 yield layer.name, choice, 1.0
 

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from html import unescape
@@ -16,9 +17,14 @@ from gradio_client.exceptions import AppError
 
 from molora.errors import MoLoRAError
 from molora_demo.app import build, serve
+from molora_demo.monitor import monitor_html
+from molora_demo.page import Page
+from molora_demo.render import Palette
+from molora_demo.source import LocalSource, Settings
 from tests.demo.fake_model import BROKEN, ENDLESS, HISTORY, FakeModel
 
-KNOBS = (256, 0, "none", ["auto"], "none")  # new tokens, temperature, personality, domain, user
+KEY = "0" * 32
+KNOBS = (KEY, 256, 0, ["none"], ["auto"], ["none"], 1, 1, 1)  # key, new tokens, temperature, layers, strengths
 
 
 def free_port() -> int:
@@ -46,7 +52,7 @@ def address(model: FakeModel, news: list[Exception | list[str]]) -> Iterator[str
             raise found
         return found
 
-    page = build(model, catch_up)
+    page = build(LocalSource(model, catch_up))
     yield serve(page, port=free_port(), open_browser=False, block=False)
     page.close(verbose=False)
 
@@ -92,18 +98,21 @@ def test_history_is_plain_text_and_stays_with_its_browser(address, model):
 
 def test_the_controls_reach_the_model(address, model):
     client = connect(address)
-    ask(client, "hello", 32, 0.5, "sage", ["math", "code"], "ada")
+    ask(client, "hello", KEY, 32, 0.5, ["sage"], ["math", "code"], ["ada"], 1, 1, 1)
     call = model.calls[-1]
     assert call["selection"] == {"personality": "sage", "domain": ["math", "code"], "user": "ada"}
     assert (call["max_new_tokens"], call["do_sample"], call["temperature"]) == (32, True, 0.5)
-    ask(client, "hello", 16, 0, "none", [], "none")
+    ask(client, "hello", KEY, 16, 0, ["none"], [], ["none"], 1, 1, 1)
     assert model.calls[-1]["selection"] == {"personality": None, "domain": None, "user": None}
+    ask(client, "hello", KEY, 16, 0, ["sage", "pirate"], ["math", "code"], ["ada"], 1, 0.5, 1.5)
+    both = {"personality": {"sage": 1.0, "pirate": 1.0}, "domain": {"math": 0.5, "code": 0.5}, "user": {"ada": 1.5}}
+    assert model.calls[-1]["selection"] == both
 
 
 def test_stop_ends_only_its_own_browsers_answer(address, model):
     client, other = connect(address), connect(address)
     closed = model.closed
-    job = client.submit(ENDLESS, 256, 0, *KNOBS[2:], api_name="/ask")
+    job = client.submit(ENDLESS, *KNOBS, api_name="/ask")
     while len(job.outputs()) < 3:
         time.sleep(0.02)
     other.predict(api_name="/stop")
@@ -115,14 +124,16 @@ def test_stop_ends_only_its_own_browsers_answer(address, model):
     assert model.closed == closed + 1
 
 
-def test_retry_answers_the_last_prompt_again_and_clear_forgets(address, model):
+def test_retry_answers_again_edit_takes_back_and_new_begins_anew(address, model):
     client = connect(address)
     ask(client, "first")
     ask(client, "second")
     client.predict("draft", *KNOBS, api_name="/retry")
     said = [message["content"] for message in model.calls[-1]["messages"]]
     assert said[0::2] == ["first", "second"]
-    assert "welcome" in client.predict(api_name="/clear")
+    page, box = client.predict("draft", api_name="/edit")
+    assert box == "second" and "first" in shown(page) and "second" not in shown(page)
+    client.predict([], api_name="/new")
     ask(client, "third")
     assert len(model.calls[-1]["messages"]) == 1
 
@@ -148,25 +159,51 @@ def test_an_old_history_is_trimmed_to_what_fits(address, model):
     assert said[-1] == "turn 3" and "turn 0" not in said and "turn 2" in said
 
 
+def layer_drops(model: FakeModel) -> list:
+    titles = [layer.name.capitalize() for layer in model.stack.layers]
+    return [block for block in build(LocalSource(model)).blocks.values() if getattr(block, "label", "") in titles]
+
+
 def test_without_a_router_nothing_offers_auto():
     model = FakeModel()
     model.router = None
-    drops = [block for block in build(model).blocks.values() if block.get_block_name() == "dropdown"]
-    assert [drop.value for drop in drops] == ["none"] * 3
-    assert not any("auto" in dict(drop.choices).values() or drop.multiselect for drop in drops)
+    drops = layer_drops(model)
+    assert [drop.value for drop in drops] == [["none"]] * 3
+    assert not any("auto" in dict(drop.choices).values() for drop in drops)
 
 
 def test_a_keyed_layer_offers_auto_without_a_router():
     model = FakeModel()
     model.router, model.stack["domain"].keyed = None, True
-    drops = [block for block in build(model).blocks.values() if block.get_block_name() == "dropdown"]
-    assert [drop.value for drop in drops] == ["none", ["auto"], "none"]
+    drops = layer_drops(model)
+    assert [drop.value for drop in drops] == [["none"], ["auto"], ["none"]]
     assert "the question picks one" in drops[1].info
+
+
+def test_four_ways_are_compared(address, model):
+    client = connect(address)
+    panes = client.predict("hello", KEY, "code", ["math", "law"], 32, api_name="/compare")
+    assert len(panes) == 4 and all("32 tokens" in shown(pane) for pane in panes)
+    off = {"personality": None, "user": None}
+    wanted = [off | {"domain": domain} for domain in (None, "code", {"math": 0.5, "law": 0.5}, "auto")]
+    assert [call["selection"] for call in model.calls[-4:]] == wanted
+    assert "math 50%" in shown(panes[2]) and "fill-many" in panes[2]
+    panes = client.predict("hello", KEY, None, [], 32, api_name="/compare")
+    assert ["Nothing is chosen." in shown(pane) for pane in panes] == [False, True, True, False]
+
+
+def test_figures_are_counted_and_no_text_is_among_them():
+    page = Page(LocalSource(FakeModel()), Palette(FakeModel().stack.layers))
+    selection = {"personality": None, "domain": "auto", "user": None}
+    list(page.answer(KEY, [], "a <secret>", selection, Settings(32, 0.0), threading.Event()))
+    told = monitor_html(page, page.source.numbers())
+    assert "domain, in the model4" in shown(told) and "Answers on this page since its start1" in shown(told)
+    assert "medicine75%" in shown(told) and "math25%" in shown(told) and "secret" not in told and "dose" not in told
 
 
 def test_an_unknown_adapter_is_refused_in_words(address):
     with pytest.raises(AppError, match="lawyer"):
-        ask(connect(address), "hello", 64, 0, "none", ["lawyer"], "none")
+        ask(connect(address), "hello", KEY, 64, 0, ["none"], ["lawyer"], ["none"], 1, 1, 1)
 
 
 def test_two_browsers_wait_for_each_other(address):
@@ -186,4 +223,4 @@ def test_a_taken_port_is_named(model):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(MoLoRAError, match=str(port)):
-            serve(build(model), port=port, open_browser=False, block=False)
+            serve(build(LocalSource(model)), port=port, open_browser=False, block=False)

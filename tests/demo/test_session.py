@@ -5,11 +5,16 @@ import threading
 import pytest
 
 from molora.errors import MoLoRAError
-from molora_demo.session import Settings, Turn, answer, choice, fitting_messages, settle
-from tests.demo.fake_model import ENDLESS, FakeModel
+from molora_demo.controls import choice, settle
+from molora_demo.render import Palette, Stats
+from molora_demo.session import Tally, answer
+from molora_demo.source import LocalSource, Settings, Turn, fitting_messages
+from tests.demo.fake_model import ENDLESS, FakeModel, FakeToken
 
 TURNS = [Turn("first", "one", ""), Turn("second", "two", "")]
 GREEDY = Settings(64, 0.0)
+SELECTION = {"personality": None, "domain": "auto", "user": None}
+SHARED = ("messages", "selection")  # of a call, which other tests look at
 
 
 @pytest.mark.parametrize(
@@ -30,8 +35,7 @@ def test_the_last_pick_wins(picked, shown):
 @pytest.mark.parametrize(
     ("value", "meaning"),
     [
-        ("none", None),
-        ("sage", "sage"),
+        (["sage"], "sage"),
         (["auto"], "auto"),
         (["none"], None),
         ([], None),
@@ -60,14 +64,39 @@ def test_a_message_longer_than_the_model_reads_is_refused_in_words():
         fitting_messages(TURNS, "far too long", 2, _words)
 
 
+@pytest.mark.parametrize(
+    ("value", "strength", "decided", "meaning"),
+    [
+        (["math"], 0.5, True, {"math": 0.5}),
+        (["math", "law"], 0.5, True, {"math": 0.5, "law": 0.5}),
+        (["math", "law"], 1.0, False, {"math": 1.0, "law": 1.0}),
+        (["auto"], 0.5, True, "auto"),
+        (["none"], 0.5, True, None),
+    ],
+)
+def test_named_adapters_act_as_strongly_as_is_said(value, strength, decided, meaning):
+    assert choice(value, strength, decided) == meaning
+
+
 def test_greedy_is_the_default_and_temperature_samples():
-    assert GREEDY.generate_kwargs == {"max_new_tokens": 64, "do_sample": False}
-    assert Settings(8, 0.7).generate_kwargs == {"max_new_tokens": 8, "do_sample": True, "temperature": 0.7}
+    model = FakeModel()
+    for settings in (GREEDY, Settings(8, 0.7)):
+        list(LocalSource(model).ask([], "hello", SELECTION, settings))
+    greedy, sampled = ({name: call[name] for name in call if name not in SHARED} for call in model.calls)
+    assert greedy == {"max_new_tokens": 64, "do_sample": False}
+    assert sampled == {"max_new_tokens": 8, "do_sample": True, "temperature": 0.7}
+
+
+def test_what_one_browser_was_taught_is_counted_without_its_name():
+    model = FakeModel()
+    tally = Tally(Palette(model.stack.layers))
+    tokens = [FakeToken(0, "a", [("domain", name, 1.0)]) for name in ("math", "math", "me-1234", None)]
+    tally.add(tokens, Stats(4, 0.1, 0.3))
+    assert tally.spoken["domain"] == {"math": 2, Tally.OWN: 1, None: 1} and tally.answers == 1
 
 
 def _ask(model: FakeModel, prompt: str, stop: threading.Event):
-    selection = {"personality": None, "domain": "auto", "user": None}
-    return answer(model, [{"role": "user", "content": prompt}], selection, GREEDY, stop)
+    return answer(lambda: LocalSource(model).ask([], prompt, SELECTION, GREEDY), stop)
 
 
 def test_an_answer_grows_to_its_end_and_closes_the_stream():

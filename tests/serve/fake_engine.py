@@ -77,7 +77,12 @@ class FakeEngine:
         if self.model is None:
             stack = make_stack()
             self.model = SimpleNamespace(
-                tokenizer=TOKENIZER, stack=stack, slots=slots_of(stack), base_name="org/small", adapters={}
+                tokenizer=TOKENIZER,
+                stack=stack,
+                slots=slots_of(stack),
+                base_name="org/small",
+                adapters={},
+                router=object(),
             )
 
     def submit(self, request: Request, tell: Callable[[Event], None]) -> FakeTicket:

@@ -108,6 +108,17 @@ def test_models_are_listed_and_found():
     assert client.get("/health").json() == {"status": "ok"}
 
 
+def test_the_stack_tells_what_a_selection_may_name():
+    told = client_of().get("/v1/stack").json()
+    assert told["base"] == "org/small" and told["router"] is True
+    assert [layer["name"] for layer in told["layers"]] == ["personality", "domain", "user"]
+    assert told["layers"][0] == {
+        "name": "personality", "adapters": ["sage", "pirate"], "default": "sage", "shared": False, "keyed": False,
+    }  # fmt: skip
+    assert told["layers"][1]["default"] == "auto"
+    assert told["layers"][2] == {"name": "user", "adapters": [], "default": None, "shared": True, "keyed": False}
+
+
 def test_metrics_count_by_route_and_status():
     client = client_of()
     chat(client)

@@ -49,6 +49,16 @@ def test_scopes(keys):
     error_of(chat(client, headers=bearer(use)), 401)
 
 
+def test_a_users_key_is_told_of_its_own_adapter_alone(keys):
+    engine = FakeEngine()
+    engine.model.stack["user"].default = "ben"
+    client = client_of(engine, keys=keys)
+    for user, names, default in (("ada", ["ada"], None), ("ben", ["ben"], "ben"), ("eve", [], None)):
+        told = client.get("/v1/stack", headers=bearer(keys.create(user, ["use"], user=user))).json()["layers"][2]
+        assert (told["adapters"], told["default"]) == (names, default)
+    error_of(client.get("/v1/stack"), 401)
+
+
 @pytest.mark.parametrize(
     "fields", [{"model": "base+user/NAME"}, {"model": "base+NAME"}, {"selection": {"user": "NAME"}}]
 )

@@ -1,0 +1,75 @@
+"""What is going on: answers under way, what lies where, who speaks how much."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import gradio as gr
+
+from molora.errors import MoLoRAError
+from molora_demo.page import QUIET, Page, explain
+from molora_demo.render import Stats, balance_html, table_html
+from molora_demo.source import Numbers
+
+EVERY_S = 2.0
+EXPLAINED = """\
+The figures are those of now and renew themselves. **Under way** tells how many answers are being written and how
+many wait. **Adapters** tells how many lie in the model, ready to act, and how many elsewhere. **Who speaks** tells
+what part of all words since the start each adapter wrote: a router that sends everything to one adapter would show
+here. Of what people write, nothing is counted or shown."""
+
+
+def build(page: Page) -> None:
+    """The tab. Its figures renew themselves while it is looked at."""
+    view = gr.HTML(elem_id="monitor")
+    explain(EXPLAINED)
+
+    def look() -> str:
+        try:
+            return monitor_html(page, page.source.numbers())
+        except MoLoRAError as error:
+            return table_html("Under way", [("The server does not answer", str(error))])
+
+    gr.Timer(EVERY_S).tick(look, None, view, **QUIET, queue=False)
+    gr.on(None, look, None, view, **QUIET, queue=False)
+
+
+def monitor_html(page: Page, now: Numbers) -> str:
+    """All figures."""
+    tally = page.tally
+    running = now.running if page.source.model is None else len(page.running)
+    parts = [
+        table_html(
+            "Under way",
+            [
+                ("Answers being written", f"{running}" + (f" of at most {now.rows}" if now.rows else "")),
+                ("Waiting", f"{now.waiting}"),
+                ("Answers on this page since its start", f"{tally.answers}"),
+                *_pace(list(tally.recent)),
+            ],
+        ),
+        table_html("Adapters", [*_places(now.places), *((name, size(count)) for name, count in now.bytes.items())]),
+    ]
+    if now.counts:
+        parts.append(table_html("Since the start", [(name, f"{count:,.0f}") for name, count in now.counts.items()]))
+    parts += [balance_html(layer, tally.spoken[layer.name], page.palette) for layer in page.palette.layers]
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def _pace(recent: Sequence[Stats]) -> list[tuple[str, str]]:
+    first = [stats.first_s for stats in recent if stats.first_s is not None]
+    pace = [stats.tokens_per_s for stats in recent if stats.tokens_per_s is not None]
+    told = [("Time to the first token, median", f"{median(first):.2f} s")] if first else []
+    return told + ([("Tokens a second in an answer, median", f"{median(pace):.1f}")] if pace else [])
+
+
+def _places(places: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    return [(f"{layer}, {place}", f"{count}") for place, layers in places.items() for layer, count in layers.items()]
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
