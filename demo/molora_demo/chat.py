@@ -127,7 +127,7 @@ def build(page: Page, key: Any, kept: Any) -> Chat:
     with gr.Row(elem_classes="columns", equal_height=False):
         with gr.Column(scale=3, min_width=320, elem_classes="main"):
             with gr.Row(elem_classes="chats", equal_height=True):
-                chats = gr.Dropdown([], label="Conversation", show_label=False, container=False, scale=8, min_width=160)
+                chats = gr.Dropdown([], label="Conversations", show_label=False, container=False, scale=8, min_width=160)
                 new = gr.Button("New", size="md", scale=0, min_width=84)
                 delete = gr.Button("Delete", size="md", scale=0, min_width=84)
             view = gr.HTML(conversation_html([]), elem_id="conversation")
