@@ -39,7 +39,7 @@ def facts(reading: Reading) -> str:
     better = sum((token.gain or 0) > 0 for token in tokens)
     return (
         f"{count}. Mean loss {routed:.3f} nats with adapters and {base:.3f} by the base alone: "
-        f"{_compared(base - routed, 3)}. With adapters {better:,} of {len(tokens):,} tokens are better."
+        f"{_compared(base - routed, 3)}. With adapters {better:,} of {len(tokens):,} tokens are predicted better."
     )
 
 
@@ -168,6 +168,6 @@ def _percent(chance: float) -> str:
 def _guesses(rows: Sequence[tuple[str, Sequence[Guess]]]) -> str:
     shown = []
     for name, guesses in rows:
-        each = (f"<code>{escape(visible(guess.text))}</code> {guess.probability:.0%}" for guess in guesses)
+        each = (f"<code>{escape(visible(guess.text))}</code> {_percent(guess.probability)}" for guess in guesses)
         shown.append(f"<dt>{name}</dt><dd>{' '.join(f'<span>{one}</span>' for one in each)}</dd>")
     return f'<dl class="guesses">{"".join(shown)}</dl>'

@@ -51,10 +51,11 @@ class Handlers:
     def __init__(self, model: Any, palette: Palette) -> None:
         self._model = model
         self._palette = palette
+        self._told = [layer.name for layer in told_layers(model)]
 
     def show(self, text: str, layer: str, *choices: str) -> tuple[str, str, Reading | None, None]:
         """(view, detail, what was measured, the picked token) of a text."""
-        named = dict(zip([own.name for own in told_layers(self._model)], map(choice, choices), strict=True))
+        named = dict(zip(self._told, map(choice, choices), strict=True))
         try:
             reading = measure(self._model, text or "", named)
         except MoLoRAError as error:
@@ -121,9 +122,10 @@ def remove(folder: TemporaryDirectory[str] | None) -> None:
 
 
 def told_layers(model: Any) -> list[StackLayer]:
-    """The layers that nothing decides by default, so that a person does."""
-    decided = model.router is not None
-    return [layer for layer in model.stack.layers if not (layer.default == AUTO and (decided or layer.keyed))]
+    """The layers with adapters that nothing decides by default, so that a person does."""
+    routed = model.router is not None
+    filled = [layer for layer in model.stack.layers if layer.adapters]
+    return [layer for layer in filled if not (layer.default == AUTO and (routed or layer.keyed))]
 
 
 def build(model: Any, palette: Palette) -> None:
@@ -165,9 +167,10 @@ def build(model: Any, palette: Palette) -> None:
         name = {"api_name": "routes"} if place == 0 else {"api_visibility": "private"}
         event = (event.click if text is None else event.then)(handlers.show, *asking, **forward, **name)
         event.then(handlers.files, *saving, **quiet)
-    colour.input(handlers.recolour, [colour, reading, picked], view, queue=False, **quiet).then(
-        handlers.files, *saving, **quiet
+    event = colour.input(
+        handlers.recolour, [colour, reading, picked], view, queue=False, show_progress="hidden", api_name="routes_by"
     )
+    event.then(handlers.files, *saving, **quiet)
     view.select(handlers.pick, reading, [detail, picked], queue=False, trigger_mode="always_last", **quiet)
 
 
