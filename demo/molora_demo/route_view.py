@@ -123,7 +123,7 @@ def _bar(place: int, height: float) -> str:
 def detail_html(reading: Reading, place: int, palette: Palette) -> str:
     """One token in full: its losses, the router's distribution and what else was likely."""
     token = reading.tokens[place]
-    head = f"<h3>Token {place + 1:,} of {len(reading.tokens):,}: <code>{escape(visible(token.text))}</code></h3>"
+    head = f"<h2>Token {place + 1:,} of {len(reading.tokens):,}: <code>{escape(visible(token.text))}</code></h2>"
     after = _guesses([("Likeliest after it", token.after)])
     if token.routed is None or token.base is None or token.gain is None:
         first = "The text begins here. Nothing came before from which it could be predicted: no loss and no route."
@@ -137,7 +137,7 @@ def detail_html(reading: Reading, place: int, palette: Palette) -> str:
     rest = f'<p class="told">Not asked of the router: {escape("; ".join(others))}.</p>' if others else ""
     places = [("In its place, with adapters", token.guesses), ("In its place, base alone", token.base_guesses)]
     guesses = _guesses([*places, ("After it, with adapters", token.after)])
-    return f"{head}{costs}{routed}{rest}<h4>Likeliest tokens</h4>{guesses}"
+    return f"{head}{costs}{routed}{rest}<h3>Likeliest tokens</h3>{guesses}"
 
 
 def _named(name: str, token: Measured) -> str:
@@ -149,16 +149,17 @@ def _distribution(name: str, token: Measured, palette: Palette) -> str:
     chosen = {adapter for own, adapter, _ in token.route if own == name}
     layer = next((layer for layer in palette.layers if layer.name == name), None)
     colours = palette_for(palette, layer) if layer is not None else None  # None: it came after the page
+    tick = '\u00a0✓<span class="hidden">, chosen</span>'
     rows = []
     for adapter, chance in sorted(token.odds[name], key=lambda pair: -pair[1]):
         mark = colours.css_class(name, adapter) if colours is not None else ""
         chose = adapter in chosen
         rows.append(
             f'<li class="odd{" chosen" if chose else ""}"><span>{escape(adapter or "none: the base alone")}'
-            f'{" ✓" if chose else ""}</span><span class="track" aria-hidden="true"><i class="{mark or "empty"}" '
+            f'{tick if chose else ""}</span><span class="track" aria-hidden="true"><i class="{mark or "empty"}" '
             f'style="width:{chance:.2%}"></i></span><b>{_percent(chance)}</b></li>'
         )
-    return f'<h4>{escape(name)}: what the router held for likely</h4><ul class="odds">{"".join(rows)}</ul>'
+    return f'<h3>{escape(name)}: probabilities of the router</h3><ul class="odds">{"".join(rows)}</ul>'
 
 
 def _percent(chance: float) -> str:

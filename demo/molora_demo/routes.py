@@ -160,17 +160,18 @@ def build(model: Any, palette: Palette) -> None:
     }  # fmt: skip
     asking = ([box, colour, *named], [view, detail, reading, picked])
     saving = ([colour, reading, folder], [table, picture, folder])
+    drawing: dict[str, Any] = {**quiet, "concurrency_id": "route_files", "concurrency_limit": 1}
     for place, (button, text) in enumerate([(show, None), *zip(examples, (text for _, text in EXAMPLES), strict=True)]):
         event: Any = button
         if text is not None:
             event = button.click(lambda text=text: text, None, box, queue=False, **quiet)
         name = {"api_name": "routes"} if place == 0 else {"api_visibility": "private"}
         event = (event.click if text is None else event.then)(handlers.show, *asking, **forward, **name)
-        event.then(handlers.files, *saving, **quiet)
+        event.then(handlers.files, *saving, **drawing)
     event = colour.input(
         handlers.recolour, [colour, reading, picked], view, queue=False, show_progress="hidden", api_name="routes_by"
     )
-    event.then(handlers.files, *saving, **quiet)
+    event.then(handlers.files, *saving, **drawing)
     view.select(handlers.pick, reading, [detail, picked], queue=False, trigger_mode="always_last", **quiet)
 
 

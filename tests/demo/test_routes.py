@@ -178,7 +178,7 @@ def test_the_view_has_an_element_for_each_token_and_escapes_it(palette):
     assert "Mean loss 1.500 nats with adapters and 2.000 by the base alone: 0.500 better" in view
     assert "1 of 2 tokens are predicted better" in view and "math 100%" in view
     assert "2.000 better" in detail and "<b>75.0%</b>" in detail and "<b>&lt;0.1%</b>" in detail
-    assert "none: the base alone" in detail and "math ✓" in detail
+    assert "none: the base alone" in detail and "math\u00a0✓" in detail
 
 
 def test_the_curve_draws_every_loss_and_difference(reading):
