@@ -68,7 +68,7 @@ def reading_html(reading: Reading, palette: Palette, colours: Palette, picked: i
 def _token(number: int, token: Measured, palette: Palette, colours: Palette, picked: bool) -> str:
     layer = colours.speaking.name
     name = speaker(token.route, layer)
-    mark = colours.css_class(layer, name)
+    mark = colours.mark(token.route, layer)
     text = printable(token.text)
     inner = escape(text).replace("\n", '<i aria-hidden="true">⏎</i>\n').replace("\t", '<i aria-hidden="true">⇥</i>\t')
     classes = " ".join(filter(None, ["run", "tok", mark, "" if text else "part"]))

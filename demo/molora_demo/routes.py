@@ -1,6 +1,7 @@
 """The "Routes" tab: a text coloured by the adapters that act on it, its losses, and the router's choice at a token."""
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,12 +10,14 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from molora.errors import MoLoRAError
+from molora.selection import Choice
 from molora.stack import AUTO, NONE, StackLayer
+from molora_demo.controls import is_decided, title
 from molora_demo.measured import Reading, csv_text, measure
+from molora_demo.page import QUIET, explain
 from molora_demo.picture import Piece, draw
 from molora_demo.render import Palette, escape, shares, speaker
 from molora_demo.route_view import CONVENTION, EMPTY, HINT, detail_html, facts, palette_for, reading_html
-from molora_demo.session import choice
 
 EXAMPLES = (
     (
@@ -42,22 +45,29 @@ better.
 
 A better guess does not make a text true. The numbers only tell how well the model saw it coming.
 """
+Visible = Callable[[str, dict[str, Choice]], dict[str, Choice]]
+"""(a browser's key, a selection) -> the selection without what is other browsers' alone."""
 CSV, PNG = "molora-routes.csv", "molora-routes.png"
 
 
 class Handlers:
     """What happens on a click. What a person wrote is kept by Gradio for each browser apart, and not here."""
 
-    def __init__(self, model: Any, palette: Palette) -> None:
+    def __init__(self, model: Any, palette: Palette, visible: Visible = lambda key, selection: selection) -> None:
         self._model = model
         self._palette = palette
+        self._visible = visible
         self._told = [layer.name for layer in told_layers(model)]
 
-    def show(self, text: str, layer: str, *choices: str) -> tuple[str, str, Reading | None, None]:
-        """(view, detail, what was measured, the picked token) of a text."""
-        named = dict(zip(self._told, map(choice, choices), strict=True))
+    def show(self, key: str, text: str, layer: str, *names: str) -> tuple[str, str, Reading | None, None]:
+        """(view, detail, what was measured, the picked token) of a text, for the browser that has ``key``."""
+        has_router = self._model.router is not None
+        selection: dict[str, Choice] = {
+            own.name: AUTO if is_decided(own, has_router) else None for own in self._model.stack.layers
+        }
+        selection |= {own: None if name == NONE else name for own, name in zip(self._told, names, strict=True)}
         try:
-            reading = measure(self._model, text or "", named)
+            reading = measure(self._model, text or "", self._visible(key, selection))
         except MoLoRAError as error:
             gr.Warning(escape(str(error)))
             return EMPTY, "", None, None
@@ -123,24 +133,25 @@ def remove(folder: TemporaryDirectory[str] | None) -> None:
 
 def told_layers(model: Any) -> list[StackLayer]:
     """The layers with adapters that nothing decides by default, so that a person does."""
-    routed = model.router is not None
     filled = [layer for layer in model.stack.layers if layer.adapters]
-    return [layer for layer in filled if not (layer.default == AUTO and (routed or layer.keyed))]
+    return [layer for layer in filled if not is_decided(layer, model.router is not None)]
 
 
-def build(model: Any, palette: Palette) -> None:
+def build(model: Any, palette: Palette, key: Any = None, visible: Visible = lambda key, selection: selection) -> None:
     """The tab for ``model``, within an open ``gr.Tab``.
 
     Args:
         model: a `MoLoRAModel`; until a text is shown only its ``stack`` and ``router`` are asked.
         palette: of the chat, so that an adapter has one colour in all tabs.
+        key: the component that holds a browser's key, None where there is none.
+        visible: what of a selection the browser with this key may use.
     """
-    handlers = Handlers(model, palette)
+    handlers = Handlers(model, palette, visible)
+    key = gr.State("") if key is None else key
     reading, picked = gr.State(None), gr.State(None)
     folder = gr.State(None, delete_callback=remove)
     with gr.Column(elem_classes="routes"):
-        with gr.Accordion("What am I looking at", open=False):
-            gr.Markdown(ABOUT)
+        explain(ABOUT)
         box = gr.Textbox(label="Text", placeholder="Paste a text", lines=4, max_lines=12)
         with gr.Row(elem_classes="examples"):
             examples = [gr.Button(name, size="sm", min_width=0) for name, _ in EXAMPLES]
@@ -154,17 +165,16 @@ def build(model: Any, palette: Palette) -> None:
         with gr.Row():
             table = gr.DownloadButton("Download CSV", size="md", interactive=False)
             picture = gr.DownloadButton("Download PNG", size="md", interactive=False)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     forward: dict[str, Any] = {
         "concurrency_id": "generate", "concurrency_limit": 1, "show_progress": "minimal", "show_progress_on": [view]
     }  # fmt: skip
-    asking = ([box, colour, *named], [view, detail, reading, picked])
+    asking = ([key, box, colour, *named], [view, detail, reading, picked])
     saving = ([colour, reading, folder], [table, picture, folder])
-    drawing: dict[str, Any] = {**quiet, "concurrency_id": "route_files", "concurrency_limit": 1}
+    drawing: dict[str, Any] = {**QUIET, "concurrency_id": "route_files", "concurrency_limit": 1}
     for place, (button, text) in enumerate([(show, None), *zip(examples, (text for _, text in EXAMPLES), strict=True)]):
         event: Any = button
         if text is not None:
-            event = button.click(lambda text=text: text, None, box, queue=False, **quiet)
+            event = button.click(lambda text=text: text, None, box, queue=False, **QUIET)
         name = {"api_name": "routes"} if place == 0 else {"api_visibility": "private"}
         event = (event.click if text is None else event.then)(handlers.show, *asking, **forward, **name)
         event.then(handlers.files, *saving, **drawing)
@@ -172,11 +182,10 @@ def build(model: Any, palette: Palette) -> None:
         handlers.recolour, [colour, reading, picked], view, queue=False, show_progress="hidden", api_name="routes_by"
     )
     event.then(handlers.files, *saving, **drawing)
-    view.select(handlers.pick, reading, [detail, picked], queue=False, trigger_mode="always_last", **quiet)
+    view.select(handlers.pick, reading, [detail, picked], queue=False, trigger_mode="always_last", **QUIET)
 
 
 def _named(layer: StackLayer) -> gr.Dropdown:
     """One adapter, or none, for the whole text."""
     forced = layer.default if layer.default in layer.adapters else NONE
-    title = layer.name.replace("_", " ").capitalize()
-    return gr.Dropdown([NONE, *layer.adapters], value=forced, label=title, info="for the whole text")
+    return gr.Dropdown([NONE, *layer.adapters], value=forced, label=title(layer), info="for the whole text")

@@ -227,13 +227,25 @@ def test_a_refused_text_is_a_toast_and_an_unknown_place_is_nothing(model, palett
     said: list[str] = []
     monkeypatch.setattr(routes.gr, "Warning", said.append)
     handlers = routes.Handlers(model, palette)
-    assert handlers.show(" ", "domain") == (EMPTY, "", None, None) and "no text yet" in said[0]
+    assert handlers.show("", " ", "domain") == (EMPTY, "", None, None) and "no text yet" in said[0]
     assert handlers.recolour("domain", None, None) == EMPTY
     for data in ({"index": len(reading.tokens)}, {"index": -1}, {"index": "0"}, {}, None, "x"):
         assert handlers.pick(gr.EventData(None, data), reading) == ("", None)
     page, place = handlers.pick(gr.EventData(None, {"index": 4}), reading)
     assert place == 4 and "Token 5 of" in page
     assert handlers.pick(gr.EventData(None, {"index": 4}), None) == ("", None)
+
+
+def test_what_is_other_browsers_is_not_used(model, palette):
+    asked: list[Any] = []
+
+    def visible(key: str, selection: dict[str, Any]) -> dict[str, Any]:
+        asked.append((key, selection))
+        return {**selection, "domain": ["math"]}
+
+    reading = routes.Handlers(model, palette, visible).show("mine", TEXT, "domain")[2]
+    assert asked == [("mine", {"domain": "auto", "user": None})]
+    assert {name for name, _ in reading.tokens[1].odds["domain"]} == {"math", None}
 
 
 def test_layers_that_the_router_leaves_are_told_by_a_person():
@@ -271,7 +283,7 @@ def test_a_tab_of_a_stack_that_is_told_and_routed_can_be_built():
     with gr.Blocks(analytics_enabled=False) as page, gr.Tab("Routes"):
         routes.build(FakeModel(), Palette(FakeModel().stack.layers))
     labels = {getattr(block, "label", None) for block in page.blocks.values()}
-    assert {"Text", "Colour by", "Personality", "What am I looking at"} <= labels
+    assert {"Text", "Colour by", "Personality", "What am I looking at?"} <= labels
     waiting = [fn for fn in page.fns.values() if fn.concurrency_id == "generate"]
     assert len(waiting) == 1 + len(routes.EXAMPLES) and all(fn.concurrency_limit == 1 for fn in waiting)
 
