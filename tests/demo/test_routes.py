@@ -29,6 +29,7 @@ from molora_demo.render import Palette, speaker
 from molora_demo.route_view import CONVENTION, EMPTY, curve_svg, detail_html, facts, palette_for, reading_html
 from tests.conftest import SMALL, write_adapter
 from tests.demo.fake_model import FakeModel
+from tests.demo.test_render import _contrast
 from tests.unit.spoken import make_spoken, make_tokenizer
 
 TEXT = "def f(x):\n    return 3 * x  # Київ, =1+1 and <b>more</b> of the words that a router reads"
@@ -288,17 +289,9 @@ def test_a_tab_of_a_stack_that_is_told_and_routed_can_be_built():
     assert len(waiting) == 1 + len(routes.EXAMPLES) and all(fn.concurrency_limit == 1 for fn in waiting)
 
 
-def _luminance(colour: str) -> float:
-    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 @pytest.mark.parametrize(("scheme", "paper"), [(":root", "#ffffff"), (".dark", "#18181b")])
 def test_the_curves_colours_stand_out(scheme, paper):
     css = Path(molora_demo.__file__).with_name("routes.css").read_text(encoding="utf-8")
     colours = re.findall(r"--[\w-]+: (#[0-9a-f]{6})", css[css.index(f"{scheme} {{") :].split("}", 1)[0])
     assert len(colours) == 4
-    for colour in colours:
-        bright, dim = sorted((_luminance(colour), _luminance(paper)), reverse=True)
-        assert (bright + 0.05) / (dim + 0.05) >= 4.5
+    assert all(_contrast(colour, paper) >= 4.5 for colour in colours)
