@@ -16,6 +16,8 @@ INSTALL_INPUTS := pyproject.toml constraints.txt
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false GRADIO_ANALYTICS_ENABLED=False
 
 REPLICAS := tests/serve/test_replicas.py
+BROWSER := tests/browser
+NO_BROWSER := ==> NOT RUN: the demo in a browser ($(BROWSER)). Install a Chromium, or name one in MOLORA_CHROMIUM.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint vllm federated clean
@@ -28,9 +30,12 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	@echo "==> pytest"
-	@$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal $(or $(ARGS),--ignore $(REPLICAS))
+	@$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal $(or $(ARGS),--ignore $(REPLICAS) --ignore $(BROWSER))
 # Its cluster takes both cores, and is started once if one process runs them all.
 	$(if $(ARGS),,@$(TEST_ENV) $(BIN)/python -m pytest $(REPLICAS))
+# A browser's tests have an event loop in the main thread, where others start their own.
+	$(if $(ARGS),,@if tools/chromium.sh; then \
+		$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(BROWSER); else echo "$(NO_BROWSER)"; fi)
 
 lint: $(VENV)/.installed-all
 	@echo "==> ruff"

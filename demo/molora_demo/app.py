@@ -8,7 +8,7 @@ import gradio as gr
 
 import molora_demo
 from molora.errors import MoLoRAError
-from molora_demo import chat, compare, monitor
+from molora_demo import chat, compare, monitor, routes
 from molora_demo.page import QUIET, Page
 from molora_demo.render import Palette
 from molora_demo.source import LocalSource, Source
@@ -31,6 +31,9 @@ def build(source: Source) -> gr.Blocks:
                 talk = chat.build(page, key, kept)
             with gr.Tab("Compare"):
                 compare.build(page, key)
+            if source.model is not None:
+                with gr.Tab("Routes"):
+                    routes.build(source.model, page.palette, key, page.visible)
             with gr.Tab("Monitor"):
                 monitor.build(page)
         blocks.load(_known, key, key, **QUIET)
@@ -55,6 +58,8 @@ def serve(
     # The theme's own hints are too faint to read: a contrast of 4.5 or more for each.
     theme.set(
         block_info_text_color="*neutral_600",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
         block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700",
         block_title_text_color="*neutral_700",

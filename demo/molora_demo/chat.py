@@ -76,7 +76,7 @@ class Handlers:
             yield _conversation(turns), turns, ""
         except MoLoRAError as error:
             gr.Warning(escape(str(error)))
-            yield _conversation(turns, failed_html(prompt, str(error))), turns, prompt
+            yield _conversation(turns, failed_html(prompt, str(error)), busy=False), turns, prompt
         finally:
             self._page.running.finish(session)
 
@@ -102,8 +102,9 @@ def edit(draft: str, turns: list[Turn]) -> tuple[str, list[Turn], str]:
     return _conversation(turns[:-1]), turns[:-1], turns[-1].prompt
 
 
-def _conversation(turns: Sequence[Turn], last: str = "") -> str:
-    return conversation_html([*(turn.html for turn in turns), *filter(None, [last])], busy=bool(last))
+def _conversation(turns: Sequence[Turn], last: str = "", busy: bool = True) -> str:
+    """last: a turn that is none of the conversation (yet)."""
+    return conversation_html([*(turn.html for turn in turns), *filter(None, [last])], busy=bool(last) and busy)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def build(page: Page, key: Any, kept: Any) -> Chat:
     with gr.Row(elem_classes="columns", equal_height=False):
         with gr.Column(scale=3, min_width=320, elem_classes="main"):
             with gr.Row(elem_classes="chats", equal_height=True):
-                chats = gr.Dropdown([], label="Conversations", show_label=False, container=False, scale=8, min_width=160)
+                chats = gr.Dropdown(
+                    [], label="Conversations", show_label=False, container=False, scale=8, min_width=160
+                )
                 new = gr.Button("New", size="md", scale=0, min_width=84)
                 delete = gr.Button("Delete", size="md", scale=0, min_width=84)
             view = gr.HTML(conversation_html([]), elem_id="conversation")

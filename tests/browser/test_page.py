@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.browser.visit import ask, tab
@@ -126,7 +127,7 @@ def test_the_keyboard_is_enough(visit: Open, address: str) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#conversation .answer .stats")).to_have_count(1)
     page.get_by_role("tab", name="Chat").focus()
-    for name in ("Compare", "Monitor"):
+    for name in ("Compare", "Routes", "Monitor"):
         for _ in range(8):
             page.keyboard.press("Tab")
             if page.evaluate("() => document.activeElement.innerText") == name:
@@ -151,3 +152,18 @@ def test_it_follows_the_systems_colours(visit: Open, address: str, colours: str)
     ink = page.evaluate("() => getComputedStyle(document.querySelector('header h1')).color")
     red = int(re.findall(r"\d+", ink)[0])
     assert red < 80 if colours == "light" else red > 180
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_no_serious_finding_of_axe(visit: Open, address: str, colours: str) -> None:
+    page = visit(address, color_scheme=colours)
+    ask(page, "hello")
+    for name in [found.inner_text() for found in page.get_by_role("tab").all()]:
+        tab(page, name)
+        page.wait_for_timeout(300)
+        found = Axe().run(page).response["violations"]
+        serious = [one for one in found if one["impact"] in ("serious", "critical")]
+        told = [
+            (name, one["id"], node["html"][:160], node["any"][0]["message"]) for one in serious for node in one["nodes"]
+        ]
+        assert told == []

@@ -51,16 +51,12 @@ class Visit:
 
 def ask(page: Page, prompt: str) -> str:
     """The text of the last answer."""
-    before = answers(page)
     page.get_by_placeholder("Write a message").fill(prompt)
     page.keyboard.press("Enter")
-    expect(page.locator("#conversation .answer .stats, #conversation .failed")).to_have_count(before + 1)
+    expect(page.locator("#conversation .prompt").last).to_contain_text(prompt)
+    expect(page.locator("#conversation .turns")).to_have_attribute("aria-busy", "false")
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
     return page.locator("#conversation .answer .text, #conversation .failed").last.inner_text()
-
-
-def answers(page: Page) -> int:
-    return page.locator("#conversation .answer .stats, #conversation .failed").count()
 
 
 def tab(page: Page, name: str) -> None:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Says where a Chromium is, and installs Debian's where there is none and this may be done. Ends with 1 where none can
+# be had. No browser is downloaded from anywhere else.
+set -euo pipefail
+
+found() { command -v "${MOLORA_CHROMIUM:-chromium}" || command -v chromium-browser; }
+
+found && exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+	echo "==> Debian's Chromium (once)" >&2
+	{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >&2 || true
+fi
+found
