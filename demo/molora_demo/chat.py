@@ -28,6 +28,8 @@ EXAMPLES = (
     "A child of 20 kg needs 15 mg of paracetamol per kg. What is the dose, and how is it computed in Python?",
 )
 STOPPED = "stopped"
+Shown = tuple[Any, str, list[Turn], str]
+"""(the conversation, the answer that is being written, the turns, the text in the box)"""
 EXPLAINED = """\
 A small language model answers you. Beside it lie **adapters**: small additions that each know one thing well
 (numbers, code, medicine) or give the answer a tone. A **router** looks at every word as it is written and lets the
@@ -54,14 +56,14 @@ class Handlers:
         new_tokens: int,
         temperature: float,
         *choices: Any,
-    ) -> Iterator[tuple[str, list[Turn], str]]:
-        """Streams (conversation, turns, text left in the box)."""
+    ) -> Iterator[Shown]:
+        """Streams what is shown, and what is left in the box. While an answer grows it alone is sent."""
         prompt = prompt.strip()
         if not prompt:
-            yield _conversation(turns), turns, ""
+            yield _past(turns), "", turns, ""
             return
         palette = self._page.palette
-        yield _conversation(turns, running_html(prompt, [], palette)), turns, ""
+        yield _past(turns, busy=True), _now(running_html(prompt, [], palette)), turns, ""
         session = str(request.session_hash)
         stop = self._page.running.start(session)
         settings = Settings(int(new_tokens), float(temperature))
@@ -69,42 +71,45 @@ class Handlers:
             now = None
             selection = self._picked.selection(choices)
             for now in self._page.answer(key, turns, prompt, selection, settings, stop):
-                yield _conversation(turns, running_html(prompt, now.tokens, palette)), turns, ""
+                yield gr.skip(), _now(running_html(prompt, now.tokens, palette)), turns, ""
             if now is not None:
                 note = STOPPED if stop.is_set() else ""
                 turns = [*turns, Turn(prompt, now.text, turn_html(prompt, now.tokens, now.stats, palette, note))]
-            yield _conversation(turns), turns, ""
+            yield _past(turns), "", turns, ""
         except MoLoRAError as error:
             gr.Warning(escape(str(error)))
-            yield _conversation(turns, failed_html(prompt, str(error)), busy=False), turns, prompt
+            yield _past(turns, busy=True), _now(failed_html(prompt, str(error)), busy=False), turns, prompt
         finally:
             self._page.running.finish(session)
 
-    def retry(
-        self, request: gr.Request, draft: str, turns: list[Turn], *rest: Any
-    ) -> Iterator[tuple[str, list[Turn], str]]:
+    def retry(self, request: gr.Request, draft: str, turns: list[Turn], *rest: Any) -> Iterator[Shown]:
         """Answers the last prompt anew; what is typed in the box stays there."""
         if not turns:
-            yield _conversation(turns), turns, draft
+            yield _past(turns), "", turns, draft
             return
-        for view, kept, _ in self.ask(request, turns[-1].prompt, turns[:-1], *rest):
-            yield view, kept, draft
+        for past, now, kept, _ in self.ask(request, turns[-1].prompt, turns[:-1], *rest):
+            yield past, now, kept, draft
 
     def stop(self, request: gr.Request) -> None:
         """Ends the answer of this browser, if one is being written."""
         self._page.running.stop(str(request.session_hash))
 
 
-def edit(draft: str, turns: list[Turn]) -> tuple[str, list[Turn], str]:
+def edit(draft: str, turns: list[Turn]) -> Shown:
     """Takes the last question back into the box, and its answer away."""
     if not turns:
-        return _conversation(turns), turns, draft
-    return _conversation(turns[:-1]), turns[:-1], turns[-1].prompt
+        return _past(turns), "", turns, draft
+    return _past(turns[:-1]), "", turns[:-1], turns[-1].prompt
 
 
-def _conversation(turns: Sequence[Turn], last: str = "", busy: bool = True) -> str:
-    """last: a turn that is none of the conversation (yet)."""
-    return conversation_html([*(turn.html for turn in turns), *filter(None, [last])], busy=bool(last) and busy)
+def _past(turns: Sequence[Turn], busy: bool = False) -> str:
+    """busy: another turn follows, so that nobody is welcomed."""
+    return "" if busy and not turns else conversation_html([turn.html for turn in turns])
+
+
+def _now(turn: str, busy: bool = True) -> str:
+    """A turn that is none of the conversation (yet)."""
+    return conversation_html([turn], busy, label="Answer")
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,8 @@ def build(page: Page, key: Any, kept: Any) -> Chat:
                 )
                 new = gr.Button("New", size="md", scale=0, min_width=84)
                 delete = gr.Button("Delete", size="md", scale=0, min_width=84)
-            view = gr.HTML(conversation_html([]), elem_id="conversation")
+            with gr.Column(elem_id="conversation"), gr.Column(elem_classes="whole"):
+                past, now = gr.HTML(_past([]), elem_id="past"), gr.HTML("", elem_id="now")
             with gr.Row(elem_classes="examples"):
                 examples = [gr.Button(text, size="sm", min_width=0) for text in EXAMPLES]
             with gr.Row(elem_classes="ask", equal_height=True):
@@ -159,7 +165,7 @@ def build(page: Page, key: Any, kept: Any) -> Chat:
                 )
             explain(EXPLAINED)
     handlers = Handlers(page, picked)
-    shown, buttons = [view, turns, box], [send, stop, retry, again, new, delete, *examples]
+    shown, buttons = [past, now, turns, box], [send, stop, retry, again, new, delete, *examples]
     idle_when = {id(retry): bool, id(again): bool, id(delete): bool, id(stop): lambda turns: False}
 
     def busy() -> list[Any]:
@@ -175,7 +181,7 @@ def build(page: Page, key: Any, kept: Any) -> Chat:
     def show(kept: Any, chat: str | None) -> tuple[Any, ...]:
         chat = chat or book.new_id()
         turns = book.opened(kept, chat)
-        return gr.update(choices=book.listed(kept, chat), value=chat), chat, turns, _conversation(turns)
+        return gr.update(choices=book.listed(kept, chat), value=chat), chat, turns, _past(turns), ""
 
     def begin(kept: Any) -> tuple[Any, ...]:
         return show(kept, None)
@@ -188,9 +194,9 @@ def build(page: Page, key: Any, kept: Any) -> Chat:
         known = book.checked(kept)
         return show(known, known[0]["id"] if known else None)
 
-    opened = [chats, current, turns, view]
+    opened = [chats, current, turns, past, now]
     knobs = [turns, key, new_tokens, temperature, *picked.inputs]
-    generate = {**page.generate, "show_progress_on": [view]}
+    generate = {**page.generate, "show_progress_on": [now]}
 
     def answers(triggers: list[Any], work: Callable[..., Any], first: Any, name: dict[str, str]) -> None:
         gr.on(triggers, busy, None, buttons, queue=False, **QUIET)

@@ -245,9 +245,9 @@ def _prompt(prompt: str) -> str:
     return f'<div class="prompt"><span class="hidden">You: </span>{escape(prompt)}</div>'
 
 
-def conversation_html(turns: Sequence[str], busy: bool = False) -> str:
-    """The whole conversation from the HTML of its turns."""
+def conversation_html(turns: Sequence[str], busy: bool = False, label: str = "Conversation") -> str:
+    """A conversation, or a part of it that is called ``label``, from the HTML of its turns."""
     if not turns:
         return '<div class="welcome"><p>Ask something, or start from one of the examples below.</p></div>'
     state = "true" if busy else "false"
-    return f'<div class="turns" role="log" aria-label="Conversation" aria-busy="{state}">{"".join(turns)}</div>'
+    return f'<div class="turns" role="log" aria-label="{label}" aria-busy="{state}">{"".join(turns)}</div>'

@@ -67,16 +67,17 @@ def shown(page: str) -> str:
 
 
 def ask(client: Client, prompt: str, *knobs) -> str:
-    return client.predict(prompt, *(knobs or KNOBS), api_name="/ask")[0]
+    past, now = client.predict(prompt, *(knobs or KNOBS), api_name="/ask")[:2]
+    return past + now
 
 
 def test_an_answer_streams_in_growing_pieces(address):
     job = connect(address).submit("hello", *KNOBS, api_name="/ask")
-    pages = [page for page, *_ in job]
-    lengths = [len(shown(page)) for page in pages]
-    assert len(pages) > 4 and lengths == sorted(lengths)
-    assert "20 kg × 15 mg/kg = 300 mg." in shown(pages[-1])
-    assert re.search(r"64 tokens, \d+\.\d tokens/s, first token in 0\.\d\d s", pages[-1])
+    *growing, (whole, rest, _) = job
+    lengths = [len(shown(now)) for _, now, _ in growing]
+    assert len(growing) > 4 and lengths == sorted(lengths) and lengths[0] < lengths[-1] and rest == ""
+    assert "20 kg × 15 mg/kg = 300 mg." in shown(whole)
+    assert re.search(r"64 tokens, \d+\.\d tokens/s, first token in 0\.\d\d s", whole)
 
 
 def test_what_is_promoted_serves_at_the_next_turn_and_a_broken_one_does_not_end_it(address, news):
@@ -131,7 +132,7 @@ def test_retry_answers_again_edit_takes_back_and_new_begins_anew(address, model)
     client.predict("draft", *KNOBS, api_name="/retry")
     said = [message["content"] for message in model.calls[-1]["messages"]]
     assert said[0::2] == ["first", "second"]
-    page, box = client.predict("draft", api_name="/edit")
+    page, _, box = client.predict("draft", api_name="/edit")
     assert box == "second" and "first" in shown(page) and "second" not in shown(page)
     client.predict([], api_name="/new")
     ask(client, "third")
@@ -141,7 +142,7 @@ def test_retry_answers_again_edit_takes_back_and_new_begins_anew(address, model)
 def test_an_error_of_the_model_is_a_sentence_on_the_page_and_leaves_the_prompt(address):
     client = connect(address)
     ask(client, "hello")
-    page, box = client.predict(BROKEN, *KNOBS, api_name="/ask")[:2]
+    _, page, box = client.predict(BROKEN, *KNOBS, api_name="/ask")
     assert "The adapter &lt;b&gt;math&lt;/b&gt; is gone: add it again." in page and 'role="alert"' in page
     assert "Traceback" not in page and box == BROKEN
     assert BROKEN not in shown(ask(client, "go on"))
@@ -161,7 +162,8 @@ def test_an_old_history_is_trimmed_to_what_fits(address, model):
 
 def layer_drops(model: FakeModel) -> list:
     titles = [layer.name.capitalize() for layer in model.stack.layers]
-    return [block for block in build(LocalSource(model)).blocks.values() if getattr(block, "label", "") in titles]
+    blocks = build(LocalSource(model)).blocks.values()
+    return [block for block in blocks if getattr(block, "multiselect", None) and block.label in titles]
 
 
 def test_without_a_router_nothing_offers_auto():
