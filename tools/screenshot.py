@@ -1,19 +1,18 @@
-"""Takes the README's picture of the demo: serves a saved MoLoRA, asks it one thing in headless Chromium, saves a PNG.
+"""Takes the pictures of the demo for the README and the docs: every tab of a saved MoLoRA, in headless Chromium.
 
-Needs `pip install playwright` and a Chromium (Debian: `apt-get install chromium`); no browser is downloaded.
+Needs the extras `demo` and `dev` and a Chromium (Debian: `apt-get install chromium`); no browser is downloaded.
 """
 
 import argparse
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-from molora_demo.app import build, serve
+from molora_demo.app import build, local, serve
 from molora_demo.chat import EXAMPLES
-from molora_demo.source import LocalSource
 
 BROWSER_FLAGS = [
     "--no-sandbox",
@@ -25,6 +24,7 @@ BROWSER_FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
+PATIENCE_MS = 300_000
 
 
 def free_port() -> int:
@@ -34,54 +34,65 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(page: Page, address: str, prompts: Sequence[str], picks: Sequence[tuple[str, str]], patience_s: float) -> None:
-    """Opens the demo, picks (layer, adapter) pairs, sends each prompt and waits for the whole answer."""
-    page.goto(address)
+def chat(page: Page, prompts: Sequence[str], picks: Sequence[tuple[str, str]]) -> None:
+    """Picks (layer, adapter) pairs, sends each prompt and waits for the whole answer."""
     for layer, adapter in picks:
-        page.get_by_label(layer.capitalize()).first.click()
+        page.get_by_label(layer.capitalize(), exact=True).first.click()
         page.get_by_role("option", name=adapter, exact=True).click()
+        page.keyboard.press("Escape")
     for number, prompt in enumerate(prompts, 1):
         page.get_by_placeholder("Write a message").fill(prompt)
         page.keyboard.press("Enter")
-        page.wait_for_function(
-            "n => document.querySelectorAll('.answer .stats, .failed').length >= n",
-            arg=number,
-            timeout=patience_s * 1000,
-        )
+        page.wait_for_function("n => document.querySelectorAll('#past .answer .stats').length >= n", arg=number)
         page.wait_for_timeout(500)
 
 
-def shoot(
-    model: Any,
-    file: Path,
-    prompts: Sequence[str],
-    picks: Sequence[tuple[str, str]],
-    browser: str,
-    patience_s: float = 300,
-) -> None:
-    """Saves a picture of the demo of ``model`` after it has answered ``prompts``."""
-    address = serve(build(LocalSource(model)), port=free_port(), open_browser=False, block=False)
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=browser, args=BROWSER_FLAGS)
-        page = chromium.new_page(viewport={"width": 1320, "height": 860}, device_scale_factor=1.5, color_scheme="light")
-        ask(page, address, prompts, picks, patience_s)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=file)
-        chromium.close()
+def compare(page: Page) -> None:
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_function("() => document.querySelectorAll('.compare .pane .stats:not(.waits)').length >= 4")
+    page.get_by_role("button", name="Compare").and_(page.locator(":enabled")).wait_for()
+
+
+def routes(page: Page) -> None:
+    page.get_by_role("button", name="Medicine and code").click()
+    page.locator("#reading .tok", has_text="return").first.click()
+    page.locator("#detail .one").wait_for()
+
+
+TABS: dict[str, Callable[[Page], None]] = {
+    "Compare": compare,
+    "Routes": routes,
+    "Teach": lambda page: None,
+    "Monitor": lambda page: None,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a saved MoLoRA")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/demo.png"))
-    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/images"), help="a folder; of demo.png, demo-routes.png, ..."
+    )
+    parser.add_argument("--prompt", action="append", help="of the chat; may be given several times")
     parser.add_argument("--pick", action="append", default=[], metavar="LAYER=ADAPTER", help="e.g. personality=sage")
-    parser.add_argument("--browser", default="/usr/bin/chromium")
+    parser.add_argument("--browser", default=os.environ.get("MOLORA_CHROMIUM", "/usr/bin/chromium"))
     args = parser.parse_args()
-    from molora import MoLoRAModel
-
-    picks = [tuple(pick.split("=", 1)) for pick in args.pick]
-    shoot(MoLoRAModel.from_pretrained(args.folder), args.out, args.prompt or EXAMPLES[-1:], picks, args.browser)
+    args.out.mkdir(parents=True, exist_ok=True)
+    address = serve(build(local(args.folder)), port=free_port(), open_browser=False, block=False)
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=args.browser, args=BROWSER_FLAGS)
+        page = chromium.new_page(viewport={"width": 1320, "height": 860}, device_scale_factor=1.5, color_scheme="light")
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(address)
+        chat(page, args.prompt or EXAMPLES[-1:], [tuple(pick.split("=", 1)) for pick in args.pick])
+        page.evaluate("() => window.scrollTo(0, 0)")
+        page.screenshot(path=args.out / "demo.png")
+        for name, work in TABS.items():
+            page.get_by_role("tab", name=name, exact=True).click()
+            work(page)
+            page.wait_for_timeout(2500)  # the monitor renews itself every two seconds
+            page.screenshot(path=args.out / f"demo-{name.lower()}.png", full_page=True)
+        chromium.close()
 
 
 if __name__ == "__main__":
