@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a saved MoLoRA")
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/images"), help="a folder; of demo.png, demo-routes.png, ..."
+        "--out", type=Path, default=Path("docs/images"), help="the folder of demo.png, demo-routes.png, ..."
     )
     parser.add_argument("--prompt", action="append", help="of the chat; may be given several times")
     parser.add_argument("--pick", action="append", default=[], metavar="LAYER=ADAPTER", help="e.g. personality=sage")
