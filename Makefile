@@ -3,6 +3,7 @@
 # make lint   ruff and mypy only
 # make vllm   the tests of the vLLM plugin, in an environment of their own (3 GB)
 # make federated  the tests of federated training, in an environment of their own
+# make docs   build the pages of docs/ as a site in site/, in an environment of its own
 # make clean  remove the virtual environment and every cache in this folder
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -20,7 +21,7 @@ BROWSER := tests/browser
 NO_BROWSER := ==> NOT RUN: the demo in a browser ($(BROWSER)). Install a Chromium, or name one in MOLORA_CHROMIUM.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint vllm federated clean
+.PHONY: help demo test lint vllm federated docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -58,8 +59,16 @@ federated: .venv-federated/.installed
 	@echo "==> Flower, and torch once more"
 	@tools/federated_env.sh .venv-federated
 
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet $(ARGS)
+	@.venv-docs/bin/python tools/check_site.py site
+
+.venv-docs/.installed: tools/docs_env.sh pyproject.toml
+	@echo "==> mkdocs"
+	@tools/docs_env.sh .venv-docs
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-federated build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-federated .venv-docs site build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch comes first and alone: it is most of the download, and its own bar shows that something happens.
