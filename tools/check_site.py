@@ -1,6 +1,6 @@
 """Whether the built site asks no other host for anything: scripts, styles, fonts and pictures are its own.
 
-    python tools/check_site.py site
+python tools/check_site.py site
 """
 
 import re

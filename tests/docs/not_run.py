@@ -8,6 +8,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora train data --out data",
         "molora train data math",
         "molora train data",
+        "molora train data math code --out data",
         "molora train data many",
         "molora train data math code medicine law ukrainian science reading commonsense puzzles both",
         "molora train data passages science",
@@ -63,6 +64,10 @@ NOT_RUN: dict[str, list[str]] = {
         "python -m benchmarks.peers --out peers.json",
         "python -m benchmarks.kernels --out kernels.csv",
         "python -m benchmarks.kernels --contenders vllm --out vllm.csv",
+        "MOLORA_TEST_DEVICE=cuda python -m pytest tests/kernels tests/parity",
+        "python -m benchmarks.tune --out tiles.json",
+        "python -m benchmarks.forms --out tiles.json",
+        "python -m benchmarks.step --peer",
         "TRITON_INTERPRET=1 python -m benchmarks.peers --device cpu --shape tiny --context 12",
     ],
     "asks a server that runs; tests/serve asks one, and test_routes_that_curl_asks_for_exist holds the addresses": [
@@ -70,6 +75,9 @@ NOT_RUN: dict[str, list[str]] = {
         "molora bench serve --url http://127.0.0.1:8000 --name u{user} --users 20 --rate 8",
         "molora bench serve --url http://127.0.0.1:8001 --name base+user/u{user} --users 20 --rate 8",
         "molora bench serve --url http://127.0.0.1:8000 --name base+user/u{user} --users 20 --rate 8",
+        "curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d "
+        """'{"model": "base+auto", "temperature": 0, "max_tokens": 40, "messages": [{"role": "user", "content": """
+        """"A pen costs 3 coins. What do 7 pens cost?"}]}'""",
         "curl -H 'Authorization: Bearer $KEY' localhost:8000/v1/adapters/user",
         "curl -H 'Authorization: Bearer $KEY' -F f=@adapter_config.json -F f=@adapter_model.safetensors "
         "localhost:8000/v1/adapters/user/ada",
@@ -107,6 +115,8 @@ NOT_RUN: dict[str, list[str]] = {
         "accelerate launch --num_processes 2 -m molora train router --config router.yaml",
         "torchrun --nproc-per-node 2 -m molora train router --config router.yaml",
     ],
+    "runs tests, which run anyway": ["python -m pytest tests/kernels/test_sort.py"],
+    "prints what tests/docs/test_token_costs.py holds": ["python -m tools.token_costs"],
     "writes docs/; tests/docs/test_results.py runs it and compares": ["python -m tools.render_results"],
 }
 LISTED = {text for texts in NOT_RUN.values() for text in texts}

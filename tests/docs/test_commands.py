@@ -5,6 +5,7 @@ and these settings. The models are tiny and random, so what is run is only shown
 """
 
 import argparse
+import ast
 import importlib
 import os
 import re
@@ -31,7 +32,7 @@ from molora.serve.store import AdapterStore
 from molora_training.settings import load_settings
 from tests.docs import workshop
 from tests.docs.not_run import LISTED, NOT_RUN, PYTHON_NOT_RUN
-from tests.docs.shown import ROOT, SHELL, Block, Command, blocks, commands, in_text
+from tests.docs.shown import ROOT, SHELL, Block, Command, blocks, commands, in_text, pages
 
 # What is added to a command so that it takes a second here; the command itself stays as it is.
 LESS: dict[str, list[str]] = {
@@ -163,7 +164,10 @@ MODULES = sorted(IN_BLOCKS | {text for _, text in in_text() if text.startswith("
 @pytest.mark.parametrize("line", MODULES)
 def test_scripts_take_their_arguments(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, *words = line.split()[2:]
-    assert name.split(".")[0] in ("benchmarks", "tools"), line
+    assert name.split(".")[0] in ("benchmarks", "tools", "pytest"), line
+    if name == "pytest":
+        assert all((ROOT / word).exists() for word in words), line
+        return
     if words[-1:] == ["..."]:
         words[-1:] = ["x"] if words[-2].startswith("--out") else []
     if words[-1:] == ["--memories"]:
@@ -326,3 +330,30 @@ def test_the_python_of_a_page_runs(page: str, place: Path) -> None:
 def test_python_that_is_not_run_is_still_shown() -> None:
     every = [block.text for block in blocks("python")]
     assert [start for start in PYTHON_NOT_RUN if sum(text.startswith(start) for text in every) != 1] == []
+
+
+def told_by_the_code() -> list[str]:
+    """Every text of the sources, with … for what is put in."""
+    found = []
+    for folder in ("molora", "kernels", "training", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [str(one.value) if isinstance(one, ast.Constant) else "…" for one in node.values]
+                    found.append("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_messages_that_pages_explain_are_there() -> None:
+    """A table of messages names those of the code, with … for what differs."""
+    told, asked = told_by_the_code(), 0
+    for page in pages():
+        table = page.read_text(encoding="utf-8").partition("| message |")[2].partition("\n\n")[0]
+        for line in table.splitlines()[2:]:
+            for message in re.findall(r"`([^`]+)`", line.split(" | ")[0]):
+                wanted = re.compile(".*".join(map(re.escape, message.rstrip("….").split("…"))), re.S)
+                assert any(wanted.search(text) for text in told), (page.name, message)
+                asked += 1
+    assert asked

@@ -142,7 +142,9 @@ def _texts(folder: Path) -> None:
     (folder / "text.txt").write_text("First some algebra. Then a function.\n")
     (folder / "notes.md").write_text("# Notes\n\nThe lamp is green. It stands in the hall.\n")
     _pdf(folder / "report.pdf", "The lamp is green. It stands in the hall by the door.")
-    shutil.copy(ROOT / "docs" / "results" / "costs.json", folder / "costs.json")
+    for place in (folder, folder / "docs" / "results"):
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "docs" / "results" / "costs.json", place)
 
 
 def _pdf(path: Path, line: str) -> None:
