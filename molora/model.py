@@ -84,7 +84,7 @@ class MoLoRAModel(nn.Module):
 
         Raises:
             AdapterError: an adapter cannot be used. RouterError: the router is for another stack or base.
-            The base is left as it was.
+                The base is left as it was.
         """
         stack = copy.deepcopy(stack) if isinstance(stack, Stack) else Stack.load(stack)
         adapters = {
@@ -352,7 +352,7 @@ class MoLoRAModel(nn.Module):
 
         Raises:
             StackError: there is no such adapter, or the new name is taken or no name. ConfigError, AdapterError: they
-            cannot be merged so. Nothing has changed then.
+                cannot be merged so. Nothing has changed then.
         """
         from molora.compose.merge import merge
 
@@ -385,7 +385,7 @@ class MoLoRAModel(nn.Module):
 
         Raises:
             DocumentError: it cannot be read. HypernetError: the network is none of this base. StackError: the name is
-            taken. Nothing has changed then.
+                taken. Nothing has changed then.
         """
         from molora.personalize.live import internalize
 

@@ -128,7 +128,7 @@ class Versions:
 
         Raises:
             AdapterError: the folder is no adapter. VersionError: it is a router for an adapter's versions, or an
-            adapter for the router's.
+                adapter for the router's.
         """
         if isinstance(source, Router) != (self.layer is None):
             raise VersionError(f"Versions of {self.label} are {'routers' if self.layer is None else 'PEFT folders'}.")

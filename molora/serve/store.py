@@ -195,7 +195,7 @@ class AdapterStore:
 
         Raises:
             AdapterNotFoundError (RouterError of a router): there is none of that name. StoreError: current.json is
-            damaged, or the store cannot be reached.
+                damaged, or the store cannot be reached.
         """
         try:
             return self._shelves.current(layer, name)
