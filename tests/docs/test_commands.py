@@ -62,6 +62,7 @@ SETTINGS = {
     "federate app": "molora_training.federated.settings.FederateSettings",
 }
 UsageError = typer.BadParameter.__mro__[1]  # typer carries a click of its own
+MOLORA: Any = typer.main.get_command(app)
 SHOWN = [(block, command) for block in blocks(*SHELL) for command in commands(block)]
 
 
@@ -79,7 +80,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: it would be refused.
     """
-    command: Any = typer.main.get_command(app)
+    command = MOLORA
     context = command.make_context("molora", list(words))
     path: list[str] = []
     while hasattr(command, "resolve_command"):
@@ -332,12 +333,16 @@ def test_python_that_is_not_run_is_still_shown() -> None:
     assert [start for start in PYTHON_NOT_RUN if sum(text.startswith(start) for text in every) != 1] == []
 
 
+SOURCES = ("molora", "kernels", "training", "benchmarks")
+
+
 def told_by_the_code() -> list[str]:
     """Every text of the sources, with … for what is put in."""
     found = []
-    for folder in ("molora", "kernels", "training", "benchmarks"):
-        for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file in [file for folder in SOURCES for file in (ROOT / folder).rglob("*.py")]:
+        source = file.read_text(encoding="utf-8")
+        if any(word in source for word in ("raise ", "sys.exit(", "Error(")):
+            for node in ast.walk(ast.parse(source)):
                 if isinstance(node, ast.JoinedStr):
                     parts = [str(one.value) if isinstance(one, ast.Constant) else "…" for one in node.values]
                     found.append("".join(parts))

@@ -71,6 +71,7 @@ def build(folder: Path) -> None:
     train_router(
         RouterTrainSettings(folder / "starter", folder / "my-molora", data=folder / "data", router=router, **few)
     )
+    shutil.copytree(folder / "my-molora", folder / "my-molora-2")  # before there are versions
     # Ada's adapter has learnt once, so there is a version to go back to, and something to forget.
     update(UpdateSettings(folder / "my-molora", "user", "ada", folder / "chats_of_may.jsonl", epochs=1))
     keyed = Stack([StackLayer("task", {}, keyed=True)])
