@@ -1,7 +1,7 @@
 """An adapter that learns pairs about one conversation after the other, and is measured on others about them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,8 +97,13 @@ class Learner:
         self.loss = SegmentLoss(base, settings.weights)
         self.pad_id = int(tokenizer.pad_token_id or 0)
 
-    def learn(self, pairs: Sequence[Pair]) -> int:
+    def learn(self, pairs: Sequence[Pair], on_step: Callable[[int, int], None] | None = None) -> int:
         """Some epochs over the pairs of one conversation.
+
+        Args:
+            pairs: of the conversation.
+            on_step: called before each step with the number of finished ones and that of all; an error of it ends the
+                learning.
 
         Returns:
             The number of steps.
@@ -113,6 +118,8 @@ class Learner:
         before = [parameter.detach().clone() for parameter in own]
         optimizer = torch.optim.AdamW(own, settings.learning_rate, weight_decay=0.0)
         for number, (indices,) in enumerate(steps):
+            if on_step is not None:
+                on_step(number, len(steps))
             for group in optimizer.param_groups:
                 group["lr"] = warm_cosine(number, len(steps), _WARMUP, settings.learning_rate)
             with self._mixed():
