@@ -108,6 +108,12 @@ class AdaptedModules:
             self._wrapped(name).set_factors(slot, None, self.base.dtype, writes=writes)
         writes.done()
 
+    def afresh(self) -> None:
+        """Has the next forward compute, to the last bit, as if there had been none before it: modules keep joined what
+        their last steps wanted. By the one who has the turn."""
+        for module in self._modules.values():
+            module.afresh()
+
     def moved(self, adapters: Mapping[int, Adapter]) -> None:
         """The base may be on another kind of device, where other code serves: then adapters (by slot) go there."""
         wrapped = self._modules

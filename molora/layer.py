@@ -126,6 +126,11 @@ class MoLoRALinear(nn.Module):
             device = self.weight.device  # the model may have moved since they were made ready
             self.factors[slot] = Factors(factors.A.to(device), factors.B.to(device))
 
+    def afresh(self) -> None:
+        """Forgets what was joined for the last steps, by which sums are rounded."""
+        if self._joined is not None:  # setting an attribute of a module is slow
+            self._joined = None
+
     def _share(self, slot: int, weights: SharedWeights | None, factors: Factors | None, writes: Writes | None) -> None:
         for path in self.shared:
             path.put(slot, None, None, writes)

@@ -59,9 +59,9 @@ def told_html(told: Told) -> str:
         else f"<strong>Not kept.</strong> {name} is as it was before."
     )
     lines = [
-        f"Asked “did we talk about …?” in new wordings: right about what you did talk about in {_share(told.yes[1])} of "
-        f"cases (before: {_share(told.yes[0])}), about what you did not in {_share(told.no[1])} "
-        f"(before: {_share(told.no[0])})."
+        f"Asked “did we talk about …?” in new wordings, it is right about what you did talk about in "
+        f"{_share(told.yes[1])} of cases (before: {_share(told.yes[0])}), and about what you did not in "
+        f"{_share(told.no[1])} (before: {_share(told.no[0])})."
     ]
     if told.everyday is not None:
         how = f"{abs(told.everyday):.0%} {'worse' if told.everyday > 0 else 'better'}"
@@ -89,7 +89,8 @@ def table_html(lessons: Sequence[Lesson], used: int, limits: Limits) -> str:
         return EMPTY
     head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in _COLUMNS)
     rows = "".join(_row(lesson) for lesson in lessons)
-    foot = f"{len(lessons)} of {limits.adapters} adapters; {used / 2**20:.1f} of {limits.size >> 20} MiB with earlier versions."
+    room = f"{used / 2**20:.1f} of {limits.size >> 20} MiB"
+    foot = f"{len(lessons)} of {limits.adapters} adapters; {room}, with their earlier versions."
     return (
         '<table role="table"><caption class="hidden">What this browser has taught</caption>'
         f'<thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{rows}</tbody></table>'

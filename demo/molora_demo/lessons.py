@@ -37,7 +37,7 @@ class Limits:
     adapters: int = 16
     size: int = 64 * 2**20
     live: int = 64
-    epochs: int = 6
+    epochs: int = 14
     lost: float = 0.25
 
 
@@ -78,7 +78,9 @@ class Lessons:
         Raises:
             MoLoRAError: it names what is not there for this browser, or something of its own is damaged.
         """
-        return self.allowed(selection, self._own(key))
+        found = self.allowed(selection, self._own(key))
+        self.private.afresh()
+        return found
 
     def choices(self, key: object, layer: StackLayer) -> list[tuple[str, str]]:
         """(title, name) of what this browser may select in a layer: what is public, then its own."""

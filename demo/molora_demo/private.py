@@ -4,16 +4,18 @@ An adapter of a routed layer gets a row of the router. It is fitted beside the p
 and may act only where a selection names it; which ones a selection may name is :mod:`molora_demo.lessons`' to say.
 """
 
-import copy
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from molora.adapter import WEIGHTS_FILE
 from molora.errors import MoLoRAError
@@ -37,6 +39,7 @@ class Private:
         self.model, self.most = model, most
         self._there: OrderedDict[str, tuple[Path, int, int]] = OrderedDict()  # label -> the version, by its folder
         self._labels: set[str] = set()  # of all that ever were: who reads it while one leaves must not see it as public
+        self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
         self._print: tuple[Any, list[str], str] | None = None
 
     def __len__(self) -> int:
@@ -77,6 +80,14 @@ class Private:
             self._there[label] = stamp
             self._there.move_to_end(label)
             self._put_row(label, self._read_row(row_file(folder)))
+            self._watch()
+
+    def afresh(self) -> None:
+        """Has the next answer come out, to the last bit, as if nobody had asked anything before."""
+        adapted = getattr(self.model, "adapted", None)  # a stand-in of the tests has none
+        if adapted is not None:
+            with self.model.routing.lock:
+                adapted.afresh()
 
     def drop(self, layer: str, name: str) -> None:
         """Takes it out of the model, if it is there."""
@@ -98,13 +109,16 @@ class Private:
             router = self.model.router
             if not isinstance(router, Router) or label not in router.rows:
                 return
+            self.afresh()
             encoded = encode_examples(self.model, examples, False)
             choices = self._choices(own)
             tensors: dict[str, torch.Tensor] = {}
             for index in range(len(router.parts)):  # what a deeper part reads depends on what the first one chooses
                 q = self._features(encoded, index, choices)
                 view = self._without(router, self._labels - set(own))
-                view.set_row(label, index, q)
+                with torch.random.fork_rng():  # samples are drawn
+                    torch.manual_seed(index)
+                    view.set_row(label, index, q)
                 part, place = view.parts[index], view.rows.index(label)
                 found: Any = part
                 tensors |= {
@@ -118,6 +132,23 @@ class Private:
             draft = file.with_name(f".partial-{file.name}")
             save_file({one: tensor.cpu().contiguous() for one, tensor in tensors.items()}, draft, metadata=about)
             draft.replace(file)
+
+    def _watch(self) -> None:
+        """Has the router compute the rows that are everybody's apart, which otherwise are rounded otherwise."""
+        if isinstance(self.model.router, Router):
+            for part in self.model.router.parts:
+                if part not in self._watched:
+                    self._watched.add(part)
+                    part.register_forward_hook(partial(self._steady, weakref.ref(self.model.router)))
+
+    def _steady(self, router: Any, part: Any, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
+        rows = router().rows
+        places = [place for place, row in enumerate(rows) if row not in self._labels]
+        if len(places) == len(rows):
+            return None
+        found = logits.clone()
+        found[..., places] = F.linear(args[0], part.output.weight[places], part.output.bias[places])
+        return found
 
     def _choices(self, own: Collection[str]) -> dict[str, list[str] | None]:
         """What its owner's router may choose."""
@@ -185,7 +216,8 @@ class Private:
 
     def _without(self, router: Router, labels: Collection[str]) -> Router:
         """A copy that has no row of any of these."""
-        view = copy.deepcopy(router)
+        view = Router(router.config, router.rows, router.hidden_size).to(next(router.parameters()).device).eval()
+        view.load_state_dict(router.state_dict())
         for row in labels:
             if row in view.rows:
                 view.remove_row(row)

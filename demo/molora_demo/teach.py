@@ -9,7 +9,7 @@ from molora.stack import AUTO
 from molora_demo.lesson_words import WHAT, closed_html, note_html
 from molora_demo.lessons import Lessons
 from molora_demo.render import escape
-from molora_demo.teach_handlers import Handlers
+from molora_demo.teach_handlers import EVERYTHING, Handlers
 
 MY_CHATS = "My chats"
 WAITING = "Waiting for its turn …"
@@ -51,12 +51,13 @@ def build(lessons: Lessons, key: Any, turns: gr.State) -> gr.State:
     with gr.Row(elem_classes="teach-tools", equal_height=True):
         picked = gr.Dropdown([], label="Which one", interactive=False, min_width=220, scale=2)
         back = gr.Button("Roll back", interactive=False, min_width=110, scale=1)
-        forget = gr.Button("Forget", variant="stop", interactive=False, min_width=110, scale=1)
+        forget = gr.Button("Forget", interactive=False, min_width=110, scale=1)
         everything = gr.Button("Forget everything", interactive=False, min_width=150, scale=1)
+    meant = gr.State("")  # what is to be forgotten: a label, or everything
     with gr.Row(elem_classes="teach-sure", visible=False) as sure:
-        gr.HTML("<p>This deletes the files of all that you have taught, for good.</p>")
-        yes = gr.Button("Yes, forget everything", variant="stop", min_width=180)
-        no = gr.Button("Keep it", min_width=110)
+        question = gr.HTML("")
+        yes = gr.Button("Yes, delete it", variant="stop", min_width=140, scale=0)
+        no = gr.Button("Keep it", min_width=110, scale=0)
 
     _connect_chat(handlers, chat, [key, chat[0], turns, changed], news, changed)
     # In the chat's queue stands what the live base has to read for; what only checks and writes files has its own.
@@ -68,14 +69,15 @@ def build(lessons: Lessons, key: Any, turns: gr.State) -> gr.State:
         (described[-1], handlers.describe, described[:-1], [], apart),
         (history[-1], handlers.history, history[:-1], [history[1]], turn),
         (back, handlers.rollback, [picked], [], apart),
-        (forget, handlers.forget, [picked], [], turn),
+        (yes, handlers.forget, [meant], [], turn),
     ):
-        button.click(lambda: note_html(WAITING), None, news, queue=False, **_QUIET)
-        places = [news, changed, *outputs]
-        button.click(act, [key, *inputs, changed], places, show_progress="minimal", show_progress_on=[news], **how)
-    for button, shown in ((everything, True), (no, False), (yes, False)):
-        button.click(lambda shown=shown: gr.update(visible=shown), None, sure, queue=False, **_QUIET)
-    yes.click(handlers.forget_all, [key, changed], [news, changed], show_progress="hidden", **turn)
+        waiting = button.click(lambda: note_html(WAITING), None, news, queue=False, **_QUIET)
+        waiting.then(act, [key, *inputs, changed], [news, changed, *outputs], show_progress="hidden", **how)
+    asked: list[Any] = [sure, question, meant]
+    forget.click(handlers.sure, [key, picked], asked, queue=False, **_QUIET)
+    everything.click(lambda: handlers.sure("", EVERYTHING), None, asked, queue=False, **_QUIET)
+    for button in (yes, no):
+        button.click(lambda: gr.update(visible=False), None, sure, queue=False, **_QUIET)
     # When the page opens, when the key comes, and when something has changed.
     page: Any = Context.root_block
     gr.on(
@@ -99,8 +101,8 @@ def _connect_chat(handlers: Handlers, chat: list[Any], inputs: list[Any], news: 
     def idle() -> tuple[Any, Any]:
         return gr.update(interactive=True), gr.update(interactive=False)
 
-    start.click(busy, None, [start, stop, news], queue=False, **_QUIET)
-    learning = start.click(
+    waiting = start.click(busy, None, [start, stop, news], queue=False, **_QUIET)
+    learning = waiting.then(
         handlers.remember, inputs, [news, changed], concurrency_id="teach", concurrency_limit=1,
         show_progress="hidden", api_visibility="undocumented", api_name="remember",
     )  # fmt: skip

@@ -20,6 +20,7 @@ from molora_demo.session import Running
 
 BROKEN = "That did not work, and nothing was changed."
 STOPPED = "Stopped. Nothing was learnt."
+EVERYTHING = "everything"
 REFRESH_S = 0.5
 _log = logging.getLogger(__name__)
 
@@ -97,17 +98,21 @@ class Handlers:
 
         return self._once(back, changed)
 
-    def forget(self, key: str, picked: str | None, changed: int) -> tuple[str, int]:
+    def sure(self, key: str, picked: str | None) -> tuple[Any, str, str]:
+        """Asks before something is deleted: (the row with the answers, the question, what is meant)."""
+        text = "Delete the files of all that you have taught, for good?"
+        if picked != EVERYTHING:
+            names = {f"{one.layer}/{one.name}": one.title for one in self.lessons.table(key)}
+            text = f"Delete “{names.get(str(picked), 'it')}” with all its versions, for good?"
+        return gr.update(visible=True), note_html(text), picked or ""
+
+    def forget(self, key: str, meant: str, changed: int) -> tuple[str, int]:
         def away() -> str:
-            lesson = self.lessons.forget(key, *_label(picked))
+            if meant == EVERYTHING:
+                self.lessons.forget_all(key)
+                return note_html("All that this browser taught is forgotten: the files are deleted.")
+            lesson = self.lessons.forget(key, *_label(meant))
             return note_html(f"“{lesson.title}” is forgotten: its files are deleted.")
-
-        return self._once(away, changed)
-
-    def forget_all(self, key: str, changed: int) -> tuple[str, int]:
-        def away() -> str:
-            self.lessons.forget_all(key)
-            return note_html("All that this browser taught is forgotten: the files are deleted.")
 
         return self._once(away, changed)
 
