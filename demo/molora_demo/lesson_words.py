@@ -33,7 +33,7 @@ def closed_html(why: str) -> str:
 
 def note_html(text: str, kind: str = "") -> str:
     """A sentence in the place for news."""
-    return f'<p class="{escape(kind)}">{escape(text)}</p>' if text else ""
+    return f'<p class="{escape(kind)}" role="status">{escape(text)}</p>' if text else ""
 
 
 def progress_html(title: str, done: int, of: int, elapsed_s: float) -> str:
@@ -70,15 +70,15 @@ def told_html(told: Told) -> str:
         lines.append(f"Why not: {escape(told.why)}.")
     foot = f"Version {told.version}, {told.size / 1024:,.0f} KiB, {_time(told.seconds)}."
     items = "".join(f"<li>{line}</li>" for line in lines)
-    return f'<p>{head}</p><ul>{items}</ul><p class="small">{foot}</p>'
+    return f'<p role="status">{head}</p><ul>{items}</ul><p class="small">{foot}</p>'
 
 
 def kept_html(lesson: Lesson) -> str:
     """A way that ended well."""
     found = " The router may choose it by itself." if lesson.row.is_file() else ""
     return (
-        f"<p><strong>Done.</strong> “{escape(lesson.title)}” serves in the layer {escape(lesson.layer)}: choose it for "
-        f"your answers in the Chat tab.{found}</p>"
+        f'<p role="status"><strong>Done.</strong> “{escape(lesson.title)}” serves in the layer {escape(lesson.layer)}: '
+        f"choose it for your answers in the Chat tab.{found}</p>"
         f'<p class="small">Version {lesson.version}, {lesson.size / 1024:,.0f} KiB.</p>'
     )
 

@@ -38,26 +38,27 @@ def build(lessons: Lessons, key: Any, turns: gr.State) -> gr.State:
     with gr.Accordion("What am I looking at?", open=False, elem_classes="teach-what"):
         gr.HTML(WHAT)
     with gr.Row(elem_classes="teach-ways", equal_height=False):
-        with gr.Column(min_width=300), gr.Group(elem_classes="teach-card"):
-            chat = _chat(lessons)
-        with gr.Column(min_width=300):
+        with gr.Column(scale=3, min_width=320):
+            with gr.Column(elem_classes="teach-card"):
+                chat = _chat(lessons)
+            news = gr.HTML("", elem_id="teach-news")
+            gr.HTML("<h2>What you have taught</h2>", elem_classes="teach-head")
+            table = gr.HTML("", elem_classes="teach-table")
+            picked = gr.Dropdown([], label="Which one", interactive=False)
+            with gr.Row(elem_classes="teach-tools"):
+                back = gr.Button("Roll back", interactive=False, min_width=110)
+                forget = gr.Button("Forget", interactive=False, min_width=110)
+                everything = gr.Button("Forget everything", interactive=False, min_width=170)
+            meant = gr.State("")  # what is to be forgotten: a label, or everything
+            with gr.Row(elem_classes="teach-sure", visible=False) as sure:
+                question = gr.HTML("")
+                yes = gr.Button("Yes, delete it", variant="stop", min_width=160, scale=0)
+                no = gr.Button("Keep it", min_width=110, scale=0)
+        with gr.Column(scale=2, min_width=300):
             uploads = _upload(lessons, layers)
             document = _document(lessons, layers)
             described = _description(lessons, layers)
             history = _history(lessons)
-    news = gr.HTML("", elem_classes="teach-news", elem_id="teach-news")
-    gr.HTML("<h2>What you have taught</h2>", elem_classes="teach-head")
-    table = gr.HTML("", elem_classes="teach-table")
-    with gr.Row(elem_classes="teach-tools", equal_height=True):
-        picked = gr.Dropdown([], label="Which one", interactive=False, min_width=220, scale=2)
-        back = gr.Button("Roll back", interactive=False, min_width=110, scale=1)
-        forget = gr.Button("Forget", interactive=False, min_width=110, scale=1)
-        everything = gr.Button("Forget everything", interactive=False, min_width=150, scale=1)
-    meant = gr.State("")  # what is to be forgotten: a label, or everything
-    with gr.Row(elem_classes="teach-sure", visible=False) as sure:
-        question = gr.HTML("")
-        yes = gr.Button("Yes, delete it", variant="stop", min_width=140, scale=0)
-        no = gr.Button("Keep it", min_width=110, scale=0)
 
     _connect_chat(handlers, chat, [key, chat[0], turns, changed], news, changed)
     # In the chat's queue stands what the live base has to read for; what only checks and writes files has its own.
@@ -144,10 +145,10 @@ def _document(lessons: Lessons, layers: list[str]) -> list[Any]:
         on = _open(lessons, "document", "Text, Markdown, HTML or PDF; it is read once and then deleted here.")
         file = gr.File(
             label="Document", file_types=[".txt", ".md", ".markdown", ".html", ".htm", ".pdf"], height=120,
-            interactive=on,
+            visible=on,
         )  # fmt: skip
         routed = [one.name for one in lessons.model.stack.layers if one.default == AUTO] or layers
-        layer = gr.Dropdown(layers, value=routed[0], label="Layer", interactive=on)
+        layer = gr.Dropdown(layers, value=routed[0], label="Layer", visible=on)
         return [layer, _name("My document", on), file, gr.Button("Read it", interactive=on)]
 
 
@@ -155,9 +156,9 @@ def _description(lessons: Lessons, layers: list[str]) -> list[Any]:
     """[layer, title, text, go]"""
     with gr.Accordion("Describe a personality", open=False):
         on = _open(lessons, "description", "Say in a sentence what it should be like.")
-        text = gr.Textbox(label="Description", placeholder="answers like a pirate", interactive=on, max_length=500)
+        text = gr.Textbox(label="Description", placeholder="answers like a pirate", visible=on, max_length=500)
         first = "personality" if "personality" in layers else layers[0]
-        layer = gr.Dropdown(layers, value=first, label="Layer", interactive=on)
+        layer = gr.Dropdown(layers, value=first, label="Layer", visible=on)
         return [layer, _name("My personality", on), text, gr.Button("Make it", interactive=on)]
 
 
@@ -173,11 +174,11 @@ def _history(lessons: Lessons) -> list[Any]:
             if why := lessons.unready(way):
                 gr.HTML(closed_html(why))
         on = bool(open_ways)
-        file = gr.File(label="History", file_types=[".jsonl", ".json"], height=120, interactive=on)
+        file = gr.File(label="History", file_types=[".jsonl", ".json"], height=120, visible=on)
         choice = gr.Radio(
-            open_ways or list(WAYS.items()), value=open_ways[0][1] if on else None, label="How", interactive=on
+            open_ways or list(WAYS.items()), value=open_ways[0][1] if on else None, label="How", visible=on
         )
-        title = gr.Textbox(label="Whose", info="The user's name, as the file has it.", max_length=40, interactive=on)
+        title = gr.Textbox(label="Whose", info="The user's name, as the file has it.", max_length=40, visible=on)
         return [title, file, choice, gr.Button("Make it", interactive=on)]
 
 
@@ -188,5 +189,5 @@ def _open(lessons: Lessons, way: str, about: str) -> bool:
     return not why
 
 
-def _name(value: str, interactive: bool = True) -> gr.Textbox:
-    return gr.Textbox(value, label="Name", max_length=40, interactive=interactive)
+def _name(value: str, visible: bool = True) -> gr.Textbox:
+    return gr.Textbox(value, label="Name", max_length=40, visible=visible)

@@ -140,7 +140,10 @@ class Handlers:
             return _refused(error), changed
         finally:
             _remove(files)
-        return made if isinstance(made, str) else kept_html(made), changed + 1
+        if isinstance(made, Lesson):
+            gr.Info(escape(f"“{made.title}” is ready."))
+            return kept_html(made), changed + 1
+        return made, changed + 1
 
 
 def _last(news: "queue.SimpleQueue[Any]") -> Any:
