@@ -63,6 +63,12 @@ class FakeLessons:
             raise self.error
         return lesson(title=title, layer=layer)
 
+    def rollback(self, key: str, layer: str, name: str) -> Lesson:
+        return lesson(layer=layer, name=name, version=1)
+
+    def forget(self, key: str, layer: str, name: str) -> Lesson:
+        return lesson(layer=layer, name=name)
+
     def table(self, key: str) -> list[Lesson]:
         if self.error:
             raise self.error
@@ -126,6 +132,10 @@ def test_errors_are_sentences(fake: FakeLessons, warned: list[str], caplog: pyte
     assert "That did not work" in page and "secret" not in page + warned[-1] + caplog.text and "KeyError" in caplog.text
     for answer in (handlers.rollback(KEY, None, 1), handlers.forget(KEY, "", 1)):
         assert answer[1] == 1 and "Choose first" in answer[0]
+    page, changed = handlers.rollback(KEY, "user/me-0", 1)
+    assert "back at version 1" in page and changed == 2
+    page, changed = handlers.forget(KEY, "user/me-0", 1)
+    assert "is forgotten" in page and changed == 2
 
 
 def test_uploads_are_read_and_gone(fake: FakeLessons, warned: list[str], tmp_path: Path) -> None:
@@ -193,7 +203,7 @@ def test_an_upload_over_the_page(served: tuple[str, Lessons, Path]) -> None:
     assert "<strong>Done.</strong>" in page and [one.title for one in lessons.table(KEY)] == ["Mine"]
     page = client.predict(KEY, "domain", "Other", files[:1], api_name="/bring")[0]
     assert "Give the two files" in page and len(lessons.table(KEY)) == 1
-    page = client.predict(KEY, "Me", api_name="/remember")[0]
+    page = client.predict(KEY, "Me", api_name="/remember")
     assert "nothing to remember" in page
     assert lessons.choices("o" * 32, lessons.model.stack["domain"]) == [("math", "math"), ("code", "code")]
 
