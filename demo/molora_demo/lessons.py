@@ -4,6 +4,7 @@ A browser is known by its key, a secret that it alone has. What it teaches lies 
 the model when it asks; the saved folder of the model is never written to.
 """
 
+import secrets
 import shutil
 import tempfile
 import threading
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molora.atomic import write_text
 from molora.base import cache_dir
-from molora.checks import linear_sizes
 from molora.errors import MoLoRAError
 from molora.factors import Factors, write_factors
 from molora.selection import Choice
@@ -22,9 +23,10 @@ from molora.stack import StackLayer
 from molora_demo import ways
 from molora_demo.allowed import Allowed
 from molora_demo.private import Private
-from molora_demo.remember import SCRATCH, Said, Told, learn_chat, missing
+from molora_demo.remember import SCRATCH, Said, Told, learn_chat, missing, room_for
 from molora_demo.shelf import Lesson, Shelf, checked_title, usable
 
+SECRET = "secret"
 OLD_S = 6 * 3600  # after which a folder of a learning has nobody any more
 NO_KEY = "This page has no key of its own yet: reload it, and allow it to keep local data."
 
@@ -37,7 +39,7 @@ class Limits:
     adapters: int = 16
     size: int = 64 * 2**20
     live: int = 64
-    epochs: int = 14
+    epochs: int = 7
     lost: float = 0.25
 
 
@@ -68,6 +70,16 @@ class Lessons:
         for left in self.home.glob(f"{SCRATCH}*"):
             if left.is_dir() and time.time() - left.stat().st_mtime > OLD_S:
                 shutil.rmtree(left, ignore_errors=True)
+
+    def secret(self) -> str:
+        """What a `gr.BrowserState` is to be encrypted with: the same after a restart, or browsers lose their keys."""
+        file = self.home / SECRET
+        with self._writing:
+            if not file.is_file():
+                self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_text(file, secrets.token_hex(16))
+                file.chmod(0o600)
+            return file.read_text(encoding="utf-8")
 
     # What may act.
 
@@ -131,7 +143,7 @@ class Lessons:
         self._open("chat")
         shelf, title, layer = self._shelf(key), checked_title(title), self.shared_layer()
         assert layer is not None
-        self._room(shelf, layer.name, title, self._learnt_bytes(shelf, layer.name, title))
+        self._room(shelf, layer.name, title, room_for(self.model.base, shelf, layer.name, title))
         with self._writing:
             self._idle(shelf)
             self._learning.add(shelf.folder)
@@ -282,16 +294,6 @@ class Lessons:
                 f"There is no room: {shelf.used / 2**20:.1f} of {self.limits.size / 2**20:.0f} MiB are used, and this "
                 f"needs {more / 2**20:.1f}. Forget something first."
             )
-
-    def _learnt_bytes(self, shelf: Shelf, layer: str, title: str) -> int:
-        """About what a new version of a chat's adapter takes, and its empty first version where it is new."""
-        from molora_training.plum.learner import Learning
-
-        head = self.model.base.get_output_embeddings()
-        heads = {name for name, module in self.model.base.named_modules() if module is head}
-        sizes = [size for name, size in linear_sizes(self.model.base).items() if name not in heads]
-        new = not shelf.folder.is_dir() or shelf.versions(layer, shelf.name_of(layer, title)).root() is None
-        return Learning().rank * sum(map(sum, sizes)) * (6 if new else 2)
 
 
 __all__ = ["Lesson", "Lessons", "Limits", "Told"]

@@ -119,8 +119,8 @@ class Handlers:
     def refresh(self, key: str, picked: str | None) -> tuple[Any, ...]:
         """(table, what can be picked, roll back, forget, forget all)."""
         try:
-            lessons = self.lessons.table(key)
-            page, damaged = table_html(lessons, self.lessons.used(key), self.lessons.limits), False
+            lessons, used = self.lessons.table(key), self.lessons.used(key)
+            page, damaged = table_html(lessons, used, self.lessons.limits), used > 0 and not lessons
         except MoLoRAError:
             lessons, damaged = [], True
             page = note_html("Your folder is damaged. Forget everything, and teach it again.", "closed")

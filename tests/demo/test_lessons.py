@@ -32,7 +32,7 @@ from tests.unit.test_profile_command import encode, write_history
 ADA, BEN = "a" * 32, "b" * 32
 CHAT = [SimpleNamespace(prompt="Is the zither loud?", answer="A zither is quiet.")]
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
-LIMITS = Limits(epochs=10, lost=1e9)
+LIMITS = Limits(epochs=3, lost=1e9)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +255,11 @@ class TestKeeping:
             with pytest.raises(MoLoRAError, match="name of 1 to 40"):
                 lessons.bring(ADA, "user", title, files)
         assert left_of(lessons.home) == []
+
+    def test_the_secret_of_all_keys_stays(self, lessons: Lessons) -> None:
+        secret = lessons.secret()
+        assert len(secret) == 32 and Lessons(lessons.model, lessons.home).secret() == secret
+        assert (lessons.home / "secret").stat().st_mode & 0o777 == 0o600
 
     def test_a_stand_in_needs_no_weights(self, tmp_path: Path) -> None:
         fake = FakeModel()
