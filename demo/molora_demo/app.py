@@ -1,14 +1,17 @@
 """The demo's page: its tabs, its look, and the server behind it."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 import molora_demo
 from molora.errors import MoLoRAError
-from molora_demo import chat, compare, monitor, routes
+from molora_demo import chat, compare, controls, monitor, routes, teach
+from molora_demo.controls import Controls
+from molora_demo.lessons import Lessons
 from molora_demo.page import QUIET, Page
 from molora_demo.render import Palette
 from molora_demo.source import LocalSource, Source
@@ -19,26 +22,58 @@ TAGLINE = "One frozen model, many small adapters, and a router that decides for 
 STORED = "molora"  # what the browser's storage is marked with: it is read again after a restart, so it is no secret
 
 
-def build(source: Source) -> gr.Blocks:
-    """The page over ``source``. Start it with `serve`, which brings its style."""
-    page = Page(source, Palette(source.layers))
+def build(source: Source, lessons: Lessons | None = None) -> gr.Blocks:
+    """The page over ``source``. Start it with `serve`, which brings its style.
+
+    Args:
+        lessons: what browsers teach the source's model; None: nothing can be taught.
+    """
+    page = Page(source, Palette(source.layers), lessons)
+    secret = lessons.secret() if lessons is not None else STORED
     with gr.Blocks(title="MoLoRA", analytics_enabled=False, fill_width=True) as blocks:
-        key = gr.BrowserState("", storage_key=f"{STORED}-key", secret=STORED)
-        kept = gr.BrowserState([], storage_key=f"{STORED}-chats", secret=STORED)
+        key = gr.BrowserState("", storage_key=f"{STORED}-key", secret=secret)
+        kept = gr.BrowserState([], storage_key=f"{STORED}-chats", secret=secret)
         gr.HTML(f"<header><h1>MoLoRA</h1><p>{TAGLINE}</p></header>", elem_id="heading")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat"):
                 talk = chat.build(page, key, kept)
             with gr.Tab("Compare"):
-                compare.build(page, key)
+                named = compare.build(page, key)
             if source.model is not None:
                 with gr.Tab("Routes"):
                     routes.build(source.model, page.palette, key, page.visible)
+            if lessons is not None:
+                with gr.Tab("Teach"):
+                    changed = teach.build(lessons, key, talk.turns)
             with gr.Tab("Monitor"):
                 monitor.build(page)
+        if lessons is not None:
+            offers = [*talk.controls.names, *named]
+            gr.on(
+                [blocks.load, key.change, changed.change],
+                lambda key, *picked: _offers(page, talk.controls, key, picked),
+                [key, *offers],
+                offers,
+                queue=False,
+                **QUIET,
+            )
         blocks.load(_known, key, key, **QUIET)
         blocks.load(talk.open, kept, talk.opened, **QUIET)
     return blocks
+
+
+def _offers(page: Page, picked: Controls, key: str, values: Sequence[Any]) -> list[Any]:
+    """What the controls of the chat, and the two of the comparison, offer this browser by now."""
+    count = len(picked.layers)
+    adapters = [page.choices(key, layer) for layer in picked.layers]
+    speaking = page.choices(key, page.palette.speaking)
+    there = {meant for _, meant in speaking}
+    one, merged = values[count:]
+    return [
+        *controls.refreshed(picked, adapters, values[:count]),
+        gr.update(choices=speaking, value=one if one in there else next(iter(there), None)),
+        gr.update(choices=speaking, value=[name for name in merged or [] if name in there]),
+    ]
 
 
 def _known(key: str) -> str:
@@ -88,13 +123,22 @@ def serve(
     return address
 
 
-def launch(source: Source, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = True) -> None:
-    """Serves the demo of ``source`` until interrupted.
+def launch(
+    source: Source,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    open_browser: bool = True,
+    networks: Mapping[str, Path] | None = None,
+) -> None:
+    """Serves the demo of ``source`` until interrupted; a model of this process can be taught.
+
+    Args:
+        networks: what makes adapters at once, as of :class:`~molora_demo.lessons.Lessons`.
 
     Raises:
         MoLoRAError: the port is taken.
     """
-    page = build(source)
+    page = build(source, Lessons(source.model, networks=networks) if source.model is not None else None)
     print(f"MoLoRA demo on http://{host}:{port}. Stop it with Ctrl+C.", flush=True)
     serve(page, host, port, open_browser)
 

@@ -1,6 +1,6 @@
 """One control for each layer of the stack: which adapters may act, and how strongly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,10 @@ def is_decided(layer: StackLayer, has_router: bool) -> bool:
     return layer.default == AUTO and (has_router or layer.keyed)
 
 
-def names_of(layer: StackLayer, has_router: bool, own: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
-    """(shown, meant) of everything that a layer's control offers.
-
-    Args:
-        own: of this browser alone.
-    """
+def offered(layer: StackLayer, has_router: bool, adapters: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(shown, meant) of everything in a layer's control; ``adapters``: what this browser may name."""
     auto = [("auto", AUTO)] if is_decided(layer, has_router) else []
-    return [*auto, ("none", NONE), *((name, name) for name in layer.adapters), *own]
+    return [*auto, ("none", NONE), *adapters]
 
 
 @dataclass(frozen=True)
@@ -93,18 +89,17 @@ def title(layer: StackLayer) -> str:
     return layer.name.replace("_", " ").capitalize()
 
 
-def refreshed(controls: Controls, own: Mapping[str, Sequence[tuple[str, str]]], values: Sequence[Any]) -> list[Any]:
+def refreshed(controls: Controls, adapters: Sequence[Sequence[tuple[str, str]]], picked: Sequence[Any]) -> list[Any]:
     """Updates of ``controls.names`` with what there is now; a pick that has gone is taken back.
 
     Args:
-        own: by layer, what this browser alone has.
-        values: what is picked.
+        adapters: (shown, meant) of what this browser may name, by layer. picked: the controls' values.
     """
     updates = []
-    for layer, value in zip(controls.layers, values, strict=True):
-        offered = names_of(layer, controls.has_router, own.get(layer.name, ()))
-        there = {meant for _, meant in offered}
-        updates.append(gr.update(choices=offered, value=settle([name for name in value if name in there])))
+    for layer, own, value in zip(controls.layers, adapters, picked, strict=True):
+        choices = offered(layer, controls.has_router, own)
+        there = {meant for _, meant in choices}
+        updates.append(gr.update(choices=choices, value=settle([name for name in value if name in there])))
     return updates
 
 
@@ -116,8 +111,14 @@ def _names(layer: StackLayer, has_router: bool) -> gr.Dropdown:
     else:
         value = layer.default if layer.default in layer.adapters else NONE
         info = "Several names: all of them act at once."
+    names = [(name, name) for name in layer.adapters]
     control = gr.Dropdown(
-        names_of(layer, has_router), value=[value], multiselect=True, label=title(layer), info=info, filterable=True
+        offered(layer, has_router, names),
+        value=[value],
+        multiselect=True,
+        label=title(layer),
+        info=info,
+        filterable=True,
     )
     control.input(settle, control, control, queue=False, show_progress="hidden", api_visibility="private")
     return control

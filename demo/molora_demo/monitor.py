@@ -51,7 +51,8 @@ def monitor_html(page: Page, now: Numbers) -> str:
     ]
     if now.counts:
         parts.append(table_html("Since the start", [(name, f"{count:,.0f}") for name, count in now.counts.items()]))
-    parts += [balance_html(layer, tally.spoken[layer.name], page.palette) for layer in page.palette.layers]
+    for layer in page.palette.layers:
+        parts.append(balance_html(layer.name, page.public(layer), tally.spoken[layer.name], page.palette))
     return f'<div class="figures">{"".join(parts)}</div>'
 
 

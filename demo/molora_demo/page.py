@@ -1,7 +1,7 @@
 """What every tab works with. Nothing in it is one browser's."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,8 @@ import gradio as gr
 
 from molora.errors import MoLoRAError
 from molora.selection import Choice
+from molora.stack import StackLayer
+from molora_demo.lessons import Lessons
 from molora_demo.render import Palette, Token, escape
 from molora_demo.session import Answer, Running, Tally, answer
 from molora_demo.source import Settings, Source, Turn
@@ -22,17 +24,35 @@ class Page:
     Args:
         source: answers.
         palette: which colour each adapter has.
-        visible: (a browser's key, a selection) -> the selection without what others taught. See ``lessons``.
+        lessons: what browsers have taught; None: nothing can be taught here.
     """
 
     source: Source
     palette: Palette
-    visible: Callable[[str, dict[str, Choice]], dict[str, Choice]] = lambda key, selection: selection
+    lessons: Lessons | None = None
     running: Running = field(default_factory=Running)
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tally", Tally(self.palette))
+        object.__setattr__(self, "tally", Tally(self.palette, self.public))
+
+    def visible(self, key: str, selection: dict[str, Choice]) -> dict[str, Choice]:
+        """``selection`` without what other browsers taught.
+
+        Raises:
+            MoLoRAError: it names such a thing, or something of the browser's own is damaged.
+        """
+        return self.lessons.visible(key, selection) if self.lessons is not None else selection
+
+    def choices(self, key: str, layer: StackLayer) -> list[tuple[str, str]]:
+        """(shown, meant) of the adapters that the browser may name."""
+        if self.lessons is not None:
+            return self.lessons.choices(key, layer)
+        return [(name, name) for name in self.public(layer)]
+
+    def public(self, layer: StackLayer) -> list[str]:
+        """The adapters that are everybody's."""
+        return self.lessons.private.public(layer) if self.lessons is not None else list(layer.adapters)
 
     @property
     def generate(self) -> dict[str, Any]:
@@ -57,9 +77,11 @@ class Page:
         def ask() -> Iterator[Token]:
             return self.source.ask(turns, prompt, self.visible(key, selection), settings)
 
+        titles = self.lessons.titles(key) if self.lessons is not None else {}
+
         self._bring_in()
         grown = None
-        for grown in answer(ask, stop):
+        for grown in answer(ask, stop, titles):
             yield grown
         if grown is not None and grown.tokens:
             self.tally.add(grown.tokens, grown.stats)

@@ -220,20 +220,20 @@ def table_html(title: str, rows: Sequence[tuple[str, str]]) -> str:
     return f"<section><h2>{escape(title)}</h2><table>{body}</table></section>"
 
 
-def balance_html(layer: StackLayer, spoken: Mapping[str | None, int], palette: Palette) -> str:
-    """How many of all tokens each adapter of a layer spoke, as bars."""
+def balance_html(layer: str, adapters: Sequence[str], spoken: Mapping[str | None, int], palette: Palette) -> str:
+    """How many of all tokens each of a layer's adapters spoke, as bars; after them whoever else did, and none."""
     total = sum(spoken.values())
-    names: list[str | None] = [*layer.adapters, *(name for name in spoken if name not in layer.adapters and name), None]
+    names: list[str | None] = [*adapters, *(name for name in spoken if name and name not in adapters), None]
     rows = []
     for name in names:
         part = spoken.get(name, 0) / total if total else 0.0
-        mark = palette.css_class(layer.name, name) if name in layer.adapters else ""
+        mark = palette.css_class(layer, name) if name in adapters else ""
         fill = f'<i class="{mark}" style="width:{part:.1%}"></i>'
         rows.append(
             f'<tr><th scope="row">{_swatch(mark)}{escape(name or "none")}</th>'
             f'<td class="meter" aria-hidden="true">{fill}</td><td>{part:.0%}</td></tr>'
         )
-    title = f"Who speaks: {layer.name}"
+    title = f"Who speaks: {layer}"
     return f"<section><h2>{escape(title)}</h2><table>{''.join(rows)}</table></section>"
 
 

@@ -3,11 +3,12 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from molora_demo.render import Palette, Stats, Token, speaker
+from molora.stack import StackLayer
+from molora_demo.render import Palette, Route, Stats, Token, speaker
 
 REFRESH_S = 0.1  # a redraw sends the whole conversation, so it is not done for every token
 RECENT = 50  # answers whose pace is told
@@ -30,12 +31,23 @@ class Answer:
         return Stats(len(self.tokens), self.first_s, self.rest_s)
 
 
-def answer(ask: Callable[[], Iterator[Token]], stop: threading.Event) -> Iterator[Answer]:
+@dataclass(frozen=True)
+class Named:
+    """A token whose adapters are called as their owner calls them."""
+
+    text: str
+    route: Route
+
+
+def answer(
+    ask: Callable[[], Iterator[Token]], stop: threading.Event, titles: Mapping[str, str] | None = None
+) -> Iterator[Answer]:
     """The answer as it grows: the same object, yielded now and then and once at the end.
 
     Args:
         ask: begins the tokens, which are closed at the end.
         stop: ends it early.
+        titles: of adapters that are to be called otherwise.
 
     Raises:
         MoLoRAError: as ``ask`` does.
@@ -47,6 +59,10 @@ def answer(ask: Callable[[], Iterator[Token]], stop: threading.Event) -> Iterato
             now = time.perf_counter()
             result.first_s = now - began if result.first_s is None else result.first_s
             result.rest_s = now - began - result.first_s
+            if titles:
+                token = Named(
+                    token.text, [(of, titles.get(name or "", name), share) for of, name, share in token.route]
+                )
             result.tokens.append(token)
             if stop.is_set():
                 break
@@ -83,8 +99,8 @@ class Tally:
 
     OWN = "taught by one browser"
 
-    def __init__(self, palette: Palette) -> None:
-        self._palette, self._lock = palette, threading.Lock()
+    def __init__(self, palette: Palette, public: Callable[[StackLayer], Sequence[str]]) -> None:
+        self._palette, self._public, self._lock = palette, public, threading.Lock()
         self.spoken: dict[str, Counter[str | None]] = {layer.name: Counter() for layer in palette.layers}
         self.answers = 0
         self.recent: deque[Stats] = deque(maxlen=RECENT)
@@ -95,6 +111,7 @@ class Tally:
             self.answers += 1
             self.recent.append(stats)
             for layer in self._palette.layers:
+                public = self._public(layer)
                 for token in tokens:
                     name = speaker(token.route, layer.name)
-                    self.spoken[layer.name][name if name is None or name in layer.adapters else self.OWN] += 1
+                    self.spoken[layer.name][name if name is None or name in public else self.OWN] += 1

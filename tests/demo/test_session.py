@@ -89,7 +89,7 @@ def test_greedy_is_the_default_and_temperature_samples():
 
 def test_what_one_browser_was_taught_is_counted_without_its_name():
     model = FakeModel()
-    tally = Tally(Palette(model.stack.layers))
+    tally = Tally(Palette(model.stack.layers), lambda layer: list(layer.adapters))
     tokens = [FakeToken(0, "a", [("domain", name, 1.0)]) for name in ("math", "math", "me-1234", None)]
     tally.add(tokens, Stats(4, 0.1, 0.3))
     assert tally.spoken["domain"] == {"math": 2, Tally.OWN: 1, None: 1} and tally.answers == 1
