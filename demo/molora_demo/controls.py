@@ -118,7 +118,6 @@ def _names(layer: StackLayer, has_router: bool) -> gr.Dropdown:
         multiselect=True,
         label=title(layer),
         info=info,
-        filterable=True,
     )
     control.input(settle, control, control, queue=False, show_progress="hidden", api_visibility="private")
     return control

@@ -61,7 +61,7 @@ def answer(
             result.rest_s = now - began - result.first_s
             if titles:
                 token = Named(
-                    token.text, [(of, titles.get(name or "", name), share) for of, name, share in token.route]
+                    token.text, [(layer, titles.get(name or "", name), weight) for layer, name, weight in token.route]
                 )
             result.tokens.append(token)
             if stop.is_set():
