@@ -149,7 +149,7 @@ def run(
     steps: int = 40,
     texts: int = 120,
     mixed: int = 300,
-    judged: int = 16,
+    judged: int = 10,
     epochs: int = 2,
     console: Console | None = None,
 ) -> Found:
@@ -203,6 +203,9 @@ def run(
         found[label] = {**dict(zip(names, each, strict=True)), "all": own.mean}
         table.add_row(label, *(f"{value:.3f}" for value in found[label].values()))
     console.print(table)
+    for name in names:  # an adapter is good for what it was trained on; a form that is new to it may be another matter
+        if found[f"{name} alone"][name] > found["base"][name]:
+            console.print(f"{name} makes its own topic worse here than the base is: no router can mend that")
     right = share_right(model, rows, names)
     console.print(f"{right:.1%} of all tokens, questions and answers, went to their own topic's adapter")
     show_routes(console, model, mixes[0])
