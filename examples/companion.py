@@ -172,7 +172,7 @@ def run(
     )
     dtype = getattr(torch, first.chosen_dtype)
     versions, updates = Versions(folder, LAYER, USER), []
-    table = Table("talk", "new: before", "after", "older: before", "after", "general", "gate", "version", "seconds",
+    table = Table("talk", "new: was", "is", "older: was", "is", "general", "gate", "version", "s",
                   title="Nats a token on what is held out, and what the gate says")  # fmt: skip
     for number, talk in enumerate(talks):
         how = replace(first, data=write(work / f"{number}.jsonl", talk.rows), new=None if versions.current else 8)
