@@ -8,7 +8,7 @@ asked and told, in four wordings; after each, an adapter of hers gets a new vers
   the new conversation, and what is kept of the older ones. General questions say what it does to everything else.
 - It serves only if something was learnt and the others' loss grew by no more than `--max-forgetting`.
 
-Then a careless update (forty times the learning rate) meets the same gate; the last conversation is rolled back and
+Then a careless update (ten times the learning rate) meets the same gate; the last conversation is rolled back and
 brought again; and Mira has her companion forget a topic: the adapter is made anew without it, and the versions in
 between are deleted. Between all this the companion is asked, in a wording that it never saw, what it knows.
 
@@ -20,10 +20,11 @@ import argparse
 import json
 import tempfile
 import time
+from calendar import month_name
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -84,8 +85,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Found:
-    """updates: of the conversations. careless: the one that was to be refused. recall: by moment the share of facts
-    that were told in an unseen wording. served: the version by moment. forgotten: what forgetting found."""
+    """updates: of the conversations, also those that were refused. careless: the one that was to be refused. recall: by
+    moment the share of facts that were told in an unseen wording. served: the version by moment. forgotten: what
+    forgetting found."""
 
     updates: list[Updated]
     careless: Updated
@@ -119,12 +121,14 @@ def answer(what: str, fact: str) -> str:
 def general() -> list[Row]:
     """What has nothing to do with Mira: a fifth of it judges, in the rest the adapter is held to what the base says."""
     rows = []
-    for pair in CAPITALS.split(", "):
-        land, city = pair.split()
+    for land, city in (pair.split() for pair in CAPITALS.split(", ")):
         rows.append(exchange(f"What is the capital of {land}?", f"The capital of {land} is {city}."))
-    for pair in OPPOSITES.split(", "):
-        one, other = pair.split()
+    for one, other in (pair.split() for pair in OPPOSITES.split(", ")):
         rows.append(exchange(f"What is the opposite of {one}?", f"The opposite of {one} is {other}."))
+    for month, after in pairwise(month_name[1:]):
+        rows.append(exchange(f"Which month comes after {month}?", f"After {month} comes {after}."))
+    for number in range(2, 32):
+        rows.append(exchange(f"How much is {number} plus {number}?", f"{number} plus {number} is {2 * number}."))
     return rows
 
 
@@ -171,32 +175,37 @@ def run(
         folder, LAYER, USER, work / "new.jsonl", write(work / "general.jsonl", general()), new=8, **(settings or {})
     )
     dtype = getattr(torch, first.chosen_dtype)
-    versions, updates = Versions(folder, LAYER, USER), []
+    versions, updates, learnt = Versions(folder, LAYER, USER), list[Updated](), list[Told]()
     table = Table("talk", "new: was", "is", "older: was", "is", "general", "gate", "version", "s",
                   title="Nats a token on what is held out, and what the gate says")  # fmt: skip
     for number, talk in enumerate(talks):
-        how = replace(first, data=write(work / f"{number}.jsonl", talk.rows), new=None if versions.current else 8)
-        with chdir(work):  # a training's curves lie in runs/
-            updates.append(update(how, command="examples/companion.py"))
-        table.add_row(str(number + 1), *line(updates[-1]))
-        was, now = updates[-1].learnt.before, updates[-1].learnt.after
-        console.print(f"{number + 1}: {was:.3f} -> {now:.3f}. {updates[-1].why}", highlight=False)
+        for pace in (1, 2):  # what is refused is tried once more, at half the pace
+            how = replace(first, data=write(work / f"{number}.jsonl", talk.rows), new=None if versions.current else 8,
+                          learning_rate=first.learning_rate / pace)  # fmt: skip
+            with chdir(work):  # a training's curves lie in runs/
+                updates.append(update(how, command="examples/companion.py"))
+            table.add_row(str(number + 1), *line(updates[-1]))
+            was, now = updates[-1].learnt.before, updates[-1].learnt.after
+            console.print(f"{number + 1}: {was:.3f} -> {now:.3f}. {updates[-1].why}", highlight=False)
+            if updates[-1].promoted:
+                learnt.append(talk)
+                break
     console.print(table)
     curve(console, updates)
 
     served, known = {"ten": versions.current}, {"base": recall(folder, talks, dtype, known=False)}
     known["ten"] = recall(folder, talks, dtype)
-    known["last, after it"] = recall(folder, talks[-1:], dtype)
+    known["last, after it"] = recall(folder, learnt[-1:], dtype)
 
     hasty = replace(first, data=write(work / "careless.jsonl", told_again(talks[0])), new=None,
-                    learning_rate=40 * first.learning_rate)  # fmt: skip
+                    learning_rate=10 * first.learning_rate)  # fmt: skip
     with chdir(work):
         careless = update(hasty, command="examples/companion.py")
     console.print(f"A careless update, version {careless.version}: {'SERVES' if careless.promoted else 'refused'}, "
                   f"{careless.why}. Version {versions.current} serves.")  # fmt: skip
 
     versions.rollback()
-    served["rolled back"], known["last, rolled back"] = versions.current, recall(folder, talks[-1:], dtype)
+    served["rolled back"], known["last, rolled back"] = versions.current, recall(folder, learnt[-1:], dtype)
     versions.promote(served["ten"] or 0)  # and brought again
 
     about = [talk for talk in talks if any(topic in what for what in talk.facts)]

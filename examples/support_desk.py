@@ -44,6 +44,9 @@ from molora_training.side_by_side import Schedule, module_names, train_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYER, MOST = "desk", 1024
+# The router remembers by plain moving averages. Of so little text, in which the products differ by their names alone,
+# they find 99.6% of held-out answers' tokens, and the default, a memory of learned gates, 76.6% after as many epochs.
+DECAYS = (0.8, 0.95)
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CAUSES = (
     "blocked inlet,loose belt,weak battery,open lid,worn brush,cold sensor,wet contact,full tank,bent pin,dusty fan"
@@ -166,8 +169,11 @@ def upper_half(base: Any, first: int, rows: Sequence[Sequence[Encoded]]) -> tupl
 def train(
     base: Any, tokenizer: Any, products: Sequence[Product], out: Path, how: Schedule, rank: int, last: int
 ) -> None:
-    """An adapter for each product in the ``last`` layers, as PEFT folders."""
+    """An adapter for each product in the ``last`` layers, as PEFT folders; those that are there stay."""
     first = base.config.num_hidden_layers - last
+    products = [one for one in products if not (out / one.label).is_dir()]
+    if not products:
+        return
     rows = [encode_within(one.examples(ASKED), tokenizer, MOST, [one.label]) for one in products]
     upper, rows = upper_half(base, first, rows)
     modules = module_names(upper, TARGETS)
@@ -190,8 +196,8 @@ def train_router(base: str, products: Sequence[Product], work: Path, mixed: int,
         write_examples(work / "texts" / f"{one.label}.validation.jsonl", one.examples(ASKED, "validation")[:2])
     Stack([StackLayer(LAYER, {one.label: work / "adapters" / one.label for one in products})]).save(work / "stack.yaml")
     settings = RouterTrainSettings(
-        work / "stack.yaml", work / "desk", work / "texts", base, router=RouterConfig(), mixed=mixed, documents=0,
-        in_a_turn=0, asides=0, epochs=epochs, batch_tokens=2048, learning_rate=3e-3,
+        work / "stack.yaml", work / "desk", work / "texts", base, router=RouterConfig(decays=DECAYS), mixed=mixed,
+        documents=0, in_a_turn=0, asides=0, epochs=epochs, batch_tokens=2048, learning_rate=3e-3,
     )  # fmt: skip
     with chdir(work):  # curves lie in runs/
         router.train(settings, resume=False)
@@ -262,8 +268,8 @@ def run(
     how: Schedule | None = None,
     rank: int = 4,
     last: int = 4,
-    mixed: int = 240,
-    router_epochs: int = 4,
+    mixed: int = 120,
+    router_epochs: int = 12,
     per_product: int = 2,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
@@ -310,7 +316,7 @@ def run(
     clock("the rest")
     bare, _ = load_base(base, dtype=dtype, progress=False)  # the desk's own base goes on serving
     train(bare.to(DEVICE), tokenizer, [late], work / "adapters", how, rank, last)
-    clock(f"the {products + 1}st adapter trained")
+    clock("the new product's adapter trained")
     texts = [render(tokenizer, example.messages) for example in late.examples(ASKED)]
     model.add_adapter(LAYER, late.label, work / "adapters" / late.label, examples=texts)
     clock("added to the live desk, its row of the router fitted")
@@ -343,11 +349,15 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=4, help="in how many of the last layers adapters lie (default: 4)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the frozen base")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", type=Path, help="a folder that keeps the adapters; those in it are not trained")
     args = parser.parse_args()
     logging.disable_progress_bar()
     how = Schedule(learning_rate=1e-2, epochs=args.epochs, batch_tokens=64, seed=args.seed)
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
+        if args.adapters is not None:
+            args.adapters.mkdir(parents=True, exist_ok=True)
+            (Path(scratch) / "adapters").symlink_to(args.adapters.resolve())
         run(args.base, Path(scratch), args.products, how, args.rank, args.last, dtype=dtype, seed=args.seed)
 
 
