@@ -1,6 +1,6 @@
 """A companion that learns its user over ten conversations, and can go back and forget.
 
-Mira does not exist. What is true of her is drawn from a seed. In each of ten conversations four things about her are
+Mira does not exist. What is true of her is drawn from a seed. In each of ten conversations three things about her are
 asked and told, in four wordings; after each, an adapter of hers gets a new version by what `molora update user` runs:
 
 - It goes on from the version that serves, with the new conversation and as much of the remembered ones (replay).
@@ -48,26 +48,25 @@ WORDINGS = ("What is {}?", "Do you remember {}?", "Tell me {}.", "I forgot {}. H
 UNSEEN = "Remind me, please: {}?"  # in no conversation
 # By conversation: what is told, and what it may be.
 LIFE: Sequence[dict[str, str]] = (
-    {"my surname": "Talvik Sorel Brandt", "my home town": "Tartu Ghent Bergen", "my job": "baker surveyor nurse",
-     "my birthday": "May-3 July-19 March-8"},
+    {"my surname": "Talvik Sorel Brandt", "my home town": "Tartu Ghent Bergen", "my job": "baker surveyor nurse"},
     {"the name of my dog": "Biscuit Pepper Moss", "the breed of my dog": "collie beagle whippet",
-     "the age of my dog": "two five nine", "my dog's favourite toy": "sock ball rope"},
-    {"the name of my sister": "Ilse Petra Noor", "my sister's town": "Lyon Turin Porto",
-     "my sister's job": "pilot tailor chemist", "the name of my nephew": "Otto Emil Hugo"},
-    {"my favourite soup": "leek pumpkin lentil", "what I cannot eat": "walnuts mussels celery",
-     "my usual breakfast": "porridge toast yoghurt", "my favourite tea": "mint rooibos oolong"},
+     "the favourite toy of my dog": "sock ball rope"},
+    {"the name of my sister": "Ilse Petra Noor", "the town of my sister": "Lyon Turin Porto",
+     "the job of my sister": "pilot tailor chemist"},
+    {"my favourite soup": "leek pumpkin lentil", "my usual breakfast": "porridge toast yoghurt",
+     "my favourite tea": "mint rooibos oolong"},
     {"my sport": "rowing fencing judo", "the day of my training": "Tuesday Friday Sunday",
-     "my trainer's name": "Goran Leila Marek", "my old injury": "knee shoulder ankle"},
-    {"my boss's name": "Farid Ulla Jonas", "my office floor": "third sixth ninth",
-     "my current project": "bridge harbour library", "my deadline": "October November January"},
+     "the name of my trainer": "Goran Leila Marek"},
+    {"the name of my boss": "Farid Ulla Jonas", "my current project": "bridge harbour library",
+     "my deadline": "October November January"},
     {"my favourite flower": "dahlia peony aster", "the tree in my garden": "quince cherry walnut",
-     "the colour of my shed": "green red blue", "what I planted last": "beans leeks garlic"},
+     "the colour of my shed": "green red blue"},
     {"my next journey": "Iceland Malta Georgia", "my travel companion": "Anton Selma Bruno",
-     "my way to travel": "train ferry bicycle", "the month of my journey": "April June August"},
+     "my way to travel": "train ferry bicycle"},
     {"my instrument": "cello flute banjo", "my favourite composer": "Satie Grieg Bartok",
-     "my choir's name": "Larks Tides Lanterns", "my singing voice": "alto tenor soprano"},
-    {"the book that I read": "Emma Dracula Kim", "my book club's day": "Monday Thursday Saturday",
-     "what I am learning": "Welsh chess pottery", "my wish for the year": "boat piano kitten"},
+     "the name of my choir": "Larks Tides Lanterns"},
+    {"the book on my table": "Emma Dracula Kim", "the day of my book club": "Monday Thursday Saturday",
+     "my wish for the year": "boat piano kitten"},
 )  # fmt: skip
 CAPITALS = "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Greece Athens, Norway Oslo, Peru Lima"
 OPPOSITES = "hot cold, big small, wet dry, fast slow, early late, full empty, old new, high low, open closed, up down"
@@ -108,13 +107,13 @@ def told(number: int, seed: int) -> Told:
         rows = [
             exchange(wording.format(what), answer(what, fact)) for what, fact in facts.items() for wording in WORDINGS
         ]
-        if 2 <= sum(map(held_out, rows)) <= 5:
+        if 2 <= sum(map(held_out, rows)) <= 4:
             return Told(facts, rows)
     raise AssertionError
 
 
 def answer(what: str, fact: str) -> str:
-    words = what.replace("my ", "your ").replace("I ", "you ").replace("you am", "you are")
+    words = what.replace("my ", "your ")
     return f"{words[0].upper()}{words[1:]} is {fact}."
 
 
@@ -258,14 +257,14 @@ def main() -> None:
     parser.add_argument("--base", default=DEFAULT_BASE)
     parser.add_argument("--conversations", type=int, default=10, choices=range(2, 11), metavar="2..10")
     parser.add_argument("--epochs", type=int, default=3, help="passes of each update (default: 3)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: 0.001)")
-    parser.add_argument("--max-forgetting", type=float, default=0.05, help="what the gate allows (default: 0.05)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="(default: 0.0005)")
+    parser.add_argument("--max-forgetting", type=float, default=0.15, help="what the gate allows (default: 0.15)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the frozen base")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.disable_progress_bar()
     names = ("epochs", "learning_rate", "max_forgetting", "dtype")
-    settings = {name: getattr(args, name) for name in names} | {"batch_tokens": 256}
+    settings = {name: getattr(args, name) for name in names} | {"batch_tokens": 192}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         run(args.base, Path(scratch), args.conversations, settings, seed=args.seed)
