@@ -241,7 +241,7 @@ def line(found: Updated) -> list[str]:
 
 
 def curve(console: Console, updates: Sequence[Updated]) -> None:
-    """The loss on each new conversation before (.) and after (#) its update, and on older ones after it (o)."""
+    """By try: the loss on the new conversation before (.) and after (#) its update, and on older ones after it (o)."""
     most = max(found.learnt.before for found in updates)
     for number, found in enumerate(updates, 1):
         marks = [" "] * 61
