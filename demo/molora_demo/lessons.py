@@ -39,7 +39,7 @@ class Limits:
     adapters: int = 16
     size: int = 64 * 2**20
     live: int = 64
-    epochs: int = 7
+    epochs: int = 10
     lost: float = 0.25
 
 
