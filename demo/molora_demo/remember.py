@@ -20,8 +20,8 @@ from molora_demo.shelf import Shelf
 
 NEEDS = ("peft", "bm25s")  # of the extras train and personalize
 # Of one short chat on SmolLM2-135M the defaults (0.001, 3 wordings) make an adapter that says yes to everything, after
-# 6 epochs and after 14, and the gate refuses it. Slower, in all six wordings, it is nearer to telling what was said from
-# what was not; the gate may refuse it still.
+# 6 epochs and after 14, and the gate refuses it. Slower, in all six wordings, it is nearer to telling what was said
+# from what was not; the gate may refuse it still.
 LEARNING_RATE = 3e-4
 WORDINGS = 6
 SCRATCH = ".learning-"  # folders in home that last as long as a learning

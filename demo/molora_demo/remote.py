@@ -75,7 +75,7 @@ class ServerSource:
             ]
             self.name, self.has_router = str(told["base"]), bool(told["router"])
         except (KeyError, TypeError, MoLoRAError) as error:
-            raise MoLoRAError(f"{self.url} does not answer as `molora serve` does.") from error
+            raise MoLoRAError(f"{self.url} does not answer as molora serve does.") from error
         before = {f"{layer.name}/{name}" for layer in getattr(self, "_layers", layers) for name in layer.adapters}
         self._layers = layers
         return [label for layer in layers for name in layer.adapters if (label := f"{layer.name}/{name}") not in before]
@@ -134,7 +134,7 @@ class ServerSource:
         try:
             return self._get(path).json()
         except ValueError as error:
-            raise MoLoRAError(f"{self.url} does not answer as `molora serve` does.") from error
+            raise MoLoRAError(f"{self.url} does not answer as molora serve does.") from error
 
     def _get(self, path: str) -> httpx.Response:
         try:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from molora.adapter import WEIGHTS_FILE as ADAPTER_FILE
 from molora.atomic import new_folder
 from molora.chat import pieces as cut_at_answers
-from molora.errors import DataError, HypernetError
+from molora.errors import AdapterNotFoundError, DataError, HypernetError
 from molora.factors import Factors
 
 POOL_FILE, WEIGHTS_FILE = "pool.json", "pool.safetensors"
@@ -201,8 +201,15 @@ class PiecePool:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Of a PEFT folder's weights."""
-    return hashlib.sha256((Path(folder) / ADAPTER_FILE).read_bytes()).hexdigest()
+    """Of a PEFT folder's weights.
+
+    Raises:
+        AdapterNotFoundError: there are none.
+    """
+    file = Path(folder) / ADAPTER_FILE
+    if not file.is_file():
+        raise AdapterNotFoundError(f"There is no adapter in {folder}: {ADAPTER_FILE} is missing.")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @torch.no_grad()

@@ -86,7 +86,16 @@ NOT_RUN: dict[str, list[str]] = {
         "curl -H 'Authorization: Bearer $KEY' localhost:8000/v1/adapters/user?pinned=true",
         "curl -H 'Authorization: Bearer $KEY' -X DELETE localhost:8000/v1/adapters/user/ada/pin",
     ],
-    "opens a page in a browser; tests/demo drives it": ["molora demo --port 8080"],
+    "opens a page in a browser; tests/browser drives it": [
+        "molora demo --port 8080",
+        "molora demo my-molora --port 8080 --no-browser",
+        "molora demo --server http://127.0.0.1:8000",
+    ],
+    "trains for minutes on the base; tests/examples runs each on a tiny one": [
+        "python examples/bring_your_own_adapters.py",
+        "python examples/support_desk.py",
+        "python examples/companion.py",
+    ],
     "starts a Ray cluster; tests/serve/test_replicas.py does": [
         "molora serve my-molora --ray --replicas 2 --store s3://bucket/adapters",
     ],

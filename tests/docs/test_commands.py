@@ -333,7 +333,7 @@ def test_python_that_is_not_run_is_still_shown() -> None:
     assert [start for start in PYTHON_NOT_RUN if sum(text.startswith(start) for text in every) != 1] == []
 
 
-SOURCES = ("molora", "kernels", "training", "benchmarks")
+SOURCES = ("molora", "kernels", "training", "demo", "benchmarks")
 
 
 def told_by_the_code() -> list[str]:

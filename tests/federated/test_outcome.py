@@ -103,3 +103,20 @@ def test_a_report_is_json_and_the_folder_is_replaced(folder: Path, tmp_path: Pat
     for _ in range(2):
         write(own, tmp_path / "made" / "adapter")
     assert distance(Lora.from_folder(tmp_path / "made" / "adapter"), own.result()) == pytest.approx(0, abs=1e-5)
+    assert [one.name for one in (tmp_path / "made").iterdir()] == ["adapter"]
+
+
+def test_an_interrupted_writing_leaves_what_was_there(
+    folder: Path, tmp_path: Path, into: Into, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, _ = trained(folder, tmp_path / "adapter", into)
+    out = tmp_path / "made" / "adapter"
+    write(own, out)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("molora_training.federated.lora.save_tensors", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            write(own, out)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    write(own, out)
+    assert [one.name for one in out.parent.iterdir()] == ["adapter"]

@@ -95,6 +95,11 @@ def test_a_pool_is_the_sharers_adapters_and_goes_on_where_it_was(
             assert pool.gates[module][number].any()
 
 
+def test_a_task_without_an_adapter_is_named(settings: PiecesSettings, tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFoundError, match="nowhere"):
+        train(replace(settings, task=tmp_path / "nowhere"), by_colour)
+
+
 def test_pieces_on_top_of_what_the_task_is(settings: PiecesSettings, tmp_path: Path, capsys: Any) -> None:
     """The adapter of the task acts while the pieces learn and while a user's are chosen, and is asked for."""
     plain = PiecePool.load(train(settings, by_colour) and settings.out)

@@ -1,6 +1,7 @@
 """What comes of a federated training: a PEFT folder, or a version of a saved MoLoRA's adapter that passes its gate."""
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from molora.atomic import remove_folder
+from molora.atomic import PARTIAL, remove_folder
 from molora.errors import FederationError
 from molora.saved import load
 from molora.versions import Versions
@@ -121,11 +122,15 @@ def keep(
 
 
 def write(federation: Federation, out: Path) -> None:
-    """The PEFT folder, in place of what is there."""
+    """The PEFT folder. What is there stays until the new one is whole."""
+    draft = out.with_name(f"{PARTIAL}{out.name}")
+    if draft.exists():  # of a writing that was interrupted
+        remove_folder(draft)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    federation.result().save(draft, federation.config)
     if out.exists():
         remove_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    federation.result().save(out, federation.config)
+    os.replace(draft, out)
 
 
 def change_of(before: Losses, after: Losses) -> Change | None:
