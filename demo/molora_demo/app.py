@@ -30,7 +30,7 @@ def build(source: Source, lessons: Lessons | None = None) -> gr.Blocks:
     """
     page = Page(source, Palette(source.layers), lessons)
     secret = lessons.secret() if lessons is not None else STORED
-    with gr.Blocks(title="MoLoRA", analytics_enabled=False, fill_width=True) as blocks:
+    with gr.Blocks(title="MoLoRA", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
         key = gr.BrowserState("", storage_key=f"{STORED}-key", secret=secret)
         kept = gr.BrowserState([], storage_key=f"{STORED}-chats", secret=secret)
         gr.HTML(f"<header><h1>MoLoRA</h1><p>{TAGLINE}</p></header>", elem_id="heading")
