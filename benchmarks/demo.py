@@ -23,6 +23,7 @@ from tests.demo.test_app import free_port
 QUESTION = "Write a Python function that reverses a list, and say how long it takes."
 TOKENS = 128
 ROUNDS = 5
+TALK = 10  # turns of a conversation
 WARM = 20  # turns before memory is looked at
 SHORT = 16  # tokens of an answer whose memory is looked at
 
@@ -95,9 +96,13 @@ def main() -> None:
         set_tokens(page, TOKENS)
         shown(page), plain(source.model, TOKENS)
         rounds = [(shown(page), plain(source.model, TOKENS)) for _ in range(ROUNDS)]
+        print(f"pace: {[f'{page[1] / alone[1]:.1%}' for page, alone in rounds]}", flush=True)
         set_tokens(page, SHORT)
         before = 0.0
         for turn in range(args.turns):
+            if turn % TALK == 0:
+                page.get_by_role("button", name="New").click()
+                page.locator("#conversation .welcome").wait_for()
             ask(page, f"What is {turn} plus {turn + 1}?")
             if turn + 1 == WARM:
                 before = memory_mib()

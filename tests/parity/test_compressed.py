@@ -148,7 +148,7 @@ def test_beside_others_that_come_and_go(
 ) -> None:
     """Compressed and ordinary ones in one stack, one slot after the other's."""
     model, ids = routed(base, {**exported, "math": store.path("math")}, backend), ids[:, : TOKENS[backend]]
-    plain = routed(base, exported, backend)
+    plain = routed(base, exported, "torch")
     for place in (None, exported["math"], store.path("math")):
         if place is not None:
             model.remove_adapter("domain", "math")

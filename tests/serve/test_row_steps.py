@@ -17,7 +17,7 @@ from tests.parity.test_equalities import make_routed
 from tests.serve.test_engine import Heard, alone, endless, engines, greedy, held, watched  # noqa: F401 - a fixture
 
 AS_ON_A_GPU = pytest.mark.parametrize("engines", [True], indirect=True)
-TOKENS = 12 if DEVICE.type == "cuda" else 3  # the interpreter takes a second a step
+TOKENS = 12 if DEVICE.type == "cuda" else 2  # the interpreter takes a second a step
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11], [12]]
 KINDS: list[Any] = [
     pytest.param({"reads": (0, 2)}, id="two routers"),
@@ -102,7 +102,7 @@ def test_one_token_each_after_a_known_beginning(
 @AS_ON_A_GPU
 def test_what_is_being_read_is_not_touched(two: Two, engines: Any) -> None:  # noqa: F811
     """A step of three runs as one of four: the fourth row is one that a prompt is being read into."""
-    first = [(ids, {"domain": "auto"}, 8 + TOKENS) for ids in PROMPTS]
+    first = [(ids, {"domain": "auto"}, 4 + TOKENS) for ids in PROMPTS]
     late = (list(range(3, 13)), {"domain": "auto", "user": "ada"}, 2)
     expected = [plain_tokens(two, *one) for one in (*first, late)]
     engine = engines(two.model, chunk=4)

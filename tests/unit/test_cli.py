@@ -342,11 +342,21 @@ class TestDemo:
         self, model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:
         asked: list[Any] = []
-        stand_in = SimpleNamespace(launch=lambda place, **options: asked.append((place, options)))
+        stand_in = SimpleNamespace(launch=lambda source, **options: asked.append((source, options)), local=str)
         monkeypatch.setitem(sys.modules, "molora_demo.app", stand_in)
         monkeypatch.setenv(starter.VARIABLE, model)
         run("demo", "--port", "8080", "--no-browser")
-        assert asked == [(model, {"host": "127.0.0.1", "port": 8080, "open_browser": False})]
+        options = {"host": "127.0.0.1", "port": 8080, "open_browser": False, "networks": {}}
+        assert asked == [(model, options)]
+        folder = str(Path(model).parent)
+        run("demo", model, "--no-browser", "--network", f"document={folder}")
+        assert asked[1] == (model, {**options, "port": 7860, "networks": {"document": Path(folder)}})
+
+    def test_a_server_stands_alone(self, model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        assert "stands alone" in fail(capsys, monkeypatch, "demo", model, "--server", "http://127.0.0.1:1")
+        assert "does not answer" in fail(capsys, monkeypatch, "demo", "--server", "http://127.0.0.1:1")
+        assert "KIND=FOLDER" in fail(capsys, monkeypatch, "demo", "--network", "poem=x")
+        assert "there is no folder" in fail(capsys, monkeypatch, "demo", "--network", "pieces=nowhere")
 
     def test_a_missing_extra_is_named(self, model: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         monkeypatch.delitem(sys.modules, "molora_demo.app", raising=False)
