@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks.common import device_name
+from molora.bench import machine_name
+from molora.provenance import commit
 from molora_demo.app import build, local, serve
 from tests.browser.visit import FLAGS, ask
 from tests.demo.test_app import free_port
@@ -118,7 +119,7 @@ def main() -> None:
         "memory_mib": [before, after],
         "memory_growth": after / before - 1 if before else None,
     }
-    print(f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads")
+    print(f"{machine_name()}, {torch.get_num_threads()} threads, commit {commit()}")
     print(f"first paint                    {figures['first_paint_s']:.2f} s")
     print(f"first token in the page        {figures['first_token_s']:.2f} s after it was asked")
     print(f"tokens a second in the page    {figures['tokens_per_s']:.1f}")

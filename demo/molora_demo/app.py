@@ -35,18 +35,22 @@ def build(source: Source, lessons: Lessons | None = None) -> gr.Blocks:
         kept = gr.BrowserState([], storage_key=f"{STORED}-chats", secret=secret)
         gr.HTML(f"<header><h1>MoLoRA</h1><p>{TAGLINE}</p></header>", elem_id="heading")
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Chat"):
+            with gr.Tab("Chat") as tab:
                 talk = chat.build(page, key, kept)
-            with gr.Tab("Compare"):
+            tabs = [tab]
+            with gr.Tab("Compare") as tab:
                 named = compare.build(page, key)
+            tabs.append(tab)
             if source.model is not None:
-                with gr.Tab("Routes"):
+                with gr.Tab("Routes") as tab:
                     routes.build(source.model, page.palette, key, page.visible)
+                tabs.append(tab)
             if lessons is not None:
-                with gr.Tab("Teach"):
+                with gr.Tab("Teach") as tab:
                     changed = teach.build(lessons, key, talk.turns)
-            with gr.Tab("Monitor"):
-                monitor.build(page)
+                tabs.append(tab)
+            with gr.Tab("Monitor") as tab:
+                monitor.build(page, tab, tabs)
         if lessons is not None:
             offers = [*talk.controls.names, *named]
             gr.on(

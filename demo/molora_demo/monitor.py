@@ -18,8 +18,8 @@ what part of all words since the start each adapter wrote: a router that sends e
 here. Of what people write, nothing is counted or shown."""
 
 
-def build(page: Page) -> None:
-    """The tab. Its figures renew themselves while it is looked at."""
+def build(page: Page, tab: gr.Tab, others: Sequence[gr.Tab]) -> None:
+    """The tab. Its figures renew themselves while it is looked at; ``others`` are the tabs that end that."""
     view = gr.HTML(elem_id="monitor")
     explain(EXPLAINED)
 
@@ -29,8 +29,10 @@ def build(page: Page) -> None:
         except MoLoRAError as error:
             return table_html("Under way", [("The server does not answer", str(error))])
 
-    gr.Timer(EVERY_S).tick(look, None, view, **QUIET, queue=False)
-    gr.on(None, look, None, view, **QUIET, queue=False)
+    timer = gr.Timer(EVERY_S, active=False)
+    timer.tick(look, None, view, **QUIET, queue=False)
+    tab.select(lambda: (look(), gr.Timer(active=True)), None, [view, timer], **QUIET, queue=False)
+    gr.on([other.select for other in others], lambda: gr.Timer(active=False), None, timer, **QUIET, queue=False)
 
 
 def monitor_html(page: Page, now: Numbers) -> str:
