@@ -28,7 +28,7 @@ EXAMPLES = (
     "A child of 20 kg needs 15 mg of paracetamol per kg. What is the dose, and how is it computed in Python?",
 )
 STOPPED = "stopped"
-Shown = tuple[Any, str, list[Turn], str]
+Shown = tuple[Any, str, Any, Any]
 """(the conversation, the answer that is being written, the turns, the text in the box)"""
 EXPLAINED = """\
 A small language model answers you. Beside it lie **adapters**: small additions that each know one thing well
@@ -71,7 +71,7 @@ class Handlers:
             now = None
             selection = self._picked.selection(choices)
             for now in self._page.answer(key, turns, prompt, selection, settings, stop):
-                yield gr.skip(), _now(running_html(prompt, now.tokens, palette)), turns, ""
+                yield gr.skip(), _now(running_html(prompt, now.tokens, palette)), gr.skip(), gr.skip()
             if now is not None:
                 note = STOPPED if stop.is_set() else ""
                 turns = [*turns, Turn(prompt, now.text, turn_html(prompt, now.tokens, now.stats, palette, note))]
@@ -88,7 +88,7 @@ class Handlers:
             yield _past(turns), "", turns, draft
             return
         for past, now, kept, _ in self.ask(request, turns[-1].prompt, turns[:-1], *rest):
-            yield past, now, kept, draft
+            yield past, now, kept, gr.skip()
 
     def stop(self, request: gr.Request) -> None:
         """Ends the answer of this browser, if one is being written."""
