@@ -6,6 +6,7 @@ Needs the extras `demo` and `dev` and a Chromium (Debian: `apt-get install chrom
 import argparse
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from molora_demo.app import build, local, serve
 from molora_demo.chat import EXAMPLES
+from molora_demo.lessons import Lessons
 
 BROWSER_FLAGS = [
     "--no-sandbox",
@@ -78,7 +80,9 @@ def main() -> None:
     parser.add_argument("--browser", default=os.environ.get("MOLORA_CHROMIUM", "/usr/bin/chromium"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    address = serve(build(local(args.folder)), port=free_port(), open_browser=False, block=False)
+    source = local(args.folder)
+    home = tempfile.TemporaryDirectory()
+    address = serve(build(source, Lessons(source.model, home.name)), port=free_port(), open_browser=False, block=False)
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=args.browser, args=BROWSER_FLAGS)
         page = chromium.new_page(viewport={"width": 1320, "height": 860}, device_scale_factor=1.5, color_scheme="light")

@@ -35,7 +35,6 @@ from molora_training.continual.update import (
     write_chats,
 )
 
-
 # What is remembered was learnt in its own update and replayed in later ones: about twice the passes of one update. With
 # one update's passes alone a companion of ten conversations told 22% of the facts that it was to keep, 59% before, and
 # 85% with twice as many (examples/companion.py).
@@ -70,8 +69,8 @@ def forget(settings: UpdateSettings, topic: str | None = None, command: str | No
     """Forgets the conversations in ``settings.data``, or those that are remembered and speak of ``topic``.
 
     Args:
-        settings: as of an update; ``general`` and ``max_forgetting`` do not count. What stays is learnt anew in twice as
-            many epochs.
+        settings: as of an update; ``general`` and ``max_forgetting`` do not count. What stays is learnt anew, in twice
+            as many epochs.
         topic: a word or words, in any case; None: the file says what.
         command: to be named in the version.
 
