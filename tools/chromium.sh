@@ -8,6 +8,12 @@ found() { command -v "${MOLORA_CHROMIUM:-chromium}" || command -v chromium-brows
 found && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
 	echo "==> Debian's Chromium (once)" >&2
-	{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >&2 || true
+	export DEBIAN_FRONTEND=noninteractive
+	patience="-o Acquire::http::Timeout=20 -o Acquire::Retries=1"
+	# shellcheck disable=SC2086
+	{
+		timeout 120 apt-get $patience update &&
+			timeout 300 apt-get $patience install -y --no-install-recommends chromium
+	} >&2 || true
 fi
 found
