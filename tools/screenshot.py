@@ -88,7 +88,7 @@ def main() -> None:
         page = chromium.new_page(viewport={"width": 1320, "height": 860}, device_scale_factor=1.5, color_scheme="light")
         page.set_default_timeout(PATIENCE_MS)
         page.goto(address)
-        chat(page, args.prompt or EXAMPLES[-1:], [tuple(pick.split("=", 1)) for pick in args.pick])
+        chat(page, args.prompt or EXAMPLES[:2], [tuple(pick.split("=", 1)) for pick in args.pick])
         page.evaluate("() => window.scrollTo(0, 0)")
         page.screenshot(path=args.out / "demo.png")
         for name, work in TABS.items():
