@@ -18,8 +18,8 @@ from playwright.sync_api import Page, sync_playwright
 from molora.bench import machine_name
 from molora.provenance import commit
 from molora_demo.app import build, local, serve
-from tests.browser.visit import FLAGS, ask
-from tests.demo.test_app import free_port
+from tests.browser.visit import ask
+from tools.screenshot import BROWSER_FLAGS, free_port
 
 QUESTION = "Write a Python function that reverses a list, and say how long it takes."
 TOKENS = 128
@@ -80,7 +80,7 @@ def main() -> None:
     source = local(args.folder)
     address = serve(build(source), port=free_port(), open_browser=False, block=False)
     with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=args.browser, args=FLAGS)
+        chromium = play.chromium.launch(executable_path=args.browser, args=BROWSER_FLAGS)
         paints = []
         for _ in range(ROUNDS):
             page = chromium.new_page()

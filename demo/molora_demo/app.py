@@ -45,22 +45,22 @@ def build(source: Source, lessons: Lessons | None = None) -> gr.Blocks:
                 with gr.Tab("Routes") as tab:
                     routes.build(source.model, page.palette, key, page.visible)
                 tabs.append(tab)
+            changed = None
             if lessons is not None:
                 with gr.Tab("Teach") as tab:
                     changed = teach.build(lessons, key, talk.turns)
                 tabs.append(tab)
             with gr.Tab("Monitor") as tab:
                 monitor.build(page, tab, tabs)
-        if lessons is not None:
-            offers = [*talk.controls.names, *named]
-            gr.on(
-                [blocks.load, key.change, changed.change],
-                lambda key, *picked: _offers(page, talk.controls, key, picked),
-                [key, *offers],
-                offers,
-                queue=False,
-                **QUIET,
-            )
+        offers = [*talk.controls.names, *named]
+        gr.on(
+            [blocks.load, *([key.change, changed.change] if changed is not None else [])],
+            lambda key, *picked: _offers(page, talk.controls, key, picked),
+            [key, *offers],
+            offers,
+            queue=False,
+            **QUIET,
+        )
         blocks.load(_known, key, key, **QUIET)
         blocks.load(talk.open, kept, talk.opened, **QUIET)
     return blocks

@@ -92,6 +92,8 @@ class Page:
             if changed := self.source.catch_up():
                 gr.Info(escape(f"New: {', '.join(changed)}"))
         except MoLoRAError as error:
+            if self.source.model is None:  # a server that has gone has no answer either
+                raise
             gr.Warning(escape(f"What served goes on serving: {error}"))
 
 

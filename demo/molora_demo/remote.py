@@ -53,6 +53,7 @@ class ServerSource:
             self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise MoLoRAError(f"{url!r} is no address of a server: write http://127.0.0.1:8000, say.") from error
+        self._layers: list[StackLayer] = []
         self.catch_up()
 
     @property
@@ -76,8 +77,12 @@ class ServerSource:
             self.name, self.has_router = str(told["base"]), bool(told["router"])
         except (KeyError, TypeError, MoLoRAError) as error:
             raise MoLoRAError(f"{self.url} does not answer as molora serve does.") from error
-        before = {f"{layer.name}/{name}" for layer in getattr(self, "_layers", layers) for name in layer.adapters}
-        self._layers = layers
+        before = {f"{layer.name}/{name}" for layer in self._layers or layers for name in layer.adapters}
+        if [layer.name for layer in self._layers] == [layer.name for layer in layers]:
+            for known, now in zip(self._layers, layers, strict=True):  # the page's controls hold these
+                known.adapters = now.adapters
+        else:
+            self._layers = layers
         return [label for layer in layers for name in layer.adapters if (label := f"{layer.name}/{name}") not in before]
 
     def ask(

@@ -9,9 +9,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from molora_demo.app import build, serve
 from molora_demo.source import LocalSource
-from tests.browser.visit import FLAGS, Visit
+from tests.browser.visit import Visit
 from tests.demo.fake_model import FakeModel
-from tests.demo.test_app import free_port
+from tools.screenshot import BROWSER_FLAGS, free_port
 
 CHROMIUM = os.environ.get("MOLORA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -20,7 +20,7 @@ CHROMIUM = os.environ.get("MOLORA_CHROMIUM") or shutil.which("chromium") or shut
 def browser() -> Iterator[Browser]:
     assert CHROMIUM, "Install a Chromium (Debian: apt-get install chromium), or name one in MOLORA_CHROMIUM."
     with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS)
         yield chromium
         chromium.close()
 

@@ -79,6 +79,7 @@ def test_layers_and_strengths_reach_the_model(visit: Open, address: str, model: 
     page.get_by_role("button", name="Strengths").click()
     page.get_by_label("number input for Domain strength").fill("0.5")
     page.keyboard.press("Tab")
+    expect(page.get_by_label("range slider for Domain strength")).to_have_value("0.5")  # the page has taken it
     ask(page, "hello")
     assert model.calls[-1]["selection"] == {"personality": None, "domain": {"law": 0.5}, "user": None}
 

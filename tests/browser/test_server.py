@@ -8,9 +8,9 @@ from molora.serve.app import build_app
 from molora_demo.app import build, serve
 from molora_demo.remote import ServerSource
 from tests.browser.visit import ask, tab
-from tests.demo.test_app import free_port
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.live import serving
+from tools.screenshot import free_port
 
 
 def test_a_killed_server_is_named_and_answers_again(visit: Callable[..., Page]) -> None:
@@ -32,6 +32,12 @@ def test_a_killed_server_is_named_and_answers_again(visit: Callable[..., Page]) 
     tab(page, "Chat")
     with serving(build_app(engine), port):
         assert ask(page, "and now?") == "Hello there"
+        engine.model.stack["domain"].adapters["law"] = "x"
+        ask(page, "what is new?")
+        page.reload()
+        page.get_by_label("Domain", exact=True).first.click()
+        expect(page.get_by_role("option", name="law", exact=True)).to_be_visible()
+        page.keyboard.press("Escape")
         engine.ending = "error"
         assert "secret" not in ask(page, "break off") and page.locator("#conversation .failed").count() == 1
     assert "Traceback" not in page.content()

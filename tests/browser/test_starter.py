@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 from molora_demo.app import build, local, serve
 from molora_demo.lessons import Lessons
 from tests.browser.visit import ask, tab
-from tests.demo.test_app import free_port
+from tools.screenshot import free_port
 
 STARTER = Path(__file__).parents[2] / "starter"
 

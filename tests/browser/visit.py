@@ -5,19 +5,9 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 PATIENCE_MS = 30_000
 # Gradio's own words for its streams that end when a page is left; nobody sees them.
-LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")
+LEAVING = ("BodyStreamBuffer was aborted", "signal is aborted without reason", "Connection errored out")
 
 expect.set_options(timeout=PATIENCE_MS)
 

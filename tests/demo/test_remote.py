@@ -37,8 +37,10 @@ def test_the_stack_is_the_servers(address, engine):
         "user": ([], None, True),  # private
     }
     assert source.has_router and source.name == "org/small"
+    held = source.layers[1]  # by the page's controls
     engine.model.stack["domain"].adapters["law"] = "x"
     assert source.catch_up() == ["domain/law"] and source.catch_up() == []
+    assert source.layers[1] is held and "law" in held.adapters
 
 
 def test_an_answer_has_its_text_and_routes(address, engine):
