@@ -18,6 +18,12 @@ def documents(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
     limit: Annotated[int, typer.Option(min=1, help="Passages of the test split.")] = 200,
     needles: Annotated[int, typer.Option(min=1, help="Texts of each length with a number hidden in them.")] = 64,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER", help="Sentence embeddings of the search. Default: MiniLM.", show_default=False
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What does an adapter that was made of a document know of it?
@@ -29,11 +35,13 @@ def documents(
     Example: molora eval documents document-net
     """
     with extra("train"), extra("personalize"):
+        from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
         from molora_training.data import data_dir
         from molora_training.document_table import run
 
         command = f"molora eval documents {hypernet} --limit {limit} --needles {needles}"
-        report = run(hypernet, data or data_dir(), out, command, limit, needles)
+        search = SentenceEncoder(encoder or DEFAULT_ENCODER)
+        report = run(hypernet, data or data_dir(), search, out, command, limit, needles)
     show(report, as_json)
 
 

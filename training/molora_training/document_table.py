@@ -26,7 +26,7 @@ from molora.factors import Factors, cut, write_factors
 from molora.personalize.document_net import DocumentNet, of_text
 from molora.personalize.documents import chunks
 from molora.personalize.internalize import factors_of
-from molora.personalize.retrieval import Retriever
+from molora.personalize.retrieval import Encoder, Retriever
 from molora_training.data import Encoded, encode_within, read_examples
 from molora_training.data.lessons import Lesson, read_lessons
 from molora_training.evaluate import bootstrap
@@ -57,13 +57,21 @@ class Contender:
 
 
 def run(
-    folder: Path, data: Path, out: Path, command: str, limit: int = 200, needles: int = 64, general: str = "science"
+    folder: Path,
+    data: Path,
+    encoder: Encoder | None,
+    out: Path,
+    command: str,
+    limit: int = 200,
+    needles: int = 64,
+    general: str = "science",
 ) -> dict[str, Any]:
     """Measures a document network and writes ``out``.
 
     Args:
         folder: of the network.
         data: prepared data: passages, and what is called ``general``.
+        encoder: of the search over all texts; None: it looks for words alone.
         out: the report.
         command: to be named in it.
         limit: passages of the test split. needles: texts of each length.
@@ -73,7 +81,7 @@ def run(
     net = DocumentNet.load(folder, torch.bfloat16)
     base, tokenizer = load_base(net.config.base, dtype=torch.bfloat16)
     base.to(device).requires_grad_(False).eval()
-    table = Table(base, tokenizer, net.to(device))
+    table = Table(base, tokenizer, net.to(device), encoder)
     lessons = [
         Lesson(one.text, one.questions[:QUESTIONS]) for one in read_lessons(data / "passages.test.jsonl")[:limit]
     ]
@@ -98,8 +106,10 @@ def run(
 class Table:
     """Answers of a base under generated adapters."""
 
-    def __init__(self, base: Any, tokenizer: Any, net: DocumentNet, batch: int = 32) -> None:
-        self.base, self.tokenizer, self.net = base, tokenizer, net
+    def __init__(
+        self, base: Any, tokenizer: Any, net: DocumentNet, encoder: Encoder | None = None, batch: int = 32
+    ) -> None:
+        self.base, self.tokenizer, self.net, self.encoder = base, tokenizer, net, encoder
         self.speaker = Speaker(base, tokenizer, batch, NEW_TOKENS)
 
     def factors(self, text: str, rank: int | None = None) -> Factors:
@@ -110,7 +120,7 @@ class Table:
         own = [self.factors(lesson.text) for lesson in lessons]
         mixed = [self.factors(_shuffled(lesson.text)) for lesson in lessons]
         pieces = [piece for lesson in lessons for piece in chunks(lesson.text, self.tokenizer, PIECE)]
-        search = Retriever(pieces)
+        search = Retriever(pieces, self.encoder)
         shared = of_text(self.base, {name: (A[None], B[None]) for name, (A, B) in self.net.learned().items()}, 0)
 
         def alone(_: Lesson, question: str) -> str:
