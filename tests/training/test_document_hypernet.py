@@ -259,6 +259,14 @@ def test_an_epoch_has_every_passage_once(tmp_path: Path) -> None:
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(lesson.text for lesson in lessons)
     assert epochs[0] != epochs[1]
     assert all(len(lesson.questions) == 2 for lesson in passages.of_step(0, 4))
+    few = [Lesson("It was written in Rome by Pliny in 79.", (("Who?", "Pliny"),))]
+    for split in ("train", "validation"):
+        write_lessons(tmp_path / f"few.{split}.jsonl", few)
+    more = Passages(tmp_path, "few", gaps=2)
+    (lesson,), (again,) = more.of_step(3, 1), more.of_step(3, 1)
+    assert lesson == again and lesson.questions[0] == ("Who?", "Pliny")
+    assert {answer for _, answer in lesson.questions[1:]} < {"Rome", "Pliny", "79"}
+    assert more.held_out() == few
 
 
 def test_passages_are_lessons_by_split_without_what_training_has() -> None:

