@@ -161,14 +161,14 @@ def _encoded(conversations: Sequence[Sequence[_Cut]], tokenizer: "PreTrainedToke
     if not texts:
         return []
     found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    ids = {text: torch.tensor(tokens, dtype=torch.int64) for text, tokens in zip(texts, found, strict=True)}
+    ids: dict[str, list[int]] = dict(zip(texts, found, strict=True))
 
     def one(cuts: Sequence[_Cut]) -> Encoded:
-        tokens = [ids[cut.text] for cut in cuts]
-        lengths = torch.tensor([len(some) for some in tokens])
-        of = torch.tensor([(cut.answer, cut.pair, cut.domain) for cut in cuts]).repeat_interleave(lengths, 0)  # [T, 3]
-        input_ids = torch.cat(tokens)
-        return Encoded(input_ids, input_ids.where(of[:, 0] > 0, IGNORED), of[:, 1].clone(), of[:, 2].clone())
+        rows = [
+            (token, token if cut.answer else IGNORED, cut.pair, cut.domain) for cut in cuts for token in ids[cut.text]
+        ]
+        # As lists: a conversation is too short for an operator over it to be worth the call.
+        return Encoded(*torch.tensor(rows, dtype=torch.int64).view(-1, 4).T.contiguous().unbind())
 
     return [one(cuts) for cuts in conversations]
 

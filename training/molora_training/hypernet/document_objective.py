@@ -75,9 +75,15 @@ class DocumentObjective:
         asked = self.asked(lessons)
         made = self.made(asked)
         joined = self.net.joined(made, asked.owners, asked.texts)
-        logits, answered = self.answers(asked.batch, self.of_questions(joined, asked.of))
-        terms = self._terms(logits, answered, asked)
+        answered = asked.batch.labels[:, 1:] != IGNORED
         wanted = asked.batch.labels[:, 1:][answered]
+        if self.weights.keep:  # of both texts at once: a small base leaves a GPU idle between two calls
+            of = torch.cat([asked.of, (asked.of + 1) % asked.texts])
+            both, _ = self.answers(_twice(asked.batch), self.of_questions(joined, of))
+            logits, other = both.split(len(wanted))
+        else:
+            logits, _ = self.answers(asked.batch, self.of_questions(joined, asked.of))
+        terms = self._terms(logits, answered, asked)
         if self.weights.distil:
             with torch.no_grad():
                 teacher, same = self.answers(self.with_texts(lessons), {})
@@ -87,7 +93,7 @@ class DocumentObjective:
             each = -(likely * logits.log_softmax(-1).gather(1, tokens)).sum(-1)
             terms["distil"] = self._mean(each, answered, asked)
         if self.weights.keep:
-            terms["keep"] = self._kept(joined, asked)
+            terms["keep"] = self._kept(other, answered, asked)
         if self.weights.sparse:  # not of A or B alone: the other one could grow for it
             sizes = [A.flatten(2).norm(dim=2) * B.flatten(2).norm(dim=2) for A, B in made.values()]
             terms["sparse"] = torch.stack(sizes).mean()
@@ -130,10 +136,9 @@ class DocumentObjective:
             found = self.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return found.float(), answered
 
-    def _kept(self, joined: dict[str, Any], asked: Asked) -> Tensor:
+    def _kept(self, other: Tensor, answered: Tensor, asked: Asked) -> Tensor:
         with torch.no_grad():
             alone, _ = self.answers(asked.batch, {})
-        other, answered = self.answers(asked.batch, self.of_questions(joined, (asked.of + 1) % asked.texts))
         each = nn.functional.kl_div(
             other.log_softmax(-1), alone.log_softmax(-1), reduction="none", log_target=True
         ).sum(-1)
@@ -161,3 +166,7 @@ class DocumentObjective:
     @property
     def _pad(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
+
+
+def _twice(batch: Batch) -> Batch:
+    return Batch(**{name: torch.cat([rows, rows]) for name, rows in vars(batch).items()})
