@@ -204,7 +204,7 @@ def test_what_is_not_run_is_listed_once_and_still_shown() -> None:
 def test_blocks_say_what_they_are() -> None:
     """A block without a language is not read, so none may be without."""
     assert [block.place for block in blocks("")] == []
-    known = {*SHELL, "python", "text", "yaml", "toml", "json", "mermaid"}
+    known = {*SHELL, "python", "text", "yaml", "toml", "json"}
     assert {block.language for block in blocks()} <= known
 
 
