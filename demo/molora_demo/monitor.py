@@ -11,9 +11,15 @@ from molora_demo.render import Stats, balance_html, table_html
 from molora_demo.source import Numbers
 
 EVERY_S = 2.0
+TAUGHT = {
+    "hits": "Taught adapters asked for that were in the model (hits)",
+    "misses": "Taught adapters that were put into it (misses)",
+    "evictions": "Taught adapters that left it to make room (evictions)",
+}
 EXPLAINED = """\
 The figures are those of now and renew themselves. **Under way** tells how many answers are being written and how
-many wait. **Adapters** tells how many lie in the model, ready to act, and how many elsewhere. **Who speaks** tells
+many wait. **Adapters** tells how many lie in the model, ready to act, and how many elsewhere; **Since the start**,
+how many of those that were asked for were there, and how many had to leave to make room. **Who speaks** tells
 what part of all words since the start each adapter wrote: a router that sends everything to one adapter would show
 here. Of what people write, nothing is counted or shown."""
 
@@ -51,8 +57,8 @@ def monitor_html(page: Page, now: Numbers) -> str:
         ),
         table_html("Adapters", [*_places(now.places), *((name, size(count)) for name, count in now.bytes.items())]),
     ]
-    if now.counts:
-        parts.append(table_html("Since the start", [(name, f"{count:,.0f}") for name, count in now.counts.items()]))
+    if counts := {**now.counts, **_taught(page)}:
+        parts.append(table_html("Since the start", [(name, f"{count:,.0f}") for name, count in counts.items()]))
     for layer in page.palette.layers:
         parts.append(balance_html(layer.name, page.public(layer), tally.spoken[layer.name], page.palette))
     return f'<div class="figures">{"".join(parts)}</div>'
@@ -63,6 +69,13 @@ def _pace(recent: Sequence[Stats]) -> list[tuple[str, str]]:
     pace = [stats.tokens_per_s for stats in recent if stats.tokens_per_s is not None]
     told = [("Time to the first token, median", f"{median(first):.2f} s")] if first else []
     return told + ([("Tokens a second in an answer, median", f"{median(pace):.1f}")] if pace else [])
+
+
+def _taught(page: Page) -> dict[str, int]:
+    """How what browsers taught was found in the model; nobody's in particular."""
+    if page.lessons is None:
+        return {}
+    return {shown: page.lessons.private.counts[name] for name, shown in TAUGHT.items()}
 
 
 def _places(places: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:

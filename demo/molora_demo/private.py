@@ -6,7 +6,7 @@ and may act only where a selection names it; which ones a selection may name is 
 
 import hashlib
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,14 @@ class Private:
     Args:
         model: a `MoLoRAModel`.
         most: how many at once.
+
+    ``counts``, since the start: "hits", asked for and in the model; "misses", brought into it; "evictions", that left
+    it to make room.
     """
 
     def __init__(self, model: Any, most: int) -> None:
         self.model, self.most = model, most
+        self.counts: Counter[str] = Counter()
         self._there: OrderedDict[str, tuple[Path, int, int]] = OrderedDict()  # label -> the version, by its folder
         self._labels: set[str] = set()  # of all that ever were: who reads it while one leaves must not see it as public
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -66,6 +70,7 @@ class Private:
         stamp = _stamp(folder)
         if self._there.get(label) == stamp:
             self._there.move_to_end(label)
+            self.counts["hits"] += 1
             return
         with self.model.routing.lock:
             if label in self._there:
@@ -73,11 +78,13 @@ class Private:
             else:
                 while len(self._there) >= self.most:
                     self.drop(*next(iter(self._there)).split("/"))
+                    self.counts["evictions"] += 1
                 self._labels.add(label)
                 self.model.add_adapter(layer, name, folder)
                 if self.model.stack[layer].keyed:  # the spread of all keys decides on each
                     self.model.keys.drop(layer, name)
             self._there[label] = stamp
+            self.counts["misses"] += 1
             self._there.move_to_end(label)
             self._put_row(label, self._read_row(row_file(folder)))
             self._watch()

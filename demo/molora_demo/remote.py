@@ -18,12 +18,16 @@ TOLD = {
     "molora_prompt_tokens_total": "Tokens read",
     "molora_generated_tokens_total": "Tokens written",
     "molora_prefix_tokens_total": "Tokens of prompts that were known already",
+    "molora_store_evictions_total": "Copies that left the disk to make room",
 }
-PLACES = {
-    "live": "Adapters asked for that were in the model",
-    "host": "Adapters asked for that were in memory",
-    "read": "Adapters asked for that were read from the store",
+PLACED = {
+    ("molora_adapters_total", "live"): "Adapters asked for that were in the model (hits)",
+    ("molora_adapters_total", "host"): "Adapters asked for that were put into it (misses)",
+    ("molora_adapters_total", "read"): "Adapters that were read from the store",
+    ("molora_adapter_evictions_total", "live"): "Adapters that left the model to make room (evictions)",
+    ("molora_adapter_evictions_total", "host"): "Adapters that left memory to make room",
 }
+"""How a metric is shown, by its name and where it was counted."""
 
 
 class RemoteToken(NamedTuple):
@@ -123,8 +127,8 @@ class ServerSource:
         }  # fmt: skip
         counts = {shown: plain[name] for name, shown in TOLD.items() if name in plain}
         for (name, labels), value in found.items():
-            if name == "molora_adapters_total" and (at := dict(labels).get("at")) in PLACES:
-                counts[PLACES[at]] = counts.get(PLACES[at], 0) + value
+            if (shown := PLACED.get((name, dict(labels).get("at", "")))) is not None:
+                counts[shown] = counts.get(shown, 0) + value
         own = {layer.name: len(layer.adapters) for layer in self._layers}
         return Numbers(
             int(plain.get("molora_running", 0)),

@@ -51,7 +51,7 @@ def build_app(
         most_body, most_adapter: bytes of a request, and of an upload.
     """
     app = FastAPI(title="MoLoRA", version=__version__, docs_url=None, redoc_url=None)
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, store)
     answering = Answering(engine, metrics, timeout_s)
     started = int(time.time())
 

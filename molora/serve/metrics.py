@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from molora.serve.engine import Engine
+    from molora.serve.store import AdapterStore
 
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -18,9 +19,13 @@ GONE = 499  # the client left before it had an answer
 
 
 class Metrics:
-    """Of one server; in a registry of its own, so that several can live in a process."""
+    """Of one server; in a registry of its own, so that several can live in a process.
 
-    def __init__(self, engine: "Engine") -> None:
+    Args:
+        engine: answers. store: where its pools find adapters.
+    """
+
+    def __init__(self, engine: "Engine", store: "AdapterStore | None" = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "molora_http_requests", "Requests that were answered.", ("endpoint", "status"), registry=self.registry
@@ -37,17 +42,17 @@ class Metrics:
             buckets=_TOKEN_S,
             registry=self.registry,
         )
-        self.registry.register(_EngineCounts(engine))
+        self.registry.register(_EngineCounts(engine, store))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
 class _EngineCounts:
-    """What the engine counts itself, asked when somebody looks."""
+    """What the engine and its store count themselves, asked when somebody looks."""
 
-    def __init__(self, engine: "Engine") -> None:
-        self.engine = engine
+    def __init__(self, engine: "Engine", store: "AdapterStore | None") -> None:
+        self.engine, self.store = engine, store
 
     def collect(self) -> Iterator[Any]:
         stats = self.engine.stats()
@@ -62,18 +67,34 @@ class _EngineCounts:
         yield CounterMetricFamily("molora_prefix_tokens", "Tokens of prompts that were not read again.", prefixes.found)
         if self.engine.pools:
             yield from self._pools()
+        if self.store is not None:
+            yield CounterMetricFamily(
+                "molora_store_evictions", "Copies of a store's adapters that left the disk.", self.store.evictions
+            )
 
     def _pools(self) -> Iterator[Any]:
         live = GaugeMetricFamily("molora_live_adapters", "Adapters of a store in the model.", labels=["layer"])
         pinned = GaugeMetricFamily("molora_pinned_adapters", "Of those, such as always stay.", labels=["layer"])
-        found = CounterMetricFamily("molora_adapters", "Where a request's adapter was.", labels=["layer", "at"])
+        found = CounterMetricFamily(
+            "molora_adapters",
+            "Requests' adapters that were live (hits), or were put in from the host's memory (misses); and such as had "
+            "to be read into it.",
+            labels=["layer", "at"],
+        )
+        evicted = CounterMetricFamily(
+            "molora_adapter_evictions",
+            "Adapters that left the model (live) or the host's memory (host) to make room.",
+            labels=["layer", "at"],
+        )
         for layer, pool in self.engine.pools.items():
             stats = pool.stats()
             live.add_metric([layer], stats.live)
             pinned.add_metric([layer], stats.pinned)
             for at, count in (("live", stats.live_hits), ("host", stats.host_hits), ("read", stats.reads)):
                 found.add_metric([layer, at], count)
-        yield from (live, pinned, found)
+            for at, count in (("live", stats.evictions), ("host", stats.host_evictions)):
+                evicted.add_metric([layer, at], count)
+        yield from (live, pinned, found, evicted)
 
 
 class CountRequests:

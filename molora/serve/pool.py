@@ -37,7 +37,12 @@ class Read:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """What the pool holds, and how its adapters were found since the start."""
+    """What the pool holds, and how its adapters were found since the start.
+
+    live_hits: requests' adapters that were in the model. host_hits: that were not, and were put in from the host's
+    memory. reads: that had to be brought there first, once for all who waited. evictions, host_evictions: that left the
+    model and the host's memory, to make room.
+    """
 
     live: int
     pinned: int
@@ -46,6 +51,8 @@ class PoolStats:
     live_hits: int
     host_hits: int
     reads: int
+    evictions: int
+    host_evictions: int
 
 
 @dataclass(eq=False)
@@ -82,7 +89,7 @@ class Pool:
         self._pinned: dict[str, str] = {}  # name -> the version of it that stays live
         self._made, self._prefix = 0, secrets.token_hex(8)  # nobody can name or guess a slot
         self._lock = threading.Lock()
-        self._counts = {"live": 0, "host": 0, "read": 0}
+        self._counts = {"live": 0, "host": 0, "read": 0, "evicted": 0, "dropped": 0}  # in the order of PoolStats
 
     def owns(self, name: str) -> bool:
         """Whether a name is looked for here rather than among the layer's own adapters."""
@@ -123,6 +130,7 @@ class Pool:
             self._held += packed.nbytes
             while self._held > self.host_bytes and len(self._host) > 1:
                 self._held -= self._host.popitem(last=False)[1].packed.nbytes
+                self._counts["dropped"] += 1
             self._coming.pop(key).set_result(read)
         return read
 
@@ -189,9 +197,8 @@ class Pool:
     def stats(self) -> PoolStats:
         """Counts; from any thread."""
         with self._lock:
-            counts = dict(self._counts)
             live, pinned = len(self._live), len(self._pinned)
-            return PoolStats(live, pinned, self.most, self._held, counts["live"], counts["host"], counts["read"])
+            return PoolStats(live, pinned, self.most, self._held, *self._counts.values())
 
     def _evict(self) -> bool:
         """Takes out the one that was not used for longest; False if all are in use or pinned."""
@@ -199,5 +206,6 @@ class Pool:
             if not live.leases and self._pinned.get(key[0]) != key[1]:
                 self.model.remove_adapter(self.layer, live.slot)
                 del self._live[key], self._names[live.slot]
+                self._counts["evicted"] += 1
                 return True
         return False

@@ -96,6 +96,8 @@ class AdapterStore:
         self._shelves = Shelves(self.url, self._place)
         self._index = Index(index or self._place.home / ".index.sqlite")
         self._sound: set[str] = set()  # whose files were read through by this object
+        self.evictions = 0
+        """Copies that this object took away to make room, since it was made."""
 
     def close(self) -> None:
         self._index.close()
@@ -300,7 +302,7 @@ class AdapterStore:
 
     def _evict(self) -> None:
         if self._remote:
-            self._index.evict(self._cache_bytes, IDLE_S, self._remote.forget)
+            self.evictions += self._index.evict(self._cache_bytes, IDLE_S, self._remote.forget)
 
     def _check_size(self, found_bytes: int, what: str, error: type[MoLoRAError] = AdapterFormatError) -> None:
         if found_bytes > self._most_bytes:

@@ -76,8 +76,9 @@ class Index:
         with self._writing() as base:
             base.execute("INSERT OR REPLACE INTO cached VALUES (?, ?, ?)", (path, size_bytes, time.time()))
 
-    def evict(self, most_bytes: int, idle_s: float, remove: Callable[[str], None]) -> None:
-        """Removes the folders that were not used for longest, down to ``most_bytes``, but none of the last ``idle_s``.
+    def evict(self, most_bytes: int, idle_s: float, remove: Callable[[str], None]) -> int:
+        """Removes the folders that were not used for longest, down to ``most_bytes``, but none of the last ``idle_s``;
+        returns how many.
 
         It happens within one transaction: ``used`` in another process comes before, and the folder stays, or after,
         and the folder is seen to be gone.
@@ -85,15 +86,18 @@ class Index:
         with self._writing() as base:
             (total,) = base.execute("SELECT COALESCE(SUM(bytes), 0) FROM cached").fetchone()
             if total <= most_bytes:
-                return
+                return 0
             old = time.time() - idle_s
             rows = base.execute("SELECT path, bytes FROM cached WHERE used <= ? ORDER BY used", (old,)).fetchall()
+            removed = 0
             for path, size_bytes in rows:
                 if total <= most_bytes:
-                    return
+                    break
                 remove(path)
                 base.execute("DELETE FROM cached WHERE path = ?", (path,))
                 total -= size_bytes
+                removed += 1
+            return removed
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

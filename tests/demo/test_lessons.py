@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,11 @@ from molora.personalize import embeddings
 from molora.personalize.text_net import TextNet, TextNetConfig
 from molora_demo import remember
 from molora_demo.lessons import Lessons, Limits
+from molora_demo.monitor import monitor_html
+from molora_demo.page import Page
 from molora_demo.remember import Stopped, missing
+from molora_demo.render import Palette
+from molora_demo.source import LocalSource
 from tests.conftest import write_adapter
 from tests.demo.fake_model import FakeModel
 from tests.unit.spoken import make_spoken, save_spoken
@@ -223,10 +228,16 @@ class TestKeeping:
         other = lessons.bring(BEN, "user", "One", files).name
         for name in (*names, names[0]):
             lessons.visible(ADA, {"user": name})
+        lessons.private.counts.clear()
         lessons.visible(BEN, {"user": other})
         assert set(model.stack["user"].adapters) == {names[0], other} and len(lessons.private) == 2
         lessons.visible(ADA, {"user": names[1]})  # back again, from the disk
         assert set(model.stack["user"].adapters) == {names[1], other}
+        lessons.visible(ADA, {"user": names[1]})
+        assert lessons.private.counts == {"hits": 1, "misses": 2, "evictions": 2}
+        page = Page(LocalSource(model), Palette(model.stack.layers), lessons)
+        told = re.sub(r"<[^>]+>", "", monitor_html(page, page.source.numbers()))
+        assert "(hits)1" in told and "(misses)2" in told and "(evictions)2" in told
         lessons.limits = replace(lessons.limits, size=1000)
         with pytest.raises(MoLoRAError, match="no room"):
             lessons.bring(BEN, "user", "Two", files)

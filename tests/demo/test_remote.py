@@ -2,13 +2,15 @@
 
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from molora.errors import MoLoRAError
 from molora.serve.app import build_app
 from molora.serve.keys import Keys
-from molora_demo.remote import ServerSource, _metrics
+from molora.serve.pool import PoolStats
+from molora_demo.remote import PLACED, ServerSource, _metrics
 from molora_demo.source import Settings, Turn
 from tests.serve.fake_engine import ROUTE, FakeEngine
 from tests.serve.live import serving
@@ -108,6 +110,20 @@ def test_figures_are_the_servers(address, engine):
     assert (now.running, now.waiting, now.rows) == (0, 0, 8)
     assert now.counts["Answers"] == 1 and now.counts["Tokens written"] == len("Hello there")
     assert now.places["of the stack"]["domain"] == 3
+
+
+def test_hits_and_evictions_are_the_pools_of_all_layers(address, engine):
+    counted = PoolStats(2, 0, 2, 100, live_hits=5, host_hits=4, reads=3, evictions=2, host_evictions=1)
+    engine.pools = {layer: SimpleNamespace(stats=lambda: counted) for layer in ("user", "team")}
+    now = ServerSource(address).numbers()
+    assert now.places["of the store, in the model"] == {"user": 2, "team": 2}
+    assert {shown: now.counts[shown] for shown in PLACED.values()} == {
+        "Adapters asked for that were in the model (hits)": 10,
+        "Adapters asked for that were put into it (misses)": 8,
+        "Adapters that were read from the store": 6,
+        "Adapters that left the model to make room (evictions)": 4,
+        "Adapters that left memory to make room": 2,
+    }
 
 
 def test_figures_of_several_replicas_are_added():

@@ -138,6 +138,23 @@ def test_what_was_read_is_kept_as_far_as_there_is_room(model: MoLoRAModel, users
     assert slot is not None and pool.shown(slot) == "u1"
 
 
+def test_hits_misses_and_evictions_are_counted(model: MoLoRAModel, users: Users) -> None:
+    pool = Pool(model, "user", users.find, most=2)
+    pool.host_bytes = 3 * pool.read("u0").packed.nbytes
+
+    def ask(name: str) -> None:
+        read = pool.read(name)
+        assert pool.lease(read) is not None
+        pool.release(read)
+
+    for name in ("u0", "u1", "u0", "u2", "u0", "u1", "u3", "u2"):
+        ask(name)
+    stats = pool.stats()
+    # Of the model, u2 puts out u1, then u1 u2, u3 u0, and u2 u1; of the memory u3 puts out u2, and u2 u0.
+    assert (stats.live_hits, stats.host_hits, stats.evictions) == (2, 6, 4)
+    assert (stats.reads, stats.host_evictions) == (5, 2)
+
+
 def test_ten_requests_at_once_for_one_that_is_not_there_yet(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
     pool = Pool(model, "user", users.find, most=1)
     engine = engines(model, pools=[pool])

@@ -403,6 +403,7 @@ def test_the_cache_drops_what_was_not_used_for_longest(
     assert [copy.is_dir() for copy in handed_out] == [True, False, False] and newest.is_dir()
     assert_same(near.get("user", "u1"), folders[1])
     assert not newest.is_dir() or not handed_out[0].is_dir()
+    assert (far.evictions, near.evictions) == (0, 3)
 
 
 def test_a_store_that_does_not_answer_or_is_unknown(

@@ -91,6 +91,11 @@ def test_an_upload_for_a_user_is_stored_and_served(server: Server) -> None:
     counts = httpx.get(f"{server.address}/metrics").text
     assert 'molora_live_adapters{layer="user"} 2.0' in counts
     assert 'molora_adapters_total{at="read",layer="user"} 4.0' in counts
+    assert 'molora_adapters_total{at="live",layer="user"} 0.0' in counts
+    assert 'molora_adapters_total{at="host",layer="user"} 4.0' in counts
+    assert 'molora_adapter_evictions_total{at="live",layer="user"} 2.0' in counts
+    assert 'molora_adapter_evictions_total{at="host",layer="user"} 0.0' in counts
+    assert "molora_store_evictions_total 0.0" in counts
 
 
 def test_another_version_serves_from_the_next_request_on(server: Server) -> None:
