@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -17,13 +17,20 @@ ROUTERS = "_routers"  # the layer of a store's routers: none of a stack can have
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+def is_name(name: object) -> TypeGuard[str]:
+    """Whether it may name a layer or an adapter."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return False
+    return not name.endswith(".") and name.lower() not in (AUTO, NONE)
+
+
 def check_name(name: object, what: str) -> str:
     """Names become folder names and parts of route labels, so they are never paths.
 
     Raises:
         StackError: it is not a plain name.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith(".") or name.lower() in (AUTO, NONE):
+    if not is_name(name):
         raise StackError(
             f"{name!r} cannot name {what}: use 1 to 64 letters, digits, '_', '-' or '.', "
             f"beginning with a letter or digit, and neither 'auto' nor 'none'."

@@ -138,6 +138,7 @@ def serve(
 
         from molora.serve.app import build_app
     from molora.serve.engine import Engine
+    from molora.serve.pins import StoredPins
     from molora.serve.pool import Pool
     from molora.serve.routers import StoredRouter
     from molora.serve.store import AdapterStore
@@ -152,15 +153,17 @@ def serve(
     serving = Engine(opened, rows=rows, longest=longest, pools=pools)
     app: Any = build_app(serving, keys=known, store=held, hosts=hosts)
     serving.start()
-    followed = StoredRouter(serving, held, router) if held is not None and router is not None else None
+    followed: list[StoredPins | StoredRouter] = [StoredPins(serving, held)] if held is not None and pools else []
+    if held is not None and router is not None:
+        followed.append(StoredRouter(serving, held, router))
     if opened.device.type == "cuda":
         typer.echo(f"Made ready for up to {rows} sequences at once in {warm(serving):.0f} s.")
     settle()
     try:
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_S)
     finally:
-        if followed is not None:
-            followed.close()
+        for one in followed:
+            one.close()
         serving.close()
         if held is not None:
             held.close()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from fastapi import FastAPI
@@ -97,8 +98,7 @@ class Forward:
             return await failure(409, refused, code="fixed_adapter")(scope, receive, send)
         try:
             body = await _whole(receive)
-            key = affinity(body, self.shared) if scope["path"] in _ASKING else ""
-            with self.crowds.one(key) as place:
+            with self._place(scope, body) as place:
                 await until_gone(receive, self._forward(place, scope, body, send))
         except ClientGone:
             log.info("A client has left; its answer was ended.")
@@ -109,8 +109,6 @@ class Forward:
         key = scope.get("state", {}).get("key")
         if scope["method"] not in ("POST", "PUT", "DELETE") or not key or "manage" not in key.scopes:
             return None
-        if parts[2:] == ["pin"]:
-            return "With several replicas each has other adapters in its model: none can be pinned from here."
         if len(parts) != 2:
             return None
         if not self.fixed(*parts):
@@ -119,6 +117,15 @@ class Forward:
             "With several replicas only adapters that a store holds are changed by request. The others are part of "
             "the saved stack: change that, and let the server deploy it again."
         )
+
+    def _place(self, scope: Scope, body: bytes) -> AbstractContextManager[str]:
+        """The key by which a replica is chosen; "": any."""
+        if scope["path"] in _ASKING:
+            return self.crowds.one(affinity(body, self.shared))
+        parts = scope["path"].removeprefix("/v1/adapters/").split("/")
+        if scope["method"] in ("PUT", "DELETE") and parts[2:] == ["pin"] and parts[0] in self.shared:
+            return nullcontext(_hashed({parts[0]: {parts[1]}}))  # where those are answered who ask for it
+        return nullcontext("")
 
     async def _forward(self, key: str, scope: Scope, body: bytes, send: Send) -> None:
         reply = self.ask(key, {name: scope[name] for name in _KEPT}, body)
@@ -196,6 +203,11 @@ def affinity(body: bytes, shared: Collection[str]) -> str:
         if layer in shared:
             names = [choice] if isinstance(choice, str) else choice if isinstance(choice, list | dict) else []
             named[layer] = {str(name) for name in names}
+    return _hashed(named)
+
+
+def _hashed(named: Mapping[str, Collection[str]]) -> str:
+    """Of adapters by layer; "": none."""
     told = sorted((layer, sorted(names)) for layer, names in named.items() if names)
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if told else ""
 

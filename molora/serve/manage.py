@@ -25,7 +25,7 @@ from molora.stack import StackLayer, check_name
 
 if TYPE_CHECKING:
     from molora.serve.engine import Engine
-    from molora.serve.pool import Pool
+    from molora.serve.pool import Pool, Read
     from molora.serve.store import AdapterStore
 
 MOST_CONFIG_BYTES = 1 << 20
@@ -119,7 +119,9 @@ class LiveAdapters:
         Raises:
             UnknownNameError: there is no such layer. StackError: nothing comes and goes there.
         """
-        return [name for name in self._pool(layer).pinned if name > after][:limit]
+        pool = self._pool(layer)
+        found = pool.pinned if self._store is None else self._store.pinned(layer)
+        return [name for name in found if name > after][:limit]
 
     async def pin(self, layer: str, name: str) -> None:
         """
@@ -134,15 +136,14 @@ class LiveAdapters:
             read = await asyncio.to_thread(pool.read, name)
         except AdapterNotFoundError as error:
             raise UnknownNameError(f"Layer {layer!r} has no adapter {name!r}.") from error
-        await asyncio.to_thread(self._engine.change, [], lambda: pool.pin(read))
+        await asyncio.to_thread(self._pin, layer, pool, read)
 
     async def unpin(self, layer: str, name: str) -> None:
         """
         Raises:
             UnknownNameError: it is not pinned. StackError: nothing comes and goes there.
         """
-        pool = self._pool(layer)
-        if not await asyncio.to_thread(self._engine.change, [], lambda: pool.unpin(name)):
+        if not await asyncio.to_thread(self._unpin, layer, self._pool(layer), name):
             raise UnknownNameError(f"{layer}/{name} is not pinned.")
 
     async def put(self, layer: str, name: str, files: Mapping[str, UploadFile]) -> AdapterCard:
@@ -194,6 +195,19 @@ class LiveAdapters:
         self._forget(label)
         self._folders[label] = folder
         return _card(label, model.adapters[label])
+
+    def _pin(self, layer: str, pool: "Pool", read: "Read") -> None:
+        noted = self._store is not None and self._store.pin(layer, read.name)
+        try:
+            self._engine.change([], lambda: pool.pin(read))
+        except BaseException:
+            if noted and self._store is not None:
+                self._store.unpin(layer, read.name)
+            raise
+
+    def _unpin(self, layer: str, pool: "Pool", name: str) -> bool:
+        noted = self._store is not None and self._store.unpin(layer, name)
+        return bool(self._engine.change([], lambda: pool.unpin(name))) or noted
 
     def _pool(self, layer: str) -> "Pool":
         pool = self._engine.pools.get(self.layer(layer).name)

@@ -87,6 +87,8 @@ class Pool:
         self._held = 0  # bytes in _host
         self._coming: dict[tuple[str, str], Future[Read]] = {}
         self._pinned: dict[str, str] = {}  # name -> the version of it that stays live
+        self.staying: frozenset[str] = frozenset()
+        """Names that are pinned by whoever shares the store: see :meth:`keep`."""
         self._made, self._prefix = 0, secrets.token_hex(8)  # nobody can name or guess a slot
         self._lock = threading.Lock()
         self._counts = {"live": 0, "host": 0, "read": 0, "evicted": 0, "dropped": 0}  # in the order of PoolStats
@@ -156,7 +158,7 @@ class Pool:
         Raises:
             StackError: as many are pinned as leave room for one other. BusyError: others use all room now.
         """
-        if read.name not in self._pinned and len(self._pinned) + 1 >= self.most:
+        if read.name not in self._pinned and not self._may_pin():
             raise StackError(
                 f"{len(self._pinned)} adapters of {self.layer!r} are pinned, of {self.most} that can be live: unpin "
                 "one, or serve with more of them live."
@@ -167,7 +169,18 @@ class Pool:
 
     def unpin(self, name: str) -> bool:
         """Lets it go like others; False if it was not pinned."""
+        self.staying -= {name}
         return self._pinned.pop(name, None) is not None
+
+    def keep(self, names: frozenset[str]) -> None:
+        """Pins these adapters, those that are not live once they are asked for, as far as one place stays free; and
+        lets all others go."""
+        self.staying = names
+        for name in self._pinned.keys() - names:
+            del self._pinned[name]
+        for name, version in reversed(self._live):  # of several versions the one that was used last
+            if name in names and name not in self._pinned and self._may_pin():
+                self._pinned[name] = version
 
     def _enter(self, read: Read) -> _Live | None:
         """Its place among the live ones; None while there is no room."""
@@ -181,9 +194,13 @@ class Pool:
             self._live[read.key] = live
             self._names[live.slot] = read.name
         self._live.move_to_end(read.key)
-        if read.name in self._pinned:
+        if read.name in self._pinned or (read.name in self.staying and self._may_pin()):
             self._pinned[read.name] = read.version
         return live
+
+    def _may_pin(self) -> bool:
+        """Whether one more leaves a place for all others."""
+        return len(self._pinned) + 1 < self.most
 
     @property
     def pinned(self) -> list[str]:

@@ -81,6 +81,7 @@ class Replica:
         from molora.model import MoLoRAModel  # here, so that the door's process needs none of it
         from molora.serve.app import build_app
         from molora.serve.engine import Engine
+        from molora.serve.pins import StoredPins
         from molora.serve.pool import Pool
         from molora.serve.routers import StoredRouter
         from molora.serve.store import AdapterStore
@@ -102,9 +103,11 @@ class Replica:
         keys = Keys(serving.keys) if serving.keys is not None else None
         self.app: FastAPI = build_app(self.engine, keys=keys, store=self.store)
         self.engine.start()
-        self.router: StoredRouter | None = None
+        self.followed: list[StoredRouter | StoredPins] = []
+        if self.store is not None and pools:
+            self.followed.append(StoredPins(self.engine, self.store))
         if self.store is not None and serving.router is not None:
-            self.router = StoredRouter(self.engine, self.store, serving.router)
+            self.followed.append(StoredRouter(self.engine, self.store, serving.router))
         if model.device.type == "cuda":
             warm(self.engine)
         settle()
@@ -137,7 +140,7 @@ class Replica:
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
-            if (followed := getattr(self, "router", None)) is not None:
+            for followed in getattr(self, "followed", ()):
                 followed.close()
             self.engine.close()
             if self.store is not None:

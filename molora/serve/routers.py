@@ -1,12 +1,12 @@
 """The router of a running server, from a store: the version that is current there serves soon after."""
 
 import logging
-import threading
 from typing import TYPE_CHECKING
 
 from molora.errors import MoLoRAError
 from molora.router import Router
 from molora.selection import router_rows
+from molora.serve.polling import EVERY_S, Polling
 from molora.stack import ROUTERS
 
 if TYPE_CHECKING:
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from molora.serve.store import AdapterStore
 
 log = logging.getLogger("molora.serve")
-
-EVERY_S = 10.0  # between two looks at what is current
 
 
 class StoredRouter:
@@ -32,13 +30,11 @@ class StoredRouter:
     """
 
     def __init__(self, engine: "Engine", store: "AdapterStore", name: str, every_s: float = EVERY_S) -> None:
-        self._engine, self._store, self._name, self._every_s = engine, store, name, every_s
+        self._engine, self._store, self._name = engine, store, name
         self.version: str | None = None
         self._refused: str | None = None  # a version that is not for this stack: told once
-        self._ended = threading.Event()
         self.look()
-        self._thread = threading.Thread(target=self._follow, name="molora-router", daemon=True)
-        self._thread.start()
+        self._polling = Polling(f"The router {name} of the store cannot serve", self.look, every_s)
 
     def look(self) -> None:
         """Takes the version that is current, if it is another one."""
@@ -59,12 +55,4 @@ class StoredRouter:
 
     def close(self) -> None:
         """Ends it."""
-        self._ended.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        while not self._ended.wait(self._every_s):
-            try:
-                self.look()
-            except MoLoRAError as error:  # what serves goes on
-                log.error("The router %s of the store cannot serve: %s", self._name, error)
+        self._polling.close()

@@ -3,6 +3,7 @@
     <url>/<layer>/<name>/current.json               which version serves: the truth, for every machine
     <url>/<layer>/<name>/<version>/                 a PEFT folder, and version.json, written last
     <url>/_routers/<name>/...                       the same of routers: router.json and router.safetensors
+    <url>/_pins/<layer>/<name>/pinned.json          stays in the model of every server that has it there
 
 Without current.json the newest version serves. The index, a SQLite file on each machine, only lists names and what is
 cached there. Of two who put or remove the same name at once from two machines, the last to write current.json wins.
@@ -37,6 +38,7 @@ from molora.errors import (
 from molora.router import Router
 from molora.saved import ROUTER, load, load_router, save_router
 from molora.serve.store_index import Index
+from molora.serve.store_pins import Pins
 from molora.serve.store_places import ABOUT, Folder, Remote
 from molora.serve.store_record import FILES, ROUTER_ENTRY, FileMark, Kind, StoredVersion, content_version
 from molora.serve.store_shelves import Shelves, path_of
@@ -94,6 +96,7 @@ class AdapterStore:
             folder = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:16]  # two stores may share a cache
             self._place = self._remote = Remote(self.url, (cache or cache_dir() / "store") / folder)
         self._shelves = Shelves(self.url, self._place)
+        self._pins = Pins(self._place)
         self._index = Index(index or self._place.home / ".index.sqlite")
         self._sound: set[str] = set()  # whose files were read through by this object
         self.evictions = 0
@@ -222,17 +225,35 @@ class AdapterStore:
         return self._shelves.roll_back(layer, name)
 
     def remove(self, layer: str, name: str) -> None:
-        """Takes away all versions.
+        """Takes away all versions, and its pin.
 
         Raises:
             AdapterNotFoundError (RouterError of a router): there is none of that name.
         """
         self._index.drop(layer, name)
+        self._pins.drop(layer, name)
         self._shelves.remove(layer, name)
 
     def prune(self, layer: str, name: str, keep: int = 2) -> list[str]:
         """Takes away all versions but the newest ``keep`` and the current one; returns those that are gone."""
         return self._shelves.prune(layer, name, keep)
+
+    def pin(self, layer: str, name: str) -> bool:
+        """Notes for all servers of the store that an adapter stays in their models; False if that was so before.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+        """
+        self.current(layer, name)
+        return self._pins.add(layer, name)
+
+    def unpin(self, layer: str, name: str) -> bool:
+        """It may leave them again; False if it was not pinned."""
+        return self._pins.drop(layer, name)
+
+    def pinned(self, layer: str) -> list[str]:
+        """Names of a layer's pinned adapters, in order."""
+        return self._pins.of(layer)
 
     def names(self, layer: str, prefix: str = "", limit: int = 1000, after: str = "") -> list[str]:
         """A page of the names that this machine knows, in order: at most ``limit``, behind ``after``, the last one of

@@ -41,6 +41,11 @@ class Folder:
         """Replaces a file at once."""
         write_text(self.home / path, text)
 
+    def add(self, path: str, text: str) -> None:
+        """As ``write``, and makes the folders that the file is to be in."""
+        (self.home / path).parent.mkdir(parents=True, exist_ok=True)
+        self.write(path, text)
+
     def delete(self, path: str) -> None:
         """A file or a folder, if it is there."""
         place = self.home / path
@@ -95,6 +100,9 @@ class Remote(Folder):
     def write(self, path: str, text: str) -> None:
         with self._reaching():
             self._files.pipe_file(self._at(path), text.encode())
+
+    def add(self, path: str, text: str) -> None:
+        self.write(path, text)
 
     def delete(self, path: str) -> None:
         with self._reaching(), suppress(FileNotFoundError):

@@ -194,6 +194,30 @@ def test_what_is_pinned_stays(model: MoLoRAModel, users: Users, base: Any, tmp_p
     assert ("u0", "2") not in pool._live
 
 
+def test_what_others_pinned_stays_once_it_was_asked_for(model: MoLoRAModel, users: Users) -> None:
+    pool = Pool(model, "user", users.find, most=3)
+
+    def ask(name: str) -> None:
+        read = pool.read(name)
+        assert pool.lease(read) is not None
+        pool.release(read)
+
+    ask("u0")
+    pool.keep(frozenset({"u0", "u1", "u2"}))
+    assert pool.pinned == ["u0"]
+    for name in ("u1", "u2", "u3", "u4"):  # one place stays free: u2 is as all others
+        ask(name)
+    assert pool.pinned == ["u0", "u1"] and pool.stats().evictions == 2
+    users.at["u1"] = ("2", users.at["u5"][1])
+    ask("u1")
+    assert pool.unpin("u0")
+    for name in ("u0", "u3", "u4"):  # it is not pinned anew
+        ask(name)
+    assert set(pool._live) == {("u1", "2"), ("u3", "1"), ("u4", "1")}
+    pool.keep(frozenset({"u4"}))
+    assert pool.pinned == ["u4"]
+
+
 def test_pins_leave_room_for_others(model: MoLoRAModel, users: Users) -> None:
     pool = Pool(model, "user", users.find, most=2)
     held = [pool.read(name) for name in ("u1", "u2")]

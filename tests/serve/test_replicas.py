@@ -207,6 +207,29 @@ def test_another_version_is_seen_by_every_replica(cluster: Cluster) -> None:
     assert old != new and cluster.say_everywhere("base+user/eve") == {new}
 
 
+def test_a_pin_holds_where_the_users_requests_go(cluster: Cluster) -> None:
+    ask = {"headers": {"Authorization": f"Bearer {cluster.boss}"}, "timeout": 20}
+    kim = f"{cluster.address}/v1/adapters/user/kim/pin"
+    cluster.settle()
+    home = cluster.home("kim")
+    pinned = cluster.counts("molora_pinned_adapters")
+    assert pinned == dict.fromkeys(pinned, 0.0) and len(pinned) == 2
+    assert httpx.put(kim, **ask).status_code == 204
+    assert cluster.counts("molora_pinned_adapters") == {**pinned, home: 1.0} and cluster.home("kim") == home
+    assert httpx.put(kim.replace("kim", "nobody"), **ask).status_code == 404
+    assert httpx.put(kim.replace("user/kim", "domain/math"), **ask).status_code == 400
+    listing = f"{cluster.address}/v1/adapters/user?pinned=true"
+    assert httpx.get(listing, **ask).json()["data"] == ["kim"]
+    later = replicas.Replica(cluster.serving)
+    (pool,) = later.engine.pools.values()
+    assert pool.pinned == []
+    said = cluster.expected("base+user/kim", alone=later)
+    assert pool.pinned == ["kim"] and said == cluster.say("base+user/kim")
+    assert httpx.delete(kim, **ask).status_code == 204
+    assert cluster.counts("molora_pinned_adapters") == pinned and httpx.get(listing, **ask).json()["data"] == []
+    assert httpx.delete(kim, **ask).status_code == 404
+
+
 def test_refusals_are_those_of_one_server(cluster: Cluster) -> None:
     with pytest.raises(openai.NotFoundError):
         cluster.say("gpt-4")
@@ -220,8 +243,6 @@ def test_refusals_are_those_of_one_server(cluster: Cluster) -> None:
     ask = {"headers": {"Authorization": f"Bearer {cluster.boss}"}, "timeout": 20}
     fixed = httpx.delete(f"{cluster.address}/v1/adapters/domain/math", **ask)
     assert fixed.status_code == 409 and fixed.json()["error"]["code"] == "fixed_adapter"
-    pin = httpx.put(f"{cluster.address}/v1/adapters/user/ada/pin", **ask)
-    assert pin.status_code == 409 and "pinned" in pin.json()["error"]["message"]
     assert "nobody" in httpx.delete(f"{cluster.address}/v1/adapters/user/nobody", **ask).json()["error"]["message"]
     mine = {"headers": {"Authorization": f"Bearer {cluster.ada}"}, "timeout": 20}
     assert httpx.delete(f"{cluster.address}/v1/adapters/domain/math", **mine).status_code == 403

@@ -406,6 +406,20 @@ def test_the_cache_drops_what_was_not_used_for_longest(
     assert (far.evictions, near.evictions) == (0, 3)
 
 
+def test_pins_are_seen_by_every_machine(machine: Make, folders: list[Path]) -> None:
+    here, there = machine("one"), machine("two")
+    for name in ("ann", "ben", "eve"):
+        here.put("user", name, folders[0])
+    assert here.pinned("user") == [] and not here.unpin("user", "ann")
+    assert here.pin("user", "eve") and there.pin("user", "ann") and not here.pin("user", "ann")
+    assert here.pinned("user") == there.pinned("user") == ["ann", "eve"] and here.pinned("team") == []
+    with pytest.raises(AdapterNotFoundError):
+        here.pin("user", "nobody")
+    there.remove("user", "eve")
+    assert here.pinned("user") == ["ann"] and here.reindex() == (2, 2)
+    assert here.unpin("user", "ann") and there.pinned("user") == []
+
+
 def test_a_store_that_does_not_answer_or_is_unknown(
     tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_pinned_adapter_stays_in_the_model(server: Server) -> None:
     for number in (1, 2, 0):
         server.say(f"base+user/p{number}")
     assert server.manage("PUT", "user/p1/pin").status_code == 400  # of two that are live one stays free
+    assert server.store.pinned("user") == ["p0"]  # the one that was refused is not noted
     assert server.manage("PUT", "user/nobody/pin").status_code == 404
     assert server.manage("PUT", "domain/math/pin").status_code == 400
     assert server.manage("PUT", "nothing/p0/pin").status_code == 404
