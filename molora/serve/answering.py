@@ -14,10 +14,11 @@ from molora.serve.failures import EngineFailure, TimeoutFailure, stream_error
 from molora.serve.keys import Key
 from molora.serve.metrics import GONE, Metrics
 from molora.serve.names import UnknownNameError, confine, parse_model
+from molora.serve.pace import ClientGone
 from molora.serve.protocol import ChatRequest, CompletionRequest
 from molora.serve.requests import Event, Finished, Request
 from molora.serve.shapes import ChatShape, Heard, Shape, TextShape, usage
-from molora.serve.stream import Answers, ClientGone, EventStream, until_gone
+from molora.serve.stream import Answers, EventStream, until_gone
 
 if TYPE_CHECKING:
     from molora.serve.engine import Engine

@@ -21,8 +21,9 @@ from molora.serve.door import MOST_ADAPTER_BYTES, MOST_BODY_BYTES, CheckHost, Ch
 from molora.serve.failures import EngineFailure, answer_errors, described, failure, stream_error
 from molora.serve.keys import Keys
 from molora.serve.metrics import merged
+from molora.serve.pace import ClientGone, is_stream
 from molora.serve.placement import Crowds
-from molora.serve.stream import ClientGone, until_gone
+from molora.serve.stream import until_gone
 
 log = logging.getLogger("molora.serve")
 
@@ -134,7 +135,7 @@ class Forward:
         try:
             async for message in _messages(reply):
                 if message["type"] == "http.response.start":
-                    streamed = _is_stream(message)
+                    streamed = is_stream(message)
                 ended = message["type"] == "http.response.body" and not message.get("more_body", False)
                 await send(message)
         finally:
@@ -165,10 +166,6 @@ async def _tell_lost(streamed: bool | None, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
     else:
         raise LOST  # the server cuts the connection: half of a JSON object is no answer
-
-
-def _is_stream(start: Message) -> bool:
-    return dict(start["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
 
 
 async def _whole(receive: Receive) -> bytes:

@@ -25,6 +25,7 @@ from molora.serve.failures import EngineFailure
 from molora.serve.forward import Reply, answer, build_door
 from molora.serve.keys import Keys
 from molora.serve.placement import KEPT_KEYS, at_once
+from molora.serve.proxies import SETTINGS
 from molora.stack import Stack
 
 log = logging.getLogger("molora.serve")
@@ -250,7 +251,7 @@ def run(serving: Serving, host: str, port: int, cluster: str | None = None) -> N
     """
     told: queue.SimpleQueue[int] = queue.SimpleQueue()  # of signals: a handler may put there whatever is interrupted
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to Ray's makers unasked
-    ray.init(**({"address": cluster} if cluster else _local(serving)))
+    ray.init(runtime_env={"env_vars": SETTINGS}, **({"address": cluster} if cluster else _local(serving)))
     serving = _sized(_whole(serving), alone=cluster is None)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Ray has set handlers of its own
         signal.signal(number, lambda got, _: told.put(got))

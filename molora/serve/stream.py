@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from molora.errors import AdapterNotFoundError, MoLoRAError
+from molora.errors import AdapterNotFoundError
+from molora.serve import pace
 from molora.serve.failures import EngineFailure, TimeoutFailure
 from molora.serve.metrics import Metrics
 from molora.serve.names import UnknownNameError
+from molora.serve.pace import ClientGone, Pace
 from molora.serve.requests import Event, Finished, Request
 
 if TYPE_CHECKING:
@@ -21,13 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("molora.serve")
 
-MOST_UNREAD = 64  # pieces that may lie here for a client,
-SLOW_S = 20.0  # and how long more may; also how long it may take to take one
 T = TypeVar("T")
-
-
-class ClientGone(MoLoRAError):
-    """Nobody waits for the answer any more."""
 
 
 class Answers:
@@ -42,7 +38,7 @@ class Answers:
         self._open = 0
         self._heard_at: list[float] = []
         self._started: set[int] = set()
-        self._behind_since: float | None = None
+        self._pace = Pace()
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Gives them to the engine; all of them or none.
@@ -72,7 +68,7 @@ class Answers:
         """
         while self._open:
             number, event = await self._queue.get()
-            self._check_pace()
+            self._pace.taken(self._queue.qsize())
             if isinstance(event, Finished):
                 self._open -= 1
                 _check_end(event)
@@ -97,14 +93,7 @@ class Answers:
             self._started.add(number)
             self._heard_at[number] = now
         self._queue.put_nowait((number, event))
-        if self._queue.qsize() > MOST_UNREAD and self._behind_since is None:
-            self._behind_since = now
-
-    def _check_pace(self) -> None:
-        if self._queue.qsize() <= MOST_UNREAD:
-            self._behind_since = None
-        elif self._behind_since is not None and time.perf_counter() - self._behind_since > SLOW_S:
-            raise ClientGone("The client reads too slowly.")
+        self._pace.grown(self._queue.qsize())
 
 
 class EventStream(Response):
@@ -128,14 +117,14 @@ class EventStream(Response):
         except ClientGone as error:
             log.info("%s", error)
         except TimeoutError:
-            log.info("A client has taken nothing for %s s and was cut.", SLOW_S)
+            log.info("A client has taken nothing for %s s and was cut.", pace.SLOW_S)
         finally:
             self._answers.cancel()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for line in self._lines:
-            async with asyncio.timeout(SLOW_S):
+            async with asyncio.timeout(pace.SLOW_S):
                 await send({"type": "http.response.body", "body": f"data: {line}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 

@@ -28,13 +28,13 @@ from molora.serve.failures import EngineFailure
 from molora.serve.keys import Keys
 from molora.serve.store import AdapterStore
 from tests.conftest import write_adapter
-from tests.serve.live import until
+from tests.serve.live import unread, until
 from tests.unit.spoken import make_spoken, save_spoken
 
 ray = pytest.importorskip("ray")
 from ray import serve  # noqa: E402
 
-from molora.serve import forward, replicas  # noqa: E402
+from molora.serve import forward, proxies, replicas  # noqa: E402
 
 USERS = ("ada", "ben", "eve", "kim")
 CHAT: Any = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
@@ -142,6 +142,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         _node_ip_address="127.0.0.1",
         object_store_memory=100 << 20,
         log_to_driver=False,
+        runtime_env={"env_vars": dict.fromkeys(proxies.SETTINGS, "tests.serve.hasty.middlewares")},
     )
     serve.start(http_options={"host": "127.0.0.1", "port": made.port})
     replicas.deploy(made.serving)
@@ -256,6 +257,16 @@ def test_who_leaves_ends_what_runs_for_him(cluster: Cluster) -> None:
         assert sum(cluster.counts("molora_running").values()) == 1
     assert until(lambda: sum(cluster.counts("molora_running").values()) == 0)
     assert sum(cluster.counts("molora_generated_tokens_total").values()) < before + LONG
+
+
+def test_who_reads_too_slowly_is_cut(cluster: Cluster) -> None:
+    before = sum(cluster.counts("molora_generated_tokens_total").values())
+    large = {"stream": True, "n": 8, "max_tokens": LONG, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps({"model": "base+auto", **CHAT, **large}).encode()
+    with unread(cluster.address, "/v1/chat/completions", body, f"Authorization: Bearer {cluster.boss}") as slow:
+        assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        assert until(lambda: sum(cluster.counts("molora_running").values()) == 0, 30)
+    assert sum(cluster.counts("molora_generated_tokens_total").values()) < before + 8 * LONG
 
 
 def test_a_replica_that_dies_ends_its_own_requests_only(cluster: Cluster) -> None:
