@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from molora.adapter import Adapter
+from molora.ahead import Ahead
 from molora.backend import backend_for, check_backend
 from molora.errors import BaseModelError
 from molora.groups import AdapterGroup, siblings
@@ -85,17 +86,22 @@ class AdaptedModules:
         self.orders = PairOrders()  # of MegaBlocks
         self._modules: dict[str, MoLoRALinear] = {}  # by name, what was wrapped
         self._last = 0  # slot that was ever taken
+        self._ahead = Ahead()
 
     def pack(self, adapter: Adapter) -> Packed:
         """Makes an adapter ready for :meth:`put`; from any thread."""
         return pack(adapter, self._place, self)
+
+    def fetch(self, packed: Packed) -> None:
+        """Starts an adapter's way to its devices, where :meth:`put` will want it; from any thread."""
+        self._ahead.start(packed)
 
     def put(self, slot: int, packed: Packed) -> None:
         """Puts an adapter into a slot of all modules that it adapts; the others know the slot then too."""
         self._last = max(self._last, slot)
         for group in self.groups.values():
             group.reserve(self._last)
-        writes, brought = Writes(), packed.brought()
+        writes, brought = Writes(), packed.brought(self._ahead.take(packed))
         for name, weights in packed.adapter.modules.items():
             module = self._wrapped(name)
             module.set_factors(slot, weights, self._dtype(module.weight), brought.get(name), writes)

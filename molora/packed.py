@@ -1,6 +1,6 @@
 """An adapter as the modules of a model take it: made ready in any thread, so that it comes in by little work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ Place = tuple[torch.device, torch.dtype, bool]
 
 
 @dataclass(frozen=True, eq=False)
-class _Flat:
+class Flat:
     """Factors of modules of one device and dtype, A and B one after the other, in the host's memory."""
 
     values: torch.Tensor
@@ -29,7 +29,7 @@ class Packed:
     adapter: Adapter
     made_for: object
     factors: dict[str, Factors]
-    flats: tuple[_Flat, ...]
+    flats: tuple[Flat, ...]
 
     @property
     def nbytes(self) -> int:
@@ -37,11 +37,16 @@ class Packed:
         parts = [*(part for pair in self.factors.values() for part in pair), *(flat.values for flat in self.flats)]
         return self.adapter.nbytes + sum(part.nbytes for part in parts)
 
-    def brought(self) -> dict[str, Factors]:
-        """Factors of all modules that have some of their own, on their devices: by one copy for each."""
+    @property
+    def flat_bytes(self) -> int:
+        """Of what is copied to devices when it is put in."""
+        return sum(flat.values.nbytes for flat in self.flats)
+
+    def brought(self, copies: Sequence[torch.Tensor]) -> dict[str, Factors]:
+        """Factors of all modules that have some of their own, on their devices. copies: of each flat's values."""
         found = dict(self.factors)
-        for flat in self.flats:
-            values, at = flat.values.to(flat.device, non_blocking=True), 0
+        for flat, values in zip(self.flats, copies, strict=True):
+            at = 0
             for name, *shapes in flat.shapes:
                 parts = []
                 for rank, width in shapes:
@@ -67,7 +72,7 @@ def pack(adapter: Adapter, place: Callable[[str, bool], Place], made_for: object
     for (device, _), pairs in together.items():
         values = torch.cat([part.flatten() for _, pair in pairs for part in pair])
         shapes = tuple((name, pair.A.shape, pair.B.shape) for name, pair in pairs)
-        flats.append(_Flat(values.pin_memory() if device.type == "cuda" else values, device, shapes))
+        flats.append(Flat(values.pin_memory() if device.type == "cuda" else values, device, shapes))
     return Packed(adapter, made_for, factors, tuple(flats))
 
 

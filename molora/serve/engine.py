@@ -227,6 +227,8 @@ class Engine:
         """Runs in a thread of its own: a store may be slow."""
         try:
             ticket.reads = [(pool, pool.read(name)) for pool, name in wanted]
+            for pool, read in ticket.reads:
+                pool.fetch(read)
         except Exception as error:  # told to the one who asked
             ticket.failed = error
         with self._wake:

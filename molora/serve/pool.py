@@ -136,6 +136,11 @@ class Pool:
             self._coming.pop(key).set_result(read)
         return read
 
+    def fetch(self, read: Read) -> None:
+        """Starts its way to the device, so that it is there when its request's turn comes. Any thread."""
+        if read.key not in self._live:
+            self.model.adapted.fetch(read.packed)
+
     # What follows is the engine's thread's alone.
 
     def lease(self, read: Read) -> str | None:

@@ -11,6 +11,7 @@ from molora.errors import AdapterMismatchError, AdapterNotFoundError, BusyError,
 from molora.serve.pool import Pool
 from tests.conftest import make_base, write_adapter
 from tests.parity.test_equalities import make_routed
+from tests.serve.live import until
 from tests.serve.test_engine import Heard, Held, alone, endless, engines, greedy  # noqa: F401 - a fixture
 
 
@@ -136,6 +137,26 @@ def test_what_was_read_is_kept_as_far_as_there_is_room(model: MoLoRAModel, users
     pool.release(one)
     slot = pool.lease(pool.read("u1"))
     assert slot is not None and pool.shown(slot) == "u1"
+
+
+def test_an_adapter_is_on_its_way_while_its_request_waits(
+    model: MoLoRAModel,
+    users: Users,
+    monkeypatch: pytest.MonkeyPatch,
+    engines: Any,  # noqa: F811
+) -> None:
+    fetched: list[Any] = []
+    monkeypatch.setattr(model.adapted, "fetch", fetched.append)
+    pool = Pool(model, "user", users.find)
+    engine = engines(model, pools=[pool])
+    held = Held(engine)
+    heard = [Heard(engine, greedy([5, 6, 7], {"domain": None, "user": "u1"}, 4)) for _ in range(2)]
+    assert until(lambda: len(fetched) == 2)  # of which the second finds that the first one was there
+    assert pool.stats().live == 0 and {one.adapter.path for one in fetched} == {users.at["u1"][1]}
+    held.free()
+    assert heard[0].tokens() == heard[1].tokens()
+    Heard(engine, greedy([5, 6, 7], {"domain": None, "user": "u1"}, 4)).tokens()
+    assert len(fetched) == 2  # it is live
 
 
 def test_hits_misses_and_evictions_are_counted(model: MoLoRAModel, users: Users) -> None:
