@@ -27,13 +27,13 @@ def export(
 ) -> None:
     """Write a stack as one LoRA folder that vLLM serves, routed by token, where MoLoRA is installed beside it.
 
-    In: a saved MoLoRA whose router reads the embedding. Out: a folder for `--lora-modules`, and the rank that
-    `--max-lora-rank` has to be. What acts when a request says nothing is given with --select.
+    In: a saved MoLoRA. Out: a folder for `--lora-modules`, and the rank that `--max-lora-rank` has to be. What acts
+    when a request says nothing is given with --select.
 
     Example: molora export my-molora --out exported --select personality=sage
     """
     from molora.vllm.export import export as export_stack
-    from molora.vllm.folder import read_manifest
+    from molora.vllm.folder import read_manifest, reads_hidden
 
     hide_loading_bars()
     place = model_place(model)
@@ -47,7 +47,8 @@ def export(
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{made} holds {len(adapters)} adapters: {', '.join(adapters)}. Serve it with")
+    eager = " --enforce-eager" if reads_hidden(manifest) else ""
     console.print(
-        f"VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {manifest['base']} --enable-lora --max-lora-rank {manifest['rank']} "
-        f"--lora-modules {made.name}={made}"
+        f"VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {manifest['base']} --enable-lora --max-lora-rank {manifest['rank']}"
+        f"{eager} --lora-modules {made.name}={made}"
     )

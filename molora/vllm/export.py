@@ -15,7 +15,7 @@ from molora import saved
 from molora.adapter import CONFIG_FILE, Adapter
 from molora.base import load_base
 from molora.checks import check_fits, check_router
-from molora.errors import ConfigError, RouterError, SelectionError, UnsupportedAdapterError
+from molora.errors import ConfigError, SelectionError, UnsupportedAdapterError
 from molora.factors import Factors, write_factors
 from molora.loading import load_adapter
 from molora.router import Router
@@ -50,13 +50,15 @@ def export(
 
     Raises:
         UnsupportedAdapterError: an adapter of the head or an embedding, or more ranks than vLLM takes.
-        RouterError: the router reads a hidden state. ConfigError: there are no adapters.
-        SelectionError, StackError, AdapterError, BaseModelError: the folder or the selection cannot be used.
+        ConfigError: there are no adapters.
+        SelectionError, StackError, AdapterError, RouterError, BaseModelError: the folder or the selection cannot be
+            used.
     """
     parts = saved.load(folder)
     labels = [(layer.name, adapter) for layer in parts.stack.layers for adapter in layer.adapters]
     adapters = [load_adapter(parts.stack[layer].adapters[adapter]) for layer, adapter in labels]
-    _check_stack(parts.stack, parts.router)
+    if not labels:
+        raise ConfigError("This stack has no adapters: there is nothing to export.")
     for label, adapter in zip(parts.stack.names, adapters, strict=True):
         _check_adapter(label, adapter)
     if not isinstance(selection or {}, Mapping):
@@ -133,17 +135,6 @@ def content_hash(folder: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def _check_stack(stack: Stack, router: object) -> None:
-    if not stack.names:
-        raise ConfigError("This stack has no adapters: there is nothing to export.")
-    points = getattr(router, "points", (0,))
-    if tuple(points) != (0,):
-        raise RouterError(
-            f"This router reads the hidden state at layer {max(points)}, which vLLM's compiled models do not show: "
-            f"train one that reads the embedding (`molora train router`, reads = 0)."
-        )
-
-
 def _check_adapter(label: str, adapter: Adapter) -> None:
     found = [module for module in adapter.modules if module.split(".")[-1] in _NOT_RUN]
     if found:
@@ -171,12 +162,14 @@ def _save_router(
     router: Router | VocabularyRouter | None, base: PreTrainedModel, folder: Path
 ) -> Mapping[str, object] | None:
     """The entry that :func:`molora.saved.load_router` reads, and the weights; with what the router reads of each token
-    id as a table, because vLLM's embedding is split over workers, may be quantised, and leaves out what some families
-    multiply it by."""
+    id, if it does, as a table, because vLLM's embedding is split over workers, may be quantised, and leaves out what
+    some families multiply it by."""
     if isinstance(router, VocabularyRouter):
         return {"kind": "vocabulary", "rules": router.rules, "rows": router.rows, "vocabulary": router.vocabulary}
     if router is None:
         return None
-    parts: Any = router.parts
-    save_file({"table": parts[0].folded(base.get_input_embeddings(), base.device).cpu().contiguous()}, folder / TABLE)
+    part: Any = router.parts[0]
+    if part.reads == 0:
+        table = part.folded(base.get_input_embeddings(), base.device)
+        save_file({"table": table.cpu().contiguous()}, folder / TABLE)
     return saved.save_router(router, folder / saved.ROUTER)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molora.errors import AdapterFormatError
+from molora.router import RouterConfig
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -33,6 +34,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{file} is not of format {FORMAT} with the keys {', '.join(sorted(_KEYS))}: export the stack again."
         )
     return dict(manifest)
+
+
+def reads_hidden(manifest: Mapping[str, Any]) -> bool:
+    """Whether its router reads a hidden state, for which vLLM must not compile the model."""
+    router = manifest["router"] or {}
+    return router.get("kind") == "mlp" and max(RouterConfig.from_dict(router["config"]).points) > 0
 
 
 def request(folder: str | Path) -> "LoRARequest":

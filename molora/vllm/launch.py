@@ -9,7 +9,7 @@ from typing import NoReturn
 from molora.base import base_folder, cache_dir
 from molora.errors import BackendError, ConfigError
 from molora.vllm.export import export
-from molora.vllm.folder import read_manifest
+from molora.vllm.folder import read_manifest, reads_hidden
 
 KEY = "VLLM_API_KEY"  # vLLM's server takes its key from there
 
@@ -26,7 +26,7 @@ def launch(
         ray: on the machines of a Ray cluster.
 
     Raises:
-        BackendError: vLLM is not installed here. RouterError and others: as of :func:`molora.vllm.export.export`.
+        BackendError: vLLM is not installed here. Others: as of :func:`molora.vllm.export.export`.
     """
     if find_spec("vllm") is None:
         raise BackendError('vLLM is not installed in this environment: pip install "molora[vllm]".')
@@ -45,6 +45,8 @@ def arguments(
     found += ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", str(manifest["rank"])]
     found += ["--lora-modules", f"stack={exported}", "--host", host, "--port", str(port), "--dtype", dtype]
     found += ["--max-num-seqs", str(rows), "--max-model-len", str(longest)]
+    if reads_hidden(manifest):
+        found += ["--enforce-eager"]
     if tensor_parallel > 1:
         found += ["--tensor-parallel-size", str(tensor_parallel)]
     if ray:

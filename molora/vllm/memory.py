@@ -23,19 +23,19 @@ class SlotMemory:
         self.table = torch.zeros(slots, 0, device=device)
 
     def widen(self, size: int) -> None:
-        """Makes room for a router that remembers ``size`` numbers; what is there stays."""
+        """Makes room for a router whose parts remember ``size`` numbers together; what is there stays."""
         if size > self.table.shape[1]:
             wider = self.table.new_zeros(len(self.table), size)
             wider[:, : self.table.shape[1]] = self.table
             self.table = wider
 
-    def read(self, slots: torch.Tensor, size: int) -> torch.Tensor:
-        """[n, size] of slots [n] int64; where a slot is -1 nothing is remembered, which is 0 in every rule."""
-        return self.table[slots.clamp_min(0), :size] * (slots >= 0).unsqueeze(1)
+    def read(self, slots: torch.Tensor, columns: slice) -> torch.Tensor:
+        """[n, columns] of slots [n] int64; where a slot is -1 nothing is remembered, which is 0 in every rule."""
+        return self.table[slots.clamp_min(0), columns] * (slots >= 0).unsqueeze(1)
 
-    def write(self, slots: torch.Tensor, states: torch.Tensor) -> None:
-        """States [n, tokens, size] to slots [n, tokens] int64."""
-        self.table[slots.flatten(), : states.shape[2]] = states.flatten(0, 1)
+    def write(self, slots: torch.Tensor, columns: slice, states: torch.Tensor) -> None:
+        """States [n, tokens, columns] to slots [n, tokens] int64."""
+        self.table[slots.flatten(), columns] = states.flatten(0, 1)
 
 
 class Continued:

@@ -1,20 +1,37 @@
-"""Routing inside a worker: before each forward the gates of its tokens are written."""
+"""Routing inside a worker: before each forward, and where a router reads a hidden state within it, the gates of its
+tokens are written."""
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed import get_tp_group
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from molora.errors import BackendError
 from molora.vllm.folder import MANIFEST
+from molora.vllm.hidden import decoder_layer, entering
 from molora.vllm.memory import SlotMemory
-from molora.vllm.routed import RoutedStack
+from molora.vllm.routed import RoutedStack, Step
 from molora.vllm.selections import choice_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests of one stack and selection with as many tokens in a step.
+
+    at: [n, tokens] int64, the places of their tokens in the batch.
+    """
+
+    stack: RoutedStack
+    at: torch.Tensor
+    step: Step
 
 
 class Routing:
@@ -35,6 +52,8 @@ class Routing:
             raise BackendError("MoLoRA does not know vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
         self.runner = runner
         self.memory: SlotMemory | None = None
+        self._groups: list[Group] = []  # of the forward that is under way
+        self._read: set[int] = set()  # the decoder layers at which hidden states are read
         runner._model_forward = self._routed(runner._model_forward)
 
     @property
@@ -45,6 +64,11 @@ class Routing:
     def wrapper(self) -> Any:
         """The language model's."""
         return next(iter(self.manager.punica_wrapper_mapping.values()))
+
+    @property
+    def _base(self) -> Any:
+        """The language model's configuration."""
+        return self.runner.vllm_config.model_config.hf_text_config
 
     def open(self, folder: Path) -> RoutedStack | None:
         """The stack of a LoRA's folder; None of an ordinary adapter.
@@ -57,6 +81,12 @@ class Routing:
             return None
         _check(self.runner.vllm_config, self.manager.supports_mm)
         stack = RoutedStack(folder, self.runner.device)
+        if stack.router is not None:
+            base = self._base
+            stack.router.check(stack.router.rows, base.hidden_size, base.num_hidden_layers, base.vocab_size)
+        if stack.boundary is not None:
+            check_shown(self.runner.vllm_config)
+            self._read_at(stack.boundary)
         if stack.size:
             if self.memory is None:
                 self.memory = SlotMemory(_slots(self.runner), self.runner.device)
@@ -67,7 +97,10 @@ class Routing:
         @wraps(forward)
         def routed(input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             self.write_gates(input_ids)
-            return forward(input_ids, *args, **kwargs)
+            try:
+                return forward(input_ids, *args, **kwargs)
+            finally:
+                self._groups = []  # trial runs come by the layers, too
 
         return routed
 
@@ -77,31 +110,57 @@ class Routing:
         starts = self.runner.query_start_loc.np[: self.runner.input_batch.num_reqs + 1]
         tokens = int(starts[-1])
         gates[:tokens] = (self.wrapper._token_lora_indices[:tokens] >= 0).unsqueeze(1)
-        for stack, choice, length, requests in self._groups(starts):
-            if ids is None:
-                raise BackendError("A routed stack needs token ids: this vLLM runs on embeddings alone.")
-            places = starts[requests][:, None] + np.arange(length)
-            at, before, slots = (
-                torch.from_numpy(some).to(gates.device) for some in (places, *self._kv_slots(requests, length))
-            )
-            found = stack.gates(choice, ids[at].long(), before, slots, self.memory if stack.size else None)
-            gates[at, : found.shape[2]] = found
+        self._groups = self._grouped(starts)
+        for group in self._groups:
+            read = None if ids is None else ids[group.at].long()
+            self._write(group, group.stack.gates(group.step, read, self._memory_of(group.stack)))
 
-    def _groups(self, starts: np.ndarray) -> list[tuple[RoutedStack, str | None, int, list[int]]]:
+    def _read_at(self, boundary: int) -> None:
+        """Has the gates written anew at each forward, when the hidden states enter decoder layer ``boundary``."""
+        if boundary in self._read:
+            return
+        layer = decoder_layer(self.manager.model, self._base.num_hidden_layers, boundary)
+
+        def rewrite(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            groups = [group for group in self._groups if group.stack.boundary == boundary]
+            if not groups:
+                return
+            hidden, workers = entering(layer, args, kwargs).float(), get_tp_group()
+            if workers.world_size > 1:  # rounded otherwise, it might be routed otherwise
+                hidden = workers.broadcast(hidden, src=0)
+            for group in groups:
+                found = group.stack.gates_from(group.step, hidden[group.at], self._memory_of(group.stack))
+                self._write(group, found)
+
+        layer.register_forward_pre_hook(rewrite, with_kwargs=True)
+        self._read.add(boundary)
+
+    def _write(self, group: Group, gates: torch.Tensor) -> None:
+        self.wrapper.gates[group.at, : gates.shape[2]] = gates
+
+    def _memory_of(self, stack: RoutedStack) -> SlotMemory | None:
+        return self.memory if stack.size else None
+
+    def _grouped(self, starts: np.ndarray) -> list[Group]:
         """The requests of each stack and selection that have the same number of tokens in this step: all those that
         decode are one group, and no group needs padding."""
         batch = self.runner.input_batch
-        groups: dict[tuple[int, str | None, int], list[int]] = defaultdict(list)
+        requests_of: dict[tuple[int, str | None, int], list[int]] = defaultdict(list)
         for request, lora in enumerate(batch.request_lora_mapping[: len(starts) - 1].tolist()):
             length = int(starts[request + 1] - starts[request])
             if lora and length:
                 choice = choice_of(self.runner.requests[batch.req_ids[request]].sampling_params)
-                groups[lora, choice, length].append(request)
+                requests_of[lora, choice, length].append(request)
         found = []
-        for (lora, choice, length), requests in groups.items():
+        for (lora, choice, length), requests in requests_of.items():
             stack = getattr(self.manager.get_adapter(lora), "molora", None)
             if stack is not None:
-                found.append((stack, choice, length, requests))
+                places = starts[requests][:, None] + np.arange(length)
+                at, before, slots = (
+                    torch.from_numpy(some).to(self.runner.device)
+                    for some in (places, *self._kv_slots(requests, length))
+                )
+                found.append(Group(stack, at, Step(choice, before, slots)))
         return found
 
     def _kv_slots(self, requests: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +190,16 @@ def _check(config: Any, multimodal: bool) -> None:
     if any(found.values()):
         kinds = " and ".join(kind for kind, there in found.items() if there)
         raise BackendError(f"MoLoRA does not route in vLLM with {kinds} yet: switch that off.")
+
+
+def check_shown(config: Any) -> None:
+    """Raises BackendError where a forward does not come by the layers: a captured or compiled one."""
+    compilation = config.compilation_config
+    if compilation.mode != CompilationMode.NONE or compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        raise BackendError(
+            "This router reads a hidden state, which vLLM's compiled models do not show: start vLLM with "
+            "--enforce-eager, or train one that reads the embedding (`molora train router`, reads = 0)."
+        )
 
 
 def _slots(runner: Any) -> int:

@@ -25,7 +25,7 @@ from molora.vllm.folder import request
 
 # The others run in the environment of `make vllm` alone.
 if find_spec("vllm") is None:
-    collect_ignore = ["test_plugin.py", "test_serving.py", "test_engines.py", "test_server.py"]
+    collect_ignore = ["test_plugin.py", "test_serving.py", "test_engines.py", "test_server.py", "test_starter.py"]
 torch.set_num_threads(1)
 TOKENS = 12
 TOLERANCE = 1e-3
@@ -38,9 +38,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {  # of different ranks, scales and module
 }
 ROUTERS = {
     "averages": RouterConfig(width=8, hidden=16, decays=(0.9, 0.98)),
-    "gated": RouterConfig(width=8, hidden=16, units=6, depth=2, weights="softmax"),
+    "gated": RouterConfig(width=8, hidden=16, units=12, weights="softmax"),
+    "twice": RouterConfig(reads=(0, 1), width=8, hidden=16, decays=(0.9, 0.98)),  # the embedding and a hidden state
+    "deep": RouterConfig(reads=2, width=8, hidden=16, units=12, weights="softmax"),
 }
-TOP = {"averages": 1, "gated": 2}
+TOP = {"averages": 1, "gated": 2, "twice": 1, "deep": 2}
 
 
 @dataclass
@@ -53,14 +55,17 @@ class Answer:
 
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FAMILIES: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
     "qwen3": lambda: transformers.Qwen3Config(**{**SMALL, "vocab_size": 97}, head_dim=32, tie_word_embeddings=True),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=32, sliding_window=32),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**{**SMALL, "hidden_size": 48}, head_dim=32, sliding_window=32),
+    "granite": lambda: transformers.GraniteConfig(
+        **{**SMALL, "vocab_size": 97}, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0
+    ),
 }
 
 
@@ -107,13 +112,17 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return make_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
-def decided(config: RouterConfig, stack: Stack, embeddings: torch.Tensor) -> Router:
+def decided(config: RouterConfig, stack: Stack, base: transformers.PreTrainedModel) -> Router:
     """A random router whose routes change from token to token."""
+    with torch.no_grad():
+        ids = torch.tensor([prompt_of(500, 6, base.config.vocab_size)])
+        states = base(input_ids=ids, output_hidden_states=True).hidden_states
     torch.manual_seed(7)
-    router = Router(config, router_rows(stack), embeddings.shape[1])
+    router = Router(config, router_rows(stack), base.config.hidden_size)
     for part in router.parts:
-        part.mean.copy_(embeddings.mean(0))
-        part.std.copy_(embeddings.std(0))
+        read = base.get_input_embeddings().weight.detach() if part.reads == 0 else states[part.reads][0]
+        part.mean.copy_(read.mean(0))
+        part.std.copy_(read.std(0))
         for weight in (part.input.weight, part.output.weight, *(gate.weight for gate in part.gates)):
             torch.nn.init.normal_(weight, std=3 / weight.shape[1] ** 0.5)
         with torch.no_grad():
@@ -134,8 +143,7 @@ def make_models(base: Path, adapters: Mapping[str, Path]) -> dict[str, MoLoRAMod
             ]
         )
         own = load_base(base)
-        router = decided(config, stack, own.get_input_embeddings().weight.detach())
-        found[kind] = MoLoRAModel.from_base(own, stack, router)
+        found[kind] = MoLoRAModel.from_base(own, stack, decided(config, stack, own))
     return found
 
 
@@ -161,6 +169,8 @@ def folders(models: dict[str, MoLoRAModel], tmp_path_factory: pytest.TempPathFac
 SELECTIONS: dict[str, Any] = {
     "averages": {},
     "gated": {},
+    "twice": {},
+    "deep": {},
     "forced": {"personality": "law"},
     "code": {"domain": "code"},
     "base": {"domain": None},
@@ -176,7 +186,7 @@ class Served:
 
         defaults: dict[str, Any] = dict(  # noqa: C408
             model=str(base), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, enable_lora=True,
-            max_lora_rank=32, max_loras=4, max_cpu_loras=4, max_model_len=400, max_num_seqs=8, block_size=32,
+            max_lora_rank=32, max_loras=6, max_cpu_loras=6, max_model_len=400, max_num_seqs=8, block_size=32,
             num_gpu_blocks_override=200, seed=0, disable_log_stats=True,
         )  # fmt: skip
         self.llm = LLM(**{**defaults, **options})
@@ -223,8 +233,8 @@ def served(base: Path, folders: dict[str, Path], adapters: dict[str, Path]) -> S
 
 def expected(models: Mapping[str, MoLoRAModel], kind: str, prompt: Sequence[int], selection: Any = None) -> Answer:
     """What our own generate says."""
-    model = models.get(kind, models["averages"])
-    selection = SELECTIONS[kind] if selection is None else selection
+    model = models.get(kind) or next(iter(models.values()))
+    selection = SELECTIONS.get(kind, {}) if selection is None else selection
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), selection=selection, max_new_tokens=TOKENS,

@@ -31,6 +31,14 @@ def test_a_stack_is_written_and_its_server_named(saved: Path, tmp_path: Path) ->
     assert Path(told["folder"]).name.startswith("ours-") and told["rank"] == 16 and len(told["adapters"]) == 5
 
 
+def test_a_router_of_hidden_states_needs_vllm_uncompiled(models: dict, base: Path, tmp_path: Path) -> None:  # noqa: F811
+    for kind, eager in (("twice", True), ("gated", False)):
+        models[kind].base_name = str(base)
+        models[kind].save_pretrained(tmp_path / kind)
+        shown = CliRunner().invoke(app, ["export", str(tmp_path / kind), "--out", str(tmp_path / "out")])
+        assert ("--max-lora-rank 16 --enforce-eager --lora-modules" in shown.output) is eager
+
+
 def test_a_selection_that_does_not_fit(saved: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["export", str(saved), "--out", str(tmp_path / "out"), "--select", "user=eve"])
     assert isinstance(refused.exception, SelectionError) and not list((tmp_path / "out").glob("*"))

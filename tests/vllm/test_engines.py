@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 
+from molora.vllm.folder import request
 from tests.vllm.conftest import Served, check, expected, make_adapters, make_base, make_folders, make_models, prompt_of
 
-KINDS = ["averages", "base", "gated", "code"]
+KINDS = ["averages", "base", "gated", "code", "twice", "deep", "twice"]
 
 
 def compare(served: Served, models: Any, lengths: tuple[int, ...]) -> None:
-    kinds = [KINDS[place % len(KINDS)] for place in range(len(lengths))]
     prompts = [prompt_of(length, 100 + place, 97) for place, length in enumerate(lengths)]
-    answers, _ = served.ask(kinds, prompts)
-    for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
+    answers, _ = served.ask(KINDS, prompts)
+    for kind, prompt, answer in zip(KINDS, prompts, answers, strict=True):
         check(answer, expected(models, kind, prompt))
 
 
 def test_preempted_requests_are_read_again(
     base: Path, folders: dict[str, Path], adapters: dict[str, Path], models: Any
 ) -> None:
-    """So few KV blocks that requests are put back while they decode; without a prefix cache they begin anew."""
+    """So few KV blocks that the last are put back while they decode; without a prefix cache they begin anew."""
     served = Served(
         base, folders, adapters, num_gpu_blocks_override=14, enable_prefix_caching=False, disable_log_stats=False
     )
@@ -30,19 +30,27 @@ def test_preempted_requests_are_read_again(
     assert counts and counts[0] > 0
 
 
-def test_another_family(tmp_path: Path) -> None:
-    """Qwen 3, with tied embeddings and a vocabulary that vLLM pads."""
-    base = make_base(tmp_path / "base", "qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "granite"])
+def test_another_family(family: str, tmp_path: Path) -> None:
+    """Qwen 3, with tied embeddings and a vocabulary that vLLM pads; Granite, whose layers are handed no residual."""
+    base = make_base(tmp_path / "base", family)
     adapters = make_adapters(base, tmp_path / "adapters")
     models = make_models(base, adapters)
     served = Served(base, make_folders(models, tmp_path / "exported"), adapters, max_num_batched_tokens=48)
     compare(served, models, (20, 7, 100, 30, 5, 11, 9))
 
 
-def test_memory_beside_sliding_windows_is_refused(tmp_path: Path) -> None:
+def test_what_a_model_does_not_show_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Gemma 3: a memory beside sliding windows, hidden states of which vLLM does not say what they are; and a stack of
+    another base."""
     base = make_base(tmp_path / "base", "gemma3")
     adapters = make_adapters(base, tmp_path / "adapters")
-    folders = make_folders(make_models(base, adapters), tmp_path / "exported")
-    served = Served(base, folders, adapters)
-    with pytest.raises(Exception, match="full attention only, and this model has"):
-        served.llm.llm_engine.add_lora(served.requests["averages"])
+    own = make_folders(make_models(base, adapters), tmp_path / "exported")
+    served = Served(base, own, adapters)
+    for asked, message in (
+        (served.requests["averages"], "full attention only, and this model has"),
+        (served.requests["twice"], "the hidden state at layer 1, which vLLM's Gemma3ForCausalLM does not show"),
+        (request(folders["gated"]), "reads 64 features, and the base has 48"),
+    ):
+        with pytest.raises(Exception, match=message):
+            served.llm.llm_engine.add_lora(asked)

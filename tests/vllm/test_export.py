@@ -8,14 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molora import MoLoRAModel, Router, RouterConfig, Stack, StackLayer
+from molora import MoLoRAModel, Stack, StackLayer
 from molora.adapter import Adapter
-from molora.errors import AdapterFormatError, RouterError, SelectionError, UnsupportedAdapterError
-from molora.selection import router_rows
+from molora.errors import AdapterFormatError, SelectionError, UnsupportedAdapterError
 from molora.vllm.export import content_hash, export, padded
-from molora.vllm.folder import MANIFEST, read_manifest
+from molora.vllm.folder import MANIFEST, TABLE, read_manifest, reads_hidden
 from molora.vllm.selections import Selections
-from tests.vllm.conftest import load_base, write_adapter
+from tests.vllm.conftest import ROUTERS, load_base, write_adapter
 
 
 def saved(base: Path, stack: Stack, folder: Path, router: Any = None) -> Path:
@@ -41,7 +40,7 @@ def test_every_adapter_has_its_columns(folders: dict[str, Path], adapters: dict[
 
 
 def test_the_name_tells_the_content(folders: dict[str, Path], tmp_path: Path) -> None:
-    assert len({folder.name for folder in folders.values()}) == 3
+    assert len({folder.name for folder in folders.values()}) == len(folders)
     source = folders["averages"].parent / "saved" / "averages"
     again = export(source, tmp_path)
     assert again.name == folders["averages"].name and content_hash(again) == again.name.rpartition("-")[2]
@@ -57,14 +56,13 @@ def test_heads_are_refused(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("reads", [1, (0, 1)])
-def test_routers_of_hidden_states_are_refused(
-    base: Path, adapters: dict[str, Path], tmp_path: Path, reads: Any
-) -> None:
-    stack = Stack([StackLayer("domain", {"math": adapters["math"]})])
-    router = Router(RouterConfig(reads=reads, width=4, hidden=4, units=2), router_rows(stack), 64).eval()
-    with pytest.raises(RouterError, match="hidden state at layer 1"):
-        export(saved(base, stack, tmp_path / "saved", router), tmp_path / "out")
+def test_what_is_read_of_token_ids_is_a_table(folders: dict[str, Path], models: dict[str, MoLoRAModel]) -> None:
+    for kind in ("averages", "twice"):
+        part: Any = models[kind].router.parts[0]  # type: ignore[union-attr]
+        read = part.read(models[kind].base.get_input_embeddings().weight)
+        torch.testing.assert_close(load_file(folders[kind] / TABLE)["table"], read)
+    assert not (folders["deep"] / TABLE).exists()
+    assert [reads_hidden(read_manifest(folders[kind])) for kind in ROUTERS] == [False, False, True, True]
 
 
 def test_wrong_selections_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

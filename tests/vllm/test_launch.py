@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from molora import MoLoRAModel, Stack, StackLayer
 from molora.cli import app
-from molora.errors import BackendError, RouterError
+from molora.errors import BackendError, UnsupportedAdapterError
 from molora.vllm import launch
+from molora.vllm.export import export
 from molora.vllm.folder import read_manifest
-from tests.vllm.conftest import models  # noqa: F401 - a fixture
+from tests.vllm.conftest import (
+    load_base,
+    models,  # noqa: F401 - a fixture
+    write_adapter,
+)
 from tests.vllm.test_command import saved  # noqa: F401 - a fixture
 
 
@@ -42,10 +48,23 @@ def test_the_stack_is_exported_and_served(saved: Path, base: Path, started: list
         "--tensor-parallel-size": "2", "--distributed-executor-backend": "ray",
     }  # fmt: skip
     assert {name: pairs[name] for name in wanted} == wanted
+    assert "--enforce-eager" not in told
 
 
-def test_what_cannot_be_served_so_is_said_before(started: list[Any]) -> None:
-    assert isinstance(CliRunner().invoke(app, ["serve", "--engine", "vllm"]).exception, RouterError)  # the starter's
+def test_a_router_of_hidden_states_needs_vllm_uncompiled(models: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
+    models["deep"].base_name = str(base)
+    models["deep"].save_pretrained(tmp_path / "deep")
+    made = export(tmp_path / "deep", tmp_path / "out")
+    assert "--enforce-eager" in launch.arguments(made, "127.0.0.1", 9000, 4, 300, "float32", 1, False)
+
+
+def test_what_cannot_be_served_so_is_said_before(base: Path, started: list[Any], tmp_path: Path) -> None:
+    write_adapter(base, tmp_path / "head", 1, {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]})
+    MoLoRAModel.from_base(load_base(base), Stack([StackLayer("domain", {"head": tmp_path / "head"})])).save_pretrained(
+        tmp_path / "mine"
+    )
+    found = CliRunner().invoke(app, ["serve", str(tmp_path / "mine"), "--engine", "vllm"])
+    assert isinstance(found.exception, UnsupportedAdapterError)
     assert not started
 
 

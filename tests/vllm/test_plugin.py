@@ -65,3 +65,40 @@ def test_another_model_runner_is_refused() -> None:
 
     with pytest.raises(BackendError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         Routing(SimpleNamespace())
+
+
+def test_compiled_and_captured_models_show_no_hidden_states() -> None:
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    from molora.errors import BackendError
+    from molora.vllm.runner import check_shown
+
+    for mode, graphs in (
+        (CompilationMode.NONE, CUDAGraphMode.NONE),
+        (CompilationMode.VLLM_COMPILE, CUDAGraphMode.NONE),
+        (CompilationMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY),
+    ):
+        config = SimpleNamespace(compilation_config=CompilationConfig(mode=mode, cudagraph_mode=graphs))
+        if mode is CompilationMode.NONE and graphs is CUDAGraphMode.NONE:
+            check_shown(config)
+        else:
+            with pytest.raises(BackendError, match="--enforce-eager"):
+                check_shown(config)
+
+
+def test_the_hidden_state_is_what_vllm_says() -> None:
+    """To speculative decoding, of the models whose layers are handed a residual."""
+    import torch
+    from vllm.model_executor.models.interfaces import EagleModelMixin
+
+    from molora.vllm.hidden import entering
+
+    class Layer(torch.nn.Module):
+        def forward(self, positions: object, hidden_states: object, residual: object) -> None: ...
+
+    model = EagleModelMixin()
+    model.aux_hidden_state_layers = (4,)
+    hidden, residual = torch.randn(2, 5, 3)
+    for given in (residual, None):
+        (told,) = model._maybe_add_hidden_state([], 4, hidden, given)
+        assert torch.equal(entering(Layer(), (None, hidden), {"residual": given}), told)

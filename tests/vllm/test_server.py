@@ -28,7 +28,8 @@ class Server:
             self.port = free.getsockname()[1]
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         if "--tensor-parallel-size" in options:  # else vLLM wants a NUMA node for each worker
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+            workers = int(options[options.index("--tensor-parallel-size") + 1])
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(worker % 2) for worker in range(workers))
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(self.port),
             "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--enable-lora",
@@ -136,14 +137,15 @@ def test_tensor_parallel(
     base: Path, folders: dict[str, Path], models: Any, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     """Two workers, each of which has half of the embedding's rows and of every module."""
+    kinds = ("averages", "gated", "twice", "deep")
     started = Server(
         base, tmp_path / "log", "--tensor-parallel-size", "2", *more,
-        "--lora-modules", f"averages={folders['averages']}", f"gated={folders['gated']}",
+        "--lora-modules", *(f"{kind}={folders[kind]}" for kind in kinds),
     )  # fmt: skip
     try:
         started.wait()
         prompt = prompt_of(40, 202)
-        for kind in ("averages", "gated", "averages"):
+        for kind in (*kinds, "averages"):
             same(started.complete(kind, prompt), expected(models, kind, prompt))
         same(started.complete(str(base), prompt), expected(models, "base", prompt))
     finally:
@@ -151,14 +153,14 @@ def test_tensor_parallel(
 
 
 def test_our_own_command_serves_stack_and_base(base: Path, models: Any, tmp_path: Path) -> None:
-    model = models["averages"]
+    model = models["twice"]
     model.base_name = str(base)
     model.save_pretrained(tmp_path / "mine")
     started = Server(base, tmp_path / "log", saved=tmp_path / "mine")
     try:
         started.wait()
         prompt = prompt_of(40, 200)
-        same(started.complete("stack", prompt), expected(models, "averages", prompt))
+        same(started.complete("stack", prompt), expected(models, "twice", prompt))
         same(started.complete("base", prompt), expected(models, "base", prompt))
     finally:
         started.stop()

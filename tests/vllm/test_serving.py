@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.vllm.conftest import SELECTIONS, Served, check, expected, prompt_of
 
-STACKS = ("averages", "gated", "forced")
+STACKS = ("averages", "gated", "twice", "deep", "forced")
 
 
 @pytest.mark.parametrize("kind", STACKS)
@@ -21,23 +21,27 @@ def test_one_request(served: Served, models: Any, kind: str) -> None:
 
 def test_routes_change_and_matter(models: Any) -> None:
     """So that the equalities say something: routers choose differently from token to token, and by what they remember;
-    and every kind of request answers differently."""
+    what is read of the hidden state changes what acts; and every kind of request answers differently."""
     import torch
 
     prompt = prompt_of(60, 2)
-    for kind in ("averages", "gated"):
+    for kind in ("averages", "gated", "twice", "deep"):
         ids = torch.tensor([prompt])
         slots = models[kind](input_ids=ids, selection={}, output_routes=True).routes.slots[0]
         assert len({tuple(row) for row in slots.tolist()}) >= 3
         assert (slots[:, 1] == -1).any()  # null, in the column of the first choice
         after = models[kind](input_ids=ids[:, 30:], selection={}, output_routes=True).routes.slots[0]
         assert not torch.equal(after[:20], slots[30:50])  # the same tokens after another past
+    with models["twice"].routing.active(lambda: models["twice"]._resolve({})):
+        models["twice"].base(input_ids=ids)
+        first, second = models["twice"].routing.plans
+        assert (first.slots != second.slots).any(-1).float().mean() > 0.3
     answers = [expected(models, kind, prompt).logprobs for kind in SELECTIONS]
     assert len({tuple(round(value, 2) for value in answer) for answer in answers}) == len(SELECTIONS)
 
 
 def test_mixed_requests_in_one_batch(served: Served, models: Any) -> None:
-    kinds = ["base", "averages", "gated", "code", "averages", "gated", "forced", "base"]
+    kinds = ["base", "averages", "twice", "code", "deep", "gated", "forced", "twice"]
     prompts = [prompt_of(length, 10 + length) for length in (7, 19, 5, 11, 23, 14, 9, 3)]
     answers, _ = served.ask(kinds, prompts)
     for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
@@ -70,7 +74,7 @@ def test_chunked_prefill(served: Served, models: Any, kind: str) -> None:
 
 def test_stacks_do_not_share_the_prefix_cache(served: Served, models: Any) -> None:
     prompt = prompt_of(80, 50)
-    for kind in ("base", "averages", "gated", "forced"):
+    for kind in ("base", "averages", "gated", "twice", "deep", "forced"):
         answers, cached = served.ask([kind], [prompt])
         assert cached[0] == 0
         check(answers[0], expected(models, kind, prompt))
@@ -83,16 +87,17 @@ def test_evicted_stack_comes_back(served: Served, models: Any, adapters: Any) ->
     from vllm.lora.request import LoRARequest
 
     prompt = prompt_of(20, 60)
-    served.ask(["averages"], [prompt])
+    served.ask(["averages", "twice"], [prompt, prompt])
     kept = dict(served.requests)
     for number, name in enumerate(("math", "law", "code"), 20):
         for twin in range(2):
             served.requests["other"] = LoRARequest(f"{name}{twin}", number + 10 * twin, str(adapters[name]))
             served.ask(["other"], [prompt])
     served.requests = kept
-    answers, _ = served.ask(["averages", "gated"], [prompt, prompt])
-    check(answers[0], expected(models, "averages", prompt))
-    check(answers[1], expected(models, "gated", prompt))
+    kinds = ["averages", "gated", "twice"]
+    answers, _ = served.ask(kinds, [prompt] * 3)
+    for kind, answer in zip(kinds, answers, strict=True):
+        check(answer, expected(models, kind, prompt))
 
 
 def test_a_request_brings_its_own_selection(served: Served, models: Any) -> None:
