@@ -9,8 +9,8 @@ from molora.errors import BackendError, MoLoRAError
 from molora.vllm.folder import MANIFEST
 from molora.vllm.selections import check_choice, choice_of
 
-_GATED = {
-    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU": "molora.vllm.wrapper.GatedCPU",
+_ROUTED = {
+    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU": "molora.vllm.wrapper_cpu.SparseCPU",
     "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU": "molora.vllm.wrapper_gpu.GatedGPU",
 }
 
@@ -26,20 +26,20 @@ def register() -> None:
     if hasattr(WorkerLoRAManager._load_adapter, "molora"):
         return
     platform = type(current_platform)
-    platform.get_punica_wrapper = classmethod(_gated(platform.get_punica_wrapper.__func__))
+    platform.get_punica_wrapper = classmethod(_routed(platform.get_punica_wrapper.__func__))
     LoRAModelRunnerMixin.load_lora_model = _routing(LoRAModelRunnerMixin.load_lora_model)
     PEFTHelper.from_local_dir = classmethod(_unlocked(PEFTHelper.from_local_dir.__func__))
     InputProcessor.process_inputs = _with_choice(InputProcessor.process_inputs)
     WorkerLoRAManager._load_adapter = _with_stack(WorkerLoRAManager._load_adapter)
 
 
-def _gated(get_punica_wrapper: Any) -> Any:
+def _routed(get_punica_wrapper: Any) -> Any:
     @wraps(get_punica_wrapper)
     def get(cls: Any) -> str:
         name = get_punica_wrapper(cls)
-        if name not in _GATED:
-            raise BackendError(f"MoLoRA has no gates for {name}: it runs on vLLM's CPU and CUDA builds.")
-        return _GATED[name]
+        if name not in _ROUTED:
+            raise BackendError(f"MoLoRA does not route in {name}: it runs on vLLM's CPU and CUDA builds.")
+        return _ROUTED[name]
 
     return get
 

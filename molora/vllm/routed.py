@@ -1,4 +1,4 @@
-"""One exported stack as the worker holds it: from what the router reads and remembers to the gates of its ranks."""
+"""One exported stack as the worker holds it: from what the router reads and remembers to the plan of its adapters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,8 +63,10 @@ class Reading:
 class RoutedStack:
     """The router of an exported folder, its selections, and which columns each adapter has.
 
-    ``boundary`` is the decoder layer at which the router reads the hidden state, None where it does not. Modules below
-    it act as :meth:`gates` says, and those from it on as :meth:`gates_from`.
+    columns: of each adapter, in the order of its slots. owners: [ranks] int64, the slot of the adapter that has each
+    column, or the number of adapters where it pads. boundary: the decoder layer at which the router reads the hidden
+    state, None where it does not: modules below it act as :meth:`plan` says, and those from it on as
+    :meth:`plan_from`.
 
     Args:
         folder: of :func:`molora.vllm.export.export`.
@@ -77,8 +79,10 @@ class RoutedStack:
     def __init__(self, folder: Path, device: torch.device) -> None:
         manifest = read_manifest(folder)
         selections = Selections(manifest)
-        self.adapters = len(selections.slots)
-        self.owners = _owners(manifest, selections.slots).to(device)
+        self.columns = _columns(manifest, selections.slots)
+        self.owners = torch.full((manifest["rank"],), len(self.columns), device=device)
+        for slot, columns in enumerate(self.columns):
+            self.owners[columns] = slot
         self.selection = lru_cache(maxsize=256)(lambda choice: selections.resolve(choice).to(device))
         self.selection(None)
         self.router = saved.load_router(folder, manifest["router"])
@@ -96,8 +100,8 @@ class RoutedStack:
                 self.readings.append(Reading(part, self.size))
                 self.size = self.readings[-1].columns.stop
 
-    def gates(self, step: Step, ids: torch.Tensor | None, memory: SlotMemory | None) -> torch.Tensor:
-        """Gates [n, tokens, ranks] float32, which hold up to the boundary; ``memory`` is advanced by the step's tokens.
+    def plan(self, step: Step, ids: torch.Tensor | None, memory: SlotMemory | None) -> RoutingPlan:
+        """The plan up to the boundary; ``memory`` is advanced by the step's tokens.
 
         Args:
             step: of which sequences.
@@ -108,40 +112,42 @@ class RoutedStack:
             BackendError: the router asks for token ids, and there are none.
         """
         if self.readings and self.readings[0].part.reads:  # nothing is routed before it reads
-            return self._by_rank(forced_plan(self.selection(step.choice).expand(len(step.slots)), step.slots.shape[1]))
+            return forced_plan(self.selection(step.choice).expand(len(step.slots)), step.slots.shape[1])
         if ids is None:
             raise BackendError("A routed stack needs token ids: this vLLM runs on embeddings alone.")
-        return self._gates(step, ids, 0, memory)
+        return self._plan(step, ids, 0, memory)
 
-    def gates_from(self, step: Step, hidden: torch.Tensor, memory: SlotMemory | None) -> torch.Tensor:
-        """As :meth:`gates`, from the boundary on, by the hidden states [n, tokens, D] that enter it."""
-        return self._gates(step, hidden, -1, memory)
+    def plan_from(self, step: Step, hidden: torch.Tensor, memory: SlotMemory | None) -> RoutingPlan:
+        """As :meth:`plan`, from the boundary on, by the hidden states [n, tokens, D] that enter it."""
+        return self._plan(step, hidden, -1, memory)
 
-    def _gates(self, step: Step, read: torch.Tensor, reading: int, memory: SlotMemory | None) -> torch.Tensor:
+    def _plan(self, step: Step, read: torch.Tensor, reading: int, memory: SlotMemory | None) -> RoutingPlan:
         selection = self.selection(step.choice).expand(len(step.slots))
         if not selection.any_routed or self.router is None:
-            return self._by_rank(forced_plan(selection, step.slots.shape[1]))
+            return forced_plan(selection, step.slots.shape[1])
         logits = self.readings[reading].logits(read, step, memory)
-        return self._by_rank(route(logits, self.tables, selection, self.router.weights, False))
-
-    def _by_rank(self, plan: RoutingPlan) -> torch.Tensor:
-        """[n, tokens, ranks] float32."""
-        # One more place, for null in the plan and for the columns that pad the rank.
-        weights = plan.weights.new_zeros(*plan.shape[:2], self.adapters + 1)
-        weights.scatter_add_(2, plan.slots.masked_fill(plan.slots < 0, self.adapters), plan.weights.contiguous())
-        weights[..., self.adapters] = 0
-        return weights[..., self.owners]
+        return route(logits, self.tables, selection, self.router.weights, False)
 
 
-def _owners(manifest: Mapping[str, Any], slots: SlotTable) -> torch.Tensor:
-    """[ranks] int64: the slot of the adapter that has each column, or the number of adapters where it pads."""
-    owners = torch.full((manifest["rank"],), len(slots))
+@dataclass(frozen=True)
+class Group:
+    """Requests of one stack and selection with as many tokens in a step.
+
+    slot: of vLLM, in which the stack lies. at: [n, tokens] int64, the places of their tokens in the batch.
+    """
+
+    stack: RoutedStack
+    slot: int
+    at: torch.Tensor
+    step: Step
+
+
+def _columns(manifest: Mapping[str, Any], slots: SlotTable) -> list[slice]:
+    """Of the adapter in each slot."""
     labels = [f"{column['layer']}/{column['adapter']}" for column in manifest["columns"]]
-    if labels != [name for name in slots.names if name]:
+    if labels != slots.names:
         raise AdapterFormatError(f"The columns are of {', '.join(labels)}, and the stack has {', '.join(slots.names)}.")
-    for label, column in zip(labels, manifest["columns"], strict=True):
-        owners[column["first"] : column["first"] + column["count"]] = slots[label]
-    return owners
+    return [slice(column["first"], column["first"] + column["count"]) for column in manifest["columns"]]
 
 
 def _table(file: Path, width: int) -> torch.Tensor:

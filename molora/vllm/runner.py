@@ -1,9 +1,8 @@
-"""Routing inside a worker: before each forward, and where a router reads a hidden state within it, the gates of its
-tokens are written."""
+"""Routing inside a worker: before each forward, and where a router reads a hidden state within it, the wrapper of
+vLLM's LoRA arithmetic is told which adapters act."""
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,12 @@ from vllm.distributed import get_tp_group
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from molora.errors import BackendError
+from molora.plan import RoutingPlan
 from molora.vllm.folder import MANIFEST
 from molora.vllm.hidden import decoder_layer, entering
 from molora.vllm.memory import SlotMemory
-from molora.vllm.routed import RoutedStack, Step
+from molora.vllm.routed import Group, RoutedStack, Step
 from molora.vllm.selections import choice_of
-
-
-@dataclass(frozen=True)
-class Group:
-    """Requests of one stack and selection with as many tokens in a step.
-
-    at: [n, tokens] int64, the places of their tokens in the batch.
-    """
-
-    stack: RoutedStack
-    at: torch.Tensor
-    step: Step
 
 
 class Routing:
@@ -52,7 +40,8 @@ class Routing:
             raise BackendError("MoLoRA does not know vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
         self.runner = runner
         self.memory: SlotMemory | None = None
-        self._groups: list[Group] = []  # of the forward that is under way
+        self._under_way: list[tuple[Group, RoutingPlan]] = []  # of the forward
+        self._tokens = 0  # of it
         self._read: set[int] = set()  # the decoder layers at which hidden states are read
         runner._model_forward = self._routed(runner._model_forward)
 
@@ -96,47 +85,45 @@ class Routing:
     def _routed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def routed(input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            self.write_gates(input_ids)
+            self.route(input_ids)
             try:
                 return forward(input_ids, *args, **kwargs)
-            finally:
-                self._groups = []  # trial runs come by the layers, too
+            finally:  # trial runs come by the layers, too
+                self._under_way = []
+                self.wrapper.done()
 
         return routed
 
-    def write_gates(self, ids: torch.Tensor | None) -> None:
-        """Of the tokens ids [tokens and padding] of the batch that the runner is about to run."""
-        gates = self.wrapper.gates
+    def route(self, ids: torch.Tensor | None) -> None:
+        """The tokens ids [tokens and padding] of the batch that the runner is about to run."""
         starts = self.runner.query_start_loc.np[: self.runner.input_batch.num_reqs + 1]
-        tokens = int(starts[-1])
-        gates[:tokens] = (self.wrapper._token_lora_indices[:tokens] >= 0).unsqueeze(1)
-        self._groups = self._grouped(starts)
-        for group in self._groups:
+        self._under_way = []
+        for group in self._grouped(starts):
             read = None if ids is None else ids[group.at].long()
-            self._write(group, group.stack.gates(group.step, read, self._memory_of(group.stack)))
+            self._under_way.append((group, group.stack.plan(group.step, read, self._memory_of(group.stack))))
+        self._tokens = int(starts[-1])
+        self.wrapper.route(self._tokens, self._under_way)
 
     def _read_at(self, boundary: int) -> None:
-        """Has the gates written anew at each forward, when the hidden states enter decoder layer ``boundary``."""
+        """Has each forward routed anew when the hidden states enter decoder layer ``boundary``."""
         if boundary in self._read:
             return
         layer = decoder_layer(self.manager.model, self._base.num_hidden_layers, boundary)
 
-        def rewrite(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            groups = [group for group in self._groups if group.stack.boundary == boundary]
-            if not groups:
+        def reroute(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if all(group.stack.boundary != boundary for group, _ in self._under_way):
                 return
             hidden, workers = entering(layer, args, kwargs).float(), get_tp_group()
             if workers.world_size > 1:  # rounded otherwise, it might be routed otherwise
                 hidden = workers.broadcast(hidden, src=0)
-            for group in groups:
-                found = group.stack.gates_from(group.step, hidden[group.at], self._memory_of(group.stack))
-                self._write(group, found)
+            for place, (group, _) in enumerate(self._under_way):
+                if group.stack.boundary == boundary:
+                    found = group.stack.plan_from(group.step, hidden[group.at], self._memory_of(group.stack))
+                    self._under_way[place] = group, found
+            self.wrapper.route(self._tokens, self._under_way)
 
-        layer.register_forward_pre_hook(rewrite, with_kwargs=True)
+        layer.register_forward_pre_hook(reroute, with_kwargs=True)
         self._read.add(boundary)
-
-    def _write(self, group: Group, gates: torch.Tensor) -> None:
-        self.wrapper.gates[group.at, : gates.shape[2]] = gates
 
     def _memory_of(self, stack: RoutedStack) -> SlotMemory | None:
         return self.memory if stack.size else None
@@ -160,7 +147,8 @@ class Routing:
                     torch.from_numpy(some).to(self.runner.device)
                     for some in (places, *self._kv_slots(requests, length))
                 )
-                found.append(Group(stack, at, Step(choice, before, slots)))
+                slot = self.manager.lora_index_to_id.index(lora)
+                found.append(Group(stack, slot, at, Step(choice, before, slots)))
         return found
 
     def _kv_slots(self, requests: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,14 @@ from molora.vllm.folder import request
 
 # The others run in the environment of `make vllm` alone.
 if find_spec("vllm") is None:
-    collect_ignore = ["test_plugin.py", "test_serving.py", "test_engines.py", "test_server.py", "test_starter.py"]
+    collect_ignore = [
+        "test_plugin.py",
+        "test_serving.py",
+        "test_engines.py",
+        "test_server.py",
+        "test_starter.py",
+        "test_wrapper.py",
+    ]
 torch.set_num_threads(1)
 TOKENS = 12
 TOLERANCE = 1e-3

@@ -19,7 +19,7 @@ def test_registering_twice_changes_nothing() -> None:
     doors = WorkerLoRAManager._load_adapter, LoRAModelRunnerMixin.load_lora_model
     register()
     assert (WorkerLoRAManager._load_adapter, LoRAModelRunnerMixin.load_lora_model) == doors
-    assert current_platform.get_punica_wrapper() == "molora.vllm.wrapper.GatedCPU"
+    assert current_platform.get_punica_wrapper() == "molora.vllm.wrapper_cpu.SparseCPU"
 
 
 def test_the_gpu_wrapper_fits_its_base() -> None:

@@ -1,0 +1,100 @@
+"""The arithmetic alone: what the adapters of PEFT's folders add, and what it costs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from molora.adapter import Adapter
+from molora.plan import RoutingPlan
+from molora.vllm.routed import Group, RoutedStack, Step
+from molora.vllm.wrapper import Gated
+from molora.vllm.wrapper_cpu import SparseCPU
+
+
+class Dense(Gated, PunicaWrapperCPU):
+    """The form that GPUs have, run on a CPU."""
+
+
+KINDS = pytest.mark.parametrize("kind", [SparseCPU, Dense])
+
+
+def wrapper_of(kind: Any, tokens: torch.Tensor, rank: int) -> Any:
+    """tokens: [T] int64, the slot of each, -1 for the base."""
+    config = SimpleNamespace(max_lora_rank=rank)
+    found = kind(64, max_batches=8, device=torch.device("cpu"), lora_config=config)
+    found._token_lora_indices[: len(tokens)] = tokens
+    found.is_prefill = False
+    found.indices_len[0] = len(tokens)
+    return found
+
+
+@KINDS
+def test_every_token_gets_its_own_adapters(kind: Any, folders: dict[str, Path], adapters: dict[str, Path]) -> None:
+    """Tokens of a stack at two places of the batch, of an ordinary adapter, and of the base."""
+    torch.manual_seed(0)
+    names = ["law", "math", "code", "ada", "bob"]
+    at = torch.tensor([[0, 1, 2], [6, 7, 8]])
+    ordinary, base = [3, 4], [5, 9]
+    slots = torch.tensor([[[1, -1, 2], [0, 1, -1], [-1, -1, -1]], [[4, 3, 1], [2, -1, -1], [1, 0, 4]]])
+    weights = torch.rand(slots.shape)
+    tokens = torch.full((10,), -1)
+    tokens[at], tokens[ordinary] = 1, 0
+    wrapper = wrapper_of(kind, tokens, 32)
+    step = Step(None, torch.full((2,), -1), torch.zeros(2, 3, dtype=torch.int64))
+    stack = RoutedStack(folders["averages"], torch.device("cpu"))
+    wrapper.route(10, [(Group(stack, 1, at, step), RoutingPlan(slots, weights))])
+
+    modules = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    tensors = load_file(folders["averages"] / "adapter_model.safetensors")
+    widths = tuple(len(tensors[f"base_model.model.{module}.lora_B.weight"]) for module in modules)
+    own = [Adapter.load(adapters[name]).modules for name in names]
+    A = [torch.zeros(2, 1, 32, 64) for _ in modules]
+    B = [torch.zeros(2, 1, width, 32) for width in widths]
+    for index, module in enumerate(modules):
+        A[index][1, 0, :16] = tensors[f"base_model.model.{module}.lora_A.weight"]
+        B[index][1, 0, :, :16] = tensors[f"base_model.model.{module}.lora_B.weight"]
+        A[index][0, 0, :5], B[index][0, 0, :, :5] = torch.randn(5, 64), torch.randn(widths[index], 5)
+
+    x, before = torch.randn(10, 64), torch.randn(10, sum(widths))
+    y = before.clone()
+    wrapper.add_lora_linear(y, x, tuple(A), tuple(B), 1.0, widths)
+    wanted = before.clone()
+    for index, module in enumerate(modules):
+        here = slice(sum(widths[:index]), sum(widths[: index + 1]))
+        wanted[ordinary, here] += x[ordinary] @ A[index][0, 0].T @ B[index][0, 0].T
+        for place in at.flatten().tolist():
+            n, t = (at == place).nonzero()[0].tolist()
+            for slot, weight in zip(slots[n, t].tolist(), weights[n, t].tolist(), strict=True):
+                if slot >= 0 and module in own[slot]:
+                    one = own[slot][module]
+                    wanted[place, here] += weight * one.scale * (one.B @ (one.A @ x[place]))
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(y[base], before[base])
+
+
+def cost(kind: Any, adapters: int) -> int:
+    """Operations of a module for 6 tokens of which each has one of so many adapters of rank 4."""
+    tokens, rank = torch.zeros(6, dtype=torch.int64), 4 * adapters
+    columns = [slice(4 * k, 4 * k + 4) for k in range(adapters)]
+    stack: Any = SimpleNamespace(columns=columns, owners=torch.arange(adapters).repeat_interleave(4))
+    at = torch.arange(6).unsqueeze(0)
+    group = Group(stack, 0, at, Step(None, torch.tensor([-1]), at))
+    wrapper = wrapper_of(kind, tokens, rank)
+    slots = torch.arange(6).view(1, 6, 1) % adapters
+    wrapper.route(6, [(group, RoutingPlan(slots, torch.ones(slots.shape)))])
+    factors = torch.randn(1, 1, rank, 64), torch.randn(1, 1, 48, rank)
+    with FlopCounterMode(display=False) as counter:
+        wrapper.add_lora_linear(torch.zeros(6, 48), torch.randn(6, 64), factors[:1], factors[1:], 1.0, (48,))
+    return counter.get_total_flops()
+
+
+def test_adapters_that_do_not_act_cost_nothing() -> None:
+    one = 2 * 6 * 4 * (64 + 48)  # a token times a rank times inputs and outputs
+    assert cost(SparseCPU, 2) == cost(SparseCPU, 8) == cost(SparseCPU, 64) == one
+    assert cost(Dense, 8) == 8 * one
