@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,9 +22,6 @@ class Dense(Gated, PunicaWrapperCPU):
     """The form that GPUs have, run on a CPU."""
 
 
-KINDS = pytest.mark.parametrize("kind", [SparseCPU, Dense])
-
-
 def wrapper_of(kind: Any, tokens: torch.Tensor, rank: int) -> Any:
     """tokens: [T] int64, the slot of each, -1 for the base."""
     config = SimpleNamespace(max_lora_rank=rank)
@@ -34,9 +32,24 @@ def wrapper_of(kind: Any, tokens: torch.Tensor, rank: int) -> Any:
     return found
 
 
-@KINDS
-def test_every_token_gets_its_own_adapters(kind: Any, folders: dict[str, Path], adapters: dict[str, Path]) -> None:
-    """Tokens of a stack at two places of the batch, of an ordinary adapter, and of the base."""
+def add_sharded(wrapper: Any, y: torch.Tensor, x: torch.Tensor, A: Any, B: Any, widths: Any, workers: int) -> None:
+    """As fully sharded LoRA does: each worker has its share of the ranks of A, and what they make of x is gathered."""
+    share = A[0].shape[2] // workers
+    made = []
+    for worker in range(workers):
+        with patch("molora.vllm.wrapper_cpu.get_tensor_model_parallel_rank", return_value=worker):
+            h = torch.zeros(len(A), len(x), share)
+            wrapper.add_shrink(h, x, tuple(a[:, :, worker * share : (worker + 1) * share] for a in A), 1.0)
+            made.append(h)
+    wrapper.add_expand(y, torch.cat(made, 2), B, widths, offset_start=0, add_input=True)
+
+
+@pytest.mark.parametrize("kind, workers", [(SparseCPU, 1), (SparseCPU, 4), (SparseCPU, 16), (Dense, 1)])
+def test_every_token_gets_its_own_adapters(
+    kind: Any, workers: int, folders: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    """Tokens of a stack at two places of the batch, of an ordinary adapter, and of the base; with 16 workers adapters
+    begin and end within a worker's ranks and go over several workers'."""
     torch.manual_seed(0)
     names = ["law", "math", "code", "ada", "bob"]
     at = torch.tensor([[0, 1, 2], [6, 7, 8]])
@@ -63,7 +76,10 @@ def test_every_token_gets_its_own_adapters(kind: Any, folders: dict[str, Path], 
 
     x, before = torch.randn(10, 64), torch.randn(10, sum(widths))
     y = before.clone()
-    wrapper.add_lora_linear(y, x, tuple(A), tuple(B), 1.0, widths)
+    if workers == 1:
+        wrapper.add_lora_linear(y, x, tuple(A), tuple(B), 1.0, widths)
+    else:
+        add_sharded(wrapper, y, x, A, tuple(B), widths, workers)
     wanted = before.clone()
     for index, module in enumerate(modules):
         here = slice(sum(widths[:index]), sum(widths[: index + 1]))
