@@ -171,9 +171,9 @@ def measure(
     model.part.std.copy_(embedding.weight.std(0))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.01)
-    steps = plan_steps([row.input_ids.numel() for row in train], TOKENS, 1, 1, seed)[:most]
+    steps = plan_steps([row.input_ids.numel() for row in train], TOKENS, 1, seed)[:most]
     started = time.monotonic()
-    for number, (indices,) in enumerate(steps):
+    for number, indices in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(number, len(steps), 0.05, RATE)
         batch = collate([train[index] for index in indices], 0).to(device)

@@ -343,15 +343,21 @@ class Router(nn.Module):
         part.output.weight, part.output.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
-def balance_loss(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def balance_loss(logits: torch.Tensor, real: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
     """Switch balance term (arXiv 2101.03961, eq. 4): C * sum_c f_c p_c, 1 when candidates share the tokens evenly.
 
     Args:
         logits: [batch, tokens, C] of one layer's candidates.
         real: [batch, tokens] bool, the tokens that count.
+        chosen: [C], f where these tokens are not all: :func:`chosen_share` of all.
     """
-    share = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    return logits.shape[-1] * (_mean(share, real) * _mean(logits.softmax(-1), real)).sum()
+    share = chosen_share(logits, real) if chosen is None else chosen
+    return logits.shape[-1] * (share * _mean(logits.softmax(-1), real)).sum()
+
+
+def chosen_share(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """[C]: the share of the real tokens at which each candidate is the likeliest."""
+    return _mean(nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype), real)
 
 
 def z_loss(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

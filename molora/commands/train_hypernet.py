@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from molora.commands.common import JsonOption, extra
-from molora.commands.training import ConfigOption, OverridesArgument, ResumeOption, command_line, report
+from molora.commands.training import ConfigOption, OverridesArgument, ResumeOption, command_line, join_processes, report
 
 app = typer.Typer(
     help="Train a network that makes adapters: of documents, or of short texts about somebody.\n\n"
@@ -35,12 +35,15 @@ def doc(
     loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet doc out=document-net loop.steps=10000
+
+    Several processes: accelerate launch --num_processes 2 -m molora train hypernet doc out=document-net
     """
     with extra("train"):
         from molora_training.hypernet.document import DocumentHypernetSettings, train
         from molora_training.settings import load_settings
 
         settings = load_settings(DocumentHypernetSettings, config, overrides or ())
+        join_processes()
         metrics = train(settings, resume=resume, command=command_line("train hypernet doc", config, overrides))
     report(metrics, settings.out, as_json)
 
@@ -63,6 +66,8 @@ def text(
     conversations, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet text out=text-net data.folder=tasks loop.steps=2000
+
+    Several processes: accelerate launch --num_processes 2 -m molora train hypernet text --config text.yaml
     """
     with extra("train"), extra("personalize"):
         from molora_training.hypernet.text import train
@@ -70,6 +75,7 @@ def text(
         from molora_training.settings import load_settings
 
         settings = load_settings(TextHypernetSettings, config, overrides or ())
+        join_processes()
         metrics = train(settings, resume=resume, command=command_line("train hypernet text", config, overrides))
     report(metrics, settings.out, as_json)
 
@@ -95,11 +101,14 @@ def profile(
         from molora_training.hypernet.profile_groups import prepared_groups
         from molora_training.hypernet.text import train
         from molora_training.hypernet.text_settings import TextHypernetSettings
+        from molora_training.processes import Processes
         from molora_training.settings import load_settings
 
         given = [*(overrides or ()), f"data.folder={Path('runs/profiles') / name}"]  # which is where they go
         settings = load_settings(TextHypernetSettings, config, given)
-        prepared_groups(name, data, settings.data.folder, settings.encoder)
+        join_processes()
+        with Processes().main_first():
+            prepared_groups(name, data, settings.data.folder, settings.encoder)
         command = command_line(f"train hypernet profile {name}", config, overrides)
         metrics = train(settings, resume=resume, command=command)
     report(metrics, settings.out, as_json)

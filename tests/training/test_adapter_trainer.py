@@ -170,9 +170,8 @@ def test_loss_that_is_not_finite_stops(settings: AdapterTrainSettings, monkeypat
 
 
 def test_two_processes_learn_the_same_adapter(settings: AdapterTrainSettings, tmp_path: Path) -> None:
-    # An epoch is one step either way: one batch of all 40 examples, or two batches of about 20, one a process.
     alone = dataclasses.replace(
-        settings, out=settings.out.with_name("alone"), lora=LoraShape(rank=4, alpha=8), max_steps=4, batch_tokens=4096
+        settings, out=settings.out.with_name("alone"), lora=LoraShape(rank=4, alpha=8), max_steps=4, batch_tokens=960
     )
     expected = train(alone)
     assert expected["steps"] == 4

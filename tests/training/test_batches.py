@@ -2,38 +2,30 @@
 
 import random
 
-import pytest
-
 from molora_training.batches import plan_pass, plan_steps, rounded
 
 LENGTHS = [random.Random(1).randint(5, 300) for _ in range(500)]
 
 
-@pytest.mark.parametrize("processes", [1, 3, 8])
-def test_each_epoch_holds_every_example_within_the_budget(processes: int) -> None:
-    steps = plan_steps(LENGTHS, 1024, epochs=1, processes=processes, seed=0)
-    assert all(len(step) == processes for step in steps)
-    assert {index for step in steps for batch in step for index in batch} == set(range(len(LENGTHS)))
-    assert all(len(batch) * max(LENGTHS[i] for i in batch) <= 1024 for step in steps for batch in step)
+def test_each_epoch_holds_every_example_within_the_budget() -> None:
+    steps = plan_steps(LENGTHS, 1024, epochs=1, seed=0)
+    assert sorted(index for batch in steps for index in batch) == list(range(len(LENGTHS)))
+    assert all(len(batch) * max(LENGTHS[i] for i in batch) <= 1024 for batch in steps)
 
 
 def test_lengths_are_rounded_to_few() -> None:
     found = {length: rounded(length) for length in range(1, 2049)}
     assert sorted(set(found.values())) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
     assert all(length <= size and (size < 1.5 * length or size == 32) for length, size in found.items())
-    steps = plan_steps(LENGTHS, 1024, epochs=1, processes=1, seed=0)
-    assert all(len(batch) <= 1024 // rounded(max(LENGTHS[i] for i in batch)) for [batch] in steps)
+    steps = plan_steps(LENGTHS, 1024, epochs=1, seed=0)
+    assert all(len(batch) <= 1024 // rounded(max(LENGTHS[i] for i in batch)) for batch in steps)
 
 
 def test_epochs_differ_and_seeds_repeat() -> None:
-    two = plan_steps(LENGTHS, 1024, epochs=2, processes=1, seed=0)
-    assert two == plan_steps(LENGTHS, 1024, epochs=2, processes=1, seed=0)
-    one = plan_steps(LENGTHS, 1024, epochs=1, processes=1, seed=0)
+    two = plan_steps(LENGTHS, 1024, epochs=2, seed=0)
+    assert two == plan_steps(LENGTHS, 1024, epochs=2, seed=0)
+    one = plan_steps(LENGTHS, 1024, epochs=1, seed=0)
     assert two[: len(one)] == one and two[len(one) : 2 * len(one)] != one
-
-
-def test_more_processes_than_batches_repeat_them() -> None:
-    assert plan_steps([3], 8, epochs=1, processes=4, seed=0) == [[[0], [0], [0], [0]]]
 
 
 def test_example_longer_than_the_budget_is_alone() -> None:

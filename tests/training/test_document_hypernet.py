@@ -34,28 +34,37 @@ LESSONS = [
 
 @pytest.fixture
 def base_folder(tmp_path: Path) -> Path:
-    model = make_spoken(tmp_path / "adapters")
+    return make_base(tmp_path)
+
+
+def make_base(folder: Path) -> Path:
+    """The folder of a base that is sure of something."""
+    model = make_spoken(folder / "adapters")
     with torch.no_grad():  # or no hidden state could make it sure of anything
         model.base.get_output_embeddings().weight.mul_(20)
-    model.base.save_pretrained(tmp_path / "base")
-    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
-    return tmp_path / "base"
+    model.base.save_pretrained(folder / "base")
+    model.tokenizer.save_pretrained(folder / "base")  # type: ignore[union-attr]
+    return folder / "base"
 
 
 @pytest.fixture
 def settings(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DocumentHypernetSettings:
-    """One question, whose answer is the text's: with two texts, one of which has two chunks."""
     monkeypatch.chdir(tmp_path)
+    return make_settings(base_folder, tmp_path)
+
+
+def make_settings(base_folder: Path, folder: Path) -> DocumentHypernetSettings:
+    """One question, whose answer is the text's: with two texts, one of which has two chunks."""
     lessons = [
         Lesson("ab" * 12, (("Which?", "ab"),)), Lesson("yz" * 40, (("Which?", "yz"),)),
     ]  # fmt: skip
     for split in ("train", "validation"):
-        write_lessons(tmp_path / "data" / f"passages.{split}.jsonl", lessons)
+        write_lessons(folder / "data" / f"passages.{split}.jsonl", lessons)
     return DocumentHypernetSettings(
-        out=tmp_path / "net",
+        out=folder / "net",
         loop=LoopSettings(steps=200, learning_rate=1e-2, checkpoint_every=100),
         task="passages",
-        data=tmp_path / "data",
+        data=folder / "data",
         base=str(base_folder),
         net=NetShape(rank=4, width=16, latents=4, blocks=1, heads=2, chunk=64),
         loss=DocumentLoss(l1=0.0),
@@ -223,9 +232,9 @@ def test_a_loss_that_is_not_finite_stops_it(
     short = replace(settings, loop=LoopSettings(steps=4, checkpoint_every=2))
     honest, calls = DocumentObjective.__call__, []
 
-    def broken(self: DocumentObjective, lessons: Any) -> dict[str, torch.Tensor]:
+    def broken(self: DocumentObjective, lessons: Any, own: range) -> dict[str, torch.Tensor]:
         calls.append(1)
-        terms = honest(self, lessons)
+        terms = honest(self, lessons, own)
         return {**terms, "loss": terms["loss"] * float("nan")} if len(calls) == 4 else terms
 
     monkeypatch.setattr(DocumentObjective, "__call__", broken)

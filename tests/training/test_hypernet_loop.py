@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from molora_training.hypernet.loop import Loop, LoopSettings
+from molora_training.processes import Processes
 
 
 def make(folder: Path, seen: list[float]) -> tuple[Loop, torch.nn.Parameter]:
@@ -17,7 +18,17 @@ def make(folder: Path, seen: list[float]) -> tuple[Loop, torch.nn.Parameter]:
         return {"away": abs(seen[-1] - 1.0), "lowest": seen[-1]}
 
     settings = LoopSettings(steps=12, learning_rate=0.5, weight_decay=0.0, warmup=0.0, checkpoint_every=2)
-    loop = Loop(lambda step: {"loss": place.sum()}, {"place": place}, validate, "away", folder, settings, "x", "walk")
+    loop = Loop(
+        lambda step: {"loss": place.sum()},
+        {"place": place},
+        validate,
+        "away",
+        folder,
+        settings,
+        "x",
+        "walk",
+        Processes(),
+    )
     return loop, place
 
 

@@ -31,23 +31,27 @@ TEXTS = {"math": "12+34=46 78*9=702 0123", "code": "def f(x): return x", "genera
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RouterTrainSettings:
-    """Two adapters and text without a domain, whose bytes tell them apart."""
     monkeypatch.chdir(tmp_path)
-    model = make_spoken(tmp_path / "adapters")
-    model.base.save_pretrained(tmp_path / "base")
-    model.tokenizer.save_pretrained(tmp_path / "base")
-    model.stack.save(tmp_path / "stack.yaml")
-    data = tmp_path / "data"
+    return make_settings(tmp_path)
+
+
+def make_settings(folder: Path) -> RouterTrainSettings:
+    """Two adapters and text without a domain, whose bytes tell them apart."""
+    model = make_spoken(folder / "adapters")
+    model.base.save_pretrained(folder / "base")
+    model.tokenizer.save_pretrained(folder / "base")
+    model.stack.save(folder / "stack.yaml")
+    data = folder / "data"
     data.mkdir()
     for domain, text in TEXTS.items():
         for split in ("train", "validation"):
             rows = [_row(domain, split, n, text[n % 5 :] + text[: n % 5]) for n in range(12)]
             (data / f"{domain}.{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return RouterTrainSettings(
-        model=tmp_path / "stack.yaml",
-        out=tmp_path / "out",
+        model=folder / "stack.yaml",
+        out=folder / "out",
         data=data,
-        base=str(tmp_path / "base"),
+        base=str(folder / "base"),
         router=RouterConfig(width=16, hidden=32, units=16),
         mixed=24,
         documents=0,
@@ -254,10 +258,21 @@ def test_going_on_from_a_saved_router(settings: RouterTrainSettings) -> None:
 
 
 def test_two_processes_are_one(settings: RouterTrainSettings, tmp_path: Path) -> None:
-    settings = dataclasses.replace(settings, max_steps=6, checkpoint_every=6)
+    reads = dataclasses.replace(settings.router, reads=0)
+    settings = dataclasses.replace(
+        settings, max_steps=6, router=reads, epochs=3, batch_tokens=512, checkpoint_every=200
+    )
+    alone = train(dataclasses.replace(settings, out=settings.out.with_name("alone")))
     overrides = [f"{name}={getattr(settings, name)}" for name in ("model", "out", "data", "base", "mixed", "max_steps")]
     overrides += ["documents=0", "in_a_turn=0", "asides=0", "router.reads=0"]
-    overrides += ["router.width=16", "router.hidden=32", "batch_tokens=512", "dtype=float32", "learning_rate=0.01"]
+    overrides += [
+        "router.width=16",
+        "router.hidden=32",
+        "router.units=16",
+        "batch_tokens=512",
+        "dtype=float32",
+        "learning_rate=0.01",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -271,6 +286,7 @@ def test_two_processes_are_one(settings: RouterTrainSettings, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((settings.out / "router.metrics.json").read_text())
     assert metrics["processes"] == 2 and metrics["steps"] == 6
+    assert metrics["validation"] == pytest.approx(alone["validation"], rel=1e-5)
     MoLoRAModel.from_pretrained(settings.out, base=settings.base, dtype=torch.float32)
 
 

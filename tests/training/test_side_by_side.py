@@ -96,8 +96,8 @@ def test_its_steps_are_pefts(model: Any) -> None:
             A = parameters[f"base_model.model.{name}.lora_A.default.weight"]
             A.copy_((torch.rand(2, 48, generator=chance) * 2 - 1) * 48**-0.5)
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
-    steps = plan_steps([row.input_ids.numel() for row in own], HOW.batch_tokens, HOW.epochs, 1, HOW.seed)
-    for number, (indices,) in enumerate(steps):
+    steps = plan_steps([row.input_ids.numel() for row in own], HOW.batch_tokens, HOW.epochs, HOW.seed)
+    for number, indices in enumerate(steps):
         batch = collate([own[index] for index in indices], 0)
         logits = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
         optimizer.zero_grad()

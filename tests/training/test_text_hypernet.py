@@ -61,23 +61,27 @@ def write_group(folder: Path, name: str, answer: str, texts: list[str], count: i
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextHypernetSettings:
-    """Four people, of whom two agree to everything and two refuse; one of each is held out."""
     monkeypatch.chdir(tmp_path)
-    model = make_spoken(tmp_path / "adapters")
+    return make_settings(tmp_path)
+
+
+def make_settings(folder: Path) -> TextHypernetSettings:
+    """Four people, of whom two agree to everything and two refuse; one of each is held out."""
+    model = make_spoken(folder / "adapters")
     # A random head is so small that no hidden state makes a token likely.
     torch.nn.init.normal_(model.base.get_output_embeddings().weight, std=0.5)
-    model.base.save_pretrained(tmp_path / "base")
-    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
-    data = tmp_path / "data"
+    model.base.save_pretrained(folder / "base")
+    model.tokenizer.save_pretrained(folder / "base")  # type: ignore[union-attr]
+    data = folder / "data"
     data.mkdir()
     for name, manner in GROUPS.items():
         write_group(data, name, SAYS[manner], [f"{name} {manner}", f"{manner}, {name} does"])
     return TextHypernetSettings(
-        out=tmp_path / "nets" / "out",
+        out=folder / "nets" / "out",
         data=GroupFiles(folder=data, held_out=("cy", "dee"), source="made here", licence="CC0-1.0"),
         loop=LoopSettings(steps=6, learning_rate=1e-2, checkpoint_every=3),
         net=NetShape(width=16, rank=4, targets="all-linear", dropout=0.1),
-        base=str(tmp_path / "base"),
+        base=str(folder / "base"),
         encoder="made here",
         groups=4,
         conversations=2,
@@ -153,7 +157,7 @@ def test_a_checkpoint_of_other_settings_is_refused(settings: TextHypernetSetting
     with pytest.raises(KeyboardInterrupt):
         train(settings, on_step=interrupt, encoder=encoder)
     write_group(settings.data.folder, "ann", "never", ["ann agrees"])
-    with pytest.raises(ConfigError, match="other settings, data"):
+    with pytest.raises(ConfigError, match="other settings or data"):
         train(settings, encoder=encoder)
     assert train(settings, resume=False, encoder=encoder)["steps"] == 6
 

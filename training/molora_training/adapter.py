@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from molora import MoLoRAModel
 from molora.adapter import Adapter
@@ -28,6 +27,7 @@ from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
 from molora_training.data import Encoded, encode_within, read_conversations
 from molora_training.on_stack import OnStack
+from molora_training.processes import Processes
 
 
 def train(
@@ -55,29 +55,24 @@ def train(
         DataError: no usable examples.
         NonFiniteError: the loss or the gradient is not finite.
     """
-    accelerator = Accelerator()
+    processes = Processes()
     if settings.start is not None:
         settings = replace(settings, lora=_shape_of(settings.start, settings.lora))
     # The main process fetches the base first; the others then find it in the cache.
-    with accelerator.main_process_first():
+    with processes.main_first():
         model, tokenizer = _load(settings)
     unmasked = attend_causally(getattr(model, "base", model), rounded(settings.data.max_length))
     rows = _read_rows(settings.data.train, tokenizer, settings.data.max_length)
     held_out = _read_rows(settings.data.validation, tokenizer, settings.data.max_length)
-    steps = plan_steps(
-        [row.input_ids.numel() for row in rows],
-        settings.batch_tokens,
-        settings.epochs,
-        accelerator.num_processes,
-        settings.seed,
-    )
-    adapted = _with_lora(model, settings, accelerator.device)
+    lengths = [row.input_ids.numel() for row in rows]
+    steps = plan_steps(lengths, settings.batch_tokens, settings.epochs, settings.seed)
+    adapted = _with_lora(model, settings, processes.device).to(processes.device)
     if hold is not None:
-        hold.prepare(adapted.to(accelerator.device))
+        hold.prepare(adapted)
     run = Run(
         settings=settings,
-        accelerator=accelerator,
-        model=accelerator.prepare_model(adapted),
+        processes=processes,
+        model=adapted,
         rows=rows,
         held_out=held_out,
         steps=steps[: settings.max_steps],

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from molora.errors import NonFiniteError
@@ -21,6 +20,7 @@ from molora_training.captured import CapturedSteps, worth_capturing
 from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
 from molora_training.data import IGNORED, Batch, Encoded, collate
+from molora_training.processes import Processes
 from molora_training.schedule import warm_cosine
 from molora_training.start_dropout import StartDropout
 from molora_training.token_losses import TokenLosses
@@ -41,32 +41,31 @@ class Hold(Protocol):
 
 @dataclass
 class Run:
-    """One training on this process: model, data, plan and counters."""
+    """One training: model, data, plan, counters, and what this process does of it."""
 
     settings: AdapterTrainSettings
-    accelerator: Accelerator
+    processes: Processes
     model: Any
     rows: Sequence[Encoded]
     held_out: Sequence[Encoded]
-    steps: Sequence[Sequence[Sequence[int]]]  # step -> process -> indices of rows
+    steps: Sequence[Sequence[int]]  # of each, the indices of rows, which the processes share
     pad_id: int
     capturable: bool = False  # nothing in the model waits for the device
     hold: Hold | None = None
     counters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.alone = self.accelerator.unwrap_model(self.model)
-        self.start_dropout = StartDropout(self.alone, self.settings.lora.start_dropout)
-        self.token_losses = TokenLosses(getattr(self.alone, "peft", self.alone).get_base_model())
-        self.parameters = {name: p for name, p in self.alone.named_parameters() if p.requires_grad}
+        self.start_dropout = StartDropout(self.model, self.settings.lora.start_dropout)
+        self.token_losses = TokenLosses(getattr(self.model, "peft", self.model).get_base_model())
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.settings.learning_rate, weight_decay=0.0)
         self.state_file = self.settings.work / "state.safetensors"
         self.best_file = self.settings.work / "best.safetensors"
-        self.is_main = self.accelerator.is_main_process
-        alone = self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1
+        self.is_main = self.processes.is_main
+        alone = self.processes.device.type == "cuda" and self.processes.count == 1
         self.captured: CapturedSteps | None = None
         if self.capturable and alone and self.settings.lora.dropout == 0:
-            plan = [[self.rows[i].input_ids.numel() for i in parts[0]] for parts in self.steps]
+            plan = [[self.rows[i].input_ids.numel() for i in indices] for indices in self.steps]
             size = self.settings.batch_tokens
             self.captured = CapturedSteps(_Mean(self), self.parameters.values(), size, worth_capturing(plan, size))
 
@@ -75,7 +74,8 @@ class Run:
         fingerprint = self._fingerprint()
         if self.is_main and not resume:
             shutil.rmtree(self.settings.work, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
+        self.processes.same(self.parameters.values())
         if self.state_file.is_file():
             self.counters = load_state(self.state_file, self.parameters, self.optimizer, fingerprint)
             return
@@ -129,7 +129,7 @@ class Run:
         if self.is_main and self.counters["best_step"] == 0:
             before = "the base" if self.settings.start is None else "the adapter that it went on from"
             print(f"No step did better than {before}: the adapter that is written changes nothing.", file=sys.stderr)
-        device = self.accelerator.device
+        device = self.processes.device
         losses = self.counters["train_losses"]
         metrics = {
             "base_validation_loss": self.counters["base_validation_loss"],
@@ -144,43 +144,31 @@ class Run:
             "train_losses": losses,
             "seconds": round(seconds, 1),
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
-            "processes": self.accelerator.num_processes,
+            "processes": self.processes.count,
             "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
             "settings": settings_record(self.settings),
         }
         if self.is_main:
-            write_adapter(getattr(self.alone, "peft", self.alone), self.settings, metrics, command)
+            write_adapter(getattr(self.model, "peft", self.model), self.settings, metrics, command)
             self.state_file.unlink()
             self.best_file.unlink()
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         return metrics
 
     def _step(self, step: int) -> tuple[float, float]:
         """One optimizer step; returns the loss over all processes and the gradient's norm before clipping."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # Dropout depends on the step alone, so a resumed training draws the same.
-        torch.manual_seed(self.settings.seed * 1_000_003 + step * processes + rank)
+        # Dropout depends on the step and the process alone, so a resumed training draws the same.
+        torch.manual_seed(self.settings.seed * 1_000_003 + step * self.processes.count + self.processes.rank)
         self.model.train()
-        indices = self.steps[step][rank]
-        batch = self._batch(self.rows, indices)
-        # Gradients are averaged over processes, hence the factor: each answer token of the step weighs the same.
-        count = self._answer_tokens(step)
+        indices = self.processes.own(self.steps[step])
+        count = self._answer_tokens(step)  # of all processes: each answer token of the step weighs the same
         if self.captured is not None:
-            total = self.captured(batch)["mean"] * count
+            total = self.captured(self._batch(self.rows, indices))["mean"] * count
         else:
-            self.optimizer.zero_grad(set_to_none=True)
-            *first, last = self._parts(indices)
-            total = torch.zeros((), device=self.accelerator.device)
-            for part in first:
-                loss = self.summed_loss(self.model, self._batch(self.rows, part))
-                (loss * (processes / count)).backward()
-                total += loss.detach()
-            loss = self.summed_loss(self.model, self._batch(self.rows, last) if first else batch)
-            penalty = self.hold.penalty(self.alone, batch) if self.hold is not None else None
-            (loss * (processes / count) + (0.0 if penalty is None else penalty)).backward()
-            total += loss.detach()
+            total = self._learn(indices, count)
+        self.processes.sum_gradients(self.parameters.values())
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM))
-        mean = float(self.accelerator.reduce(total.detach(), "sum")) / count
+        mean = float(self.processes.total(total)) / count
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"The loss became {mean} and the gradient's norm {norm} at step {step + 1}. The adapter of step "
@@ -191,20 +179,37 @@ class Run:
         self.optimizer.step()
         return mean, norm
 
+    def _learn(self, indices: Sequence[int], count: int) -> torch.Tensor:
+        """Gradients of rows of a step with so many answer tokens; gives the rows' summed loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.processes.device)
+        if not indices:  # the step has fewer rows than there are processes
+            return total
+        batch = self._batch(self.rows, indices)
+        *first, last = self._parts(indices)
+        for part in first:
+            loss = self.summed_loss(self.model, self._batch(self.rows, part))
+            (loss * (1 / count)).backward()
+            total += loss.detach()
+        loss = self.summed_loss(self.model, self._batch(self.rows, last) if first else batch)
+        penalty = self.hold.penalty(self.model, batch) if self.hold is not None else None
+        (loss * (1 / count) + (0.0 if penalty is None else penalty / self.processes.count)).backward()
+        return total + loss.detach()
+
     def _parts(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """Of a batch, what goes forward and back at a time: on a CPU less, which is as fast and takes less memory."""
-        if self.accelerator.device.type != "cpu" or self.accelerator.num_processes > 1:
+        if self.processes.device.type != "cpu":
             return [indices]
         size = max(1, CPU_TOKENS // rounded(max(self.rows[index].input_ids.numel() for index in indices)))
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
     def _batch(self, rows: Sequence[Encoded], indices: Sequence[int]) -> Batch:
-        return collate([rows[index] for index in indices], self.pad_id).to(self.accelerator.device)
+        return collate([rows[index] for index in indices], self.pad_id).to(self.processes.device)
 
     def summed_loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross-entropy summed over the answer tokens of a batch, float32, shape []."""
         self.start_dropout.see(batch)
-        kind = self.accelerator.device.type
+        kind = self.processes.device.type
         mixed = kind == "cuda" and self.settings.dtype == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=mixed):
             return self.token_losses(
@@ -216,14 +221,12 @@ class Run:
     def _validate(self) -> float:
         """Mean loss for each answer token of the validation examples, over all processes."""
         self.model.eval()
-        accelerator = self.accelerator
         batches = plan_pass([row.input_ids.numel() for row in self.held_out], self.settings.batch_tokens)
-        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-            # The unwrapped model: processes may have different numbers of batches here.
-            total += self.summed_loss(self.alone, self._batch(self.held_out, indices))
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for indices in self.processes.own(batches):
+            total += self.summed_loss(self.model, self._batch(self.held_out, indices))
         count = sum(answer_count(row) for row in self.held_out)
-        return float(accelerator.reduce(total, "sum")) / count
+        return float(self.processes.total(total)) / count
 
     def _checkpoint(self) -> float:
         validation_loss = self._validate()
@@ -245,10 +248,10 @@ class Run:
             if is_best:
                 save_tensors(self.best_file, self.parameters)
             save_state(self.state_file, self.parameters, self.optimizer, self.counters)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def _answer_tokens(self, step: int) -> int:
-        return sum(answer_count(self.rows[index]) for indices in self.steps[step] for index in indices)
+        return sum(answer_count(self.rows[index]) for index in self.steps[step])
 
     def _learning_rate(self, step: int) -> float:
         return warm_cosine(step, len(self.steps), self.settings.warmup, self.settings.learning_rate)
@@ -256,7 +259,7 @@ class Run:
     def _fingerprint(self) -> str:
         """Changes with anything that a checkpoint depends on."""
         settings, digest = self.settings, hashlib.sha256()
-        record = settings_record(settings) | {"out": str(settings.out), "processes": self.accelerator.num_processes}
+        record = settings_record(settings) | {"out": str(settings.out)}
         digest.update(json.dumps(record, sort_keys=True).encode())
         files = [settings.data.train, settings.data.validation]
         for folder in (settings.start, settings.stack):
@@ -277,7 +280,7 @@ class _Mean(torch.nn.Module):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         mean = self.run.summed_loss(self.run.model, batch) / (batch.labels[:, 1:] != IGNORED).sum()
         hold = self.run.hold
-        penalty = hold.penalty(self.run.alone, batch) if hold is not None else None
+        penalty = hold.penalty(self.run.model, batch) if hold is not None else None
         return {"mean": mean, "loss": mean if penalty is None else mean + penalty}
 
 

@@ -50,7 +50,7 @@ class LoraShape:
 
 @dataclass(frozen=True)
 class AdapterTrainSettings:
-    """One training. Batches hold up to `batch_tokens` padded tokens in each process.
+    """One training. A step has up to `batch_tokens` padded tokens, over all processes.
 
     start: a PEFT adapter of that base to go on from, whose rank, alpha and targets then are what `lora` says.
     stack: a saved MoLoRA for that base, whose adapters and router act, as they do when nothing is selected, while the

@@ -14,26 +14,21 @@ def rounded(length: int) -> int:
     return size * 3 // 4 if length <= size * 3 // 4 and size > _SHORTEST else size
 
 
-def plan_steps(
-    lengths: Sequence[int], batch_tokens: int, epochs: int, processes: int, seed: int
-) -> list[list[list[int]]]:
-    """Plan a whole training: for each step, for each process, the indices of its batch.
+def plan_steps(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
+    """Plan a whole training: for each step the indices of its batch, which processes may share.
 
     A batch's padded size (examples times the longest, rounded up by :func:`rounded`) is at most `batch_tokens`, but an
-    example longer than that is a batch alone. Each epoch holds every example; the last step of an epoch repeats batches
-    if processes are left over.
+    example longer than that is a batch alone. Each epoch holds every example.
     """
     lengths = [rounded(length) for length in lengths]
-    steps = []
+    steps: list[list[int]] = []
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
         order = list(range(len(lengths)))
         rng.shuffle(order)
         batches = _bucket(order, lengths, batch_tokens)
         rng.shuffle(batches)
-        missing = -len(batches) % processes
-        batches += [batches[index % len(batches)] for index in range(missing)]
-        steps += [batches[start : start + processes] for start in range(0, len(batches), processes)]
+        steps += batches
     return steps
 
 

@@ -78,7 +78,8 @@ class CapturedSteps:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.empty_cache()  # what steps that are not captured leave does not serve the graphs
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # What other threads ask of the device, NCCL's watchdog among them, is no part of the step and does no harm.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 terms = self._run(batch)
         except RuntimeError as error:
             _log.warning("Training steps are not captured in CUDA graphs, and slower: %s", error)

@@ -45,7 +45,7 @@ def load_state(
         raise ConfigError(f"The checkpoint {file} is damaged ({error}); delete it to start anew.") from error
     if counters["fingerprint"] != fingerprint:
         raise ConfigError(
-            f"The checkpoint {file} belongs to a training with other settings, data or number of processes; "
+            f"The checkpoint {file} belongs to a training with other settings or data; "
             f"take those again, or delete {file.parent} (--no-resume does) to start anew."
         )
     with torch.no_grad():

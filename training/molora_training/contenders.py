@@ -197,7 +197,7 @@ class Contenders:
             return found
 
         captured = attend_causally(base, rounded(MAX_TOKENS)) and kind == "cuda"
-        steps = len(plan_steps([len(row.input_ids) for row in rows], FULL_TOKENS, 1, 1, seed=0))
+        steps = len(plan_steps([len(row.input_ids) for row in rows], FULL_TOKENS, 1, seed=0))
         learn(
             logits, list(base.parameters()), rows, self.pad, self.model.device, steps=steps, learning_rate=FULL_RATE,
             batch_tokens=FULL_TOKENS, seed=0, captured=captured, name="all weights",

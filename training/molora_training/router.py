@@ -5,8 +5,8 @@
 - cross-entropy of each token to its domain; next-token loss through the chosen adapters (straight-through), in which
   each domain's answers weigh the same; balance, z
 - where only labels are learnt, nothing above the layers that the router reads is computed
-- resumable; `accelerate launch` for several processes; curves for TensorBoard
-- on one GPU forward and backward are CUDA graphs, one for each shape of batch
+- resumable; `accelerate launch` for several processes, each with its part of every step; curves for TensorBoard
+- on GPUs forward and backward are CUDA graphs, one for each shape of batch
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from molora import MoLoRAModel, Router, Stack
@@ -38,6 +37,7 @@ from molora_training.curves import curves
 from molora_training.data import (
     IGNORED,
     KINDS,
+    Batch,
     Encoded,
     Example,
     Split,
@@ -48,6 +48,7 @@ from molora_training.data import (
     read_examples,
     read_mixed,
 )
+from molora_training.processes import Processes
 from molora_training.router_objective import Labels, RouterHold, RouterObjective, reading_inputs
 from molora_training.router_settings import METRICS, RouterTrainSettings
 from molora_training.schedule import warm_cosine
@@ -81,12 +82,12 @@ def train(
         ConfigError: settings that do not fit. DataError: data that is missing or does not fit the stack.
         NonFiniteError: the loss is not finite; the last checkpoint stays.
     """
-    accelerator = Accelerator()
+    processes = Processes()
     started = time.monotonic()
-    with accelerator.main_process_first():
-        model = load_model(settings, accelerator.device)
+    with processes.main_first():
+        model = load_model(settings, processes.device)
     domains, epochs, held_out = _data(settings, model)
-    run = _Run(settings, accelerator, model, domains, epochs, held_out, hold)
+    run = _Run(settings, processes, model, domains, epochs, held_out, hold)
     run.start(resume)
     run.train(on_step)
     return run.finish(time.monotonic() - started, command)
@@ -175,12 +176,12 @@ def answer_weights(rows: Sequence[Encoded], domains: int) -> torch.Tensor:
 
 
 class _Run:
-    """One training on this process."""
+    """One training: what this process does of it."""
 
     def __init__(
         self,
         settings: RouterTrainSettings,
-        accelerator: Accelerator,
+        processes: Processes,
         model: MoLoRAModel,
         domains: list[str],
         epochs: list[list[Encoded]],
@@ -188,7 +189,7 @@ class _Run:
         hold: RouterHold | None = None,
     ) -> None:
         self.hold = hold
-        self.settings, self.accelerator, self.model = settings, accelerator, model
+        self.settings, self.processes, self.model = settings, processes, model
         self.rows, self.held_out = [row for rows in epochs for row in rows], held_out
         self.labels = Labels(model, domains)
         router: Any = model.router
@@ -196,13 +197,17 @@ class _Run:
         if hold is not None:
             hold.prepare(router)
         weights, answers = self._class_weights(), answer_weights(self.rows, len(domains))
-        objective = RouterObjective(model.train(), self.labels, settings.loss, weights, settings.starts, answers, hold)
-        self.objective = accelerator.prepare_model(objective)
+        self.objective = RouterObjective(
+            model.train(), self.labels, settings.loss, weights, settings.starts, answers, hold, processes
+        )
         self.parameters: dict[str, Any] = {n: p for n, p in router.named_parameters() if p.requires_grad}
         unmasked = attend_causally(model.base, rounded(settings.max_length))
-        alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-        able = unmasked and alone
-        self.captured = CapturedSteps(objective, self.parameters.values(), settings.batch_tokens) if able else None
+        # The balance over several processes asks them in the middle of a forward, which a graph cannot.
+        apart = processes.count == 1 or not settings.loss.balance
+        self.captured: CapturedSteps | None = None
+        if unmasked and apart and processes.device.type == "cuda":
+            size = settings.batch_tokens // processes.count
+            self.captured = CapturedSteps(self.objective, self.parameters.values(), size)
         matrices = [parameter for parameter in self.parameters.values() if parameter.dim() > 1]
         others = [parameter for parameter in self.parameters.values() if parameter.dim() <= 1]
         decay = 0.0 if hold is not None else settings.weight_decay  # it would move what is held, too
@@ -214,21 +219,21 @@ class _Run:
         self.state_file = settings.work / "state.safetensors"
         self.counters: dict[str, Any] = {}
 
-    def _planned(self, epochs: list[list[Encoded]]) -> list[list[list[int]]]:
-        steps: list[list[list[int]]] = []
+    def _planned(self, epochs: list[list[Encoded]]) -> list[list[int]]:
+        """Of each step the rows, which the processes share."""
+        steps: list[list[int]] = []
         first, settings = 0, self.settings
         for number, rows in enumerate(epochs):
             lengths = [row.input_ids.numel() for row in rows]
-            seed = settings.seed + _SEEDS_APART * number
-            own = plan_steps(lengths, settings.batch_tokens, 1, self.accelerator.num_processes, seed)
-            steps += [[[first + index for index in batch] for batch in batches] for batches in own]
+            own = plan_steps(lengths, settings.batch_tokens, 1, settings.seed + _SEEDS_APART * number)
+            steps += [[first + index for index in batch] for batch in own]
             first += len(rows)
         return steps
 
     def start(self, resume: bool) -> None:
-        if self.accelerator.is_main_process and not resume:
+        if self.processes.is_main and not resume:
             shutil.rmtree(self.settings.work, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         if self.settings.start == "new":
             self._standardise()
             self._silence_untaught()
@@ -237,12 +242,13 @@ class _Run:
             self.counters = load_state(self.state_file, self.parameters, self.optimizer, fingerprint)
         else:
             self.counters = {"fingerprint": fingerprint, "step": 0, "losses": [], "validation": []}
+        self.processes.same([*self.router.parameters(), *self.router.buffers()])
 
     def train(self, on_step: Callable[[int, float], None] | None) -> None:
         from tqdm.auto import tqdm
 
         first, total = self.counters["step"], len(self.steps)
-        main = self.accelerator.is_main_process
+        main = self.processes.is_main
         writer = curves(self.settings.work / "tensorboard", first) if main else None
         with tqdm(total=total, initial=first, desc="router", disable=not main) as bar:
             for step in range(first, total):
@@ -269,14 +275,15 @@ class _Run:
     def finish(self, seconds: float, command: str | None) -> dict[str, Any]:
         metrics = {
             "validation": self.counters["validation"][-1][1],
+            "train_losses": self.counters["losses"],
             "steps": len(self.steps),
             "train_conversations": len(self.rows),
             "validation_conversations": len(self.held_out),
             "domains": self.labels.domains,
             "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
             "seconds": round(seconds, 1),
-            "machine": _machine(self.accelerator.device),
-            "processes": self.accelerator.num_processes,
+            "machine": _machine(self.processes.device),
+            "processes": self.processes.count,
             "command": command,
             # Paths mean nothing elsewhere; names do.
             "settings": json.loads(
@@ -285,7 +292,7 @@ class _Run:
                 )
             ),
         }
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             self.model.eval()
             self._keep_samples()
             self.model.save_pretrained(self.settings.out)
@@ -293,24 +300,28 @@ class _Run:
             partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
             os.replace(partial, self.settings.out / METRICS)
             self.state_file.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         return metrics
 
     def _step(self, step: int) -> dict[str, float]:
         rate = warm_cosine(step, len(self.steps), self.settings.warmup, self.settings.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = [self.rows[index] for index in self.steps[step][self.accelerator.process_index]]
-        batch = collate(rows, self._pad).to(self.accelerator.device)
+        indices = self.steps[step]
+        own = self.processes.own(indices)
+        batch = self._batch(own or indices[:1])  # where there is none for this process, it does one that counts nothing
+        if (shares := self.objective.shares) is not None:
+            shares.see(self.objective.sizes(batch) * bool(own))
         if self.captured is not None:
             terms = self.captured(batch)
         else:
             self.optimizer.zero_grad(set_to_none=True)
             terms = self.objective(batch)
-            self.accelerator.backward(terms["loss"])
+            terms["loss"].backward()
+        self.processes.sum_gradients(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         # The one wait of a step for the device.
-        found = self.accelerator.reduce(torch.stack([v.detach().float() for v in terms.values()]), "mean").tolist()
+        found = self.processes.total(torch.stack([v.detach().float() for v in terms.values()])).tolist()
         means = dict(zip(terms, found, strict=True))
         if not (math.isfinite(means["loss"]) and math.isfinite(float(norm))):
             raise NonFiniteError(
@@ -322,30 +333,32 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Means over the validation batches, weighted by tokens; every process does all of them."""
-        objective = self.accelerator.unwrap_model(self.objective)
+        """Means over the validation batches, weighted by tokens; each process does some of them."""
         sums: dict[str, float] = {}
-        total = 0
         self.model.eval()
         self.router.train()  # its logits are wanted also where the selection forces
-        for indices in plan_pass([row.input_ids.numel() for row in self.held_out], self.settings.batch_tokens):
-            batch = collate([self.held_out[index] for index in indices], self._pad).to(self.accelerator.device)
+        if (shares := self.objective.shares) is not None:
+            shares.parts = False
+        plan = plan_pass([row.input_ids.numel() for row in self.held_out], self.settings.batch_tokens)
+        for indices in self.processes.own(plan):
+            batch = collate([self.held_out[index] for index in indices], self._pad).to(self.processes.device)
             count = int(batch.attention_mask.sum())
-            for name, value in objective(batch).items():
+            for name, value in self.objective(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * count
-            total += count
+        if shares is not None:
+            shares.parts = True
         self.model.train()
-        return {name: value / total for name, value in sums.items()}
+        total = sum(row.input_ids.numel() for row in self.held_out)
+        return {name: value / total for name, value in self.processes.figures(sums).items()}
 
     @torch.no_grad()
     def _standardise(self) -> None:
         """Mean and deviation of what each part reads, over the first training batches."""
-        objective = self.accelerator.unwrap_model(self.objective)
         for index, part in enumerate(self.router.parts):
             seen = []
-            for batches in self.steps[:_STATISTICS_BATCHES]:
-                batch = collate([self.rows[i] for i in batches[0]], self._pad).to(self.accelerator.device)
-                x = reading_inputs(self.model, batch, objective.selection(len(batch.input_ids)))[index]
+            for indices in self.steps[:_STATISTICS_BATCHES]:
+                batch = self._batch(indices)
+                x = reading_inputs(self.model, batch, self.objective.selection(len(batch.input_ids)))[index]
                 seen.append(x[batch.attention_mask.bool()].float())
             everything = torch.cat(seen)
             part.mean.copy_(everything.mean(0))
@@ -364,12 +377,11 @@ class _Run:
     @torch.no_grad()
     def _keep_samples(self) -> None:
         """Features of some training tokens of every row, for rows that are added later."""
-        objective = self.accelerator.unwrap_model(self.objective)
         seen: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-        for batches in self.steps[:_STATISTICS_BATCHES]:
-            batch = collate([self.rows[i] for i in batches[0]], self._pad).to(self.accelerator.device)
+        for indices in self.steps[:_STATISTICS_BATCHES]:
+            batch = self._batch(indices)
             real = batch.attention_mask.bool()
-            inputs = reading_inputs(self.model, batch, objective.selection(len(batch.input_ids)))
+            inputs = reading_inputs(self.model, batch, self.objective.selection(len(batch.input_ids)))
             q = [
                 part.features(part.read(x), real, None)[real] for part, x in zip(self.router.parts, inputs, strict=True)
             ]
@@ -407,17 +419,20 @@ class _Run:
             weights[layer] /= weights[layer].max()
         return weights
 
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        return collate([self.rows[index] for index in indices], self._pad).to(self.processes.device)
+
     @property
     def _pad(self) -> int:
         return int(self.model.tokenizer.pad_token_id or 0)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             save_state(self.state_file, self.parameters, self.optimizer, self.counters)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def _fingerprint(self) -> str:
-        record = json.dumps([asdict(self.settings), self.accelerator.num_processes, len(self.rows)], default=str)
+        record = json.dumps([asdict(self.settings), len(self.rows)], default=str)
         digest = hashlib.sha256(record.encode())
         for row in self.rows:
             digest.update(row.input_ids.numpy().tobytes())

@@ -8,13 +8,15 @@ from torch import nn
 
 from molora import MoLoRAModel, Router
 from molora.errors import DataError
-from molora.router import balance_loss, entropy, z_loss
+from molora.router import balance_loss, chosen_share, entropy, z_loss
 from molora.routing import decoder_layers
 from molora.selection import ResolvedSelection
 from molora_training.data import IGNORED, Batch
 from molora_training.distillation import Teacher
+from molora_training.processes import Processes
 from molora_training.router_settings import LossWeights
 from molora_training.selections import KeptSelections
+from molora_training.shares import Shares
 from molora_training.token_losses import TokenLosses
 
 _SIDE = {"balance": balance_loss, "z": z_loss, "entropy": entropy}  # of one layer's logits, at the real tokens
@@ -75,7 +77,9 @@ class _Reached(Exception):
 class RouterObjective(nn.Module):
     """The losses of a batch. Only the router has trainable parameters.
 
-    Nothing in it waits for the device, and its tensors have the same shapes for all batches of one shape.
+    Nothing in it waits for the device, and its tensors have the same shapes for all batches of one shape. Where several
+    processes do a step together, a process's terms are its part of the step's: their sum over the processes is what one
+    process would find. The balance is, where it is learnt; else it is the mean of the processes' own, for the curves.
     """
 
     def __init__(
@@ -87,9 +91,11 @@ class RouterObjective(nn.Module):
         null_start: int = 0,
         answer_weights: torch.Tensor | None = None,
         hold: RouterHold | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """null_start: tokens at the start of a text that are the null's, in every layer that is taught.
-        answer_weights: [domains], of the next-token loss at a domain's answer tokens; None: all weigh the same."""
+        answer_weights: [domains], of the next-token loss at a domain's answer tokens; None: all weigh the same.
+        processes: that do a step together; before each one ``shares`` has to see its :meth:`sizes`."""
         super().__init__()
         self.hold = hold
         self.null_start = null_start
@@ -104,6 +110,18 @@ class RouterObjective(nn.Module):
         self.selection = KeptSelections(model, labels.selection(model))  # what is left to the router
         self.token_losses = TokenLosses(model.base)
         self.teacher = Teacher(model, labels.rows) if weights.distil else None
+        sizes = ["once", "tokens", "answers", "lm", *self.rows]
+        self.shares = Shares(sizes, processes) if processes is not None and processes.count > 1 else None
+
+    def sizes(self, batch: Batch) -> torch.Tensor:
+        """[names of ``shares``] float32: by what the terms of a batch are means."""
+        real = batch.attention_mask.bool()
+        labels, weights = self._answers(batch)
+        found = [real.new_ones(()), real.sum(), (labels != IGNORED).sum(), weights.sum()]
+        for layer, weight in self.class_weights.items():
+            target = self._target(layer, batch, real)
+            found.append((weight[target.clamp_min(0)] * (target != IGNORED)).sum())
+        return torch.stack([size.float() for size in found])
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Scalars: loss and its terms, and for each part and layer the share of tokens routed right."""
@@ -126,21 +144,35 @@ class RouterObjective(nn.Module):
         names = [name for name in ("lm", "label", "distil", *_SIDE) if name in terms]
         weighted = [getattr(self.weights, name) * terms[name] for name in names]
         if self.hold is not None:
-            terms["kept"] = self.hold.penalty()
+            terms["kept"] = self._part_of(self.hold.penalty(), "once")
             weighted.append(terms["kept"])
         terms["loss"] = torch.stack(weighted).sum()
         return terms
 
     def _next_token(self, batch: Batch) -> torch.Tensor:
-        labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        labels, weights = self._answers(batch)
         each = self.token_losses(
             lambda: self.model.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False), labels
         )
         if self.answer_weights is None:
-            return each.sum() / (labels != IGNORED).sum()
+            mean = each.sum() / weights.sum()
+        else:
+            mean = (weights * each).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return self._part_of(mean, "lm")
+
+    def _answers(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each position is to predict [B, T], and what its loss weighs: 0 where that is nothing."""
+        labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        if self.answer_weights is None:
+            return labels, labels != IGNORED
         domains = nn.functional.pad(batch.domain_ids[:, 1:], (0, 1)).clamp_min(0)  # of the tokens that are predicted
-        weights = self.answer_weights[domains].masked_fill(labels == IGNORED, 0.0)
-        return (weights * each).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return labels, self.answer_weights[domains].masked_fill(labels == IGNORED, 0.0)
+
+    def _target(self, layer: str, batch: Batch, real: torch.Tensor) -> torch.Tensor:
+        """[B, T]: the position, in the layer's rows, of what is right for each token; IGNORED at padding."""
+        target = self.targets[layer][batch.domain_ids.clamp_min(0)]
+        target[:, : self.null_start] = len(self.rows[layer]) - 1
+        return target.masked_fill(~real, IGNORED)
 
     def _part(
         self, logits: torch.Tensor, batch: Batch, real: torch.Tensor, taught: dict[str, torch.Tensor]
@@ -152,19 +184,30 @@ class RouterObjective(nn.Module):
         terms: dict[str, Any] = {"label": 0.0, **dict.fromkeys(_SIDE, 0.0)}
         for layer, rows in self.rows.items():
             own = logits.index_select(-1, rows)
-            target = self.targets[layer][batch.domain_ids.clamp_min(0)]
-            target[:, : self.null_start] = len(rows) - 1
-            target = target.masked_fill(~real, IGNORED)
-            terms["label"] = terms["label"] + nn.functional.cross_entropy(
+            target = self._target(layer, batch, real)
+            label = nn.functional.cross_entropy(
                 own.flatten(0, 1), target.flatten(), weight=self.class_weights[layer], ignore_index=IGNORED
             )
+            terms["label"] = terms["label"] + self._part_of(label, layer)
             if layer in taught:
                 each = -(taught[layer] * own.log_softmax(-1)).sum(-1)
-                terms["distil"] = terms.get("distil", 0.0) + each.sum() / taught[layer].sum().clamp_min(1)
+                distil = each.sum() / taught[layer].sum().clamp_min(1)
+                terms["distil"] = terms.get("distil", 0.0) + self._part_of(distil, "answers")
             for name, side in _SIDE.items():
-                terms[name] = terms[name] + side(own, real)
-            terms[f"right/{layer}"] = (own.argmax(-1) == target).sum() / real.sum()
+                found = self._balance(own, real) if name == "balance" else side(own, real)
+                terms[name] = terms[name] + self._part_of(found, "tokens")
+            terms[f"right/{layer}"] = self._part_of((own.argmax(-1) == target).sum() / real.sum(), "tokens")
         return terms
+
+    def _balance(self, logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        if self.shares is None or not self.weights.balance:
+            return balance_loss(logits, real)
+        share = self.shares.total(self._part_of(chosen_share(logits, real), "tokens"))  # it is no mean over tokens
+        return balance_loss(logits, real, share)
+
+    def _part_of(self, mean: torch.Tensor, size: str) -> torch.Tensor:
+        """Of a mean over this batch, what it adds to that over the step."""
+        return mean if self.shares is None else self.shares.of(mean, size)
 
     def _logits(self, batch: Batch, real: torch.Tensor) -> list[torch.Tensor]:
         """Each part's logits without a forward of more layers than the parts read."""

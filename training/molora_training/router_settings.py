@@ -53,6 +53,7 @@ class RouterTrainSettings:
         null_start: how many tokens at the start of a text none is right for: of adapters with `start_dropout`. None: as
             many as the saved router has learnt, of a new one 0.
         epochs: passes over so many texts; each one mixes them anew.
+        batch_tokens: padded tokens of a step, over all processes.
     """
 
     model: Path

@@ -102,12 +102,12 @@ def learn(
     optimizers = [torch.optim.AdamW(some, how.learning_rate, weight_decay=how.weight_decay) for some in every]
     losses = TokenLosses(base)
     plans = [
-        plan_steps([row.input_ids.numel() for row in some], how.batch_tokens, how.epochs, 1, how.seed) for some in rows
+        plan_steps([row.input_ids.numel() for row in some], how.batch_tokens, how.epochs, how.seed) for some in rows
     ]
     for number, shares in enumerate(zip_longest(*plans)):
         here = [user for user, share in enumerate(shares) if share is not None]
-        picks = [rows[user][index] for user in here for index in shares[user][0]]
-        of = torch.tensor([place for place, user in enumerate(here) for _ in shares[user][0]])
+        picks = [rows[user][index] for user in here for index in shares[user]]
+        of = torch.tensor([place for place, user in enumerate(here) for _ in shares[user]])
         batch = collate(picks, pad_id).to(base.device)
         labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         owners = of.to(base.device) if len(own) > 1 else None

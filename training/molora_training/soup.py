@@ -100,10 +100,10 @@ def learn(
     """
     if steps and not rows:
         raise DataError("There is nothing to learn from: give at least one conversation.")
-    plan: list[list[list[int]]] = []
+    plan: list[list[int]] = []
     epochs = 1
     while len(plan) < steps:
-        plan = plan_steps([row.input_ids.numel() for row in rows], batch_tokens, epochs, 1, seed)
+        plan = plan_steps([row.input_ids.numel() for row in rows], batch_tokens, epochs, seed)
         epochs *= 2
     objective = _NextToken(logits)
     graphs = CapturedSteps(objective, parameters, batch_tokens) if captured else None
@@ -111,7 +111,7 @@ def learn(
     from tqdm.auto import tqdm
 
     for step in tqdm(range(steps), desc=name):
-        batch = collate([rows[index] for index in plan[step][0]], pad_id).to(device)
+        batch = collate([rows[index] for index in plan[step]], pad_id).to(device)
         if graphs is not None:
             loss = graphs(batch)["loss"]
         else:

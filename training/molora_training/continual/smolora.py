@@ -114,10 +114,10 @@ class SMoLora:
 
     def _train(self, new: _Chosen, apart: _Chosen) -> None:
         how = self.how
-        steps = plan_steps([row.input_ids.numel() for row in new.rows], how.batch_tokens, how.epochs, 1, how.seed)
+        steps = plan_steps([row.input_ids.numel() for row in new.rows], how.batch_tokens, how.epochs, how.seed)
         optimizer = torch.optim.AdamW(self.parameters, lr=how.learning_rate, weight_decay=0.0)
         best, kept = self._validate(apart), self._copied()
-        for step, (indices,) in enumerate(steps):
+        for step, indices in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = warm_cosine(step, len(steps), WARMUP, how.learning_rate)
             optimizer.zero_grad()

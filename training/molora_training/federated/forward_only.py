@@ -94,9 +94,9 @@ def train(
     losses = TokenLosses(base)
     theta = _flat(lora, frozen_a)
     before: Tensor | None = None
-    plan = plan_steps([row.input_ids.numel() for row in rows], how.batch_tokens, how.epochs, 1, seed)
+    plan = plan_steps([row.input_ids.numel() for row in rows], how.batch_tokens, how.epochs, seed)
     with generated(base, acting(below, base.device) if below is not None else {}):
-        for number, (indices,) in enumerate(plan):
+        for number, indices in enumerate(plan):
             batch = [rows[index] for index in indices]
 
             def mean_loss(at: Tensor, batch: list[Encoded] = batch) -> float:

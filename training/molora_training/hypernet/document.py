@@ -1,7 +1,7 @@
 """Train the network that makes adapters of documents (arXiv 2602.15902); the base stays frozen.
 
 Stage 1: texts of one chunk. Stage 2, ``start`` naming what stage 1 made: longer ones. The paper finds stage 2 unstable
-without stage 1.
+without stage 1. Several processes share each step.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from molora_training.data.lessons import Lesson
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
 from molora_training.hypernet.lessons import Lessons, Needles, Passages
 from molora_training.hypernet.loop import Loop, LoopSettings
+from molora_training.processes import Processes
 from molora_training.settings import work_folder
 
 METRICS = "metrics.json"
@@ -111,8 +112,11 @@ def train(
         base's. NonFiniteError: the loss is not finite; the last checkpoint stays.
     """
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
+    processes = Processes()
+    processes.need(settings.texts, "texts")
+    device = processes.device if torch.cuda.is_available() else torch.device("cpu")
+    with processes.main_first():
+        base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
     base.to(device).requires_grad_(False).eval()
     attend_causally(base, 1 << 20)
     net = make_net(settings, base).to(device).train()
@@ -124,17 +128,18 @@ def train(
         with torch.autocast(
             device.type, torch.bfloat16, enabled=device.type == "cuda" and settings.dtype == "bfloat16"
         ):
-            return objective(lessons.of_step(step, settings.texts))
+            return objective(lessons.of_step(step, settings.texts), processes.stretch(settings.texts))
 
     loop = Loop(
         loss,
         dict(net.named_parameters()),
-        lambda: validate(objective, held_out),
+        lambda: validate(objective, held_out, processes),
         "gold" if settings.loss.gold else "distil",
         settings.work,
         settings.loop,
         _fingerprint(settings),
         f"hypernet {settings.out.name}",
+        processes,
     )
     counters = loop.run(resume, on_step)
     metrics = {
@@ -147,14 +152,16 @@ def train(
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "seconds": round(time.monotonic() - started, 1),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "processes": processes.count,
         "command": command,
         "settings": json.loads(json.dumps(asdict(settings), default=lambda value: value.name)),
     }
-    shutil.rmtree(settings.out, ignore_errors=True)
-    net.save(settings.out)
-    draft = settings.out / f".{METRICS}"
-    draft.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, settings.out / METRICS)
+    if processes.is_main:
+        shutil.rmtree(settings.out, ignore_errors=True)
+        net.save(settings.out)
+        draft = settings.out / f".{METRICS}"
+        draft.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, settings.out / METRICS)
     loop.done()
     return metrics
 
@@ -188,12 +195,12 @@ def longest(settings: DocumentHypernetSettings) -> int:
 
 
 @torch.no_grad()
-def validate(objective: DocumentObjective, lessons: list[Lesson]) -> dict[str, float]:
+def validate(objective: DocumentObjective, lessons: list[Lesson], processes: Processes) -> dict[str, float]:
     """Means over texts: the losses and the share of answers that are right; without any adapter as "base", and with the
     next text's adapter as "other"."""
     sums: dict[str, float] = {}
     objective.net.eval()
-    for first in range(0, len(lessons), _AT_ONCE):
+    for first in processes.own(range(0, len(lessons), _AT_ONCE)):
         some = lessons[first : first + _AT_ONCE]
         asked = objective.asked(some)
         joined = objective.factors(asked)
@@ -203,7 +210,7 @@ def validate(objective: DocumentObjective, lessons: list[Lesson]) -> dict[str, f
             for term, value in objective._terms(*objective.answers(asked.batch, factors), asked).items():
                 sums[name + term] = sums.get(name + term, 0.0) + float(value) * len(some)
     objective.net.train()
-    return {name: value / len(lessons) for name, value in sums.items()}
+    return {name: value / len(lessons) for name, value in processes.figures(sums).items()}
 
 
 def _fingerprint(settings: DocumentHypernetSettings) -> str:

@@ -47,7 +47,8 @@ class Asked:
     """Lessons as the base reads them.
 
     ids [C, N], mask [C, N]: chunks of all texts. owners [C]: their texts. batch: the questions with their answers,
-    without the texts. of [Q]: the text that each question is about.
+    without the texts. of [Q]: the text that each question is about. texts: how many there are; beside: of them the last
+    ones that are there for their adapters alone.
     """
 
     ids: Tensor
@@ -56,6 +57,7 @@ class Asked:
     batch: Batch
     of: Tensor
     texts: int
+    beside: int = 0
 
 
 class DocumentObjective:
@@ -70,9 +72,18 @@ class DocumentObjective:
         self.base, self.tokenizer, self.net, self.weights = base, tokenizer, net, weights
         self.head: nn.Module = base.get_output_embeddings()
 
-    def __call__(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
-        """Scalars: loss and its terms; the share of answers whose every token is the likeliest one as "right"."""
-        asked = self.asked(lessons)
+    def __call__(self, lessons: Sequence[Lesson], own: range | None = None) -> dict[str, Tensor]:
+        """Scalars: loss and its terms; the share of answers whose every token is the likeliest one as "right".
+
+        Args:
+            lessons: of a step.
+            own: the places of those that are learnt from here, elsewhere the others: the terms are then their parts of
+                the step's. None: all.
+        """
+        part = range(len(lessons)) if own is None else own
+        mine = lessons[part.start : part.stop]
+        beside = [lessons[part.stop % len(lessons)]] if self.weights.keep and len(mine) < len(lessons) else []
+        asked = self.asked([*mine, *beside], len(beside))
         made = self.made(asked)
         joined = self.net.joined(made, asked.owners, asked.texts)
         answered = asked.batch.labels[:, 1:] != IGNORED
@@ -86,7 +97,7 @@ class DocumentObjective:
         terms = self._terms(logits, answered, asked)
         if self.weights.distil:
             with torch.no_grad():
-                teacher, same = self.answers(self.with_texts(lessons), {})
+                teacher, same = self.answers(self.with_texts(mine), {})
             if int(same.sum()) != len(wanted):
                 raise DataError("An answer has other tokens after its text than without it.")
             likely, tokens = teacher.softmax(-1).topk(LIKELIEST)
@@ -95,22 +106,44 @@ class DocumentObjective:
         if self.weights.keep:
             terms["keep"] = self._kept(other, answered, asked)
         if self.weights.sparse:  # not of A or B alone: the other one could grow for it
-            sizes = [A.flatten(2).norm(dim=2) * B.flatten(2).norm(dim=2) for A, B in made.values()]
+            learnt = int((asked.owners < len(mine)).sum()) if beside else len(asked.owners)
+            sizes = [A[:learnt].flatten(2).norm(dim=2) * B[:learnt].flatten(2).norm(dim=2) for A, B in made.values()]
             terms["sparse"] = torch.stack(sizes).mean()
-        terms["l1"] = torch.stack([factor.abs().mean() for pair in joined.values() for factor in pair]).mean()
+        factors = [factor[: len(mine)] for pair in joined.values() for factor in pair]
+        terms["l1"] = torch.stack([factor.abs().mean() for factor in factors]).mean()
+        if len(mine) < len(lessons):
+            shares = self._shares(lessons, part, [*mine, *beside])
+            terms = {name: value * shares[name] for name, value in terms.items()}
         weighted = [
             getattr(self.weights, one.name) * terms[one.name] for one in fields(DocumentLoss) if one.name in terms
         ]
         return {**terms, "loss": torch.stack(weighted).sum()}
 
-    def asked(self, lessons: Sequence[Lesson]) -> Asked:
+    def _shares(self, lessons: Sequence[Lesson], own: range, read: Sequence[Lesson]) -> dict[str, float]:
+        """By term, what its mean over a part of a step counts for; read: the part, and what is beside it."""
+        texts = len(own) / len(lessons)
+        asked = [len(lesson.questions) for lesson in lessons]
+        size = self.net.config.chunk
+        parts = [len(chunks(lesson.text, self.tokenizer, size)) for lesson in lessons]
+        # Texts of fewer chunks are filled up with ranks of zeros, which are in the mean; one rank more is learned.
+        most = max(len(chunks(lesson.text, self.tokenizer, size)) for lesson in read)
+        return {
+            **dict.fromkeys(("gold", "distil", "keep"), texts),
+            "right": sum(asked[place] for place in own) / sum(asked),
+            "sparse": sum(parts[place] for place in own) / sum(parts),
+            "l1": texts * (1 + most) / (1 + max(parts)),
+        }
+
+    def asked(self, lessons: Sequence[Lesson], beside: int = 0) -> Asked:
+        """beside: of the last ones, which are read and not asked about."""
         parts = [chunks(lesson.text, self.tokenizer, self.net.config.chunk) for lesson in lessons]
         device = self.base.device
         ids, mask = read_as(self.tokenizer, [part for some in parts for part in some], device)
         owners = torch.tensor([text for text, some in enumerate(parts) for _ in some], device=device)
-        rows = [self._row(question, answer) for lesson in lessons for question, answer in lesson.questions]
-        of = torch.tensor([text for text, lesson in enumerate(lessons) for _ in lesson.questions], device=device)
-        return Asked(ids, mask, owners, collate(rows, self._pad).to(device), of, len(lessons))
+        learnt = lessons[: len(lessons) - beside]
+        rows = [self._row(question, answer) for lesson in learnt for question, answer in lesson.questions]
+        of = torch.tensor([text for text, lesson in enumerate(learnt) for _ in lesson.questions], device=device)
+        return Asked(ids, mask, owners, collate(rows, self._pad).to(device), of, len(lessons), beside)
 
     def with_texts(self, lessons: Sequence[Lesson]) -> Batch:
         """The questions with the texts before them: what the teacher sees."""
@@ -157,7 +190,7 @@ class DocumentObjective:
         tokens = answered.sum(1).to(each)
         by_question = torch.zeros(len(answered), device=each.device).index_add(0, row, each) / tokens
         asked_of = torch.bincount(asked.of, minlength=asked.texts).to(each)
-        return (by_question / asked_of[asked.of]).sum() / asked.texts
+        return (by_question / asked_of[asked.of]).sum() / (asked.texts - asked.beside)
 
     def _row(self, question: str, answer: str) -> Encoded:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

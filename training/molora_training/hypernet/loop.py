@@ -14,6 +14,7 @@ from torch import nn
 from molora.errors import ConfigError, NonFiniteError
 from molora_training.checkpoint import load_state, save_state, save_tensors
 from molora_training.curves import curves
+from molora_training.processes import Processes
 from molora_training.schedule import warm_cosine
 
 _CLIP_NORM = 1.0
@@ -41,14 +42,16 @@ class Loop:
     """Trains ``parameters`` by AdamW.
 
     Args:
-        loss: of a step, by its number: terms, "loss" among them. What it draws must depend on the number alone.
+        loss: of a step, by its number: terms, "loss" among them. What it draws must depend on the number alone; of
+            several processes each gives its part, and they add up.
         parameters: by name.
-        validate: the figures that are kept at each checkpoint.
+        validate: the figures that are kept at each checkpoint; every process gives those of all.
         chosen: the one of them that decides: in the end the parameters are those of the step where it was lowest.
         work: folder of the checkpoint and the curves.
         settings: how long and how fast.
         fingerprint: changes with anything that a checkpoint depends on.
         name: on the progress bar.
+        processes: that do it together.
     """
 
     def __init__(
@@ -61,9 +64,11 @@ class Loop:
         settings: LoopSettings,
         fingerprint: str,
         name: str,
+        processes: Processes,
     ) -> None:
         self.loss, self.parameters, self.validate, self.chosen = loss, dict(parameters), validate, chosen
         self.work, self.settings, self.fingerprint, self.name = work, settings, fingerprint, name
+        self.processes = processes
         self.state_file, self.best_file = work / "state.safetensors", work / "best.safetensors"
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters.values() if p.dim() > 1], "weight_decay": settings.weight_decay},
@@ -84,15 +89,18 @@ class Loop:
         """
         from tqdm.auto import tqdm
 
-        if not resume:
+        main = self.processes.is_main
+        if main and not resume:
             shutil.rmtree(self.work, ignore_errors=True)
+        self.processes.wait()
         if self.state_file.is_file():
             counters = load_state(self.state_file, self.parameters, self.optimizer, self.fingerprint)
         else:
             counters = {"fingerprint": self.fingerprint, "step": 0, "losses": [], "validation": []}
+        self.processes.same(self.parameters.values())
         first, total = counters["step"], self.settings.steps
-        writer = curves(self.work / "tensorboard", first)
-        with tqdm(total=total, initial=first, desc=self.name) as bar:
+        writer = curves(self.work / "tensorboard", first) if main else None
+        with tqdm(total=total, initial=first, desc=self.name, disable=not main) as bar:
             for step in range(first, total):
                 terms = self._step(step)
                 counters["step"] = step + 1
@@ -101,9 +109,7 @@ class Loop:
                 if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == total:
                     validation = self.validate()
                     counters["validation"].append([step + 1, validation])
-                    if self._best(counters)[0] == step + 1:
-                        save_tensors(self.best_file, {n: p.detach() for n, p in self.parameters.items()})
-                    save_state(self.state_file, self.parameters, self.optimizer, counters)
+                    self._save(counters)
                     figures |= {f"validation/{name}": value for name, value in validation.items()}
                     shown = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
                     bar.set_postfix_str(f"validation {shown}", refresh=False)
@@ -123,8 +129,17 @@ class Loop:
 
     def done(self) -> None:
         """The result is written: the checkpoints go."""
-        self.state_file.unlink(missing_ok=True)
-        self.best_file.unlink(missing_ok=True)
+        if self.processes.is_main:
+            self.state_file.unlink(missing_ok=True)
+            self.best_file.unlink(missing_ok=True)
+        self.processes.wait()
+
+    def _save(self, counters: Mapping[str, Any]) -> None:
+        if self.processes.is_main:
+            if self._best(counters)[0] == counters["step"]:
+                save_tensors(self.best_file, {n: p.detach() for n, p in self.parameters.items()})
+            save_state(self.state_file, self.parameters, self.optimizer, counters)
+        self.processes.wait()
 
     def _best(self, counters: Mapping[str, Any]) -> list[Any]:
         """The last of the validations that none is better than."""
@@ -138,9 +153,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.loss(step)
         terms["loss"].backward()
+        self.processes.sum_gradients(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM)
+        whole = self.processes.total(torch.stack([value.detach().float() for value in terms.values()]))
         # The one wait of a step for the device.
-        *found, size = torch.stack([*(value.detach().float() for value in terms.values()), norm]).tolist()
+        *found, size = torch.cat([whole, norm[None]]).tolist()
         means = dict(zip(terms, found, strict=True))
         if not (math.isfinite(means["loss"]) and math.isfinite(size)):
             raise NonFiniteError(

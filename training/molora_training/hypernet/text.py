@@ -4,6 +4,7 @@
 - the base stays frozen: the loss of answer tokens goes through it to the factors, and from there to the network
 - or, for comparison, the factors of adapters that were trained before are what it learns
 - validation on groups that it never sees, and always beside the right text: another group's, a random one, no adapter
+- several processes share each step
 - resumable; a loss that is not finite ends the training with a sentence, and the last checkpoint stays
 """
 
@@ -34,6 +35,7 @@ from molora_training.hypernet.loop import Loop
 from molora_training.hypernet.text_groups import Groups, Judged, draw, judged, read_groups
 from molora_training.hypernet.text_output import write_net
 from molora_training.hypernet.text_settings import TextHypernetSettings
+from molora_training.processes import Processes
 from molora_training.token_losses import TokenLosses
 
 Batched = Mapping[str, tuple[Tensor, Tensor]]
@@ -64,12 +66,15 @@ def train(
         NonFiniteError: the loss is not finite; the last checkpoint stays.
     """
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
+    processes = Processes()
+    processes.need(settings.groups, "groups")
+    device = processes.device if torch.cuda.is_available() else torch.device("cpu")
+    with processes.main_first():
+        base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
     base.to(device).requires_grad_(False)
     encode = encoder or SentenceEncoder(settings.encoder, device).encode
     groups = read_groups(settings.data, tokenizer, encode)
-    run = _Run(settings, base, tokenizer.pad_token_id, groups)
+    run = _Run(settings, base, tokenizer.pad_token_id, groups, processes)
     loop = Loop(
         run.loss,
         dict(run.net.named_parameters()),
@@ -79,6 +84,7 @@ def train(
         settings.loop,
         _fingerprint(settings, groups),
         f"hypernet {settings.out.name}",
+        processes,
     )
     counters = loop.run(resume, on_step)
     metrics = {
@@ -95,10 +101,12 @@ def train(
         "train_losses": counters["losses"],
         "seconds": round(time.monotonic() - started, 1),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+        "processes": processes.count,
         "command": command,
         "settings": settings.record(),
     }
-    write_net(run.net, settings, metrics, command)
+    if processes.is_main:
+        write_net(run.net, settings, metrics, command)
     loop.done()
     return metrics
 
@@ -106,7 +114,10 @@ def train(
 class _Run:
     """The network, what it learns from, and how it is judged."""
 
-    def __init__(self, settings: TextHypernetSettings, base: Any, pad_id: int, groups: Groups) -> None:
+    def __init__(
+        self, settings: TextHypernetSettings, base: Any, pad_id: int, groups: Groups, processes: Processes
+    ) -> None:
+        self.processes = processes
         self.settings, self.base, self.pad_id, self.groups = settings, base, pad_id, groups
         self.device = base.device
         attend_causally(base, rounded(settings.data.max_length))
@@ -120,18 +131,22 @@ class _Run:
         self.without: dict[str, float] = {}  # what no adapter gives is the same each time
 
     def loss(self, step: int) -> dict[str, Tensor]:
-        """The loss of a step, which its number alone decides."""
+        """This process's part of the loss of a step, which its number alone decides."""
         settings = self.settings
         rng = random.Random(f"{settings.loop.seed}/{step}")
         torch.manual_seed(settings.loop.seed * 1_000_003 + step)  # dropout
         drawn = draw(self.groups.trained, settings.groups, settings.conversations, rng)
+        # Of all texts in every process, so that dropout falls alike: it is the base that takes time.
         factors = self.net.train()(torch.stack([embedding for _, embedding, _ in drawn]).to(self.device))
+        places = list(self.processes.own(range(len(drawn))))
         if self.wanted:
-            return {"loss": _distance(factors, [self.wanted[group.name] for group, _, _ in drawn])}
-        rows = [row for _, _, some in drawn for row in some]
-        owners = torch.tensor([place for place, (_, _, some) in enumerate(drawn) for _ in some], device=self.device)
+            own = {name: (A[places], B[places]) for name, (A, B) in factors.items()}
+            distance = _distance(own, [self.wanted[drawn[place][0].name] for place in places])
+            return {"loss": distance * (len(places) / len(drawn))}
+        rows = [row for place in places for row in drawn[place][2]]
+        owners = torch.tensor([place for place in places for _ in drawn[place][2]], device=self.device)
         own = {name: (A[owners], B[owners]) for name, (A, B) in factors.items()}
-        return {"loss": self._summed(rows, own) / sum(map(answer_count, rows))}
+        return {"loss": self._summed(rows, own) / sum(answer_count(row) for _, _, some in drawn for row in some)}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -153,11 +168,11 @@ class _Run:
         order = sorted(range(len(rows)), key=lambda place: (rows[place].input_ids.numel(), place))
         size = self.settings.groups * self.settings.conversations  # as many at a time as in a step
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start in range(0, len(order), size):
+        for start in self.processes.own(range(0, len(order), size)):
             part = order[start : start + size]
             factors = None if embeddings is None else self.net(embeddings[part].to(self.device))
             total += self._summed([rows[place] for place in part], factors)
-        return float(total) / sum(map(answer_count, rows))
+        return float(self.processes.total(total)) / sum(map(answer_count, rows))
 
     def _summed(self, rows: Sequence[Encoded], factors: Batched | None) -> Tensor:
         """Cross-entropy summed over the answer tokens of conversations, each with its own factors."""

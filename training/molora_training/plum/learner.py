@@ -113,11 +113,11 @@ class Learner:
         """
         settings = self.settings
         rows = [self._row(pair) for pair in pairs]
-        steps = plan_steps(_lengths(rows), settings.batch_tokens, settings.epochs, 1, settings.seed)
+        steps = plan_steps(_lengths(rows), settings.batch_tokens, settings.epochs, settings.seed)
         own = list(self.parameters.values())
         before = [parameter.detach().clone() for parameter in own]
         optimizer = torch.optim.AdamW(own, settings.learning_rate, weight_decay=0.0)
-        for number, (indices,) in enumerate(steps):
+        for number, indices in enumerate(steps):
             if on_step is not None:
                 on_step(number, len(steps))
             for group in optimizer.param_groups:
