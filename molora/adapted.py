@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from molora.adapter import Adapter
+from molora.adapter import Adapter, LoRAWeights
 from molora.ahead import Ahead
 from molora.backend import backend_for, check_backend
 from molora.errors import BaseModelError
@@ -15,6 +15,7 @@ from molora.layer import MoLoRALinear, linear_size, multiplied_in
 from molora.packed import Packed, Place, pack
 from molora.routing import RoutingState, decoder_layers
 from molora.shared import core_dtype
+from molora.spread import device_of, share_of
 from molora_kernels import Factors
 from molora_kernels.megablocks import FactorStack, PairOrder, add_lora_megablocks, pair_order, stack_factors
 from molora_kernels.order import PagedPlan
@@ -90,7 +91,7 @@ class AdaptedModules:
 
     def pack(self, adapter: Adapter) -> Packed:
         """Makes an adapter ready for :meth:`put`; from any thread."""
-        return pack(adapter, self._place, self)
+        return pack(adapter, self._place, self._part, self)
 
     def fetch(self, packed: Packed) -> None:
         """Starts an adapter's way to its devices, where :meth:`put` will want it; from any thread."""
@@ -138,9 +139,13 @@ class AdaptedModules:
         """In which a module with this weight computes."""
         return weight.dtype if weight.is_floating_point() else self.base.dtype
 
+    def _part(self, name: str, weights: LoRAWeights) -> LoRAWeights:
+        share = share_of(self.base, name)
+        return weights if share is None else share.part(weights)
+
     def _place(self, name: str, shared: bool) -> Place:
         module: Any = self.base.get_submodule(name)
-        device, dtype = module.weight.device, self._dtype(module.weight)
+        device, dtype = device_of(getattr(module, "base_layer", module)), self._dtype(module.weight)
         kernels = self._by_kernels(device)
         if shared:
             return device, core_dtype(module.weight, kernels), kernels
@@ -157,7 +162,8 @@ class AdaptedModules:
             module = self.base.get_submodule(name)
             if isinstance(module, MoLoRALinear):  # whose plans and pages are those of another model
                 raise BaseModelError("This base serves another MoLoRAModel already: load it anew.")
-            found = MoLoRALinear.from_base(module, self.routing, self._layer(name), group, piece).eval()
+            share = share_of(self.base, name)
+            found = MoLoRALinear.from_base(module, self.routing, self._layer(name), group, piece, share).eval()
             parent, _, child = name.rpartition(".")
             setattr(self.base.get_submodule(parent), child, found)
             self._modules[name] = found
@@ -173,7 +179,7 @@ class AdaptedModules:
     def _group(self, name: str) -> AdapterGroup | None:
         """The pages of a module and of those that share its input; None where torch does the work."""
         module: Any = self.base.get_submodule(name)
-        if not self._by_kernels(module.weight.device):
+        if not self._by_kernels(device_of(getattr(module, "base_layer", module))):
             return None
         if name not in self.groups:
             names = self._siblings(name)
@@ -190,4 +196,5 @@ class AdaptedModules:
         found = [modules.get(other) for other in names]
         sizes = [linear_size(getattr(module, "base_layer", module)) if module is not None else None for module in found]
         same = all(size is not None for size in sizes) and len({size[0] for size in sizes if size is not None}) == 1
-        return names if same else (name,)
+        places = {device_of(getattr(module, "base_layer", module)) for module in found if module is not None}
+        return names if same and len(places) == 1 else (name,)

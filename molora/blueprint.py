@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from molora.layer import MoLoRALinear
+from molora.spread import sharded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -79,6 +80,7 @@ def known(base: PreTrainedModel) -> bool:
         and not (config.model_type == "mistral" and config.sliding_window)
         and (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ("dynamic", "longrope")
         and len({p.device for p in base.parameters()}) == 1
+        and not any(sharded(p) for p in base.parameters())
         and len({p.dtype for p in base.parameters()}) == 1
         and all(type(m) is nn.Linear and m.weight.is_floating_point() for m in linear)
         and all(layer.self_attn.o_proj.bias is None for layer in base.base_model.layers)

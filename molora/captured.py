@@ -18,6 +18,7 @@ from molora.plan import RoutingPlan
 from molora.router import Router
 from molora.routing import RoutingState
 from molora.selection import without_names
+from molora.spread import sharded
 
 LARGEST_BATCH = 256
 _SHORTEST = 256  # tokens that a cache has room for, at least; lengths are rounded up to powers of two
@@ -203,6 +204,8 @@ class CapturedSteps:
     def blueprint(self) -> Blueprint | None:
         """The base as our kernels run it; None where they cannot."""
         weight = self.base.get_input_embeddings().weight
+        if sharded(weight):
+            return None
         key = (weight.data_ptr(), weight.dtype)
         if self._plan is None or self._plan[0] != key:
             interpreted = weight.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and self.groups

@@ -11,6 +11,7 @@ from molora.layer import linear_size
 from molora.router import Router
 from molora.routing import decoder_layers
 from molora.selection import router_rows
+from molora.spread import check_shares, sharded
 from molora.stack import Stack
 from molora.vocabulary import VocabularyRouter
 from molora_kernels.pages import MAX_RANK
@@ -32,11 +33,13 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
 
     def weight(module: str) -> torch.Tensor | None:
         try:
-            return base.get_submodule(module.removesuffix(".weight")).weight.detach()
+            found = base.get_submodule(module.removesuffix(".weight")).weight.detach()
+            return found.full_tensor() if sharded(found) else found
         except AttributeError:
             return None
 
     adapter.check_fits(linear_sizes(base), weight, name)
+    check_shares(adapter, base)
     hidden = base.config.get_text_config().hidden_size
     if adapter.key is not None and adapter.key.shape[1] != hidden:
         raise AdapterMismatchError(

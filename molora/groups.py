@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from molora.backend import broken
+from molora.spread import device_of, local, sharded
 from molora_kernels import Factors
 from molora_kernels.order import PagedPlan
 from molora_kernels.pages import MAX_RANK, PAGE, RankPages, Writes
@@ -56,10 +57,9 @@ class AdapterGroup:
         found: list[Any] = [base.get_submodule(name) for name in names]
         modules: list[Any] = [getattr(module, "base_layer", module) for module in found]
         weight = modules[0].weight
-        sizes = [(module.weight.shape[0], module.nf) if isinstance(module, Conv1D)
-                 else (module.in_features, module.out_features) for module in modules]  # fmt: skip
+        sizes = [_size(module) for module in modules]
         dtype = weight.dtype if weight.is_floating_point() else base.dtype
-        return cls(names, sizes[0][0], [out for _, out in sizes], dtype, weight.device)
+        return cls(names, sizes[0][0], [out for _, out in sizes], dtype, device_of(modules[0]))
 
     def put(self, slot: int, piece: int, factors: Factors | None, writes: Writes | None = None) -> None:
         """Writes an adapter's factors for one of the modules into a slot; None empties it there. writes: gathers what
@@ -194,6 +194,16 @@ class AdapterGroup:
                 self.pages.put_slice(slot, piece, factors, writes)
         writes.done()
         self.version += 1
+
+
+def _size(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear module, of one that processes share those of this process's part."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    if sharded(module.weight):
+        out, inside = local(module.weight).shape
+        return inside, out
+    return module.in_features, module.out_features
 
 
 def _watched(module: nn.Module) -> bool:

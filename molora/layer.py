@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from molora.groups import AdapterGroup
 from molora.packed import ready
 from molora.plan import RoutingPlan
 from molora.shared import SharedPath
+from molora.spread import Share, current, device_of
 from molora_kernels import Dispatch, Factors, add_lora
 from molora_kernels.pages import Writes
 
@@ -51,7 +53,8 @@ class MoLoRALinear(nn.Module):
     ``layer`` is the decoder layer it stands in, which says whose plan holds. Factors are kept by slot, in the compute
     dtype and on the device of the base module: in ``factors``, or where the kernels of a GPU serve them, in the pages
     of ``group``, which it shares with the modules that read the same input and in which it is number ``piece``.
-    Those of a compressed store are in ``shared``.
+    Those of a compressed store are in ``shared``. Where processes share the module, ``share`` is this one's part, and
+    factors are parts as well.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class MoLoRALinear(nn.Module):
         layer: int,
         group: AdapterGroup | None = None,
         piece: int = 0,
+        share: Share | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.layer = layer
         self.group, self.piece = group, piece
+        self.share = share
         self.factors: dict[int, Factors] = {}
         self.shared: list[SharedPath] = []  # one for each basis
         self.source = source
@@ -82,10 +87,11 @@ class MoLoRALinear(nn.Module):
         layer: int = 0,
         group: AdapterGroup | None = None,
         piece: int = 0,
+        share: Share | None = None,
     ) -> "MoLoRALinear":
         if linear_size(base_layer) is None:
             raise BaseModelError(f"{type(base_layer).__name__} is no linear module, so no LoRA can adapt it.")
-        return cls(base_layer, source, layer, group, piece)
+        return cls(base_layer, source, layer, group, piece, share)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -118,12 +124,12 @@ class MoLoRALinear(nn.Module):
         if shared:
             factors = None
         elif isinstance(weights, LoRAWeights) and factors is None:
-            device = self.weight.device
+            device = device_of(self.base_layer)
             factors = ready(weights, device, dtype if self.group is not None else multiplied_in(device, dtype))
         if self.group is not None:
             self.group.put(slot, self.piece, factors, writes)
         elif factors is not None:
-            device = self.weight.device  # the model may have moved since they were made ready
+            device = device_of(self.base_layer)  # the model may have moved since they were made ready
             self.factors[slot] = Factors(factors.A.to(device), factors.B.to(device))
 
     def afresh(self) -> None:
@@ -174,17 +180,24 @@ class MoLoRALinear(nn.Module):
         plan = self.source.plan(self.layer)
         if plan is None or not (self.factors or self.group):
             return self.base_layer(x, *args, **kwargs)
-        flat = x.reshape(-1, x.shape[-1])
-        plan = self._here(plan, x, flat.shape[0])
-        by_kernels = self.group is not None and self.group.serves(flat)
+        plan = self._here(plan.on(x.device), x)
+        if self.share is not None:
+            return self.share.run(self.base_layer, x, partial(self._added, plan))
+        by_kernels = self.group is not None and self.group.serves(x)
         if by_kernels and self.group is not None and not args and not kwargs:
-            found = self.group.linear(self.base_layer, x, plan.paged, self.piece)
+            with current(x.device):
+                found = self.group.linear(self.base_layer, x, plan.paged, self.piece)
             if found is not None:
                 return found
-        y = self.base_layer(x, *args, **kwargs)
-        if by_kernels and self.group is not None:
+        return self._added(plan, self.base_layer(x, *args, **kwargs), x)
+
+    def _added(self, plan: RoutingPlan, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y plus what the adapters of a plan add for the input x."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.group is not None and self.group.serves(flat):
             try:
-                return self.group.add(y.contiguous(), x, flat, plan.paged, self.piece)
+                with current(x.device):
+                    return self.group.add(y.contiguous(), x, flat, plan.paged, self.piece)
             except Exception as error:  # Triton's own errors have no common class
                 if not failed(error):
                     raise
@@ -194,9 +207,10 @@ class MoLoRALinear(nn.Module):
             factors = self.group.pages.factors(self.piece)
         return self._add(y.reshape(-1, y.shape[-1]), flat, plan.dispatch, factors).view(y.shape)
 
-    def _here(self, plan: RoutingPlan, x: torch.Tensor, rows: int) -> RoutingPlan:
+    def _here(self, plan: RoutingPlan, x: torch.Tensor) -> RoutingPlan:
         """The plan of the rows of x: of all tokens, or of those that are kept for the head."""
         batch, tokens, _ = plan.shape
+        rows = x.shape[:-1].numel()
         if rows == batch * tokens:
             return plan
         if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < tokens:

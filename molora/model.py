@@ -24,6 +24,7 @@ from molora.packed import Packed
 from molora.router import Router, RouterConfig
 from molora.routing import RoutingState
 from molora.selection import Selection, candidates, column_layers, resolve, router_rows
+from molora.spread import device_of
 from molora.stack import SlotTable, Stack, check_name
 from molora.streaming import stream
 from molora.vocabulary import VocabularyRouter
@@ -401,7 +402,7 @@ class MoLoRAModel(nn.Module):
         """Gives the stack another router, made for its rows."""
         if router is not None:
             check_router(router, self.stack, self.base)
-            device = self.base.get_input_embeddings().weight.device
+            device = device_of(self.base.get_input_embeddings())
             router.to(device).train(self.training and self.router is router)
         self.router = router
         self.routing.set_router(router)

@@ -56,13 +56,18 @@ class Packed:
         return found
 
 
-def pack(adapter: Adapter, place: Callable[[str, bool], Place], made_for: object) -> Packed:
+def pack(
+    adapter: Adapter,
+    place: Callable[[str, bool], Place],
+    part: Callable[[str, LoRAWeights], LoRAWeights],
+    made_for: object,
+) -> Packed:
     """Makes an adapter ready for ``made_for``. place: of a module, by its name and whether it is a core between shared
-    bases."""
+    bases. part: what this process needs of a module's factors."""
     factors: dict[str, Factors] = {}
     together: dict[tuple[torch.device, torch.dtype], list[tuple[str, Factors]]] = {}
     for name, weights in adapter.modules.items():
-        own = weights.core if isinstance(weights, SharedWeights) else weights
+        own = weights.core if isinstance(weights, SharedWeights) else part(name, weights)
         device, dtype, kernels = place(name, isinstance(weights, SharedWeights))
         if kernels:
             together.setdefault((device, dtype), []).append((name, ready(own, torch.device("cpu"), dtype)))

@@ -55,6 +55,19 @@ class RoutingPlan:
             self.chosen.reshape(-1, S).to(torch.int32).contiguous(), self.weights.reshape(-1, S).contiguous()
         )
 
+    @cached_property
+    def _elsewhere(self) -> "dict[torch.device, RoutingPlan]":
+        return {}
+
+    def on(self, device: torch.device) -> "RoutingPlan":
+        """The plan on a device: sent there once, for all modules that a base has there."""
+        if self.chosen.device == device:
+            return self
+        if device not in self._elsewhere:
+            chosen, weights = self.chosen.to(device), self.weights.to(device)
+            self._elsewhere[device] = RoutingPlan(chosen, weights, self.uniform, self.unit)
+        return self._elsewhere[device]
+
     def at(self, positions: slice | torch.Tensor) -> "RoutingPlan":
         """The plan of some positions of each sequence."""
         return RoutingPlan(self.chosen[:, positions], self.weights[:, positions], self.uniform, self.unit)

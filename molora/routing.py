@@ -24,6 +24,7 @@ from molora.plan import (
 )
 from molora.router import Router
 from molora.selection import LayerCandidates, ResolvedSelection
+from molora.spread import current
 from molora.vocabulary import VocabularyRouter
 
 
@@ -176,7 +177,7 @@ class RoutingState:
     def _route(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> RoutingPlan:
         """Routes by a part of the router, which reads ids [batch, tokens], or hidden states [batch, tokens, D]."""
         assert self._real is not None
-        with torch.autocast(self._real.device.type, enabled=False):  # a router is float32
+        with torch.autocast(self._real.device.type, enabled=False), current(self._real.device):  # a router is float32
             return self._route_in_float32(index, ids, hidden)
 
     def _route_in_float32(self, index: int, ids: torch.Tensor | None, hidden: torch.Tensor | None) -> RoutingPlan:
