@@ -41,11 +41,16 @@ def command_line(kind: str, config: Path | None, overrides: Sequence[str] | None
 
 
 def report(metrics: Mapping[str, Any], out: Path, as_json: bool) -> None:
-    """The metrics, told by one process."""
+    """The metrics, told by one process; the others have nothing to do any more."""
     from accelerate import PartialState
 
-    if not PartialState().is_main_process:
-        return
+    state = PartialState()
+    if state.is_main_process:
+        _tell(metrics, out, as_json)
+    state.destroy_process_group()
+
+
+def _tell(metrics: Mapping[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         write_json({"out": out, **metrics})
         return

@@ -120,9 +120,12 @@ NOT_RUN: dict[str, list[str]] = {
         "molora federate run data=chats aggregate=shared privacy.secure=true privacy.epsilon=8 privacy.cohorts=4 "
         "rounds=16",
     ],
-    "starts several processes; tests/training/test_adapter_trainer.py does": [
-        "accelerate launch --num_processes 2 -m molora train router --config router.yaml",
+    "starts several processes; tests/training/test_processes.py and tests/parity/test_spread.py do": [
+        "accelerate launch --num_processes 4 -m molora train router --config router.yaml",
+        "accelerate launch --num_processes 4 -m molora train hypernet doc --config document.yaml",
         "torchrun --nproc-per-node 2 -m molora train router --config router.yaml",
+        "torchrun --nproc-per-node 2 ask.py",
+        "PYTHONPATH=.:kernels:training:demo python -m benchmarks.several --out several.json",
     ],
     "runs tests, which run anyway": ["python -m pytest tests/kernels/test_sort.py"],
     "prints what tests/docs/test_token_costs.py holds": ["python -m tools.token_costs"],
@@ -135,6 +138,8 @@ PYTHON_NOT_RUN: dict[str, str] = {
     "from openai import OpenAI": "asks a server that runs; tests/serve does",
     "import molora_training.harness": "asks for minutes; tests/training/test_harness.py does",
     'model = MoLoRAModel.from_base("path/to/base"': "needs a GPU",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\nfrom transformers.distributed": "needs several "
+    "processes; tests/parity/test_spread.py starts them",
     "client.completions.create": "asks vLLM's server; tests/vllm does",
     "from vllm import": "needs vLLM; tests/vllm does",
 }

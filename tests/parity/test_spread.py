@@ -55,7 +55,7 @@ def test_processes_that_share_each_module_give_what_one_gives(folder: Path) -> N
         env={**os.environ, **told},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

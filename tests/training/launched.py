@@ -56,7 +56,7 @@ def launch(processes: int, trainings: Sequence[Training], folder: Path) -> subpr
         env={**os.environ, **told, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

@@ -25,8 +25,11 @@ from molora_training.data import Batch
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def make_base(folder: Path) -> Path:
     """A random two-layer Llama with a byte tokenizer that knows ChatML's marks."""
-    folder = tmp_path_factory.mktemp("base")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<|im_start|>", "<|im_end|>", *alphabet])}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -55,11 +58,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterTrainSettings:
-    """Twelve steps on sums of one digit; dropout is on, so that resuming has random numbers to get right."""
     monkeypatch.chdir(tmp_path)
+    return make_settings(base, tmp_path)
+
+
+def make_settings(base: Path, folder: Path) -> AdapterTrainSettings:
+    """Twelve steps on sums of one digit; dropout is on, so that resuming has random numbers to get right."""
     files = {}
     for split, numbers in (("train", range(8)), ("validation", range(8, 10))):
-        files[split] = tmp_path / f"sums.{split}.jsonl"
+        files[split] = folder / f"sums.{split}.jsonl"
         with files[split].open("w") as sink:
             for a in numbers:
                 for b in range(0, 10, 2):
@@ -70,7 +77,7 @@ def settings(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ada
                     row = {"id": f"{a}-{b}", "domain": "sums", "split": split, "form": "chat", "messages": messages}
                     sink.write(json.dumps(row) + "\n")
     return AdapterTrainSettings(
-        out=tmp_path / "adapters" / "domain" / "sums",
+        out=folder / "adapters" / "domain" / "sums",
         data=DataFiles(train=files["train"], validation=files["validation"], source="made here", licence="CC0-1.0"),
         lora=LoraShape(rank=4, alpha=8, dropout=0.1),
         base=str(base),

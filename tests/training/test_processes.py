@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from molora.errors import ConfigError
-from molora_training import router
+from molora_training import adapter, router
+from molora_training.adapter_settings import LoraShape
 from molora_training.data.lessons import Lesson, write_lessons
 from molora_training.hypernet import document, text
 from molora_training.hypernet.document_objective import DocumentLoss
 from molora_training.processes import Processes
 from molora_training.router_settings import LossWeights
-from tests.training import test_document_hypernet, test_router_trainer, test_text_hypernet
+from tests.training import test_adapter_trainer, test_document_hypernet, test_router_trainer, test_text_hypernet
 from tests.training.launched import Training, launch, losses_of
 
 LESSONS = [  # of one chunk to four, with one question to three
@@ -61,7 +62,14 @@ def make_trainings(folder: Path) -> dict[str, Training]:
     )
     of_texts = dataclasses.replace(test_text_hypernet.make_settings(folder / "text"), groups=3)
     encoder = {"encoder": test_text_hypernet.encoder}
+    (folder / "adapter" / "base").mkdir(parents=True)
+    adapted = test_adapter_trainer.make_settings(
+        test_adapter_trainer.make_base(folder / "adapter" / "base"), folder / "adapter"
+    )
+    # A step is one example, and one of the processes has no gradient at all.
+    of_adapter = dataclasses.replace(adapted, lora=LoraShape(rank=4, alpha=8), batch_tokens=32, max_steps=5)
     trainings = {
+        "adapter": Training(adapter.train, of_adapter),
         "router": Training(router.train, every),
         "narrow": Training(router.train, narrow),
         "document": Training(document.train, of_documents),
@@ -117,18 +125,16 @@ def assert_same(found: Path, wanted: Path) -> None:
                 assert (own[name] - tensor).float().norm() <= 1e-5 * tensor.float().norm(), name
 
 
-@pytest.mark.parametrize("name", ["router", "narrow", "document", "text"])
+@pytest.mark.parametrize("name", ["adapter", "router", "narrow", "document", "text"])
 def test_two_processes_learn_what_one_learns(
     name: str, trainings: dict[str, Training], alone: dict[str, list[float]], together: dict[str, list[float]]
 ) -> None:
     assert together[name] == pytest.approx(alone[name], rel=1e-5) and len(set(alone[name])) > 3
     out = trainings[name].settings.out
     assert_same(out.with_name(f"{name}-two"), out)
-    validations = [
-        json.loads(next(one.glob("*metrics.json")).read_text())["validation"]
-        for one in (out, out.with_name(f"{name}-two"))
-    ]
-    assert validations[1] == pytest.approx(validations[0], rel=1e-5)
+    own, both = (json.loads(next(one.glob("*metrics.json")).read_text()) for one in (out, out.with_name(f"{name}-two")))
+    judged = "validation_loss" if name == "adapter" else "validation"
+    assert both[judged] == pytest.approx(own[judged], rel=1e-5) and (own["processes"], both["processes"]) == (1, 2)
 
 
 @pytest.mark.parametrize("name", RESUMED)
