@@ -180,19 +180,20 @@ class MoLoRALinear(nn.Module):
         plan = self.source.plan(self.layer)
         if plan is None or not (self.factors or self.group):
             return self.base_layer(x, *args, **kwargs)
-        plan = self._here(plan.on(x.device), x)
+        plan = self._here(plan, x)
         if self.share is not None:
             return self.share.run(self.base_layer, x, partial(self._added, plan))
         by_kernels = self.group is not None and self.group.serves(x)
         if by_kernels and self.group is not None and not args and not kwargs:
             with current(x.device):
-                found = self.group.linear(self.base_layer, x, plan.paged, self.piece)
+                found = self.group.linear(self.base_layer, x, plan.on(x.device).paged, self.piece)
             if found is not None:
                 return found
         return self._added(plan, self.base_layer(x, *args, **kwargs), x)
 
     def _added(self, plan: RoutingPlan, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y plus what the adapters of a plan add for the input x."""
+        plan, x = plan.on(y.device), x.to(y.device)  # the base may have taken it to another device
         flat = x.reshape(-1, x.shape[-1])
         if self.group is not None and self.group.serves(flat):
             try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from molora.errors import ConfigError
 from molora_training import adapter, router
@@ -19,6 +20,7 @@ from molora_training.hypernet import document, text
 from molora_training.hypernet.document_objective import DocumentLoss
 from molora_training.processes import Processes
 from molora_training.router_settings import LossWeights
+from tests.conftest import write_adapter
 from tests.training import test_adapter_trainer, test_document_hypernet, test_router_trainer, test_text_hypernet
 from tests.training.launched import Training, launch, losses_of
 
@@ -62,6 +64,10 @@ def make_trainings(folder: Path) -> dict[str, Training]:
     )
     of_texts = dataclasses.replace(test_text_hypernet.make_settings(folder / "text"), groups=3)
     encoder = {"encoder": test_text_hypernet.encoder}
+    for seed, name in enumerate(("ann", "bob")):
+        given = AutoModelForCausalLM.from_pretrained(of_texts.base)
+        write_adapter(given, folder / "text" / "given" / name, seed, r=4, lora_alpha=6)
+    of_adapters = dataclasses.replace(of_texts, way="reconstruct", adapters=folder / "text" / "given")
     (folder / "adapter" / "base").mkdir(parents=True)
     adapted = test_adapter_trainer.make_settings(
         test_adapter_trainer.make_base(folder / "adapter" / "base"), folder / "adapter"
@@ -74,6 +80,7 @@ def make_trainings(folder: Path) -> dict[str, Training]:
         "narrow": Training(router.train, narrow),
         "document": Training(document.train, of_documents),
         "text": Training(text.train, of_texts, more=encoder),
+        "reconstruct": Training(text.train, of_adapters, more=encoder),
     }
     return {name: to(training, name) for name, training in trainings.items()}
 
@@ -125,7 +132,7 @@ def assert_same(found: Path, wanted: Path) -> None:
                 assert (own[name] - tensor).float().norm() <= 1e-5 * tensor.float().norm(), name
 
 
-@pytest.mark.parametrize("name", ["adapter", "router", "narrow", "document", "text"])
+@pytest.mark.parametrize("name", ["adapter", "router", "narrow", "document", "text", "reconstruct"])
 def test_two_processes_learn_what_one_learns(
     name: str, trainings: dict[str, Training], alone: dict[str, list[float]], together: dict[str, list[float]]
 ) -> None:
