@@ -183,18 +183,22 @@ class MoLoRALinear(nn.Module):
         plan = self._here(plan, x)
         if self.share is not None:
             return self.share.run(self.base_layer, x, partial(self._added, plan))
-        by_kernels = self.group is not None and self.group.serves(x)
+        flat = x.reshape(-1, x.shape[-1])  # before the base's product: the way back sums gradients in this order
+        by_kernels = self.group is not None and self.group.serves(flat)
         if by_kernels and self.group is not None and not args and not kwargs:
             with current(x.device):
                 found = self.group.linear(self.base_layer, x, plan.on(x.device).paged, self.piece)
             if found is not None:
                 return found
-        return self._added(plan, self.base_layer(x, *args, **kwargs), x)
+        return self._added(plan, self.base_layer(x, *args, **kwargs), x, flat)
 
-    def _added(self, plan: RoutingPlan, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """y plus what the adapters of a plan add for the input x."""
-        plan, x = plan.on(y.device), x.to(y.device)  # the base may have taken it to another device
-        flat = x.reshape(-1, x.shape[-1])
+    def _added(
+        self, plan: RoutingPlan, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y plus what the adapters of a plan add for the input x. flat: x as [T, in]."""
+        # The base may have taken its input to another device.
+        plan, x = plan.on(y.device), x.to(y.device)
+        flat = x.reshape(-1, x.shape[-1]) if flat is None else flat.to(y.device)
         if self.group is not None and self.group.serves(flat):
             try:
                 with current(x.device):
