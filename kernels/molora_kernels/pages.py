@@ -106,7 +106,10 @@ class Writes:
             torch._foreach_zero_(self.rest)
         if self.runs:
             firsts, counts, runs = zip(*self.runs, strict=True)
-            numbers = torch.tensor(runs, dtype=torch.int32).to(firsts[0].device)
+            numbers, device = torch.tensor(runs, dtype=torch.int32), firsts[0].device
+            if device.type == "cuda":  # from other memory the copy would wait for the step that runs there
+                numbers = numbers.pin_memory()
+            numbers = numbers.to(device, non_blocking=True)
             for which, into in enumerate((firsts, counts)):
                 torch._foreach_copy_(list(into), list(numbers[:, which].unbind()))
         for gathered in (self.emptied, self.factors, self.rest, self.runs):
