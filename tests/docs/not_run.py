@@ -58,6 +58,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora bench serve --users 1000 --zipf 1.0 --rate 4 --live 64",
         "benchmarks/quality.sh",
         "python -m benchmarks.chats --chats 8",
+        "python -m benchmarks.forward_memory --batch-tokens 2048",
         "python -m benchmarks.soak --requests 50000",
     ],
     "needs a GPU, or minutes of Triton's interpreter": [
