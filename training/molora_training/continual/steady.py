@@ -17,13 +17,13 @@ class Steady:
     without forgetting, arXiv 1606.09282, equation 2, with the base as the teacher).
 
     Args:
-        method: the other hold.
+        method: the other hold, if there is one.
         rows: the conversations; a step looks at ROWS of them, the next at those that follow.
     """
 
     strength = 10.0
 
-    def __init__(self, method: Hold, rows: Sequence[Encoded]) -> None:
+    def __init__(self, method: Hold | None, rows: Sequence[Encoded]) -> None:
         self.method = method
         self.ids = torch.nn.utils.rnn.pad_sequence([row.input_ids[:LENGTH] for row in rows], batch_first=True)
         lengths = torch.tensor([min(LENGTH, row.input_ids.numel()) for row in rows])
@@ -42,17 +42,22 @@ class Steady:
         with torch.no_grad(), model.disable_adapter():
             taught = [self._states(model, slice(at, at + ROWS)) for at in range(0, len(self.ids), ROWS)]
         self.taught = torch.cat(taught)
-        self.method.prepare(model)
+        if self.method is not None:
+            self.method.prepare(model)
 
     def penalty(self, model: Any, batch: Batch) -> torch.Tensor | None:
-        own = self.method.penalty(model, batch)
+        own = self.method.penalty(model, batch) if self.method is not None else None
+        added = self.drift(model)
+        return added if own is None else own + added
+
+    def drift(self, model: Any) -> torch.Tensor:
+        """What is added to a step's loss for the next rows; a scalar."""
         count = len(self.ids)
         rows = (self.turn + torch.arange(min(ROWS, count), device=self.turn.device)) % count
         self.turn += ROWS  # on the device, where a captured step counts on, too
         each = self.tokens.divergences(self._states(model, rows), self.taught[rows])
         said = self.said[rows]
-        added = self.strength * (each * said).sum() / said.sum().clamp_min(1)
-        return added if own is None else own + added
+        return self.strength * (each * said).sum() / said.sum().clamp_min(1)
 
     def _states(self, model: Any, rows: Any) -> torch.Tensor:
         ids, mask = self.ids[rows], self.seen[rows].long()

@@ -16,12 +16,14 @@ from molora.checks import check_fits
 from molora.errors import ConfigError, NonFiniteError
 from molora_training.batches import plan_pass, plan_steps
 from molora_training.checkpoint import save_tensors
+from molora_training.continual.steady import Steady
 from molora_training.plum.pairs import NO, WORDINGS, YES, Pair
 from molora_training.plum.segments import ANSWER, OTHER, Segmented, SegmentLoss, SegmentWeights, padded, segmented
 from molora_training.schedule import warm_cosine
 
 _CLIP_NORM = 1.0
 _WARMUP = 0.1  # share of a conversation's steps
+_AT_ONCE = 32  # questions that are answered in one batch
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,19 @@ class Learner:
         self.loss = SegmentLoss(base, settings.weights)
         self.pad_id = int(tokenizer.pad_token_id or 0)
 
-    def learn(self, pairs: Sequence[Pair], on_step: Callable[[int, int], None] | None = None) -> int:
+    def learn(
+        self,
+        pairs: Sequence[Pair],
+        on_step: Callable[[int, int], None] | None = None,
+        steady: Steady | None = None,
+    ) -> int:
         """Some epochs over the pairs of one conversation.
 
         Args:
             pairs: of the conversation.
             on_step: called before each step with the number of finished ones and that of all; an error of it ends the
                 learning.
+            steady: conversations that are to be answered as the base answers them.
 
         Returns:
             The number of steps.
@@ -116,6 +124,8 @@ class Learner:
         steps = plan_steps(_lengths(rows), settings.batch_tokens, settings.epochs, settings.seed)
         own = list(self.parameters.values())
         before = [parameter.detach().clone() for parameter in own]
+        if steady is not None:
+            steady.prepare(self.model)
         optimizer = torch.optim.AdamW(own, settings.learning_rate, weight_decay=0.0)
         for number, indices in enumerate(steps):
             if on_step is not None:
@@ -126,6 +136,9 @@ class Learner:
                 loss = self.loss(self.model, padded([rows[index] for index in indices], self.pad_id, self._device))
             if settings.pull:
                 loss = loss + settings.pull * pulled(own, before)
+            if steady is not None:
+                with self._mixed():
+                    loss = loss + steady.drift(self.model)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = float(nn.utils.clip_grad_norm_(own, _CLIP_NORM))
@@ -153,6 +166,26 @@ class Learner:
         }
         shares = {sign: sum(each) / len(each) if each else None for sign, each in right.items()}
         return Measured(total / count, shares[True], shares[False])
+
+    @torch.no_grad()
+    def answers(self, questions: Sequence[str], tokens: int) -> list[str]:
+        """What it says to each, greedily, in ``tokens`` at most."""
+        said: list[str] = []
+        for start in range(0, len(questions), _AT_ONCE):
+            asked = [
+                render(self.tokenizer, [{"role": "user", "content": one}], add_generation_prompt=True)
+                for one in questions[start : start + _AT_ONCE]
+            ]
+            inputs = self.tokenizer(
+                asked, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            )
+            ids, mask = (inputs[name].to(self._device) for name in ("input_ids", "attention_mask"))
+            with self._mixed():
+                found = self.model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=self.pad_id
+                )
+            said += self.tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+        return said
 
     @torch.no_grad()
     def says_yes(self, prompts: Sequence[str]) -> list[bool]:
