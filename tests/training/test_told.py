@@ -33,6 +33,10 @@ FOUND = [
     ("My dog's name is Biscuit.", {"What is my dog called?": "Your dog is called Biscuit."}),
     ("The name of my boat is Pearl.", {"What is my boat called?": "Your boat is called Pearl."}),
     ("My cats are called Tom and Jo.", {"What are my cats called?": "Your cats are called Tom and Jo."}),
+    ("My cats are called Tom, Jo and Mia.", {"What are my cats called?": "Your cats are called Tom, Jo and Mia."}),
+    ("my name is ada lovelace", {"What is my name?": "Your name is ada lovelace."}),
+    ("My name is Vincent van Gogh.", {"What is my name?": "Your name is Vincent van Gogh."}),
+    ("My friend Bob is a nurse.", {"What is my friend Bob?": "Your friend Bob is a nurse."}),
     # "I am a ..."
     ("I am a nurse.", {"What am I?": "You are a nurse."}),
     ("I'm vegan. I'm also an engineer", {"What am I?": "You are vegan and an engineer."}),
@@ -81,7 +85,14 @@ LEFT_ALONE = [
     "My name was Ada.", "I used to live in Oslo", "I am tired.", "My dog is sleeping.", "My dog is hungry",
     "I have a question.", "I have to go.", "I have been there.", "I'm a bit sad.", "My flight is tomorrow.",
     "You are a pirate, and I am a captain.", "I'm looking for a recipe",
+    # What may be a text to work on, or a riddle.
+    "Correct my English. I has a dog and I love tea.", "Continue the story. I live in a castle.",
+    "Act as a pirate. I am a fish",
+    "I have four legs. What am I?", "Let's role-play! My name is Max.", "Translate this for me. I live in Oslo.",
     # What is not about a person, or not clear.
+    "I work at night.", "I live on my own.", "I work for ten years", "I study in the evening", "I study on Mondays",
+    "I like the second option.", "My name is Ada and welcome", "Call me Ada instead", "I'm Greek", "I'm Vegan.",
+    "My opinion is firm",
     "My question is simple.", "My code is broken.", "I love you.", "I like it.", "I like what you wrote",
     "My sister knows Paris is big.", "My sister lives in Lyon.", "I'm German.", "I'm Norwegian.", "I'm OK.",
     "Call me tomorrow", "Call me back", "My name is long", "I work on this", "I live there", "I play every day",

@@ -10,13 +10,19 @@ _END = re.compile(r"[.!?…]+(?=\s|\Z)|\n+|;")
 _ABBREVIATION = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|mt|prof|jr|sr|vs)|\b[a-z]|\be\.g|\bi\.e)\.$", re.IGNORECASE)
 # A sentence with one of these is not surely true, of now and for long, or not surely said by the person for themselves.
 _DOUBTFUL = re.compile(
-    r"\b(?:if|unless|would|could|might|maybe|perhaps|possibly|probably|suppose|imagine|pretend|assume|wish|hope|should"
+    r"\b(?:if|unless|would|could|might|maybe|perhaps|possibly|probably|suppose|assume|wish|hope|should"
     r"|(?-i:will)|shall|were|was|had|used to|once|no longer|any ?more|almost|nearly|as though|role"
     r"|says?|said|saying|tells?|told|asks?|asked|writes?|wrote|thinks?|thought|claims?|believes?|heard|dreamt|dreamed"
-    r"|kidding|joking|lying|you are|you're|act as|translate|sentence|rewrite|correct|stor(?:y|ies)|poem|lyrics"
-    r"|character|example|not|never|no|none|nobody|nothing|neither|nor|without|hardly|barely|cannot|\w+n't|dont"
+    r"|kidding|joking|lying|you are|you're|example"
+    r"|not|never|no|none|nobody|nothing|neither|nor|without|hardly|barely|cannot|\w+n't|dont"
     r"|today|tonight|tomorrow|yesterday|now|currently|soon|ago|lately|moment|sometimes|rarely)\b"
     r"|\bi'(?:d|ll)\b|[:@#<>{}\[\]()|\\=_*/~$%^\x00]|\d{7,}",
+    re.IGNORECASE,
+)
+# In a turn with one of these what is said may be a text to work on, or a part that is played.
+_PLAYED = re.compile(
+    r"\b(?:translat\w+|rewrite|rephrase|paraphrase|proofread|summari[sz]e|correct|grammar|sentence|stor(?:y|ies)|poem"
+    r"|lyrics|novel|riddle|role-?play|pretend|act as|imagine|character|(?:what|who) am i)\b",
     re.IGNORECASE,
 )
 _SUBJECT = r"(?:i|i'm|im|i've|my|call me|you can call me|the name of my)\b"
@@ -33,6 +39,8 @@ def clauses(text: str) -> Iterator[str]:
     text = text.replace("’", "'").replace("‘", "'").replace("\r", "\n")
     for pattern in (_CODE, _QUOTED):
         text = pattern.sub(_LEFT_OUT, text)
+    if _PLAYED.search(text):
+        return
     for sentence in _sentences(text):
         if not _DOUBTFUL.search(sentence):
             for clause in _CUT.split(sentence):

@@ -47,6 +47,16 @@ _DATED = re.compile(
     r"(?:on |in )?(?:the )?(?:\d|[A-Z][a-z]+day|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b)"
 )
 
+_NO_PLACE = re.compile(
+    r"(?:nights?|weekends?|shifts|teams|peace|fear|general|free|fun|money|spring|summer|autumn|winter|yourself|your own"
+    r"|the (?:morning|evening|afternoon|night|weekend|day)s?|[a-z]+ (?:hours|days|weeks|months|years))\b",
+    re.IGNORECASE,
+)
+_NO_OBJECT = re.compile(
+    r"(?:in|at|with|on|for|by|from|about|every|as|a lot|well|when|the (?:first|second|third|last|latter|former|idea"
+    r"|answer|option|suggestion|version|way|sound|look))\b",
+    re.IGNORECASE,
+)
 _FILLING = re.compile(r"(?:,? (?:too|very much|so much|a lot|a bit|as well|the most|most of all|by the way))+$", re.I)
 _UNCLEAR = _words(
     "you your yours u we us our ours they them their he him his she her hers it its this that these those here there "
@@ -62,15 +72,22 @@ _PASSING = _words(
 _TASKS = _words(
     "question questions point problem problems issue issues code program function script error bug task homework essay "
     "text mistake bad idea guess request answer prompt message meeting headache cold fever feeling suggestion doubt "
-    "time look talk plan bit little lot few while hundred moment name query word words turn apologies"
+    "time look talk plan bit little lot few while hundred moment name query word words turn apologies opinion view "
+    "understanding concern experience"
 )
 _ACTIVITIES = _words(
     "hobby hobbies passion passions sport sports job work activity activities goal goals dream dreams interest "
     "interests pastime pastimes ambition aim speciality specialty talent talents favourite favorite"
 )
-_NO_NAMES = _words("a an the very too hard long short boring weird strange secret unusual rare common in on")
+_NO_NAMES = _words(
+    "a an the very too hard long short boring weird strange secret unusual rare common in on from at by for to with as "
+    "and back when instead"
+)
+_PARTICLES = _words("de del della der di da du la le van von of the bin ibn al el y")
 _NO_PERSONS = re.compile(
-    r"(?:ish|ese|ian|ean|can|man|ch)$|^(?:OK|Okay|Fine|Good|Great|Sorry|Happy|Sure|Muslim|Jewish)$"
+    r"(?:ish|ese|ian|ean|can|man|ch)$|^(?:OK|Okay|Fine|Good|Great|Sorry|Happy|Sure|Here|Home|Back|Done|Ready|Late|Tired"
+    r"|Hungry|Lost|Bored|Greek|Swiss|Thai|Iraqi|Israeli|Pakistani|Arab|Turk|Dane|Swede|Pole|Finn|Scot|Brit|Serb|Croat"
+    r"|Slovak|Muslim|Catholic|Buddhist|Hindu|Protestant|Vegan|Vegetarian|Black|White|Gay)$"
 )
 
 
@@ -98,10 +115,11 @@ def _to_be_called(match: re.Match[str]) -> list[Fact]:
 
 
 def _called(match: re.Match[str]) -> list[Fact]:
-    what, name = match["what"].lower(), _named(match["rest"])
-    if not _thing(what):
-        return []
+    what = match["what"]
     be = "are" if (match.groupdict().get("be") or "is").lower() == "are" else "is"
+    name = _named(match["rest"], several=be == "are")
+    if not _thing(what, be):
+        return []
     asked = ((f"What {be} my {what} called?", f"what my {what} {be} called"),
              (f"What is the name of my {what}?", f"the name of my {what}"),
              (f"What is my {what}'s name?", f"my {what}'s name"))  # fmt: skip
@@ -144,8 +162,10 @@ def _work_as(match: re.Match[str]) -> list[Fact]:
 
 
 def _place(match: re.Match[str]) -> list[Fact]:
-    verb, at = match["verb"].lower(), match["at"].lower()
-    return [Fact(((f"Where do I {verb}?", f"where I {verb}"),), f"You {verb} {at}", (_value(match["rest"]),))]
+    verb, at, value = match["verb"].lower(), match["at"].lower(), _value(match["rest"])
+    if _NO_PLACE.match(value) or _DATED.match(value):
+        return []
+    return [Fact(((f"Where do I {verb}?", f"where I {verb}"),), f"You {verb} {at}", (value,))]
 
 
 def _live_with(match: re.Match[str]) -> list[Fact]:
@@ -154,15 +174,15 @@ def _live_with(match: re.Match[str]) -> list[Fact]:
 
 def _do(match: re.Match[str]) -> list[Fact]:
     verb, value = match["verb"].lower(), _value(match["rest"])
-    if re.match(r"(?:in|at|with|on|for|by|from|about|every|as|a lot|well|when)\b", value, re.IGNORECASE):
+    if _NO_OBJECT.match(value):
         return []
     return [Fact(((f"What do I {verb}?", f"what I {verb}"),), f"You {verb}", (value,), many=verb != "prefer")]
 
 
 def _is(match: re.Match[str]) -> list[Fact]:
-    what, be, value = match["what"].lower(), match["be"].lower(), _value(match["rest"])
+    what, be, value = match["what"], match["be"].lower(), _value(match["rest"])
     first, *others = value.split() or [""]
-    last = what.split()[-1]
+    last = what.lower().split()[-1]
     if not _thing(what, be) or first.lower() in _PASSING:
         return []
     if first in ("in", "at", "near", "on") and others and last not in _ACTIVITIES:
@@ -175,7 +195,7 @@ def _is(match: re.Match[str]) -> list[Fact]:
     elif value.endswith(("year old", "years old")):
         word, begun = "How old", be
     elif first.endswith("ing") or first == "to":  # what goes on, or what somebody does
-        if last not in _ACTIVITIES and not what.startswith(("favourite", "favorite")):
+        if last not in _ACTIVITIES and not what.lower().startswith(("favourite", "favorite")):
             return []
         word, begun = "What", be
     elif first in ("for", "with", "about", "of", "like", "as", "by", "than", "and", "or"):
@@ -188,7 +208,7 @@ def _is(match: re.Match[str]) -> list[Fact]:
 
 def _thing(what: str, be: str = "is") -> bool:
     """Whether these can be the words for something of a person's, with no verb among them."""
-    *before, last = words = what.split()
+    *before, last = words = what.lower().split()
     if {last, words[0]} & _TASKS or set(words) & _UNCLEAR or ("and" in words and be == "is"):
         return False
     return not any(re.search(r"(?<![s'])s$|ed$", word) for word in before) and last not in ("of", "and", "in")
@@ -206,12 +226,13 @@ def _value(text: str) -> str:
     return " ".join(words) if plain and len(words) <= _WORDS and not bare & _UNCLEAR else ""
 
 
-def _named(text: str) -> str:
-    """A name or two; nothing if it is none."""
-    name = _value(text.split(",")[0])
-    words = name.split()
-    proper = bool(name) and (name[0].isupper() or len(words) == 1)
-    return name if proper and len(words) <= 5 and words[0].lower() not in _NO_NAMES else ""
+def _named(text: str, several: bool = False) -> str:
+    """A name, or several; nothing if it is none."""
+    name = _value(text if several else text.split(",")[0])
+    words = [word for word in name.replace(",", "").split() if not (several and word == "and")]
+    small = [word for word in words if not word[0].isupper()]
+    one = (len(words) <= 2 and small == words) or all(word in _PARTICLES for word in small)
+    return name if words and len(words) <= 5 and one and not set(map(str.lower, words)) & _NO_NAMES - _PARTICLES else ""
 
 
 Rule = Callable[[re.Match[str]], list[Fact]]
