@@ -17,7 +17,8 @@ from molora_training.plum.practice import Practised, against, encoded, pairs_of,
 from molora_training.plum.told import told
 from tests.unit.spoken import make_spoken, save_spoken
 
-EVERYDAY = ([("Is it red?", "It is blue."), ("And now?", "Yes.")], [("Is it old?", "It is new.")])
+HELD = ["Is it red?", "And now?"]
+EVERYDAY = [("Is it old?", "It is new.")]
 FOUND = Practised(4, (3.0, 1.0), (0.0, 1.0), (1.0, 0.8), 0.1, 8)
 
 
@@ -42,13 +43,13 @@ def test_a_fact_is_told_in_wordings_that_were_not_practised(base: Path, tmp_path
     (dog,), (city,) = facts_of("My dog is Bo."), facts_of("I live in Ur.")
     assert not set(dog.taught) & set(dog.apart)
     found = practise(
-        str(base), base.parent / "blank", tmp_path / "one", [dog], [], EVERYDAY, how, lambda *at: steps.append(at)
+        str(base), base.parent / "blank", tmp_path / "one", [dog], [], HELD, EVERYDAY, how, lambda *at: steps.append(at)
     )
     assert found.questions == 2 and found.right == (0.0, 1.0) and found.loss[1] < 0.1 < found.loss[0]
     assert found.older is None and found.steps == len(steps) and steps[-1] == (found.steps - 1, found.steps)
     assert against(found, 1e9) == "" and Adapter.load(tmp_path / "one").ranks[0] == 8
     more = practise(
-        str(base), tmp_path / "one", tmp_path / "two", [city], [dog], EVERYDAY, replace(how, epochs=1), None
+        str(base), tmp_path / "one", tmp_path / "two", [city], [dog], HELD, EVERYDAY, replace(how, epochs=1), None
     )
     assert more.older is not None and more.older[0] == 1.0 and more.right[0] == 0.0
     assert len({pair.question for pair in pairs_of([dog, city])}) == len(dog.taught) + len(city.taught)
@@ -64,7 +65,7 @@ def test_a_fact_is_told_in_wordings_that_were_not_practised(base: Path, tmp_path
         ({"right": (0.0, 0.0)}, "nothing was learnt: 0% of the new questions"),
         ({"right": (0.5, 0.25)}, "nothing was learnt: 25% of the new questions are answered right, 50% before"),
         ({"right": (1.0, 1.0)}, ""),  # the same told once more
-        ({"everyday": 0.26}, "everyday talk grew by 26.0%, which may be 25.0% at most"),
+        ({"everyday": 0.26}, "26.0% worse at everyday talk, which may be 25.0% at most"),
         ({"everyday": float("nan")}, "everyday talk"),
         ({"older": (1.0, 0.7)}, "70% of it is answered right, 100% before"),
         ({"older": (0.0, 0.0)}, ""),
@@ -85,7 +86,7 @@ def test_everything_else_is_held_to_what_the_base_says(base: Path) -> None:
     drifts = []
     for held in (False, True):
         learner = learner_of(base, learning_rate=1e-2, epochs=8)
-        steady = Steady(None, encoded(EVERYDAY[0], learner.tokenizer))
+        steady = Steady(None, encoded([("Is it red?", "It is blue."), ("And now?", "Yes.")], learner.tokenizer))
         learner.learn(pairs_of(facts_of("My dog is Bo.")), None, steady if held else None)
         steady.prepare(learner.model)
         drifts.append(float(steady.drift(learner.model).detach()))

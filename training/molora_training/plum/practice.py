@@ -45,7 +45,8 @@ def practise(
     out: Path,
     facts: Sequence[Fact],
     older: Sequence[Fact],
-    everyday: tuple[Sequence[Exchange], Sequence[Exchange]],
+    held: Sequence[str],
+    everyday: Sequence[Exchange],
     learning: Learning,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Practised:
@@ -54,7 +55,7 @@ def practise(
     Args:
         base: of the adapter.
         facts: to learn. older: told earlier, to be practised again.
-        everyday: exchanges in which it is held to the base, and others to judge by.
+        held: questions that it is to go on answering as the base does. everyday: exchanges that judge whether it does.
         learning: how. on_step: see :meth:`~molora_training.plum.learner.Learner.learn`.
 
     Raises:
@@ -65,12 +66,13 @@ def practise(
     model, tokenizer = load_base(base, dtype=torch.bfloat16 if cuda else torch.float32)
     model.to("cuda" if cuda else "cpu").requires_grad_(False)
     learner = Learner(model, tokenizer, start, learning, base)
-    held, judged = everyday
-    apart, talk = pairs_of(facts, taught=False), [Pair(*one, "", False, True) for one in judged]
+    apart, talk = pairs_of(facts, taught=False), [Pair(*one, "", False, True) for one in everyday]
     with learner.off():
         usual = learner.measure(talk).loss
+        # In its own words: in others it is not held where it matters, and took its user's name for its own.
+        said = list(zip(held, learner.answers(held, TOKENS), strict=True))
     before = learner.measure(apart).loss, share_right(learner, facts), share_right(learner, older)
-    steady = Steady(None, encoded(held, tokenizer))
+    steady = Steady(None, encoded(said, tokenizer))
     steps = learner.learn([*pairs_of(facts), *pairs_of(older)[::2]], on_step, steady)  # what is known needs less
     learner.settle()
     after = learner.measure(apart).loss, share_right(learner, facts), share_right(learner, older)
@@ -96,7 +98,7 @@ def against(found: Practised, most: float) -> str:
     if not (after < before and has >= had and has > 0):
         return f"nothing was learnt: {has:.0%} of the new questions are answered right, {had:.0%} before"
     if not found.everyday <= most:
-        return f"loss on everyday talk grew by {found.everyday:.1%}, which may be {most:.1%} at most"
+        return f"it would be {found.everyday:.1%} worse at everyday talk, which may be {most:.1%} at most"
     if found.older is not None and found.older[1] < (1 - most) * found.older[0]:
         was, now = found.older
         return f"too much of what was told earlier is lost: {now:.0%} of it is answered right, {was:.0%} before"
