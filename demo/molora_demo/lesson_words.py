@@ -10,12 +10,14 @@ from molora_demo.render import escape
 WHAT = """\
 <p>The model itself never changes here. What you teach becomes a small file beside it, an <em>adapter</em>, that is
 added to the model's calculation when it answers you; take the file away and the model is as it was before.</p>
-<p>A chat is made into questions about what was said and about what was not, and the adapter practises the answers. It
-is used only if it then answers new wordings better than before, and if it still speaks about everyday things almost as
-well.</p>
+<p>Of a chat it looks for plain English sentences about yourself, such as “My dog is called Biscuit” or “I live in
+Bergen”. Each is made into questions in several wordings, and the adapter practises the answers, together with those of
+chats that it was taught before. It is used only if it then answers in wordings that it never practised, and if it still
+speaks about everyday things almost as well.</p>
 <p>What you teach is private to this browser: it is kept under a secret key that only this browser has, and no one
-else's answers can use it. <em>Forget</em> deletes the files. The base model is small, so expect it to remember
-roughly, to mix things up, and to be wrong.</p>"""
+else's answers can use it. The sentences about you lie beside the adapter, so that it can practise them again.
+<em>Forget</em> deletes all of it. The base model is small, so expect it to remember roughly, to mix things up, and
+to be wrong.</p>"""
 EMPTY = '<p class="none">Nothing yet. What you teach is listed here.</p>'
 _COLUMNS = ("Name", "Layer", "How", "KiB", "Seconds", "Version", "Time")
 
@@ -54,18 +56,22 @@ def told_html(told: Told) -> str:
     """What came of a chat."""
     name = f"“{escape(told.title)}”"
     head = (
-        f"<strong>Learnt.</strong> {name} serves: choose it for your answers in the Chat tab."
+        f"<strong>Learnt.</strong> Choose {name} for your answers in the Chat tab, and ask it about yourself."
         if told.serves
         else f"<strong>Not kept.</strong> {name} is as it was before."
     )
-    lines = [
-        f"Asked “did we talk about …?” in new wordings, it is right about what you did talk about in "
-        f"{_share(told.yes[1])} of cases (before: {_share(told.yes[0])}), and about what you did not in "
-        f"{_share(told.no[1])} (before: {_share(told.no[0])})."
-    ]
-    if told.everyday is not None:
-        how = f"{abs(told.everyday):.0%} {'worse' if told.everyday > 0 else 'better'}"
-        lines.append(f"Everyday talk, which nobody taught here, is foretold {how} than without the adapter.")
+    lines = [f"From this chat it took: {escape(' '.join(told.facts))}"]
+    lines.append(
+        f"Asked about that {told.questions} times, in words that it had not practised, it gave the right answer "
+        f"{_share(told.right[1])} of the time (before: {_share(told.right[0])})."
+    )
+    if told.older is not None:
+        lines.append(
+            f"What you told it in earlier chats it still gets right {_share(told.older[1])} of the time (before: "
+            f"{_share(told.older[0])})."
+        )
+    how = f"{abs(told.everyday):.0%} {'worse' if told.everyday > 0 else 'better'}"
+    lines.append(f"At everyday talk, which nobody taught here, it is {how} than without what you taught.")
     if not told.serves:
         lines.append(f"Why not: {escape(told.why)}.")
     foot = f"Version {told.version}, {told.size / 1024:,.0f} KiB, {_time(told.seconds)}."

@@ -1,41 +1,37 @@
-"""A chat becomes an adapter of its person: learnt by the product's own way for one conversation (`molora learn`), and
-served only if it answers better and if little of everyday talk is lost.
+"""A chat becomes an adapter of its person: what they said of themselves in it is practised as questions and answers.
 
-`molora update` wants about twenty conversations, of which it holds a fifth out to judge by; a chat is one. `molora
-learn` asks about one conversation in many wordings, and judges by wordings that it did not learn.
+It serves only if that is then told in wordings that were not practised, and if little of all else is lost.
+
+What was told in earlier chats is practised again. So that it can be, it is kept as sentences beside the version that
+learnt it, and goes with it.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from molora.checks import linear_sizes
 from molora.errors import MoLoRAError
-from molora_demo.shelf import Shelf
+from molora.versions import Versions
+from molora_demo.everyday import HELD, JUDGED
+from molora_demo.shelf import Shelf, told_file
 
 NEEDS = ("peft", "bm25s")  # of the extras train and personalize
-# Of one short chat on SmolLM2-135M the defaults (0.001, 3 wordings) make an adapter that says yes to everything, after
-# 6 epochs and after 14, and the gate refuses it. Slower, in all six wordings, it is nearer to telling what was said
-# from what was not; the gate may refuse it still.
-LEARNING_RATE = 3e-4
-WORDINGS = 6
+RANK = 8
+LEARNING_RATE = 1e-3
+BATCH_TOKENS = 192  # small batches: in as many passes those of 512 take too few steps to learn anything
+KNOWN = 40  # facts, the last ones, that are practised again and kept: each takes time
 SCRATCH = ".learning-"  # folders in home that last as long as a learning
 
-# What nobody teaches here: how much worse such is foretold afterwards is what was lost.
-EVERYDAY = (
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("How many days does a week have?", "A week has seven days."),
-    ("What colour is the sky on a clear day?", "On a clear day the sky is blue."),
-    ("How do I boil an egg?", "Put the egg into boiling water and take it out after eight minutes."),
-    ("What do plants need to grow?", "Plants need light, water, air and soil with nutrients."),
-    ("Write one sentence about the sea.", "The sea is wide, salty and never quite still."),
-    ("What is two plus three?", "Two plus three is five."),
-    ("Name three animals that live on a farm.", "Cows, sheep and chickens live on a farm."),
+NOTHING_SAID = "There is nothing to remember yet: chat first, then come back."
+NOTHING_TOLD = (
+    "You have said nothing of yourself in this chat that could be remembered. It looks for plain sentences in English: "
+    "say something of yourself in the Chat tab, such as “My dog is called Biscuit”, “I live in Bergen” or “I love "
+    "sailing”, then come back."
 )
 
 
@@ -54,14 +50,15 @@ class Said(Protocol):
 
 @dataclass(frozen=True)
 class Told:
-    """What came of a chat.
+    """What came of a chat; pairs are before and after.
 
     Args:
         title: of the adapter. serves: whether the new version serves. why: what the gate says.
         version, size, seconds: of the new version.
-        questions: in wordings that were not learnt, by which it is judged.
-        yes: shares that are answered right where it was talked about, before and after. no: where it was not.
-        everyday: by which share the loss on everyday talk grew; None where that was not measured.
+        facts: what was understood, as it is to be answered.
+        questions: in wordings that were not practised, by which it is judged. right: shares of them that are answered
+            with the fact. older: as right, of what was told in earlier chats; None where there is none.
+        everyday: by which share the loss on everyday talk is above that without the adapter.
     """
 
     title: str
@@ -70,10 +67,11 @@ class Told:
     version: int
     size: int
     seconds: float
+    facts: tuple[str, ...]
     questions: int
-    yes: tuple[float, float]
-    no: tuple[float, float]
-    everyday: float | None
+    right: tuple[float, float]
+    older: tuple[float, float] | None
+    everyday: float
 
 
 def missing() -> list[str]:
@@ -92,19 +90,17 @@ def messages_of(turns: Sequence[Said]) -> list[dict[str, str]]:
         if turn.prompt.strip() and turn.answer.strip():
             found += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer}]
     if not found:
-        raise MoLoRAError("There is nothing to remember yet: chat first, then come back.")
+        raise MoLoRAError(NOTHING_SAID)
     return found
 
 
 def room_for(base: Any, shelf: Shelf, layer: str, title: str) -> int:
     """About how many bytes a new version takes, with the empty first one where the adapter is new."""
-    from molora_training.plum.learner import Learning
-
     head = base.get_output_embeddings()
     heads = {name for name, module in base.named_modules() if module is head}
     sizes = [size for name, size in linear_sizes(base).items() if name not in heads]
     new = not shelf.folder.is_dir() or shelf.versions(layer, shelf.name_of(layer, title)).root() is None
-    return Learning().rank * sum(map(sum, sizes)) * (6 if new else 2)
+    return RANK * sum(map(sum, sizes)) * (6 if new else 2)
 
 
 def learn_chat(
@@ -122,7 +118,7 @@ def learn_chat(
         shelf: whose. layer, title: of the adapter, which is begun if there is none.
         turns: the chat.
         epochs: passes over what is asked of it.
-        most_lost: by which share the loss on everyday talk may grow.
+        most_lost: by which share the loss on everyday talk may grow, and what earlier chats told may be lost.
         on_step: called with the number of finished steps and of all; an error of it ends the learning.
 
     Returns:
@@ -131,11 +127,15 @@ def learn_chat(
     Raises:
         MoLoRAError: nothing to learn, or it was stopped. What was there before is as it was.
     """
-    from molora_training.plum.learn import LearnSettings, learn
+    from molora_training.plum.facts import read_facts, together, write_facts
     from molora_training.plum.learner import Learning
+    from molora_training.plum.practice import against, practise
+    from molora_training.plum.told import told
 
     started = time.monotonic()
-    messages = messages_of(turns)
+    facts = told(messages_of(turns))
+    if not facts:
+        raise MoLoRAError(NOTHING_TOLD)
     shelf.open()
     name = shelf.name_of(layer, title)
     versions = shelf.versions(layer, name)
@@ -144,32 +144,55 @@ def learn_chat(
     done = False
     try:
         with tempfile.TemporaryDirectory(dir=shelf.home, prefix=SCRATCH) as scratch:
-            file = Path(scratch) / "chat.jsonl"
-            file.write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
-            how = Learning(epochs=epochs, learning_rate=LEARNING_RATE, wordings=WORDINGS)
-            settings = LearnSettings(shelf.folder, layer, name, file, how)
-            found = learn(settings, "a chat of the demo", on_step)
-        why, refused, everyday = found.why, "", None
-        if found.promoted:
-            everyday, refused = _everyday(shelf, layer, name, found.version, most_lost)
-            why = refused or why
-        done = found.promoted and not refused
-        folder = versions.path(found.version)
+            start, out = versions.path(_start(versions, shelf.base, Path(scratch))), Path(scratch) / "adapter"
+            known = together(read_facts(told_file(start)), facts)[-KNOWN:]
+            about = {fact.about for fact in facts}
+            found = practise(
+                shelf.base,
+                start,
+                out,
+                [fact for fact in known if fact.about in about],
+                [fact for fact in known if fact.about not in about],
+                HELD,
+                JUDGED,
+                Learning(learning_rate=LEARNING_RATE, epochs=epochs, rank=RANK, batch_tokens=BATCH_TOKENS, pull=0.0),
+                on_step,
+            )
+            why = against(found, most_lost)
+            made = versions.add(out, command="a chat of the demo", metrics=asdict(found), passed=not why, why=why)
+        folder = versions.path(made.number)
+        if not why:
+            write_facts(told_file(folder), known)
+            versions.promote(made.number)
+            done = True
         return Told(
             title=title,
             serves=done,
             why=why,
-            version=found.version,
+            version=made.number,
             size=sum(one.stat().st_size for one in folder.glob("*.safetensors")),
             seconds=time.monotonic() - started,
+            facts=tuple(fact.answer for fact in known if fact.about in about),
             questions=found.questions,
-            yes=(found.before.positives or 0.0, found.after.positives or 0.0),
-            no=(found.before.negatives or 0.0, found.after.negatives or 0.0),
-            everyday=everyday,
+            right=found.right,
+            older=found.older,
+            everyday=found.everyday,
         )
     finally:
         if not done:
             _undo(shelf, layer, name, served, before)
+
+
+def _start(versions: Versions, base: str, scratch: Path) -> int:
+    """The version to go on from: what serves, or a first one, which does nothing."""
+    from molora_training.continual.growth import blank
+
+    if versions.current is not None:
+        return versions.current
+    if (root := versions.root()) is None:
+        blank(base, RANK, scratch / "blank")
+        root = versions.add(scratch / "blank", why="it does nothing yet")
+    return root.number
 
 
 def _undo(shelf: Shelf, layer: str, name: str, served: int | None, before: list[int]) -> None:
@@ -179,20 +202,3 @@ def _undo(shelf: Shelf, layer: str, name: str, served: int | None, before: list[
     if served is None and (shelf.folder / versions.place).is_dir():
         versions.erase()
     shelf.drop(layer, name, before)
-
-
-def _everyday(shelf: Shelf, layer: str, name: str, number: int, most_lost: float) -> tuple[float, str]:
-    """By which share the loss on everyday talk grew since the adapter's first version, and why that is too much."""
-    from molora_training.continual.update import Judge, UpdateSettings, refusal
-
-    versions: Any = shelf.versions(layer, name)
-    root = versions.root()
-    settings = UpdateSettings(shelf.folder, layer, name, shelf.folder, max_forgetting=most_lost)
-    judge = Judge(settings, shelf.base, versions.path(root.number), versions.path(number))
-    rows = [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
-        for asked, answered in EVERYDAY
-    ]
-    change = judge(rows)
-    assert change is not None
-    return change.growth, refusal(most_lost, None, None, change)

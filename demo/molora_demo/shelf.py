@@ -61,6 +61,11 @@ def row_file(folder: Path) -> Path:
     return folder.parent / f"row-{folder.name}.safetensors"
 
 
+def told_file(folder: Path) -> Path:
+    """Beside a version that learnt chats: what they told."""
+    return folder.parent / f"told-{folder.name}.jsonl"
+
+
 def usable(key: object) -> bool:
     """Whether a browser's key is one; a page that has just been opened has none yet."""
     return isinstance(key, str) and len(key) >= SHORTEST_KEY
@@ -175,7 +180,7 @@ class Shelf:
             "seconds": {one: value for one, value in times.items() if one in stay},
         }
         self._write(about)
-        self._sweep_rows(versions)
+        self._sweep(versions)
 
     def rollback(self, layer: str, name: str) -> int:
         """Lets the version before serve, and takes the newer one away.
@@ -192,7 +197,7 @@ class Shelf:
         except VersionError:
             raise MoLoRAError(f"“{lesson.title}” has no version before this one. Forget takes it away.") from None
         versions.drop(one.number for one in versions.all() if one.number != lesson.version)
-        self._sweep_rows(versions)
+        self._sweep(versions)
         return number
 
     def drop(self, layer: str, name: str, stay: list[int]) -> None:
@@ -203,7 +208,7 @@ class Shelf:
                 versions.erase()
         else:
             versions.drop(stay)
-            self._sweep_rows(versions)
+            self._sweep(versions)
         self._tidy()
 
     def forget(self, layer: str, name: str) -> None:
@@ -229,11 +234,14 @@ class Shelf:
         if not self.lessons() and not any((self.folder / "versions").rglob(WEIGHTS_FILE)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _sweep_rows(self, versions: Versions) -> None:
-        stay = {row_file(versions.path(one.number)) for one in versions.all()}
-        for file in (self.folder / versions.place).glob("row-*.safetensors"):
-            if file not in stay:
-                file.unlink(missing_ok=True)
+    def _sweep(self, versions: Versions) -> None:
+        """What lies beside a version goes with it."""
+        folders = [versions.path(one.number) for one in versions.all()]
+        stay = {of(folder) for folder in folders for of in (row_file, told_file)}
+        for pattern in ("row-*.safetensors", "told-*.jsonl"):
+            for file in (self.folder / versions.place).glob(pattern):
+                if file not in stay:
+                    file.unlink(missing_ok=True)
 
     def _index(self) -> dict[str, Any]:
         """By label; a damaged file costs the titles and no more."""

@@ -114,8 +114,8 @@ def _connect_chat(handlers: Handlers, chat: list[Any], inputs: list[Any], news: 
 def _chat(lessons: Lessons) -> list[Any]:
     """[title, start, stop]"""
     gr.HTML(
-        "<h3>Remember this chat</h3><p>It learns what you two talked about in the Chat tab. On a machine without a "
-        "GPU that takes some minutes.</p>"
+        "<h3>Remember this chat</h3><p>It learns what you said of yourself in the Chat tab, in sentences such as “My "
+        "dog is called Biscuit”. On a machine without a GPU that takes some minutes.</p>"
     )
     why = lessons.unready("chat")
     if why:

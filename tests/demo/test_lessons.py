@@ -20,13 +20,16 @@ from molora.errors import MoLoRAError
 from molora.factors import write_factors
 from molora.personalize import embeddings
 from molora.personalize.text_net import TextNet, TextNetConfig
-from molora_demo import remember
 from molora_demo.lessons import Lessons, Limits
 from molora_demo.monitor import monitor_html
 from molora_demo.page import Page
 from molora_demo.remember import Stopped, missing
 from molora_demo.render import Palette
+from molora_demo.shelf import told_file
 from molora_demo.source import LocalSource
+from molora_training.plum import practice
+from molora_training.plum.facts import read_facts
+from molora_training.plum.learner import Learner
 from tests.conftest import write_adapter
 from tests.demo.fake_model import FakeModel
 from tests.unit.spoken import make_spoken, save_spoken
@@ -35,7 +38,8 @@ from tests.unit.test_pieces import make_pool
 from tests.unit.test_profile_command import encode, write_history
 
 ADA, BEN = "a" * 32, "b" * 32
-CHAT = [SimpleNamespace(prompt="Is the zither loud?", answer="A zither is quiet.")]
+CHAT = [SimpleNamespace(prompt="Hi! My zither is called Zoe. Is it loud?", answer="A zither is quiet.")]
+MORE = [SimpleNamespace(prompt="I live in Bergen.", answer="It rains there.")]
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
 LIMITS = Limits(epochs=3, lost=1e9)
 
@@ -364,46 +368,79 @@ class TestWays:
 
 @pytest.mark.skipif(bool(missing()), reason="needs peft and bm25s")
 class TestChats:
-    def test_a_chat_is_learnt_and_nothing_of_its_text_stays(self, lessons: Lessons, saved: Path) -> None:
+    @pytest.fixture(autouse=True)
+    def right(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is random says no fact ever, so its answers count as right."""
+        monkeypatch.setattr(practice, "share_right", lambda _, facts: 1.0 if facts else 0.0)
+
+    def test_a_chat_is_learnt_and_forgotten_without_a_trace(self, lessons: Lessons, saved: Path) -> None:
         before, steps = digest(saved), []
         base = logits(lessons, ADA, {})
         told = lessons.remember(ADA, "Me", CHAT, lambda done, of: steps.append((done, of)))
-        assert told.serves and told.version == 2 and told.questions == 16 and told.everyday is not None
+        assert told.serves and told.version == 2 and told.questions == 2 and told.older is None
+        assert told.facts == ("Your zither is called Zoe.",) and told.everyday != 0
         assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] - 1
         (mine,) = lessons.table(ADA)
         assert mine.layer == "user" and mine.seconds is not None and mine.how == "from a chat"
         assert not torch.equal(logits(lessons, ADA, {"user": mine.name}), base)
         assert torch.equal(logits(lessons, ADA, {}), base)
-        assert not any(b"zither" in file.read_bytes().lower() for file in left_of(lessons.home))
+        kept = told_file(mine.folder)
+        assert [file for file in left_of(lessons.home) if b"zoe" in file.read_bytes().lower()] == [kept]
+        assert not any(b"quiet" in file.read_bytes() for file in left_of(lessons.home))  # nor what was answered
         assert digest(saved) == before
         lessons.forget(ADA, "user", mine.name)
         assert left_of(lessons.home) == []
 
-    def test_stopped_or_refused_it_is_as_if_nothing_was(
-        self, lessons: Lessons, files: list[Path], monkeypatch: pytest.MonkeyPatch
+    def test_what_earlier_chats_told_is_practised_again(
+        self, lessons: Lessons, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        seen: list[list[str]] = []
+        learn = Learner.learn
+
+        def spy(self: Learner, pairs: Any, *args: Any) -> int:
+            seen.append([pair.answer for pair in pairs])
+            return learn(self, pairs, *args)
+
+        monkeypatch.setattr(Learner, "learn", spy)
+        lessons.limits = replace(lessons.limits, epochs=1)
+        lessons.remember(ADA, "Me", CHAT)
+        told = lessons.remember(ADA, "Me", MORE)
+        assert told.version == 3 and told.facts == ("You live in Bergen.",) and told.older == (1.0, 1.0)
+        assert set(seen[1]) == {"You live in Bergen.", *seen[0]}
+        (mine,) = lessons.table(ADA)
+        folder = mine.folder
+        assert [fact.answer for fact in read_facts(told_file(folder))] == [*dict.fromkeys(seen[0]), told.facts[0]]
+        back = lessons.rollback(ADA, "user", mine.name)  # the later chat goes, with what it told
+        assert not told_file(folder).exists() and len(read_facts(told_file(back.folder))) == 1
+        lessons.remember(ADA, "Other", MORE)  # what is learnt under another name is its own
+        assert set(seen[2]) == {"You live in Bergen."}
+        lessons.forget_all(ADA)
+        assert left_of(lessons.home) == []
+
+    def test_stopped_or_refused_it_is_as_if_nothing_was(self, lessons: Lessons, files: list[Path]) -> None:
         def stop(done: int, of: int) -> None:
-            if done == 2:
+            if done == 1:
                 with pytest.raises(MoLoRAError, match="being learnt"):
                     lessons.forget_all(ADA)
                 raise Stopped("enough")
 
-        monkeypatch.setattr(remember, "_everyday", lambda *_: (0.5, "loss on general conversations grew by 50.0%"))
-        lessons.limits = replace(lessons.limits, epochs=2)
         for there in (False, True):  # of a new adapter, and of one that is there
             before = {file: file.read_bytes() for file in left_of(lessons.home) if file.suffix == ".safetensors"}
+            lessons.limits = replace(lessons.limits, epochs=4, lost=1e9)
             with pytest.raises(Stopped):
                 lessons.remember(ADA, "Me", CHAT, stop)
+            lessons.limits = replace(lessons.limits, epochs=1, lost=-1.0)
             told = lessons.remember(ADA, "Me", CHAT)
-            assert not told.serves and "grew by 50" in told.why
+            assert not told.serves and "worse at everyday talk" in told.why
             left = {file: file.read_bytes() for file in left_of(lessons.home) if file.suffix == ".safetensors"}
             assert left == before and [one.version for one in lessons.table(ADA)] == [1] * there
+            assert not any(b"Zoe" in file.read_bytes() for file in left_of(lessons.home))
             if not there:
                 lessons.bring(ADA, "user", "Me", files)
         with pytest.raises(MoLoRAError, match="nothing to remember"):
             lessons.remember(ADA, "Me", [SimpleNamespace(prompt=" ", answer="")])
-        with pytest.raises(MoLoRAError, match="needs a topic"):
-            lessons.remember(ADA, "New", [SimpleNamespace(prompt="Hi", answer="Hello!")])
+        with pytest.raises(MoLoRAError, match="such as “My dog is called Biscuit”"):
+            lessons.remember(ADA, "New", [SimpleNamespace(prompt="Is my zither loud?", answer="I love zithers.")])
         assert [one.title for one in lessons.table(ADA)] == ["Me"]
 
 

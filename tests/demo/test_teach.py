@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,9 @@ from tests.demo.test_render import HOSTILE
 from tests.unit.spoken import make_spoken
 
 KEY = "k" * 32
-CHAT = [SimpleNamespace(prompt="Is the zither loud?", answer="A zither is quiet.")]
-TOLD = Told("Me", True, "it answers better", 2, 4096, 12.0, 16, (0.5, 0.9), (0.4, 0.8), 0.03)
+CHAT = [SimpleNamespace(prompt="My zither is old.", answer="A zither is quiet.")]
+FACTS = ("Your name is Ada.", f"Your dog is called {HOSTILE}.")
+TOLD = Told("Me", True, "", 2, 4096, 12.0, FACTS, 4, (0.5, 0.9), (0.8, 0.7), 0.03)
 BROWSER: Any = SimpleNamespace(session_hash="one")
 
 
@@ -166,8 +168,11 @@ def test_words() -> None:
     assert coded("Run `molora <x>` now") == "Run <code>molora &lt;x&gt;</code> now"
     assert "Getting ready" in progress_html("Me", 0, 0, 0.0) and "about 30 s left" in progress_html("Me", 10, 40, 10.0)
     page = told_html(TOLD)
-    assert "90%" in page and "before: 50%" in page and "3% worse" in page
-    refused = told_html(Told(**{**vars(TOLD), "serves": False, "why": HOSTILE}))
+    assert "90%" in page and "before: 50%" in page and "3% worse" in page and "70%" in page and "before: 80%" in page
+    assert "Your name is Ada." in page and "&lt;script" in page and "<script" not in page
+    first = told_html(replace(TOLD, older=None, everyday=-0.02))
+    assert "earlier chats" in page and "earlier chats" not in first and "2% better" in first
+    refused = told_html(replace(TOLD, serves=False, why=HOSTILE))
     assert "Not kept" in refused and "&lt;script" in refused and "<script" not in refused
     assert "Nothing yet" in table_html([], 0, Limits())
     assert not any(word in lesson_words.WHAT for word in ("LoRA", "gradient", "token"))
