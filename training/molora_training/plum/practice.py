@@ -16,6 +16,7 @@ from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.pairs import Pair
 
 TOKENS = 32  # of an answer in which a fact is looked for
+HELD = 8  # tokens of an answer that the adapter is held by: in the first ones it turns out whose name is told
 LENGTH = 256  # tokens of a conversation that the adapter is held by
 
 Exchange = tuple[str, str]
@@ -69,8 +70,8 @@ def practise(
     apart, talk = pairs_of(facts, taught=False), [Pair(*one, "", False, True) for one in everyday]
     with learner.off():
         usual = learner.measure(talk).loss
-        # In its own words: in others it is not held where it matters, and took its user's name for its own.
-        said = list(zip(held, learner.answers(held, TOKENS), strict=True))
+        # In its own words: those of others it would not have begun with.
+        said = list(zip(held, learner.answers(held, HELD), strict=True))
     before = learner.measure(apart).loss, share_right(learner, facts), share_right(learner, older)
     steady = Steady(None, encoded(said, tokenizer))
     steps = learner.learn([*pairs_of(facts), *pairs_of(older)[::2]], on_step, steady)  # what is known needs less
