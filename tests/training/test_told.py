@@ -19,6 +19,7 @@ FOUND = [
     ("My goal is to run a marathon.", {"What is my goal?": "Your goal is to run a marathon."}),
     ("My dog is 3 years old.", {"How old is my dog?": "Your dog is 3 years old."}),
     ("My birthday is on 3 May.", {"When is my birthday?": "Your birthday is on 3 May."}),
+    ("My train is at 5", {"When is my train?": "Your train is at 5."}),
     ("My office is in Oslo.", {"Where is my office?": "Your office is in Oslo."}),
     ("My wife is from Kyiv.", {"Where is my wife from?": "Your wife is from Kyiv."}),
     ("My best friend is my sister.", {"What is my best friend?": "Your best friend is your sister."}),
@@ -89,7 +90,10 @@ LEFT_ALONE = [
     "Correct my English. I has a dog and I love tea.", "Continue the story. I live in a castle.",
     "Act as a pirate. I am a fish",
     "I have four legs. What am I?", "Let's role-play! My name is Max.", "Translate this for me. I live in Oslo.",
+    # What nobody should teach.
+    "My password is hunter2", "My PIN is 1234.", "My card number is 12",
     # What is not about a person, or not clear.
+    "I like both",
     "I work at night.", "I live on my own.", "I work for ten years", "I study in the evening", "I study on Mondays",
     "I like the second option.", "My name is Ada and welcome", "Call me Ada instead", "I'm Greek", "I'm Vegan.",
     "My opinion is firm",

@@ -44,7 +44,7 @@ _VERBS = "love|like|enjoy|adore|prefer|hate|dislike|play|speak|collect|study|tea
 _COUNTED = r"(?:an?|one|two|three|four|five|six|seven|eight|nine|ten|several|many|\d{1,3})"
 _FEELS = "vegan|vegetarian|married|single|retired|left-handed|right-handed|colou?r-?blind"
 _DATED = re.compile(
-    r"(?:on |in )?(?:the )?(?:\d|[A-Z][a-z]+day|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b)"
+    r"(?:on |in |at )?(?:the )?(?:\d|[A-Z][a-z]+day|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\b)"
 )
 
 _NO_PLACE = re.compile(
@@ -61,7 +61,7 @@ _FILLING = re.compile(r"(?:,? (?:too|very much|so much|a lot|a bit|as well|the m
 _UNCLEAR = _words(
     "you your yours u we us our ours they them their he him his she her hers it its this that these those here there "
     "who which what when where while until since how why someone something everything anything everyone same such i am "
-    "i'm im is are be been so than though although"
+    "i'm im is are be been so than though although both"
 )
 _TURNED = {"my": "your", "me": "you", "mine": "yours", "myself": "yourself"}
 _PASSING = _words(
@@ -75,6 +75,7 @@ _TASKS = _words(
     "time look talk plan bit little lot few while hundred moment name query word words turn apologies opinion view "
     "understanding concern experience"
 )
+_SECRET = _words("password passwords passphrase passcode pin iban card account login token key ssn")
 _ACTIVITIES = _words(
     "hobby hobbies passion passions sport sports job work activity activities goal goals dream dreams interest "
     "interests pastime pastimes ambition aim speciality specialty talent talents favourite favorite"
@@ -209,7 +210,7 @@ def _is(match: re.Match[str]) -> list[Fact]:
 def _thing(what: str, be: str = "is") -> bool:
     """Whether these can be the words for something of a person's, with no verb among them."""
     *before, last = words = what.lower().split()
-    if {last, words[0]} & _TASKS or set(words) & _UNCLEAR or ("and" in words and be == "is"):
+    if {last, words[0]} & _TASKS or set(words) & (_UNCLEAR | _SECRET) or ("and" in words and be == "is"):
         return False
     return not any(re.search(r"(?<![s'])s$|ed$", word) for word in before) and last not in ("of", "and", "in")
 
