@@ -24,7 +24,7 @@ NEEDS = ("peft", "bm25s")  # of the extras train and personalize
 RANK = 8
 LEARNING_RATE = 1e-3
 BATCH_TOKENS = 192  # small batches: in as many passes those of 512 take too few steps to learn anything
-KNOWN = 40  # facts, the last ones, that are practised again and kept: each takes time
+KNOWN = 24  # facts, the last ones, that are practised again and kept: each takes time
 SCRATCH = ".learning-"  # folders in home that last as long as a learning
 
 NOTHING_SAID = "There is nothing to remember yet: chat first, then come back."

@@ -74,7 +74,7 @@ def practise(
         said = list(zip(held, learner.answers(held, HELD), strict=True))
     before = learner.measure(apart).loss, share_right(learner, facts), share_right(learner, older)
     steady = Steady(None, encoded(said, tokenizer))
-    steps = learner.learn([*pairs_of(facts), *pairs_of(older)[::2]], on_step, steady)  # what is known needs less
+    steps = learner.learn([*pairs_of(facts), *pairs_of(older)], on_step, steady)
     learner.settle()
     after = learner.measure(apart).loss, share_right(learner, facts), share_right(learner, older)
     learner.write(out)
