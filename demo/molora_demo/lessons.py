@@ -34,7 +34,8 @@ NO_KEY = "This page has no key of its own yet: reload it, and allow it to keep l
 @dataclass(frozen=True)
 class Limits:
     """adapters, size: of one browser; size in bytes. live: private adapters in the model at once. epochs: over what is
-    asked of a chat. lost: by which share the loss on everyday talk may grow by what was learnt."""
+    asked of a chat. lost: by which share the loss on everyday talk may grow by what was learnt, and which share of what
+    earlier chats told may be lost."""
 
     adapters: int = 16
     size: int = 64 * 2**20

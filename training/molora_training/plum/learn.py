@@ -8,7 +8,7 @@ in wordings, and with negatives, that nothing was trained on.
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -70,15 +70,11 @@ class Learnt:
     seconds: float
 
 
-def learn(
-    settings: LearnSettings, command: str | None = None, on_step: Callable[[int, int], None] | None = None
-) -> Learnt:
+def learn(settings: LearnSettings, command: str | None = None) -> Learnt:
     """Trains, measures, keeps the new version, and lets it serve if it answers better than what served.
 
     Args:
         settings: what is learnt. command: to be named in the version.
-        on_step: called before each step of a conversation with the number of finished ones and that of all; an error of
-            it ends the learning, and there is no new version.
 
     Raises:
         StackError, AdapterError: there is no such layer, or the adapter cannot be trained on.
@@ -100,7 +96,7 @@ def learn(
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place / ".update.lock", timeout=0):
-            return _learn(settings, command, on_step, versions, saved, found, started)
+            return _learn(settings, command, versions, saved, found, started)
     except Timeout:
         raise VersionError(f"Another update of {versions.label} is running.") from None
 
@@ -124,8 +120,8 @@ def pairs_of(
 
 
 def _learn(
-    settings: LearnSettings, command: str | None, on_step: Callable[[int, int], None] | None, versions: Versions,
-    saved: Saved, found: Sequence[Conversation], started: float,
+    settings: LearnSettings, command: str | None, versions: Versions, saved: Saved, found: Sequence[Conversation],
+    started: float,
 ) -> Learnt:  # fmt: skip
     file = settings.model / versions.place / DISCUSSED
     known = read_discussed(file)
@@ -140,7 +136,7 @@ def _learn(
     start = Path(layer.adapters[settings.name]) if there else _begun(settings, versions, base_name)
     learner = _learner(settings, base_name, start)
     before = learner.measure(apart)
-    steps = sum(learner.learn(pairs, on_step) for pairs in taught if pairs)
+    steps = sum(learner.learn(pairs) for pairs in taught if pairs)
     learner.settle()
     after = learner.measure(apart)
     why = against(before, after)
