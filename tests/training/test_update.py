@@ -50,7 +50,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UpdateSettings:
 
 @torch.no_grad()
 def change(settings: UpdateSettings, folder: Path, rows: list[Any]) -> float:
-    """Nats a token by which the base's distributions differ from an adapter's, by transformers and PEFT alone."""
+    """Nats an answer token by which the base differs from an adapter, by transformers and PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(settings.model.parent / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(settings.model.parent / "base")
     model, found = PeftModel.from_pretrained(base, folder).eval(), []
@@ -59,7 +59,9 @@ def change(settings: UpdateSettings, folder: Path, rows: list[Any]) -> float:
         after = model(input_ids=ids).logits.log_softmax(-1)
         with model.disable_adapter():
             before = model(input_ids=ids).logits.log_softmax(-1)
-        found.append((before.exp() * (before - after)).sum(-1).flatten())
+        asked = render(tokenizer, row["messages"][:-1], add_generation_prompt=True)
+        first = len(tokenizer(asked, add_special_tokens=False).input_ids)
+        found.append((before.exp() * (before - after)).sum(-1)[0, first - 1 : -1])
     return float(torch.cat(found).mean())
 
 
