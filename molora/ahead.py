@@ -31,6 +31,10 @@ class Ahead:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type["Ahead"], tuple[int]]:
+        """A copy, as of a model, has nothing under way."""
+        return Ahead, (self.most_bytes,)
+
     def __len__(self) -> int:
         return len(self._copies)
 

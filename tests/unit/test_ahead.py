@@ -19,12 +19,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def sent(base: Any, tmp_path: Path) -> list[Packed]:
     """Three of one size, for kernels."""
+
+    def place(name: str, shared: bool) -> tuple[torch.device, torch.dtype, bool]:
+        return DEVICE, torch.float32, True
+
     folders = [write_adapter(base, tmp_path / f"u{number}", number) for number in range(3)]
-    return [pack(Adapter.load(folder), lambda name, shared: (DEVICE, torch.float32, True), None) for folder in folders]
+    return [pack(Adapter.load(folder), place, lambda name, weights: weights, None) for folder in folders]
 
 
 def assert_arrived(packed: Packed, copies: list[torch.Tensor]) -> None:
-    right = pack(packed.adapter, lambda name, shared: (DEVICE, torch.float32, False), None).factors
+    right = pack(
+        packed.adapter, lambda name, shared: (DEVICE, torch.float32, False), lambda name, weights: weights, None
+    ).factors
     found = packed.brought(copies)
     assert found.keys() == right.keys() and found
     for name, pair in found.items():
@@ -70,7 +76,9 @@ def test_a_device_without_room_is_no_error(sent: list[Packed], monkeypatch: pyte
 
 
 def test_what_torch_multiplies_is_there_already(sent: list[Packed]) -> None:
-    packed = pack(sent[0].adapter, lambda name, shared: (DEVICE, torch.float32, False), None)
+    packed = pack(
+        sent[0].adapter, lambda name, shared: (DEVICE, torch.float32, False), lambda name, weights: weights, None
+    )
     ahead = Ahead()
     ahead.start(packed)
     assert len(ahead) == 0 and ahead.take(packed) == []
