@@ -28,12 +28,14 @@ TALK = 10  # turns of a conversation
 WARM = 20  # turns before memory is looked at
 SHORT = 16  # tokens of an answer whose memory is looked at
 
-# When the first coloured run of the last answer is there, and when the answer is whole.
+# When the first coloured run of an answer is there, and when it is whole: seen by the page, for who drives the browser
+# looks every half second only.
 WATCH = """() => {
   const seen = window.seen = {};
   seen.observer?.disconnect();
   seen.observer = new MutationObserver(() => {
     if (!seen.first && document.querySelector('#now .run')) seen.first = performance.now();
+    if (!seen.ended && document.querySelector('#past .stats')) seen.ended = performance.now();
   });
   seen.observer.observe(document.querySelector('#conversation'), {childList: true, subtree: true, characterData: true});
   seen.asked = performance.now();
@@ -59,10 +61,9 @@ def shown(page: Page) -> tuple[float, float]:
     page.evaluate(WATCH)
     page.keyboard.press("Enter")
     page.locator("#past .stats").wait_for(timeout=300_000)
-    ended = page.evaluate("() => performance.now()")
-    seen = page.evaluate("() => ({asked: window.seen.asked, first: window.seen.first})")
+    seen = page.evaluate("() => ({asked: window.seen.asked, first: window.seen.first, ended: window.seen.ended})")
     count = int(page.locator("#past .stats").inner_text().split()[0])
-    return (seen["first"] - seen["asked"]) / 1e3, (count - 1) / (ended - seen["first"]) * 1e3
+    return (seen["first"] - seen["asked"]) / 1e3, (count - 1) / (seen["ended"] - seen["first"]) * 1e3
 
 
 def memory_mib() -> float:
