@@ -22,7 +22,6 @@ from molora.base import load_base
 from molora.cli import app
 from molora.errors import ConfigError, DataError, NonFiniteError, StackError, VersionError
 from molora.versions import Versions
-from molora_training.continual.growth import blank
 from molora_training.plum.bank import BANK
 from molora_training.plum.conversations import Conversation, read_conversations
 from molora_training.plum.learn import DISCUSSED, LearnSettings, Measured, against, learn, pairs_of
@@ -40,7 +39,7 @@ from molora_training.plum.topics import (
     topics,
     write_discussed,
 )
-from tests.unit.spoken import make_spoken, save_spoken
+from tests.unit.spoken import make_spoken, teachable
 
 
 def said(*turns: str) -> list[dict[str, str]]:
@@ -241,12 +240,7 @@ class TestLoss:
 
 @pytest.fixture
 def base_folder(tmp_path: Path) -> Path:
-    model = make_spoken(tmp_path / "adapters")
-    with torch.no_grad():  # or no hidden state could make it sure of anything
-        model.base.get_output_embeddings().weight.mul_(20)
-    save_spoken(model, tmp_path)
-    blank(str(tmp_path / "base"), 8, tmp_path / "blank")
-    return tmp_path / "base"
+    return teachable(tmp_path)
 
 
 def learner(base_folder: Path, **settings: Any) -> Learner:

@@ -9,13 +9,12 @@ import torch
 
 from molora.adapter import Adapter
 from molora.base import load_base
-from molora_training.continual.growth import blank
 from molora_training.continual.steady import Steady
 from molora_training.plum.facts import Fact
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.practice import Practised, against, encoded, pairs_of, practise, share_right
 from molora_training.plum.told import told
-from tests.unit.spoken import make_spoken, save_spoken
+from tests.unit.spoken import teachable
 
 HELD = ["Is it red?", "And now?"]
 EVERYDAY = [("Is it old?", "It is new.")]
@@ -24,13 +23,7 @@ FOUND = Practised(4, (3.0, 1.0), (0.0, 1.0), (1.0, 0.8), 0.1, 8)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("practice")
-    model = make_spoken(folder / "adapters")
-    with torch.no_grad():  # or no hidden state could make it sure of anything
-        model.base.get_output_embeddings().weight.mul_(20)
-    save_spoken(model, folder)
-    blank(str(folder / "base"), 8, folder / "blank")
-    return folder / "base"
+    return teachable(tmp_path_factory.mktemp("practice"))
 
 
 def facts_of(text: str) -> list[Fact]:

@@ -57,6 +57,18 @@ def save_spoken(model: MoLoRAModel, folder: Path) -> Path:
     return folder / "model"
 
 
+def teachable(folder: Path) -> Path:
+    """A base's folder in ``folder`` that can learn by an adapter to be sure of a text, and ``blank`` beside it."""
+    from molora_training.continual.growth import blank
+
+    model = make_spoken(folder / "adapters")
+    with torch.no_grad():  # or no hidden state could make it sure of anything
+        model.base.get_output_embeddings().weight.mul_(20)
+    save_spoken(model, folder)
+    blank(str(folder / "base"), 8, folder / "blank")
+    return folder / "base"
+
+
 @torch.no_grad()
 def balance(model: MoLoRAModel, ids: torch.Tensor) -> MoLoRAModel:
     """Shifts a random router's biases so that over ``ids`` no candidate wins everywhere."""
