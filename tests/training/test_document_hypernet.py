@@ -15,9 +15,11 @@ from molora.errors import ConfigError, DataError, HypernetError, NonFiniteError
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.generated import generated
 from molora.personalize.internalize import factors_of
+from molora_training.data import IGNORED, Example, encode, write_examples
 from molora_training.data.items import Item, split_of
 from molora_training.data.lessons import Lesson, lessons_of, read_lessons, write_lessons
 from molora_training.hypernet import document
+from molora_training.hypernet.apart import Apart
 from molora_training.hypernet.document import DocumentHypernetSettings, NetShape, train
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
 from molora_training.hypernet.lessons import Needles, Passages, needle
@@ -130,6 +132,52 @@ def test_what_another_text_answers_stays_the_bases(tmp_path: Path) -> None:
     torch.testing.assert_close(terms["loss"], terms["gold"] + 0.5 * terms["keep"])
 
 
+def test_a_conversation_about_something_else_is_answered_as_the_base_answers(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    net = make_net(model.base)
+    turns = [("Hello?", "well"), ("And you?", "not so well")]
+    rows = [
+        encode(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], model.tokenizer, ["x"], ["x"]
+        )
+        for asked, said in turns
+    ]
+    objective = DocumentObjective(model.base, model.tokenizer, net, DocumentLoss(l1=0.0, apart=0.5))
+    terms = objective(LESSONS, apart=rows)
+    means = []
+    for lesson, row in zip(LESSONS, rows, strict=True):
+        factors = factors_of(model.base, model.tokenizer, net, lesson.text)
+        said = row.labels[1:] != IGNORED
+        with torch.no_grad():
+            alone = model.base(row.input_ids[None]).logits[0, :-1][said].softmax(-1)
+            with generated(model.base, {name: (A[None], B[None]) for name, (A, B) in factors.items()}):
+                own = model.base(row.input_ids[None]).logits[0, :-1][said].softmax(-1)
+        means.append((alone * (alone / own).log()).sum(-1).mean())
+    assert min(means) > 1e-4
+    torch.testing.assert_close(terms["apart"], sum(means) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(terms["loss"], terms["gold"] + 0.5 * terms["apart"])
+
+
+def test_conversations_about_something_else_depend_on_the_step_alone(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path)
+    for name in ("talk", "sums"):
+        examples = [
+            Example(
+                f"{name}-{n}",
+                name,
+                "train",
+                ({"role": "user", "content": f"{name} {n}"}, {"role": "assistant", "content": "ok"}),
+            )
+            for n in range(4)
+        ]
+        write_examples(tmp_path / f"{name}.train.jsonl", examples)
+    some, again = (Apart(tmp_path, ("talk", "sums"), model.tokenizer) for _ in range(2))
+    drawn = [[row.input_ids.tolist() for row in one.of_step(3, 8)] for one in (some, again)]
+    assert len(some.rows) == 8 and len(drawn[0]) == 8 and drawn[0] == drawn[1]
+    assert drawn[0] != [row.input_ids.tolist() for row in some.of_step(4, 8)]
+    assert Apart(tmp_path, (), model.tokenizer).of_step(3, 8) == []
+
+
 def test_the_size_of_chunks_is_that_of_their_own_adapters(tmp_path: Path) -> None:
     model = make_spoken(tmp_path)
     net = make_net(model.base)
@@ -221,6 +269,9 @@ def test_what_stops_with_a_sentence(settings: DocumentHypernetSettings, tmp_path
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=sentence):
             replace(settings, **wrong)
+    for loss, apart in ((DocumentLoss(), ("talk",)), (DocumentLoss(apart=0.1), ())):
+        with pytest.raises(ConfigError, match="go together"):
+            replace(settings, loss=loss, apart=apart)
     for weights in ((-1.0, 0.0, 0.0), (0.0, 0.0, 0.1)):
         with pytest.raises(ConfigError, match="gold"):
             DocumentLoss(*weights)
@@ -232,9 +283,9 @@ def test_a_loss_that_is_not_finite_stops_it(
     short = replace(settings, loop=LoopSettings(steps=4, checkpoint_every=2))
     honest, calls = DocumentObjective.__call__, []
 
-    def broken(self: DocumentObjective, lessons: Any, own: range) -> dict[str, torch.Tensor]:
+    def broken(self: DocumentObjective, *given: Any) -> dict[str, torch.Tensor]:
         calls.append(1)
-        terms = honest(self, lessons, own)
+        terms = honest(self, *given)
         return {**terms, "loss": terms["loss"] * float("nan")} if len(calls) == 4 else terms
 
     monkeypatch.setattr(DocumentObjective, "__call__", broken)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from molora.errors import ConfigError
 from molora_training import adapter, router
 from molora_training.adapter_settings import LoraShape
+from molora_training.data import Example, write_examples
 from molora_training.data.lessons import Lesson, write_lessons
 from molora_training.hypernet import document, text
 from molora_training.hypernet.document_objective import DocumentLoss
@@ -56,10 +57,13 @@ def make_trainings(folder: Path) -> dict[str, Training]:
     made = test_document_hypernet.make_settings(base, folder / "document")
     for split in ("train", "validation"):
         write_lessons(folder / "document" / "data" / f"passages.{split}.jsonl", LESSONS)
+    talk = ({"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes, and you?"})
+    write_examples(folder / "document" / "data" / "talk.train.jsonl", [Example("t", "talk", "train", talk)])
     of_documents = dataclasses.replace(
         made,
         loop=dataclasses.replace(made.loop, steps=6, checkpoint_every=3),
-        loss=DocumentLoss(gold=1.0, distil=0.5, l1=0.1, keep=0.3, sparse=0.2),
+        loss=DocumentLoss(gold=1.0, distil=0.5, l1=0.1, keep=0.3, apart=0.4, sparse=0.2),
+        apart=("talk",),
         texts=3,
     )
     of_texts = dataclasses.replace(test_text_hypernet.make_settings(folder / "text"), groups=3)

@@ -22,6 +22,7 @@ from molora.personalize.document_net import DocumentNet, DocumentNetConfig
 from molora_training.attention import attend_causally
 from molora_training.data import data_dir
 from molora_training.data.lessons import Lesson
+from molora_training.hypernet.apart import Apart
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
 from molora_training.hypernet.lessons import Lessons, Needles, Passages
 from molora_training.hypernet.loop import Loop, LoopSettings
@@ -55,6 +56,7 @@ class DocumentHypernetSettings:
         task: "needle": a number in filler, made up as it goes; "passages": ``data``/<name>.train.jsonl.
         data, name: of the passages. questions: of a passage in a step, at most. gaps: more of them, made of its text by
             leaving out a name or a number.
+        apart: prepared data that has nothing to do with the texts, for ``loss.apart``.
         tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there
             from the shortest; None: half of all.
         start: folder of a network to go on from; its shape is kept.
@@ -73,6 +75,7 @@ class DocumentHypernetSettings:
     name: str = "passages"
     questions: int = 4
     gaps: int = 0
+    apart: tuple[str, ...] = ()
     tokens: tuple[int, ...] = (12, 256)
     grow: int | None = None
     base: str = DEFAULT_BASE
@@ -88,6 +91,8 @@ class DocumentHypernetSettings:
             raise ConfigError("texts, questions and validation must be whole numbers from 1, gaps from 0.")
         if self.loss.keep and self.texts < 2:
             raise ConfigError("With loss.keep a step needs two texts or more: set texts to 2 or more.")
+        if bool(self.loss.apart) != bool(self.apart):
+            raise ConfigError("loss.apart and apart go together: a weight, and the names of prepared data.")
         if len(self.tokens) != 2 or not 1 <= self.tokens[0] <= self.tokens[1]:
             raise ConfigError(f"tokens must be the shortest and the longest text, not {list(self.tokens)}.")
 
@@ -123,12 +128,14 @@ def train(
     lessons = lessons_of(settings)
     objective = DocumentObjective(base, tokenizer, net, settings.loss)
     held_out = lessons.held_out()[: settings.validation]
+    apart = Apart(settings.data, settings.apart, tokenizer, settings.loop.seed)
 
     def loss(step: int) -> dict[str, torch.Tensor]:
         with torch.autocast(
             device.type, torch.bfloat16, enabled=device.type == "cuda" and settings.dtype == "bfloat16"
         ):
-            return objective(lessons.of_step(step, settings.texts), processes.stretch(settings.texts))
+            texts = settings.texts
+            return objective(lessons.of_step(step, texts), processes.stretch(texts), apart.of_step(step, texts))
 
     loop = Loop(
         loss,
@@ -217,7 +224,8 @@ def _fingerprint(settings: DocumentHypernetSettings) -> str:
     digest = hashlib.sha256(json.dumps(asdict(settings), default=str, sort_keys=True).encode())
     digest.update(repr(lessons_of(settings).of_step(0, 1)).encode())  # what is made up may be made otherwise later
     files = [settings.data / f"{settings.name}.{split}.jsonl" for split in ("train", "validation")]
-    for file in files if settings.task == "passages" else []:
+    others = [settings.data / f"{name}.train.jsonl" for name in settings.apart]
+    for file in [*(files if settings.task == "passages" else []), *others]:
         digest.update(file.read_bytes())
     if settings.start is not None:
         digest.update((settings.start / "hypernet.safetensors").read_bytes())

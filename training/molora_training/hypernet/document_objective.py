@@ -2,7 +2,8 @@
 
 Context distillation of arXiv 2602.15902: minus the sum of p log q over the teacher's likeliest tokens, a mean over an
 answer's tokens, then over a text's questions, then over texts, and an L1 term of the factors. Beside it, or instead,
-the cross-entropy of the answer that is known. Ours: what is asked of another text is answered as by the base alone.
+the cross-entropy of the answer that is known. Ours: what is asked of another text, or in a conversation about something
+else, is answered as by the base alone.
 """
 
 from collections.abc import Sequence
@@ -27,13 +28,15 @@ LIKELIEST = 16  # tokens of the teacher's that are learnt from
 @dataclass(frozen=True)
 class DocumentLoss:
     """Weights. gold: cross-entropy of the known answer. distil: of the teacher's. l1: of the factors' mean size. keep:
-    Kullback-Leibler divergence from the base's answer about the next text of the step, which needs two of them. sparse:
-    ||A|| ||B|| of a chunk in a module, the mean: a group lasso, which leaves most chunks nothing to say."""
+    Kullback-Leibler divergence from the base's answer about the next text of the step, which needs two of them. apart:
+    the same in a conversation that has nothing to do with any text. sparse: ||A|| ||B|| of a chunk in a module, the
+    mean: a group lasso, which leaves most chunks nothing to say."""
 
     gold: float = 1.0
     distil: float = 0.0
     l1: float = 0.1
     keep: float = 0.0
+    apart: float = 0.0
     sparse: float = 0.0
 
     def __post_init__(self) -> None:
@@ -72,13 +75,16 @@ class DocumentObjective:
         self.base, self.tokenizer, self.net, self.weights = base, tokenizer, net, weights
         self.head: nn.Module = base.get_output_embeddings()
 
-    def __call__(self, lessons: Sequence[Lesson], own: range | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, lessons: Sequence[Lesson], own: range | None = None, apart: Sequence[Encoded] = ()
+    ) -> dict[str, Tensor]:
         """Scalars: loss and its terms; the share of answers whose every token is the likeliest one as "right".
 
         Args:
             lessons: of a step.
             own: the places of those that are learnt from here, elsewhere the others: the terms are then their parts of
                 the step's. None: all.
+            apart: a conversation about something else for each of them, if the weights have them matter.
         """
         part = range(len(lessons)) if own is None else own
         mine = lessons[part.start : part.stop]
@@ -104,7 +110,9 @@ class DocumentObjective:
             each = -(likely * logits.log_softmax(-1).gather(1, tokens)).sum(-1)
             terms["distil"] = self._mean(each, answered, asked)
         if self.weights.keep:
-            terms["keep"] = self._kept(other, answered, asked)
+            terms["keep"] = self._mean(self._kept(other, asked.batch), answered, asked)
+        if self.weights.apart:
+            terms["apart"] = self._apart(apart[part.start : part.stop], joined)
         if self.weights.sparse:  # not of A or B alone: the other one could grow for it
             learnt = int((asked.owners < len(mine)).sum()) if beside else len(asked.owners)
             sizes = [A[:learnt].flatten(2).norm(dim=2) * B[:learnt].flatten(2).norm(dim=2) for A, B in made.values()]
@@ -128,7 +136,7 @@ class DocumentObjective:
         # Texts of fewer chunks are filled up with ranks of zeros, which are in the mean; one rank more is learned.
         most = max(len(chunks(lesson.text, self.tokenizer, size)) for lesson in read)
         return {
-            **dict.fromkeys(("gold", "distil", "keep"), texts),
+            **dict.fromkeys(("gold", "distil", "keep", "apart"), texts),
             "right": sum(asked[place] for place in own) / sum(asked),
             "sparse": sum(parts[place] for place in own) / sum(parts),
             "l1": texts * (1 + most) / (1 + max(parts)),
@@ -169,13 +177,24 @@ class DocumentObjective:
             found = self.base(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return found.float(), answered
 
-    def _kept(self, other: Tensor, answered: Tensor, asked: Asked) -> Tensor:
+    def _apart(self, rows: Sequence[Encoded], joined: dict[str, Any]) -> Tensor:
+        """The mean over conversations, the first under the first text's adapter and so on."""
+        batch = collate(rows, self._pad).to(self.base.device)
+        with_text, answered = self.answers(
+            batch, self.of_questions(joined, torch.arange(len(rows), device=self.base.device))
+        )
+        by_row = torch.zeros(len(rows), device=answered.device)
+        by_row = by_row.index_add(0, answered.nonzero()[:, 0], self._kept(with_text, batch))
+        return (by_row / answered.sum(1)).mean()
+
+    def _kept(self, logits: Tensor, batch: Batch) -> Tensor:
+        """How far each answer's token is from what the base says without an adapter."""
         with torch.no_grad():
-            alone, _ = self.answers(asked.batch, {})
-        each = nn.functional.kl_div(
-            other.log_softmax(-1), alone.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-        return self._mean(each, answered, asked)
+            alone, _ = self.answers(batch, {})
+        divergence = nn.functional.kl_div(
+            logits.log_softmax(-1), alone.log_softmax(-1), reduction="none", log_target=True
+        )
+        return divergence.sum(-1)
 
     def _terms(self, logits: Tensor, answered: Tensor, asked: Asked) -> dict[str, Tensor]:
         wanted = asked.batch.labels[:, 1:][answered]
