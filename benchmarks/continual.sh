@@ -10,7 +10,6 @@ export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 out=${1:-runs/results}
 mkdir -p "$out/log" "$out/.continual" "$out/.stream"
-cp -n "$root"/docs/results/parts/continual/*.json "$out/.continual/" 2>/dev/null
 read -r gpus room < <(python3 -c "
 import torch
 count = torch.cuda.device_count()

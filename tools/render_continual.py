@@ -104,15 +104,18 @@ def draw_arrivals(report: Row, folder: Path) -> None:
 def draw(report: Row, folder: Path) -> None:
     """The picture of :func:`section`."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 3.8))
+    figure, axes = plt.subplots(figsize=(8.4, 4.2))
     joint, *rows = report["rows"]
     steps = range(1, len(rows[0]["curve"]) + 1)
     axes.axhline(joint["average"], color="black", linewidth=1, linestyle=":", label=joint["method"])
-    for number, row in enumerate(rows):
-        line = "-" if row["keeps_text"] else "--"
-        axes.plot(steps, row["curve"], line, marker="o", color=PALETTE[number % len(PALETTE)], label=row["method"])
-    axes.set(xlabel="tasks learnt", ylabel="average score on them, %")
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    for number, row in enumerate(sorted(rows, key=lambda row: -row["curve"][-1])):  # in the order of the lines' ends
+        line, marker = "-" if row["keeps_text"] else "--", "os^"[number // len(PALETTE)]
+        axes.plot(
+            steps, row["curve"], line, marker=marker, markersize=4, linewidth=1.2, color=PALETTE[number % len(PALETTE)],
+            label=row["method"],
+        )  # fmt: skip
+    axes.set(xlabel="tasks learnt (broken lines: no text is kept)", ylabel="average score on them, %")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, folder / PICTURE)
 

@@ -21,7 +21,7 @@ class Steady:
         rows: the conversations; a step looks at ROWS of them, the next at those that follow.
     """
 
-    strength = 10.0
+    strength = 30.0  # with 10 general text still moves by up to 2%; with 100 an update learns a fifth of what it could
 
     def __init__(self, method: Hold | None, rows: Sequence[Encoded]) -> None:
         self.method = method
