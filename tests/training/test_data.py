@@ -218,12 +218,8 @@ def test_questions_about_one_document_share_a_task() -> None:
     assert first.body == {"passage": "Tin is a metal.", "question": "What is tin?"}
     assert (first.task, first.answers["plain"]) == ("squad-Tin", "A metal")
     story = {"story": "A cat sat.", "question": "Where?", "answers": ["on a mat"]}
-    turns = [
-        about_a_story(
-            {**story, "id": f"s_turn{turn}", "previous_qa": [{"question": "Who?", "answer": "A cat"}] * turn}, "r"
-        )
-        for turn in range(10)
-    ]
+    talk = [{"question": asked, "answer": said} for asked, said in (("Who?", "A cat"), ("Where?", "on a mat"))]
+    turns = [about_a_story({**story, "id": f"s_turn{turn}", "previous_qa": talk * 5}, "r") for turn in range(10)]
     assert [turn is None for turn in turns] == [False] * 8 + [True] * 2
     assert turns[1] is not None and turns[1].body["question"] == "Who? A cat\nWhere?"
     assert len({turn.task for turn in turns if turn is not None}) == 1

@@ -65,6 +65,7 @@ def about_a_story(doc: Mapping[str, Any], where: str) -> Item | None:
     before = doc.get("previous_qa")
     if not isinstance(before, list):
         raise DataError(f"{where}: 'previous_qa' is not a list")
+    before = before[: int(turn[1])]  # a row has the whole conversation, with this answer and later ones
     asked_before = [f"{text_field(pair, 'question', where)} {text_field(pair, 'answer', where)}" for pair in before]
     question = "\n".join([*asked_before, text_field(doc, "question", where)])
     answer, story = _first(doc.get("answers"), where), text_field(doc, "story", where)
