@@ -144,7 +144,7 @@ class AdaptedModules:
         return weights if share is None else share.part(weights)
 
     def _place(self, name: str, shared: bool) -> Place:
-        module: Any = self.base.get_submodule(name)
+        module: Any = self._modules.get(name) or self.base.get_submodule(name)
         device, dtype = device_of(getattr(module, "base_layer", module)), self._dtype(module.weight)
         kernels = self._by_kernels(device)
         if shared:

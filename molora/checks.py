@@ -38,7 +38,7 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
         except AttributeError:
             return None
 
-    adapter.check_fits(linear_sizes(base), weight, name)
+    adapter.check_fits({module: size for module in adapter.modules if (size := _size(base, module))}, weight, name)
     check_shares(adapter, base)
     hidden = base.config.get_text_config().hidden_size
     if adapter.key is not None and adapter.key.shape[1] != hidden:
@@ -52,6 +52,15 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
             f"{adapter.path} has rank {rank} at {module}; the kernels take ranks up to {MAX_RANK}. "
             f"Use from_base(..., backend='torch')."
         )
+
+
+def _size(base: PreTrainedModel, name: str) -> tuple[int, int] | None:
+    """One of :func:`linear_sizes`, without a look at all others."""
+    try:
+        module = base.get_submodule(name)
+    except AttributeError:
+        return None
+    return linear_size(getattr(module, "base_layer", module))
 
 
 def check_router(router: Router | VocabularyRouter, stack: Stack, base: PreTrainedModel) -> None:

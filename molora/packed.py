@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,11 +15,22 @@ Place = tuple[torch.device, torch.dtype, bool]
 
 @dataclass(frozen=True, eq=False)
 class Flat:
-    """Factors of modules of one device and dtype, A and B one after the other, in the host's memory."""
+    """Factors of modules of one device, dtype and shape in the host's memory: every A, then every B.
+
+    A, B: [rank, in] and [rank, out], of each of ``names``.
+    """
 
     values: torch.Tensor
     device: torch.device
-    shapes: tuple[tuple[str, torch.Size, torch.Size], ...]  # of A and B, by module
+    names: tuple[str, ...]
+    A: torch.Size
+    B: torch.Size
+
+    def cut(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[names, rank, in] and [names, rank, out] of ``values``, which these or a copy of them are."""
+        count = len(self.names)
+        first = count * self.A.numel()
+        return values[:first].view(count, *self.A), values[first:].view(count, *self.B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +58,7 @@ class Packed:
         """Factors of all modules that have some of their own, on their devices. copies: of each flat's values."""
         found = dict(self.factors)
         for flat, values in zip(self.flats, copies, strict=True):
-            at = 0
-            for name, *shapes in flat.shapes:
-                parts = []
-                for rank, width in shapes:
-                    parts.append(values[at : at + rank * width].view(rank, width))
-                    at += rank * width
-                found[name] = Factors(*parts)
+            found.update(zip(flat.names, map(Factors, *flat.cut(values)), strict=True))
         return found
 
 
@@ -65,20 +71,31 @@ def pack(
     """Makes an adapter ready for ``made_for``. place: of a module, by its name and whether it is a core between shared
     bases. part: what this process needs of a module's factors."""
     factors: dict[str, Factors] = {}
-    together: dict[tuple[torch.device, torch.dtype], list[tuple[str, Factors]]] = {}
+    together: dict[tuple[Any, ...], list[tuple[str, LoRAWeights]]] = {}
     for name, weights in adapter.modules.items():
         own = weights.core if isinstance(weights, SharedWeights) else part(name, weights)
         device, dtype, kernels = place(name, isinstance(weights, SharedWeights))
         if kernels:
-            together.setdefault((device, dtype), []).append((name, ready(own, torch.device("cpu"), dtype)))
+            alike = (device, dtype, own.A.shape, own.B.shape, own.A.dtype, own.B.dtype)
+            together.setdefault(alike, []).append((name, own))
         else:
             factors[name] = ready(own, device, dtype)
-    flats = []
-    for (device, _), pairs in together.items():
-        values = torch.cat([part.flatten() for _, pair in pairs for part in pair])
-        shapes = tuple((name, pair.A.shape, pair.B.shape) for name, pair in pairs)
-        flats.append(Flat(values.pin_memory() if device.type == "cuda" else values, device, shapes))
+    flats = [_flat(some, device, dtype) for (device, dtype, *_), some in together.items()]
     return Packed(adapter, made_for, factors, tuple(flats))
+
+
+def _flat(some: Sequence[tuple[str, LoRAWeights]], device: torch.device, dtype: torch.dtype) -> Flat:
+    """Of modules whose factors have the same shapes. Few calls on large tensors: with a call for each module, threads
+    that read adapters would wait for each other's turn in the interpreter, and the model's steps for theirs."""
+    names, weights = zip(*some, strict=True)
+    A, B = weights[0].A, weights[0].B
+    size = len(some) * (A.numel() + B.numel())
+    flat = Flat(torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda"), device, names, A.shape, B.T.shape)
+    every_A, every_B = flat.cut(flat.values)
+    every_A.copy_(torch.stack([one.A for one in weights]))
+    scales = torch.tensor([one.scale for one in weights], dtype=torch.float32)
+    every_B.copy_((torch.stack([one.B for one in weights]).float() * scales[:, None, None]).transpose(1, 2))
+    return flat
 
 
 def ready(weights: LoRAWeights, device: torch.device, dtype: torch.dtype) -> Factors:

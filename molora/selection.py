@@ -60,7 +60,7 @@ def candidates(stack: Stack, slots: SlotTable) -> list[LayerCandidates]:
         labels = [f"{layer.name}/{name}" for name in names]
         rows = [f"{layer.name}/*"] * len(names) if layer.shared else list(labels)
         rows = [""] * (len(names) + 1) if layer.keyed else [*rows, f"{layer.name}/{NONE}"]
-        here = [*(slots[label] for label in labels), -1]
+        here = [*slots.of(labels), -1]
         entry = LayerCandidates(layer.name, names, layer.top_k, rows, here, first, column)
         result.append(entry)
         first += len(entry.slots)

@@ -94,6 +94,8 @@ def share_of(base: PreTrainedModel, name: str) -> Share | None:
     Raises:
         UnsupportedAdapterError: it is shared in a way that adapters are not.
     """
+    if getattr(base, "_device_mesh", None) is None:
+        return None
     module: Any = base.get_submodule(name)
     if not sharded(module.weight):
         return None

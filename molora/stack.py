@@ -1,7 +1,7 @@
 """The stack: an ordered list of layers of adapters, and the slot that each adapter has at run time."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
@@ -216,6 +216,10 @@ class SlotTable:
 
     def __getitem__(self, name: str) -> int:
         return self._slots[name]
+
+    def of(self, names: Sequence[str]) -> list[int]:
+        """Of many at once."""
+        return list(map(self._slots.__getitem__, names))
 
     def take(self, name: str) -> int:
         if not self._free:

@@ -6,17 +6,17 @@ adapter of rank 8 takes one page where one of rank 64 takes four, and a swap wri
 already reads. Rows past an adapter's rank are zeros in A and in B: kernels need no mask for them.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from molora_kernels.reference import Factors
+from molora_kernels.runs import Run, Runs
 
 PAGE = 16  # ranks; the shortest side of a tensor core's tile
 MAX_RANK = 256
-_LAYOUTS: dict[Hashable, int] = {}  # numbers are compared faster than what they stand for
 
 
 @dataclass
@@ -155,8 +155,9 @@ class RankPages(PageView):
                 [sum(outputs[:index]) for index in range(slices + 1)], dtype=torch.int32, device=device
             ),
         )
-        self._runs: list[dict[int, tuple[int, int]]] = [{} for _ in self.outputs]  # by slice: slot -> (first, count)
-        self._layout: int | None = None  # of these runs
+        self._runs = [Runs(index, pages) for index in range(slices)]
+        # [pages * PAGE, D or O] of each slice; views that are made once, for a swap takes hundreds.
+        self._rows = [(self.A[index].flatten(0, 1), self.b_slice(index).flatten(0, 1)) for index in range(slices)]
 
     @torch.no_grad()
     def put(self, slot: int, factors: Sequence[Factors | None]) -> None:
@@ -198,21 +199,18 @@ class RankPages(PageView):
 
     def adapted(self, index: int) -> bool:
         """Whether an adapter adapts this slice."""
-        return bool(self._runs[index])
+        return bool(self._runs[index].of)
 
     @property
-    def layout(self) -> int:
+    def layout(self) -> tuple[int, ...]:
         """Equal for pages of as many slices whose slots have the same runs."""
-        if self._layout is None:
-            runs = tuple(tuple(sorted(of.items())) for of in self._runs)
-            self._layout = _LAYOUTS.setdefault((self.slots, self.pages, runs), len(_LAYOUTS))
-        return self._layout
+        return self.slots, self.pages, *(runs.digest for runs in self._runs)
 
     def factors(self, index: int) -> dict[int, Factors]:
         """slot -> factors of one slice, with the zero rows that fill the last page; views."""
-        A, B = self.A[index].flatten(0, 1), self.b_slice(index).flatten(0, 1)
+        A, B = self._rows[index]
         found = {}
-        for slot, (first, count) in self._runs[index].items():
+        for slot, (first, count) in self._runs[index].of.items():
             rows = slice(first * PAGE, (first + count) * PAGE)
             found[slot] = Factors(A[rows], B[rows])
         return found
@@ -227,31 +225,25 @@ class RankPages(PageView):
         if not 1 <= rank <= self.max_pages * PAGE:
             raise ValueError(f"Rank {rank} does not fit: these pages take ranks up to {self.max_pages * PAGE}.")
 
-    def _place(self, index: int, slot: int, pair: Factors | None) -> tuple[int, int]:
-        """First fit among the pages that are free once this slot's own are."""
+    def _place(self, index: int, slot: int, pair: Factors | None) -> Run:
         if pair is None:
             return 0, 0
-        need, first = -(-pair.A.shape[0] // PAGE), 0
-        for start, count in sorted(run for other, run in self._runs[index].items() if other != slot):
-            if start - first >= need:
-                break
-            first = start + count
-        if first + need > self.pages:
-            raise MemoryError(f"No {need} free pages in a row: {self.pages} serve {len(self._runs[index])} adapters.")
+        runs, need = self._runs[index], -(-pair.A.shape[0] // PAGE)
+        first = runs.fit(need, slot)
+        if first is None:
+            raise MemoryError(f"No {need} free pages in a row: {self.pages} serve {len(runs.of)} adapters.")
         return first, need
 
-    def _write(self, index: int, slot: int, pair: Factors | None, run: tuple[int, int], writes: Writes) -> None:
-        had = self._runs[index].pop(slot, None)
-        self._layout = None
-        if had is not None:  # nothing is read there while its pages are written
+    def _write(self, index: int, slot: int, pair: Factors | None, run: Run, writes: Writes) -> None:
+        runs = self._runs[index]
+        if runs.give(slot) is not None:  # nothing is read there while its pages are written
             writes.emptied.append(self.count[index, slot])
         if pair is None:
             return
-        first, count = run
-        rank, rows = pair.A.shape[0], slice(first * PAGE, (first + count) * PAGE)
-        for arena, factor in ((self.A[index].flatten(0, 1), pair.A), (self.b_slice(index).flatten(0, 1), pair.B)):
-            writes.factors.append((arena[rows][:rank], factor))
+        (first, count), rank = run, pair.A.shape[0]
+        for rows, factor in zip(self._rows[index], pair, strict=True):
+            writes.factors.append((rows.narrow(0, first * PAGE, rank), factor))
             if rank % PAGE:
-                writes.rest.append(arena[rows][rank:])
+                writes.rest.append(rows.narrow(0, first * PAGE + rank, count * PAGE - rank))
         writes.runs.append((self.first[index, slot], self.count[index, slot], run))
-        self._runs[index][slot] = run
+        runs.take(slot, run)
