@@ -21,9 +21,9 @@ from peft import LoraConfig, get_peft_model
 
 if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
     from tests.bounds import watch
-    from tests.interpreter import scan_by_slices
+    from tests.interpreter import hurry
 
-    scan_by_slices()
+    hurry()
     watch()
 torch.set_num_threads(1)
 DEVICE = torch.device(os.environ.get("MOLORA_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh runs the equalities on a GPU
