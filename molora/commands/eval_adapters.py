@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from molora.commands.common import JsonOption, extra, write_json
-from molora.commands.eval import app, show
+from molora.commands.eval_studies import app, show
 from molora.commands.training import ConfigOption, OverridesArgument, command_line
 
 
