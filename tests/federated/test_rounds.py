@@ -14,9 +14,10 @@ from molora.commands.common import MissingExtraError
 from molora.errors import AdapterNotFoundError, ConfigError, DataError, FederationError, UpdateError
 from molora_training.federated import local, private
 from molora_training.federated.aggregate import DeltaSum
+from molora_training.federated.changes import b_vector, from_vector
 from molora_training.federated.client import Base, Client, Order, clipped
 from molora_training.federated.lora import Lora, distance, read_bytes
-from molora_training.federated.rounds import Federation, b_vector, from_vector, state_folder
+from molora_training.federated.rounds import Federation, state_folder
 from molora_training.federated.settings import FederateSettings, LimitSettings, LocalSettings, PrivacySettings
 from tests.federated.parties import ANSWERS, RANKS, make_settings
 

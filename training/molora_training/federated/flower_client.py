@@ -14,8 +14,8 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, FederationError
 from molora_training.federated import messages
+from molora_training.federated.changes import b_vector
 from molora_training.federated.client import Base, Client, read_order
-from molora_training.federated.rounds import b_vector
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from molora.errors import FederationError, UpdateError
 from molora_training.checkpoint import save_tensors
 from molora_training.continual.growth import blank
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
+from molora_training.federated.changes import b_sum, beside, from_vector
 from molora_training.federated.client import Order, clipped
 from molora_training.federated.guard import Asked, Guard, Update
 from molora_training.federated.lora import Lora, distance, read_bytes
@@ -171,8 +172,8 @@ class Federation:
         if self.private is not None:
             # Nothing says that a client clipped what it sent.
             most = self.settings.privacy.clip
-            updates = [clipped(self.lora, _beside(one.factors, self.lora), most) for one in taken.values()]
-            self.lora = self.private.step(_b_sum(self.lora, updates), list(taken))
+            updates = [clipped(self.lora, beside(one.factors, self.lora), most) for one in taken.values()]
+            self.lora = self.private.step(b_sum(self.lora, updates), list(taken))
         else:
             self._aggregate([(one.factors, weights[client]) for client, one in taken.items()])
         return self._end(before, rows, refused, answers, seconds)
@@ -181,7 +182,8 @@ class Federation:
         """Ends a round of which the server knows nothing but the mean of what its clients changed of B.
 
         Args:
-            mean: float32 [entries of B], each client weighing the same, in the order of :func:`b_vector`.
+            mean: float32 [entries of B], each client weighing the same, in the order of
+                :func:`~molora_training.federated.changes.b_vector`.
             clients: of those in it, by name, with what it cost them.
         """
         self._enough(len(clients), {})
@@ -231,7 +233,7 @@ class Federation:
         how, rank, scale, seed = self.settings.aggregate, self.settings.rank, self.lora.scale, self._about("")["seed"]
         if how == "factors":
             mean = mean_of_factors(updates)
-            self.lora = _beside(mean, self.lora)
+            self.lora = beside(mean, self.lora)
         elif how == "shared":
             pairs = {}
             for name, (a, b) in self.lora.pairs.items():
@@ -332,27 +334,6 @@ def mark(settings: FederateSettings) -> str:
     return hashlib.sha256(json.dumps(asdict(same), default=str, sort_keys=True).encode()).hexdigest()
 
 
-def b_vector(before: Lora, after: Lora, rank: int) -> torch.Tensor:
-    """What was changed of B, filled up to the server's rank: float32 [entries of B]."""
-    changes = [b - before.pairs[name][1] for name, (_, b) in sorted(after.pairs.items())]
-    return torch.cat([torch.nn.functional.pad(change, (0, rank - change.shape[1])).flatten() for change in changes])
-
-
-def from_vector(vector: torch.Tensor, like: Lora) -> dict[str, torch.Tensor]:
-    """The other way round: by module [out, rank].
-
-    Raises:
-        FederationError: it is of another length.
-    """
-    size = sum(b.numel() for _, b in like.pairs.values())
-    if vector.shape != (size,):
-        raise FederationError(
-            f"The sum of the updates is {list(vector.shape)}, and the adapter's B has {size} entries."
-        )
-    parts = vector.split([b.numel() for _, (_, b) in sorted(like.pairs.items())])
-    return {name: part.view_as(b) for part, (name, (_, b)) in zip(parts, sorted(like.pairs.items()), strict=True)}
-
-
 def _begun(settings: FederateSettings, folder: Path) -> tuple[dict[str, Any], Lora]:
     """The adapter to begin with, of the server's rank, and its config."""
     place = settings.start
@@ -379,21 +360,6 @@ def _fresh(like: Lora, seed: int) -> Lora:
     """Factors that do nothing yet: A drawn anew, B zeros."""
     empty = DeltaSum({n: (a.double()[:1] * 0, b.double()[:, :1] * 0) for n, (a, b) in like.pairs.items()})
     return empty.cut(like.rank, like.scale, seed)
-
-
-def _beside(mean: Lora, before: Lora) -> Lora:
-    """The mean of factors, with the ranks that nobody of this round has as they were."""
-    pairs = {}
-    for name, (a, b) in mean.pairs.items():
-        a0, b0 = before.pairs[name]
-        pairs[name] = torch.cat([a, a0[len(a) :]]), torch.cat([b, b0[:, b.shape[1] :]], 1)
-    return Lora(pairs, mean.scale)
-
-
-def _b_sum(before: Lora, updates: Sequence[Lora]) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.stack([one.pairs[name][1] - b for one in updates]).sum(0) for name, (_, b) in before.pairs.items()
-    }
 
 
 def _usage(told: Any) -> dict[str, float]:
