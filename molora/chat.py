@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from molora.errors import BaseModelError, DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _START, _END = "<|im_start|>", "<|im_end|>"
 _ROLES = ("system", "user", "assistant")
@@ -49,6 +49,14 @@ def render(
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     text = "".join(f"{_START}{message['role']}\n{message['content']}{_END}\n" for message in messages)
     return f"{text}{_START}assistant\n" if add_generation_prompt else text
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Mapping[str, str]] | str) -> "BatchEncoding":
+    """input_ids and attention_mask [1, tokens] of a conversation that is to be answered, or of a text."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt, return_tensors="pt")
+    text = render(tokenizer, prompt, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> list[Piece]:

@@ -9,23 +9,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from molora import saved
+from molora import live, saved
 from molora.adapted import AdaptedModules
 from molora.adapter import Adapter
 from molora.captured import CapturedSteps
-from molora.chat import render
+from molora.chat import encode
 from molora.checks import check_fits, check_router
-from molora.errors import BaseModelError, SelectionError, StackError
-from molora.examples import encode_examples, fit_row, questions_of
+from molora.errors import BaseModelError, SelectionError
 from molora.keys import StackKeys
 from molora.loading import as_folders, load_adapter
-from molora.outputs import MoLoRAOutput, Routes, StreamedToken, read_plan, routes_of
+from molora.outputs import MoLoRAOutput, StreamedToken
 from molora.packed import Packed
 from molora.router import Router, RouterConfig
 from molora.routing import RoutingState
-from molora.selection import Selection, candidates, column_layers, resolve, router_rows
+from molora.selection import Selection, candidates, resolve, router_rows
 from molora.spread import device_of
-from molora.stack import SlotTable, Stack, check_name
+from molora.stack import SlotTable, Stack
 from molora.streaming import stream
 from molora.vocabulary import VocabularyRouter
 
@@ -198,7 +197,7 @@ class MoLoRAModel(nn.Module):
         inputs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask}
         with self.routing.active(lambda: self._resolve(selection, inputs)):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            routes = self._routes() if output_routes else None
+            routes = self.routing.routes(self.slots.names) if output_routes else None
         if isinstance(output, tuple):  # return_dict=False
             return (*output, routes) if output_routes else output
         return MoLoRAOutput(**output, routes=routes)
@@ -239,7 +238,7 @@ class MoLoRAModel(nn.Module):
             with self.routing.active(lambda: self._resolve(selection, inputs)), self.steps.serve((), inputs) as options:
                 self.base.generate(**options)
 
-        return stream(generate, self._route_at, self.tokenizer, inputs)
+        return stream(generate, lambda at: self.routing.route_at(at, self.slots.names), self.tokenizer, inputs)
 
     def find(
         self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor, selection: Selection | None = None
@@ -268,11 +267,7 @@ class MoLoRAModel(nn.Module):
             return {"input_ids": prompt.to(self.device), "attention_mask": torch.ones_like(prompt).to(self.device)}
         if self.tokenizer is None:
             raise BaseModelError("This model has no tokenizer: pass one to from_base, or give token ids.")
-        if not isinstance(prompt, str):
-            prompt = render(self.tokenizer, prompt, add_generation_prompt=True)
-            ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        else:
-            ids = self.tokenizer(prompt, return_tensors="pt")
+        ids = encode(self.tokenizer, prompt)
         return {name: ids[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def add_adapter(
@@ -290,47 +285,25 @@ class MoLoRAModel(nn.Module):
         Raises:
             StackError: the name is taken or no name. AdapterError: it cannot be used. Nothing has changed then.
         """
-        check_name(name, "an adapter")
-        if name in self.stack[layer].adapters:
-            raise StackError(f"Layer {layer!r} already has an adapter {name!r}: use replace_adapter.")
-        packed = self._load(path)
-        encoded = encode_examples(self, examples, self.stack[layer].keyed) if examples is not None else []
-        with self.routing.lock:
-            self.stack[layer].adapters[name] = path if isinstance(path, str | Path) else packed.adapter.path
-            self._put(f"{layer}/{name}", packed)
-            if not self.stack[layer].routed:
-                self._refresh()
-            else:
-                if isinstance(self.router, Router):
-                    self.router.add_missing(router_rows(self.stack))
-                self.set_router(self._vocabulary_again())
-            if encoded and not self.stack[layer].shared:  # which have their row already
-                self._find_by(layer, name, encoded)
+        live.add(self, layer, name, path, examples)
 
     def remove_adapter(self, layer: str, name: str) -> None:
         """Takes an adapter, and its row of the router, out of the live stack."""
-        self._must_have(layer, name)
-        with self.routing.lock:
-            self._drop(f"{layer}/{name}")
-            del self.stack[layer].adapters[name]
-            if self.stack[layer].default == name:
-                self.stack[layer].default = None
-            if not self.stack[layer].routed:
-                self._refresh()
-                return
-            if isinstance(self.router, Router):
-                self.router.remove_row(f"{layer}/{name}")
-            self.set_router(self._vocabulary_again())
+        live.remove(self, layer, name)
 
     def replace_adapter(self, layer: str, name: str, path: str | Path) -> None:
         """Swaps an adapter for another version; a generation under way ends with the old one first."""
-        self._must_have(layer, name)
-        packed = self._load(path)
-        with self.routing.lock:
-            self._drop(f"{layer}/{name}")
-            self.stack[layer].adapters[name] = path
-            self._put(f"{layer}/{name}", packed)
-            self._refresh()
+        live.replace(self, layer, name, path)
+
+    def fit_row(self, layer: str, name: str, examples: Sequence[str]) -> None:
+        """Computes what an adapter is found by from a few texts of its data, so that "auto" can choose it: its row of
+        the router, or in a keyed layer its key, of questions. Those of others stay.
+
+        Raises:
+            SelectionError: there is no learned router, or no text. StackError: no such adapter, or a layer whose
+                adapters share a row.
+        """
+        live.fit(self, layer, name, examples)
 
     def merge(
         self,
@@ -355,16 +328,7 @@ class MoLoRAModel(nn.Module):
             StackError: there is no such adapter, or the new name is taken or no name. ConfigError, AdapterError: they
                 cannot be merged so. Nothing has changed then.
         """
-        from molora.compose.merge import merge
-
-        check_name(into, "an adapter")
-        if into in self.stack[layer].adapters:
-            raise StackError(f"Layer {layer!r} already has an adapter {into!r}: choose another name.")
-        for name in names:
-            self._must_have(layer, name)
-        report = merge({name: self.adapters[f"{layer}/{name}"].path for name in names}, Path(out), **settings)
-        self.add_adapter(layer, into, report.folder, examples=examples)
-        return report
+        return live.merge(self, layer, names, into, Path(out), examples, settings)
 
     def internalize(
         self,
@@ -411,14 +375,6 @@ class MoLoRAModel(nn.Module):
     def _refresh(self) -> None:
         self.routing.layers = candidates(self.stack, self.slots)
 
-    def _vocabulary_again(self) -> Router | VocabularyRouter | None:
-        """The router for the stack as it is now."""
-        if not isinstance(self.router, VocabularyRouter):
-            return self.router
-        rows = router_rows(self.stack)
-        rules = {name: spans for name, spans in self.router.rules.items() if name in rows}
-        return VocabularyRouter(rules, rows, self.config.get_text_config().vocab_size)
-
     def _resolve(
         self, selection: Selection | Sequence[Selection] | None, inputs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -427,20 +383,6 @@ class MoLoRAModel(nn.Module):
             with self.routing.off():
                 selection = self.keys.choose(selection, self.stack, inputs)
         return resolve(selection, self.stack, self.routing.layers, self.router is not None)
-
-    def _must_have(self, layer: str, name: str) -> None:
-        if name not in self.stack[layer].adapters:
-            known = ", ".join(self.stack[layer].adapters) or "none at all"
-            raise StackError(f"Layer {layer!r} has no adapter {name!r}; it has {known}.")
-
-    def _load(self, path: str | Path | Adapter | Packed) -> Packed:
-        if isinstance(path, Packed):
-            if path.made_for is self.adapted:
-                return path
-            path = path.adapter
-        adapter = path if isinstance(path, Adapter) else load_adapter(path)
-        check_fits(adapter, self.base, str(self.base_name), self.adapted.backend)
-        return self.adapted.pack(adapter)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRAModel":
         """``.to()`` and the like."""
@@ -458,42 +400,3 @@ class MoLoRAModel(nn.Module):
     def _drop(self, label: str) -> None:
         self.keys.drop(*label.split("/"))
         self.adapted.drop(self.slots.free(label), self.adapters.pop(label))
-
-    def _routes(self) -> Routes:
-        state = self.routing
-        plan = state.plans[-1]
-        assert plan is not None and state._real is not None
-        columns = column_layers(state.layers, plan.shape[-1])
-        rows = state.router.rows if state.router is not None else []
-        return routes_of(
-            plan, names=self.slots.names, columns=columns, logits=list(state.logits), rows=rows, real=state._real
-        )
-
-    def _route_at(self, position: int) -> list[tuple[str, str | None, float]]:
-        """The route of a token of the forward that just ran, by its position in its (only) sequence."""
-        plan = self.routing.plans[-1]
-        assert plan is not None
-        index = position - int(self.routing.first)
-        columns = column_layers(self.routing.layers, plan.shape[-1])
-        return read_plan(plan.slots[0, index], plan.weights[0, index], self.slots.names, columns)
-
-    def fit_row(self, layer: str, name: str, examples: Sequence[str]) -> None:
-        """Computes what an adapter is found by from a few texts of its data, so that "auto" can choose it: its row of
-        the router, or in a keyed layer its key, of questions. Those of others stay.
-
-        Raises:
-            SelectionError: there is no learned router, or no text. StackError: no such adapter, or a layer whose
-                adapters share a row.
-        """
-        self._must_have(layer, name)
-        if self.stack[layer].shared:
-            raise StackError(f"Layer {layer!r} is shared: its adapters have one row together.")
-        encoded = encode_examples(self, examples, self.stack[layer].keyed)
-        with self.routing.lock:
-            self._find_by(layer, name, encoded)
-
-    def _find_by(self, layer: str, name: str, encoded: Sequence[dict[str, torch.Tensor]]) -> None:
-        if self.stack[layer].keyed:
-            self.keys.put(layer, name, questions_of(self, encoded))
-        else:
-            fit_row(self, f"{layer}/{name}", encoded)

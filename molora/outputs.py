@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from molora.plan import RoutingPlan
-
 
 @dataclass(frozen=True)
 class Routes:
@@ -56,10 +54,6 @@ def read_plan(
         elif layer is not None:
             found.append((layer, None, 0.0))
     return found
-
-
-def routes_of(plan: RoutingPlan, **rest: Any) -> Routes:
-    return Routes(slots=plan.slots, weights=plan.weights, **rest)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from molora.backend import backend_for, failed
 from molora.cache import attach, memories_of
 from molora.errors import BaseModelError, SelectionError
 from molora.memory import Memory
+from molora.outputs import Routes, read_plan
 from molora.plan import (
     LayerTable,
     RoutingPlan,
@@ -23,7 +24,7 @@ from molora.plan import (
     route_by_kernel,
 )
 from molora.router import Router
-from molora.selection import LayerCandidates, ResolvedSelection
+from molora.selection import LayerCandidates, ResolvedSelection, column_layers
 from molora.spread import current
 from molora.vocabulary import VocabularyRouter
 
@@ -132,6 +133,22 @@ class RoutingState:
             yield
         finally:
             self.selection = before
+
+    def routes(self, names: list[str]) -> Routes:
+        """Of the forward that just ran. names: of the slots."""
+        plan = self.plans[-1]
+        assert plan is not None and self._real is not None
+        columns = column_layers(self.layers, plan.shape[-1])
+        rows = self.router.rows if self.router is not None else []
+        return Routes(plan.slots, plan.weights, names, columns, list(self.logits), rows, self._real)
+
+    def route_at(self, position: int, names: list[str]) -> list[tuple[str, str | None, float]]:
+        """The route of one of its tokens, by the position in its (only) sequence."""
+        plan = self.plans[-1]
+        assert plan is not None
+        index = position - int(self.first)
+        columns = column_layers(self.layers, plan.shape[-1])
+        return read_plan(plan.slots[0, index], plan.weights[0, index], names, columns)
 
     def _before_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.selection is None:

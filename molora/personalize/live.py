@@ -8,6 +8,7 @@ from typing import Any
 
 from molora.errors import StackError
 from molora.factors import write_factors
+from molora.live import route_anew
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.documents import KINDS, chunks, read_document
 from molora.personalize.internalize import factors_of
@@ -73,7 +74,7 @@ def reset(model: Any) -> None:
                 model.stack.layers.remove(model.stack[layer])
                 if isinstance(model.router, Router):
                     model.router.remove_row(f"{layer}/{NONE}")
-        model.set_router(model._vocabulary_again())
+        route_anew(model)
     shutil.rmtree(documents.folder, ignore_errors=True)
 
 
