@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from molora import Adapter, Router, VocabularyRouter
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -33,10 +33,10 @@ from molora.serve.store import ROUTERS, AdapterStore
 from molora.serve.store_index import Index
 from molora.serve.store_places import ABOUT
 from tests.parity.test_equalities import make_routed
+from tests.serve.putting import EACH, assert_same, work
 
 Make = Callable[..., AdapterStore]
 BUCKET = "adapters"
-EACH = 20  # names that each process puts
 
 
 def make_folder(folder: Path, seed: int, value: float | None = None) -> Path:
@@ -97,13 +97,6 @@ def machine(url: str, tmp_path: Path) -> Iterator[Make]:
     yield make
     for store in opened:
         store.close()
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    left, right = load_file(found / WEIGHTS_FILE), load_file(expected / WEIGHTS_FILE)
-    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-    assert (found / CONFIG_FILE).read_bytes() == (expected / CONFIG_FILE).read_bytes()
-    assert Adapter.load(found).ranks == [2]
 
 
 def content(store: AdapterStore, name: str, version: str, file: str) -> str:
@@ -471,22 +464,6 @@ def test_a_router_with_nan_is_refused(tmp_path: Path, base: Any, adapters: dict[
     with pytest.raises(RouterError, match="NaN"):
         store.put_router("main", router)
     assert store.names(ROUTERS) == []
-
-
-def work(url: str, cache: Path, folders: list[Path], mine: str, start: Any, failures: Any) -> None:
-    """What each process does: names of its own, and one that all put; every one is read back at once."""
-    try:
-        store = AdapterStore(url, cache=cache)
-        start.wait(120)
-        for number in range(EACH):
-            folder = folders[number % len(folders)]
-            store.put("user", f"{mine}{number}", folder)
-            assert_same(store.get("user", f"{mine}{number}"), folder)
-            store.put("user", "all", folder)
-            Adapter.load(store.get("user", "all"))
-    except BaseException as error:
-        failures.put(f"{type(error).__name__}: {error}")
-        raise
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
