@@ -76,16 +76,21 @@ def routed_model(base: Any, groups: dict[str, Any], top: int = 1) -> MoLoRAModel
         model.slots.take(label)
     wrap(base, groups, model.routing)
     model.adapted.groups.update(groups)
+    model.set_router(random_router(model.stack, base))
+    return model.eval()
+
+
+def random_router(stack: Stack, base: Any) -> Router:
+    """That spreads tokens over all adapters, by their ids."""
     torch.manual_seed(2)
-    router = Router(RouterConfig(), router_rows(model.stack), base.config.hidden_size)
+    router = Router(RouterConfig(), router_rows(stack), base.config.hidden_size)
     with torch.no_grad():
-        for part in router._parts:
+        for part in router.parts:
             part.std.fill_(float(base.get_input_embeddings().weight.float().std()))
             part.input.weight.normal_(0, 0.1)
             part.output.weight.normal_(0, 1.0)
             part.output.bias[-1] = -1e4  # none to the null
-    model.set_router(router)
-    return model.eval()
+    return router
 
 
 def begin(step: DecodeStep, model: MoLoRAModel, ids: torch.Tensor, selection: Any = None) -> None:

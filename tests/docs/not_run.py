@@ -101,6 +101,9 @@ NOT_RUN: dict[str, list[str]] = {
         "molora serve my-molora --ray --replicas 2 --store s3://bucket/adapters",
     ],
     "needs vLLM, in an environment of its own; `make vllm` runs tests/vllm": [
+        "python -m benchmarks.vllm_pace --out vllm_pace.json",
+        "python -m benchmarks.vllm_pace --tensor-parallel 2 --out vllm_pace_two.json",
+        "python -m benchmarks.vllm_pace --shape tiny --modes eager --batch 1 4 --out vllm_pace.json",
         "molora serve my-molora --engine vllm --tensor-parallel 2",
         "VLLM_USE_V2_MODEL_RUNNER=0 vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules "
         "mine=exported/my-molora-3f2a90c1d4e5",

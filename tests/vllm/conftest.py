@@ -26,6 +26,7 @@ from molora.vllm.folder import request
 # The others run in the environment of `make vllm` alone.
 if find_spec("vllm") is None:
     collect_ignore = [
+        "test_pace.py",
         "test_plugin.py",
         "test_serving.py",
         "test_engines.py",
