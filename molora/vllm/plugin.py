@@ -11,7 +11,7 @@ from molora.vllm.selections import check_choice, choice_of
 
 _ROUTED = {
     "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU": "molora.vllm.wrapper_cpu.SparseCPU",
-    "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU": "molora.vllm.wrapper_gpu.GatedGPU",
+    "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU": "molora.vllm.wrapper_gpu.SparseGPU",
 }
 
 

@@ -1,9 +1,108 @@
-"""The gated arithmetic on a GPU: a file of its own, because vLLM's wrapper imports Triton."""
+"""vLLM's LoRA arithmetic on a GPU, in which a token's own adapters are multiplied and no others. A file of its own,
+because it and vLLM's wrapper need Triton."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.utils.torch_utils import direct_register_custom_op
 
+from molora.plan import RoutingPlan
+from molora.vllm.routed import Group
 from molora.vllm.wrapper import Gated
+from molora_kernels.gated import acts_of, add_gated
+
+SLICES = 3  # that the kernels take
 
 
-class GatedGPU(Gated, PunicaWrapperGPU):  # which vLLM marks as final, for type checkers alone
-    """On a GPU: written from vLLM's source, not yet run."""
+class Sparse(Gated):
+    """Put before a Punica wrapper for GPUs. ``acts`` [tokens] says in which blocks of ranks a token has a gate, and
+    stays where it is in memory as ``gates`` do. Fully sharded LoRA, where ranks are gathered in between, multiplies
+    all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.acts = acts_of(self.gates)
+
+    def route(self, tokens: int, routed: Sequence[tuple[Group, RoutingPlan]]) -> None:
+        super().route(tokens, routed)
+        self.acts[:tokens] = acts_of(self.gates[:tokens])
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y += B (gates * A x).
+
+        Args:
+            y: [..., O].
+            x: [tokens, D].
+            lora_a_stacked: of each slice [slots, 1, ranks, D].
+            lora_b_stacked: of each slice [slots, 1, O of the slice, ranks].
+            scale: of vLLM, always 1: it is in B.
+            output_slices: O of each slice.
+            add_inputs: else y is zeros, and is written to.
+        """
+        if len(lora_a_stacked) > SLICES:
+            given = y, x, lora_a_stacked, lora_b_stacked, scale, output_slices
+            super().add_lora_linear(*given, add_inputs=add_inputs, **kwargs)  # type: ignore[misc]
+            return
+        config, meta = self.lora_config, self.token_mapping_meta  # type: ignore[attr-defined]
+        _, order, counts, starts, slots, none, _ = meta.meta_args(x.shape[0], config.specialize_active_lora)
+        torch.ops.vllm.molora_add_gated(
+            y.view(-1, y.shape[-1]), x, list(lora_a_stacked), list(lora_b_stacked), self.gates, self.acts,
+            order, slots, counts, starts, none, add_inputs,
+        )  # fmt: skip
+
+
+class SparseGPU(Sparse, PunicaWrapperGPU):  # which vLLM marks as final, for type checkers alone
+    """On a GPU: not yet run on one."""
+
+
+def _add_gated(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    gates: torch.Tensor,
+    acts: torch.Tensor,
+    order: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    starts: torch.Tensor,
+    none: torch.Tensor,
+    add: bool,
+) -> None:
+    """``none``, on the CPU: no token of the batch has a LoRA, and vLLM left the rest as it was."""
+    if not none.item():
+        add_gated(y, x, A, B, gates, acts, order, slots, counts, starts, add=add)
+
+
+def _like_gated(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    gates: torch.Tensor,
+    acts: torch.Tensor,
+    order: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    starts: torch.Tensor,
+    none: torch.Tensor,
+    add: bool,
+) -> None:
+    return None
+
+
+# One operation for torch.compile, which does not look into it.
+direct_register_custom_op("molora_add_gated", _add_gated, mutates_args=["y"], fake_impl=_like_gated)

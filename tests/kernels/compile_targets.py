@@ -15,6 +15,7 @@ from molora_kernels import (
     epilogue_block,
     epilogue_token,
     expand,
+    gated,
     gates,
     linear,
     outer,
@@ -54,6 +55,8 @@ KERNELS = {
     shrink._shrink_block_kernel: {"BLOCK_T": 16, "BLOCK_D": 64, "BLOCK_R": 64, "AT_ONCE": 2},
     expand._expand_token_kernel: {"BLOCK_O": 256},
     expand._expand_block_kernel: {**BLOCKS, "BLOCK_O": 128},
+    gated._gated_shrink_kernel: {"BLOCK_T": 16, "BLOCK_D": 256, "BLOCK_R": 16},
+    gated._gated_expand_kernel: {"BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 16, "ADD": True},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128},
     linear._linear_kernel: {**PRODUCT, "DOT": True},
     epilogue_token._norm_kernel: {"BLOCK": 2048},
@@ -100,7 +103,7 @@ POINTERS = {
     **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
     **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr", "parts_ptr", "best_ptr", "total_ptr"], "fp32"),
     "squares_ptr": "fp32",
-    **dict.fromkeys(["positions_ptr", "length_ptr"], "i64"),
+    **dict.fromkeys(["positions_ptr", "length_ptr", "acts_ptr"], "i64"),
     "mask_ptr": "i1",
 }
 

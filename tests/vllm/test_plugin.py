@@ -24,15 +24,19 @@ def test_registering_twice_changes_nothing() -> None:
 
 def test_the_gpu_wrapper_fits_its_base() -> None:
     """Not run, for want of a GPU; but vLLM's class is there, and takes what ours hands on."""
-    pytest.importorskip("vllm.lora.punica_wrapper.punica_gpu")
+    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    from molora.vllm.wrapper_gpu import GatedGPU
+    from molora.vllm.wrapper_gpu import Sparse, SparseGPU
 
-    assert GatedGPU.__mro__[1].__name__ == "Gated" and GatedGPU.__mro__[2] is PunicaWrapperGPU
+    assert [kind.__name__ for kind in SparseGPU.__mro__[1:4]] == ["Sparse", "Gated", "PunicaWrapperGPU"]
     parameters = list(inspect.signature(PunicaWrapperGPU.add_expand).parameters)
     assert parameters[:5] == ["self", "y", "x", "lora_b_stacked", "output_slices"]
-    assert "self.add_expand(" in inspect.getsource(PunicaWrapperGPU.add_lora_linear)
+    theirs, ours = (list(inspect.signature(kind.add_lora_linear).parameters) for kind in (PunicaWrapperGPU, Sparse))
+    assert theirs[:7] == ours[:7]
+    source = inspect.getsource(PunicaWrapperGPU)
+    assert "self.add_expand(" in source and "self.token_mapping_meta.meta_args(" in source
+    assert list(inspect.signature(LoRAKernelMeta.meta_args).parameters)[1:] == ["token_nums", "specialize_active_lora"]
 
 
 def test_the_same_content_has_the_same_id_everywhere(folders: dict[str, Path], tmp_path: Path) -> None:

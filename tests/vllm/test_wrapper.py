@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from molora.adapter import Adapter
@@ -16,19 +17,31 @@ from molora.plan import RoutingPlan
 from molora.vllm.routed import Group, RoutedStack, Step
 from molora.vllm.wrapper import Gated
 from molora.vllm.wrapper_cpu import SparseCPU
+from molora.vllm.wrapper_gpu import Sparse
 
 
 class Dense(Gated, PunicaWrapperCPU):
-    """The form that GPUs have, run on a CPU."""
+    """The form that fully sharded LoRA has on GPUs, run on a CPU."""
+
+
+class Interpreted(Sparse, PunicaWrapperCPU):
+    """The form that GPUs have, in Triton's interpreter. ``token_mapping_meta`` is what vLLM's wrapper for GPUs has."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lora_config = kwargs["lora_config"]
+        self.token_mapping_meta = LoRAKernelMeta.make(7, 64, "cpu")
 
 
 def wrapper_of(kind: Any, tokens: torch.Tensor, rank: int) -> Any:
     """tokens: [T] int64, the slot of each, -1 for the base."""
-    config = SimpleNamespace(max_lora_rank=rank)
+    config = SimpleNamespace(max_lora_rank=rank, specialize_active_lora=False)
     found = kind(64, max_batches=8, device=torch.device("cpu"), lora_config=config)
     found._token_lora_indices[: len(tokens)] = tokens
     found.is_prefill = False
     found.indices_len[0] = len(tokens)
+    if isinstance(found, Interpreted):
+        found.token_mapping_meta.prepare_tensors(tokens)
     return found
 
 
@@ -44,7 +57,9 @@ def add_sharded(wrapper: Any, y: torch.Tensor, x: torch.Tensor, A: Any, B: Any, 
     wrapper.add_expand(y, torch.cat(made, 2), B, widths, offset_start=0, add_input=True)
 
 
-@pytest.mark.parametrize("kind, workers", [(SparseCPU, 1), (SparseCPU, 4), (SparseCPU, 16), (Dense, 1)])
+@pytest.mark.parametrize(
+    "kind, workers", [(SparseCPU, 1), (SparseCPU, 4), (SparseCPU, 16), (Dense, 1), (Interpreted, 1)]
+)
 def test_every_token_gets_its_own_adapters(
     kind: Any, workers: int, folders: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
@@ -114,3 +129,45 @@ def test_adapters_that_do_not_act_cost_nothing() -> None:
     one = 2 * 6 * 4 * (64 + 48)  # a token times a rank times inputs and outputs
     assert cost(SparseCPU, 2) == cost(SparseCPU, 8) == cost(SparseCPU, 64) == one
     assert cost(Dense, 8) == 8 * one
+
+
+def test_without_loras_nothing_is_done_on_a_gpu() -> None:
+    """vLLM says so beside metadata that it then leaves as they were."""
+    wrapper = wrapper_of(Interpreted, torch.full((3,), -1), 32)
+    y = torch.randn(3, 8)
+    before = y.clone()
+    wrapper.add_lora_linear(y, torch.randn(3, 16), (torch.randn(2, 1, 32, 16),), (torch.randn(2, 1, 8, 32),), 1.0, (8,))
+    assert torch.equal(y, before)
+
+
+def test_more_slices_than_the_kernels_take_are_all_multiplied() -> None:
+    wrapper = wrapper_of(Interpreted, torch.tensor([0, -1, 0]), 32)
+    with patch.object(PunicaWrapperCPU, "add_lora_linear") as theirs:
+        wrapper.add_lora_linear(*torch.zeros(2, 3, 4), [0] * 4, [0] * 4, 1.0, (1, 1, 1, 1))
+    assert theirs.call_count == 1
+
+
+@pytest.mark.parametrize("kind", [Dense, Interpreted])
+def test_a_compiled_model_goes_on_under_other_gates_and_with_more_tokens(kind: Any) -> None:
+    wrapper = wrapper_of(kind, torch.zeros(5, dtype=torch.int64), 32)
+    A, B = torch.randn(1, 1, 32, 16), torch.randn(1, 1, 8, 32)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        y = x @ torch.ones(16, 8)
+        wrapper.add_lora_linear(y, x, (A,), (B,), 1.0, (8,))
+        return y
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 5):
+        wrapper.indices_len[0] = tokens
+        if kind is Interpreted:
+            wrapper.token_mapping_meta.prepare_tensors(torch.zeros(tokens, dtype=torch.int64))
+        for first in (0, 16):
+            stack: Any = SimpleNamespace(columns=[slice(first, first + 16)], owners=torch.ones(32, dtype=torch.int64))
+            stack.owners[first : first + 16] = 0
+            at = torch.arange(tokens).unsqueeze(0)
+            group = Group(stack, 0, at, Step(None, torch.tensor([-1]), at))
+            wrapper.route(tokens, [(group, RoutingPlan(torch.zeros_like(at)[..., None], torch.ones(1, tokens, 1)))])
+            x = torch.randn(tokens, 16)
+            wanted = x @ torch.ones(16, 8) + x @ A[0, 0, first : first + 16].T @ B[0, 0, :, first : first + 16].T
+            torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
