@@ -1,6 +1,6 @@
 """One exported stack as the worker holds it: from what the router reads and remembers to the plan of its adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from molora import saved
+from molora.backend import backend_for
 from molora.errors import AdapterFormatError, BackendError, RouterError
 from molora.plan import RoutingPlan, forced_plan, layer_tables, route
 from molora.router import Router
+from molora.selection import LayerCandidates
 from molora.stack import SlotTable
 from molora.vllm.folder import TABLE, read_manifest
 from molora.vllm.memory import Continued, SlotMemory
@@ -87,6 +89,7 @@ class RoutedStack:
         self.selection(None)
         self.router = saved.load_router(folder, manifest["router"])
         self.readings: list[Reading] = []
+        self._tokens: Any = None  # how single tokens are routed, where there are kernels for it
         self.size = 0  # of what is remembered after a token
         self.boundary: int | None = None
         if self.router is not None:
@@ -99,6 +102,16 @@ class RoutedStack:
                     part.table = _table(folder / TABLE, part.width).to(device)
                 self.readings.append(Reading(part, self.size))
                 self.size = self.readings[-1].columns.stop
+            if isinstance(self.router, Router) and parts[0].reads == 0 and backend_for(device) == "triton":
+                self.by_kernels(selections.layers)
+
+    def by_kernels(self, layers: Sequence[LayerCandidates]) -> None:
+        """Single tokens are routed by kernels from now on."""
+        from molora.vllm.token_routes import TokenRoutes  # needs Triton
+
+        router: Any = self.router
+        softmax = router.weights == "softmax"
+        self._tokens = TokenRoutes(router.parts[0], router.rows, layers, softmax, self.readings[0].columns)
 
     def plan(self, step: Step, ids: torch.Tensor | None, memory: SlotMemory | None) -> RoutingPlan:
         """The plan up to the boundary; ``memory`` is advanced by the step's tokens.
@@ -115,6 +128,10 @@ class RoutedStack:
             return forced_plan(self.selection(step.choice).expand(len(step.slots)), step.slots.shape[1])
         if ids is None:
             raise BackendError("A routed stack needs token ids: this vLLM runs on embeddings alone.")
+        selection = self.selection(step.choice)
+        if self._tokens is not None and memory is not None and ids.shape[1] == 1 and selection.any_routed:
+            plan: RoutingPlan = self._tokens.plan(selection, ids[:, 0].contiguous(), step.before, step.slots, memory)
+            return plan
         return self._plan(step, ids, 0, memory)
 
     def plan_from(self, step: Step, hidden: torch.Tensor, memory: SlotMemory | None) -> RoutingPlan:
