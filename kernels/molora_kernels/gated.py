@@ -125,12 +125,67 @@ def _gated_expand_kernel(
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=cells)
 
 
-def acts_of(gates: torch.Tensor) -> torch.Tensor:
-    """[T] int64, of gates [T, R]: bit k is set where one of the ranks from k * PAGE on is not 0."""
-    blocks = -(-gates.shape[1] // PAGE)
-    padded = torch.nn.functional.pad(gates, (0, blocks * PAGE - gates.shape[1]))
-    used = (padded.view(-1, blocks, PAGE) != 0).any(2)
-    return (used.long() << torch.arange(blocks, device=gates.device)).sum(1)
+@triton.jit
+def _open_gates_kernel(gates_ptr, acts_ptr, places_ptr, ranks, stride_gate, BLOCK_R: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    there = tl.load(places_ptr + token) >= 0
+    r = tl.arange(0, BLOCK_R)
+    tl.store(
+        gates_ptr + token * stride_gate + r, tl.zeros((BLOCK_R,), tl.float32) + tl.where(there, 1.0, 0.0), r < ranks
+    )
+    tl.store(acts_ptr + token, tl.where(there, -1, 0).to(tl.int64))
+
+
+@triton.jit
+def _route_gates_kernel(
+    gates_ptr, acts_ptr, at_ptr, slots_of_ptr, weights_ptr, owners_ptr, ranks, owned, stride_gate,
+    TOP: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    token = tl.load(at_ptr + n)
+    r = tl.arange(0, BLOCK_R)
+    owner = tl.load(owners_ptr + r, mask=r < owned, other=-1)
+    gate = tl.zeros((BLOCK_R,), tl.float32)
+    for k in tl.static_range(TOP):
+        slot = tl.load(slots_of_ptr + n * TOP + k)
+        slot = tl.where(slot < 0, -2, slot)
+        gate += tl.where(owner == slot, tl.load(weights_ptr + n * TOP + k), 0.0)
+    tl.store(gates_ptr + token * stride_gate + r, gate, r < ranks)
+    used = tl.max(tl.reshape((gate != 0).to(tl.int64), (BLOCK_R // PAGE, PAGE)), 1)
+    tl.store(acts_ptr + token, tl.sum(used << tl.arange(0, BLOCK_R // PAGE), 0))
+
+
+def open_gates(gates: torch.Tensor, acts: torch.Tensor, places: torch.Tensor) -> None:
+    """Writes, for tokens of no stack, the gates [T or more, R] float32 and ``acts`` [T or more] int64, of which bit k
+    says that ranks from k * PAGE on are used: all ranks where ``places`` [T] int64 is not negative, else none."""
+    ranks = gates.shape[1]
+    block = max(PAGE, triton.next_power_of_2(ranks))
+    _open_gates_kernel[(len(places),)](gates, acts, places, ranks, gates.stride(0), BLOCK_R=block, num_warps=1)
+
+
+def route_gates(
+    gates: torch.Tensor,
+    acts: torch.Tensor,
+    at: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    owners: torch.Tensor,
+) -> None:
+    """Writes what :func:`open_gates` does for the tokens of a stack: a rank's gate is the weight of its adapter.
+
+    Args:
+        gates: [T or more, R] float32.
+        acts: [T or more] int64.
+        at: [N] int64, the tokens, contiguous as those that follow.
+        slots: [N, S] int64, the adapters that act on each, -1: none.
+        weights: [N, S] float32.
+        owners: [R or fewer] int64, the adapter that has each rank; ranks beyond have none.
+    """
+    ranks = gates.shape[1]
+    _route_gates_kernel[(len(at),)](
+        gates, acts, at, slots, weights, owners, ranks, len(owners), gates.stride(0),
+        TOP=slots.shape[1], PAGE=PAGE, BLOCK_R=max(PAGE, triton.next_power_of_2(ranks)), num_warps=1,
+    )  # fmt: skip
 
 
 def add_gated(
@@ -155,7 +210,7 @@ def add_gated(
         A: of one to three slices [slots, 1, R, D], contiguous.
         B: of each slice [slots, 1, O, R], contiguous.
         gates: [T or more, R] float32, rows contiguous.
-        acts: of :func:`acts_of`.
+        acts: [T or more] int64, of :func:`open_gates` and :func:`route_gates`.
         order: [T] the tokens, those of a slot beside each other.
         slots: [groups] the slot of each group of tokens, -1: none.
         counts: [groups or more] how many tokens each group has.

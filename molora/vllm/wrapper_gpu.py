@@ -10,24 +10,46 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from molora.plan import RoutingPlan
 from molora.vllm.routed import Group
-from molora.vllm.wrapper import Gated
-from molora_kernels.gated import acts_of, add_gated
+from molora_kernels.gated import add_gated, open_gates, route_gates
 
 SLICES = 3  # that the kernels take
 
 
-class Sparse(Gated):
-    """Put before a Punica wrapper for GPUs. ``acts`` [tokens] says in which blocks of ranks a token has a gate, and
-    stays where it is in memory as ``gates`` do. Fully sharded LoRA, where ranks are gathered in between, multiplies
-    all."""
+class Sparse:
+    """Put before a Punica wrapper for GPUs. ``gates`` [tokens, ranks] float32 say for each token of a step how much of
+    each rank acts: 0 for the base, 1 for an ordinary adapter. ``acts`` [tokens] says in which blocks of ranks a token
+    has a gate. Both stay where they are in memory, from which captured graphs read them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.acts = acts_of(self.gates)
+    def __init__(self, max_num_batched_tokens: int, *args: Any, device: Any, lora_config: Any, **kwargs: Any) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            max_num_batched_tokens, *args, device=device, lora_config=lora_config, **kwargs
+        )
+        self.gates = torch.ones(max_num_batched_tokens, lora_config.max_lora_rank, device=device)
+        self.acts = torch.full((max_num_batched_tokens,), -1, device=device)
 
     def route(self, tokens: int, routed: Sequence[tuple[Group, RoutingPlan]]) -> None:
-        super().route(tokens, routed)
-        self.acts[:tokens] = acts_of(self.gates[:tokens])
+        """The first ``tokens`` tokens of forwards have the adapters of these plans, and those of no group what vLLM
+        says."""
+        open_gates(self.gates, self.acts, self._token_lora_indices[:tokens])  # type: ignore[attr-defined]
+        for group, plan in routed:
+            slots, weights = (part.flatten(0, 1).contiguous() for part in (plan.slots, plan.weights))
+            route_gates(self.gates, self.acts, group.at.flatten(), slots, weights, group.stack.owners)
+
+    def done(self) -> None:
+        """What trial runs come to is of no interest."""
+
+    def add_expand(self, y: torch.Tensor, x: Any, lora_b_stacked: Any, *args: Any, **kwargs: Any) -> None:
+        """y += B (gates * x), all ranks: for fully sharded LoRA, in which they are gathered before.
+
+        Args:
+            y: [..., O].
+            x: a tuple of [tokens, ranks], or [slices, tokens, ranks], float32.
+            lora_b_stacked: as of :meth:`add_lora_linear`.
+        """
+        gates = self.gates[: x[0].shape[0], : x[0].shape[1]]
+        # Into new memory: under torch.compile vLLM's own custom ops are what may write in place.
+        gated = x * gates if isinstance(x, torch.Tensor) else tuple(slice * gates for slice in x)
+        super().add_expand(y, gated, lora_b_stacked, *args, **kwargs)  # type: ignore[misc]
 
     def add_lora_linear(
         self,

@@ -57,6 +57,8 @@ KERNELS = {
     expand._expand_block_kernel: {**BLOCKS, "BLOCK_O": 128},
     gated._gated_shrink_kernel: {"BLOCK_T": 16, "BLOCK_D": 256, "BLOCK_R": 16},
     gated._gated_expand_kernel: {"BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 16, "ADD": True},
+    gated._open_gates_kernel: {"BLOCK_R": 128},
+    gated._route_gates_kernel: {"BLOCK_R": 128},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128},
     linear._linear_kernel: {**PRODUCT, "DOT": True},
     epilogue_token._norm_kernel: {"BLOCK": 2048},
@@ -86,6 +88,8 @@ ROUTE = {  # of integers and float32 alone
     averages._averages_kernel,
     route._remember_kernel,
     affine._affine_kernel,
+    gated._open_gates_kernel,
+    gated._route_gates_kernel,
     gates._places_kernel,
     gates._chunks_kernel,
     gates._carry_kernel,
@@ -103,7 +107,7 @@ POINTERS = {
     **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
     **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr", "parts_ptr", "best_ptr", "total_ptr"], "fp32"),
     "squares_ptr": "fp32",
-    **dict.fromkeys(["positions_ptr", "length_ptr", "acts_ptr"], "i64"),
+    **dict.fromkeys(["positions_ptr", "length_ptr", "acts_ptr", "at_ptr", "owners_ptr"], "i64"),
     "mask_ptr": "i1",
 }
 

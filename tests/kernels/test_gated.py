@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from molora_kernels import gated
-from molora_kernels.gated import PAGE, acts_of, add_gated
+from molora_kernels.gated import PAGE, add_gated, open_gates, route_gates
 from tests.conftest import DEVICE
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative, of the norm
+
+
+def bits(gates: torch.Tensor) -> torch.Tensor:
+    """[T] int64, of gates [T, R]."""
+    parts = gates.split(PAGE, 1)
+    return sum(((part != 0).any(1).long() << k for k, part in enumerate(parts)), torch.zeros_like(gates[:, 0]).long())
 
 
 class Case:
@@ -44,8 +50,8 @@ class Case:
 
     def run(self, add: bool = True) -> torch.Tensor:
         y, gates = self.y.clone(), self.gates.to(DEVICE)
-        of = self.order, self.ids, self.counts, self.starts
-        add_gated(y, self.x, self.A, self.B, gates, acts_of(gates), *of, offset=4, add=add)
+        of = bits(gates), self.order, self.ids, self.counts, self.starts
+        add_gated(y, self.x, self.A, self.B, gates, *of, offset=4, add=add)
         return y
 
     def expected(self) -> torch.Tensor:
@@ -91,7 +97,23 @@ def test_written_instead_of_added() -> None:
     assert torch.equal(case.run(add=False), case.run())
 
 
-def test_a_bit_for_each_block_of_ranks() -> None:
-    gates = torch.zeros(3, 512)
-    gates[0, 511], gates[1, 0], gates[1, 40] = 0.5, 1.0, -1.0
-    assert acts_of(gates).tolist() == [1 << 31, 0b101, 0] and acts_of(gates[:, :8]).tolist() == [0, 1, 0]
+@pytest.mark.parametrize("ranks, each", [(8, 2), (64, 12), (512, 64)])
+def test_gates_of_a_plan(ranks: int, each: int) -> None:
+    """Of four adapters of so many ranks, in a stack that has fewer ranks than there are; other tokens are as they were
+    opened."""
+    places = torch.tensor([0, -1, 2, 2, 2, -1, 2], device=DEVICE)
+    gates, acts = torch.full((9, ranks), 7.0, device=DEVICE), torch.full((9,), 7, device=DEVICE)
+    open_gates(gates, acts, places)
+    at, slots = torch.tensor([2, 3, 6]), torch.tensor([[3, 0, -1], [-1, -1, -1], [2, 2, 1]])
+    weights = torch.tensor([[0.5, 1.0, 9.0], [1.0, 1.0, 1.0], [0.25, 0.5, -1.0]])
+    owners = torch.tensor([0, 1, 2, 3, 4]).repeat_interleave(each)[: ranks - 1]
+    route_gates(gates, acts, *(tensor.to(DEVICE) for tensor in (at, slots, weights, owners)))
+    wanted = torch.zeros(9, ranks)
+    wanted[[0, 4]], wanted[7:] = 1, 7
+    for token, chosen, own in zip(at.tolist(), slots.tolist(), weights.tolist(), strict=True):
+        for slot, weight in zip(chosen, own, strict=True):
+            if slot >= 0:
+                wanted[token, : len(owners)] += weight * (owners == slot)
+    assert torch.equal(gates.cpu(), wanted)
+    assert acts[at.to(DEVICE)].tolist() == bits(wanted[at]).tolist()
+    assert acts[torch.tensor([0, 1, 4, 5, 7, 8])].tolist() == [-1, 0, -1, 0, 7, 7]

@@ -29,7 +29,7 @@ def test_the_gpu_wrapper_fits_its_base() -> None:
 
     from molora.vllm.wrapper_gpu import Sparse, SparseGPU
 
-    assert [kind.__name__ for kind in SparseGPU.__mro__[1:4]] == ["Sparse", "Gated", "PunicaWrapperGPU"]
+    assert [kind.__name__ for kind in SparseGPU.__mro__[1:3]] == ["Sparse", "PunicaWrapperGPU"]
     parameters = list(inspect.signature(PunicaWrapperGPU.add_expand).parameters)
     assert parameters[:5] == ["self", "y", "x", "lora_b_stacked", "output_slices"]
     theirs, ours = (list(inspect.signature(kind.add_lora_linear).parameters) for kind in (PunicaWrapperGPU, Sparse))
