@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from molora.vllm import plugin, routed
 from molora.vllm.folder import request
 from tests.vllm.conftest import Served, check, expected, make_adapters, make_base, make_folders, make_models, prompt_of
 
@@ -12,9 +13,10 @@ KINDS = ["averages", "base", "gated", "code", "twice", "deep", "twice"]
 
 
 def compare(served: Served, models: Any, lengths: tuple[int, ...]) -> None:
+    kinds = KINDS[: len(lengths)]
     prompts = [prompt_of(length, 100 + place, 97) for place, length in enumerate(lengths)]
-    answers, _ = served.ask(KINDS, prompts)
-    for kind, prompt, answer in zip(KINDS, prompts, answers, strict=True):
+    answers, _ = served.ask(kinds, prompts)
+    for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
         check(answer, expected(models, kind, prompt))
 
 
@@ -54,3 +56,14 @@ def test_what_a_model_does_not_show_is_refused(folders: dict[str, Path], tmp_pat
     ):
         with pytest.raises(Exception, match=message):
             served.llm.llm_engine.add_lora(asked)
+
+
+def test_what_gpus_run(
+    base: Path, folders: dict[str, Path], adapters: dict[str, Path], models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of vLLM's GPU build and the one that routes single tokens, in Triton's interpreter."""
+    theirs = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+    monkeypatch.setitem(plugin._ROUTED, theirs, "tests.vllm.interpreted.Interpreted")
+    monkeypatch.setattr(routed, "backend_for", lambda device: "triton")
+    served = Served(base, folders, adapters, max_loras=3, max_num_batched_tokens=48, enable_prefix_caching=True)
+    compare(served, models, (60, 20, 9, 21))

@@ -9,28 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from molora.adapter import Adapter
 from molora.plan import RoutingPlan
 from molora.vllm.routed import Group, RoutedStack, Step
 from molora.vllm.wrapper_cpu import SparseCPU
-from molora.vllm.wrapper_gpu import Sparse
-
-
-class Interpreted(Sparse, PunicaWrapperCPU):
-    """The form that GPUs have, in Triton's interpreter. ``token_mapping_meta`` is what vLLM's wrapper for GPUs has."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.lora_config = kwargs["lora_config"]
-        self.token_mapping_meta = LoRAKernelMeta.make(7, 64, "cpu")
+from tests.vllm.interpreted import Interpreted
 
 
 def wrapper_of(kind: Any, tokens: torch.Tensor, rank: int) -> Any:
     """tokens: [T] int64, the slot of each, -1 for the base."""
-    config = SimpleNamespace(max_lora_rank=rank, specialize_active_lora=False)
+    config = SimpleNamespace(max_lora_rank=rank, max_loras=7, specialize_active_lora=False)
     found = kind(64, max_batches=8, device=torch.device("cpu"), lora_config=config)
     found._token_lora_indices[: len(tokens)] = tokens
     found.is_prefill = False
