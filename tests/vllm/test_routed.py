@@ -9,25 +9,29 @@ from molora.vllm.folder import read_manifest
 from molora.vllm.memory import SlotMemory
 from molora.vllm.routed import RoutedStack, Step
 from molora.vllm.selections import Selections
+from tests.conftest import DEVICE
 from tests.vllm.conftest import prompt_of
 
 
 @pytest.mark.parametrize("kind", ["averages", "gated", "twice"])
 @pytest.mark.parametrize("choice", [None, '{"personality": "law"}', '{"domain": ["code"], "user": "ada"}'])
 def test_kernels_route_as_torch_does(kind: str, choice: str | None, folders: dict[str, Path]) -> None:
-    stacks = [RoutedStack(folders[kind], torch.device("cpu")) for _ in range(2)]
+    stacks = [RoutedStack(folders[kind], DEVICE) for _ in range(2)]
+    stacks[0]._tokens = None  # on a GPU it has them, too
     stacks[1].by_kernels(Selections(read_manifest(folders[kind])).layers)
-    memories = [SlotMemory(90, torch.device("cpu")) for _ in stacks]
-    ids = torch.tensor([prompt_of(24, seed) for seed in range(3)])
-    kv = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:72].view(3, 24)
+    memories = [SlotMemory(90, DEVICE) for _ in stacks]
+    ids = torch.tensor([prompt_of(24, seed) for seed in range(3)], device=DEVICE)
+    kv = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:72].view(3, 24).to(DEVICE)
     found: list[list[torch.Tensor]] = [[], []]
     for stack, memory, plans in zip(stacks, memories, found, strict=True):
         memory.widen(stack.size)
         for first, last in [(0, 5), *((token, token + 1) for token in range(5, 24))]:
-            before = kv[:, first - 1] if first else torch.full((3,), -1)
+            before = kv[:, first - 1] if first else torch.full((3,), -1, device=DEVICE)
             with torch.no_grad():
                 plan = stack.plan(Step(choice, before, kv[:, first:last]), ids[:, first:last], memory)
-            acting = torch.zeros(*plan.shape[:2], 6)  # by adapter; those of a weight of nearly 0 have no order
+            acting = torch.zeros(
+                *plan.shape[:2], 6, device=DEVICE
+            )  # by adapter; those of a weight of nearly 0 have no order
             plans.append(acting.scatter_add_(2, plan.slots % 6, plan.weights.contiguous())[..., :5])
     one, other = (torch.cat(plans, 1) for plans in found)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
