@@ -43,9 +43,9 @@ NEAR = 0.02  # between log-probabilities in float32: vLLM's kernels for LoRA and
 
 def make_base(shape: str, device: torch.device) -> Any:
     if shape not in LLAMAS:
-        return random_base(shape, device, torch.float32)
+        return random_base(shape, device, torch.bfloat16)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**LLAMAS[shape], tie_word_embeddings=True)).to(device).eval()
+    return AutoModelForCausalLM.from_config(LlamaConfig(**LLAMAS[shape], tie_word_embeddings=True)).bfloat16().eval()
 
 
 def write_adapter(base: Any, folder: Path, rank: int, seed: int) -> Path:
@@ -64,6 +64,7 @@ def make(folder: Path, shape: str, adapters: int, rank: int, device: torch.devic
     """Writes the base, the adapters, and the stacks as we save them and as vLLM reads them; where they are."""
     base = make_base(shape, device)
     base.save_pretrained(folder / "base")
+    base = base.cpu().float()
     words = Tokenizer(models.WordLevel({"word": 0}, "word"))  # no text is read; a base has a tokenizer
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "base")
     own = {f"a{n}": write_adapter(base, folder / f"a{n}", rank, n) for n in range(adapters)}
@@ -71,7 +72,7 @@ def make(folder: Path, shape: str, adapters: int, rank: int, device: torch.devic
     made["all"] = write_adapter(base, folder / "all", rank * adapters, adapters)
     for kind, top in TOP.items():
         stack = Stack([StackLayer("domain", own, top_k=top, default="auto")])
-        model = MoLoRAModel.from_base(str(made["base"]), stack, random_router(stack, base), dtype=torch.float32)
+        model = MoLoRAModel.from_base(str(made["base"]), stack, random_router(stack, base))
         made[f"saved {kind}"] = folder / "saved" / kind.replace(" ", "-")
         model.save_pretrained(made[f"saved {kind}"])
         made[kind] = export(made[f"saved {kind}"], folder / "exported", base=base)

@@ -229,7 +229,7 @@ def add_gated(
     shape = {"SLICES": slices, "SPLIT": split, "PAGE": PAGE, "BLOCK_T": block_t, "BLOCK_R": block_r}
     shape["UPCAST"] = x.device.type == "cpu"  # Triton's interpreter gets half precision wrong
     of = (acts, order, slots, counts, starts)
-    tiles, block_o = triton.cdiv(T, block_t), 64 if few else 128
+    tiles, block_o, block_d = triton.cdiv(T, block_t), 64 if few else 128, (512 if few else 128) // x.element_size()
     _gated_shrink_kernel[(tiles * triton.cdiv(ranks, block_r), slices * split, len(slots))](
         x,
         *As,
@@ -240,7 +240,7 @@ def add_gated(
         ranks,
         x.stride(0),
         **shape,
-        BLOCK_D=(512 if few else 128) // x.element_size(),
+        BLOCK_D=block_d,
         num_warps=4,
     )
     _gated_expand_kernel[(tiles * triton.cdiv(max(widths), block_o), slices, len(slots))](
