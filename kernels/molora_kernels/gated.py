@@ -231,17 +231,7 @@ def add_gated(
     of = (acts, order, slots, counts, starts)
     tiles, block_o, block_d = triton.cdiv(T, block_t), 64 if few else 128, (512 if few else 128) // x.element_size()
     _gated_shrink_kernel[(tiles * triton.cdiv(ranks, block_r), slices * split, len(slots))](
-        x,
-        *As,
-        h,
-        *of,
-        T,
-        D,
-        ranks,
-        x.stride(0),
-        **shape,
-        BLOCK_D=block_d,
-        num_warps=4,
+        x, *As, h, *of, T, D, ranks, x.stride(0), **shape, BLOCK_D=block_d, num_warps=4
     )
     _gated_expand_kernel[(tiles * triton.cdiv(max(widths), block_o), slices, len(slots))](
         y, h, *Bs, gates, *of, T, ranks, y.stride(0), gates.stride(0), offset, *widths,
