@@ -25,7 +25,7 @@ from molora.routing import RoutingState
 from molora.selection import Selection, candidates, resolve, router_rows
 from molora.spread import device_of
 from molora.stack import SlotTable, Stack
-from molora.streaming import stream
+from molora.streaming import Worker, stream
 from molora.vocabulary import VocabularyRouter
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class MoLoRAModel(nn.Module):
         self.keys = StackKeys(base)
         self.documents: Any = None  # what has been internalised
         self.steps = CapturedSteps(base, self.routing, self.adapted.groups, backend)
+        self._worker = Worker()  # of streams
 
     @classmethod
     def from_base(
@@ -238,7 +239,8 @@ class MoLoRAModel(nn.Module):
             with self.routing.active(lambda: self._resolve(selection, inputs)), self.steps.serve((), inputs) as options:
                 self.base.generate(**options)
 
-        return stream(generate, lambda at: self.routing.route_at(at, self.slots.names), self.tokenizer, inputs)
+        route_at = lambda at: self.routing.route_at(at, self.slots.names)  # noqa: E731
+        return stream(self._worker, generate, route_at, self.tokenizer, inputs)
 
     def find(
         self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor, selection: Selection | None = None

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,42 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)
 
 
+class Worker:
+    """Runs one piece of work after the other, in a thread that stays as long as this does.
+
+    With a new thread for each, a process that answers for hours grows: glibc gives a thread any one of many heaps, and
+    each heap keeps the most that a generation in it ever needed.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["Worker"], tuple[()]]:
+        """A copy, as of a model, has nothing under way."""
+        return Worker, ()
+
+    def start(self, work: Callable[[], None]) -> threading.Event:
+        """Has ``work``, which raises nothing, done in its turn; what is returned is set when it is."""
+        done = threading.Event()
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # it is not, where the process has been forked
+                self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
+                self._thread = threading.Thread(target=_work_through, args=(self._work,), daemon=True)
+                self._thread.start()
+                weakref.finalize(self, self._work.put, _END)
+            self._work.put((work, done))
+        return done
+
+
+def _work_through(queued: "queue.SimpleQueue[Any]") -> None:
+    while (item := queued.get()) is not _END:
+        work, done = item
+        work()
+        done.set()
+        del item, work, done  # or what they hold would stay until the next
+
+
 class TextDecoder:
     """Token ids -> text, holding back what is not yet a whole character.
 
@@ -76,9 +113,13 @@ class TextDecoder:
 
 
 def stream(
-    generate: Callable[..., Any], route: Callable[[int], Route], tokenizer: Any, inputs: dict[str, Any]
+    worker: Worker,
+    generate: Callable[..., Any],
+    route: Callable[[int], Route],
+    tokenizer: Any,
+    inputs: dict[str, Any],
 ) -> Iterator[StreamedToken]:
-    """Runs ``generate(**inputs)`` in a thread and yields its tokens. Closing the iterator stops it.
+    """Has ``worker`` run ``generate(**inputs)`` and yields its tokens. Closing the iterator stops it.
 
     Args:
         generate: called with ``inputs`` and a streamer.
@@ -97,8 +138,7 @@ def stream(
         except BaseException as error:  # handed to the reader, who raises it
             out.put(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    ended = worker.start(run)
     decoder = TextDecoder(tokenizer) if tokenizer is not None else None
     held: tuple[int, Route] | None = None  # a token whose character may still be completed by the next
     try:
@@ -117,4 +157,4 @@ def stream(
             yield StreamedToken(held[0], decoder.rest(), held[1])
     finally:
         stop.asked.set()
-        thread.join()
+        ended.wait()

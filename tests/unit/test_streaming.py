@@ -1,5 +1,8 @@
 """Tokens as they come, each with its text and its route."""
 
+import copy
+import gc
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCrit
 
 from molora import MoLoRAModel, StreamedToken
 from molora.errors import MoLoRAError, SelectionError
-from molora.streaming import TextDecoder
+from molora.streaming import TextDecoder, Worker
 from tests.unit.spoken import make_spoken, say
 
 TEXT = "héllo 🙂 wörld\n\n  two spaces\n日本語\nend"
@@ -102,15 +105,51 @@ def test_routes_are_those_of_the_whole_text(more: Any, model: MoLoRAModel) -> No
 
 
 def test_closing_stops_it(model: MoLoRAModel, prompt: torch.Tensor) -> None:
-    before = threading.active_count()
-    stream = model.stream(prompt, max_new_tokens=200, do_sample=False)
+    count = Count()
+    stream = model.stream(prompt, max_new_tokens=200, do_sample=False, stopping_criteria=[count])
     first = [next(stream).token_id for _ in range(3)]
-    assert threading.active_count() == before + 1
     stream.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    assert 3 <= count.steps < 200
+    steps = count.steps
     assert model.routing.lock.acquire(timeout=1)
     model.routing.lock.release()
     assert generate(model, prompt, max_new_tokens=3, do_sample=False) == first
+    assert count.steps == steps
+
+
+def test_one_thread_serves_a_model_and_ends_with_it(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    model = make_spoken(tmp_path)
+    prompt = model.encode("Once upon a time")["input_ids"]
+    first = list(model.stream(prompt, max_new_tokens=4, do_sample=False))
+    [thread] = set(threading.enumerate()) - before
+    unfinished = model.stream(prompt, max_new_tokens=9, do_sample=False)
+    next(unfinished)
+    assert list(model.stream(prompt, max_new_tokens=4, do_sample=False)) == first
+    assert set(threading.enumerate()) - before == {thread}
+    del model, unfinished
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_a_copy_has_a_thread_of_its_own(model: MoLoRAModel, prompt: torch.Tensor) -> None:
+    expected = list(model.stream(prompt, max_new_tokens=4, do_sample=False))
+    before = set(threading.enumerate())
+    other = copy.deepcopy(model)
+    assert list(other.stream(prompt, max_new_tokens=4, do_sample=False)) == expected
+    assert len(set(threading.enumerate()) - before) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    worker, did = Worker(), []
+    assert worker.start(lambda: did.append(1)).wait(30)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if worker.start(lambda: None).wait(30) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and did == [1]
 
 
 class Count(StoppingCriteria):
