@@ -23,6 +23,7 @@ NOT_RUN: dict[str, list[str]] = {
         "make vllm",
         "tools/federated_env.sh",
         ". .venv-federated/bin/activate",
+        "npm install --prefix ~/lighthouse lighthouse@12.8.2",
     ],
     "the base writes every text itself, which takes hours; tests/unit/test_cli.py holds the command": [
         "molora train personas --out data",
@@ -91,6 +92,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora demo --port 8080",
         "molora demo my-molora --port 8080 --no-browser",
         "molora demo --server http://127.0.0.1:8000",
+        "python -m tools.lighthouse starter ~/lighthouse",
     ],
     "trains for minutes on the base; tests/examples runs each on a tiny one": [
         "python examples/bring_your_own_adapters.py",
