@@ -66,9 +66,14 @@ def shown(page: Page) -> tuple[float, float]:
     return (seen["first"] - seen["asked"]) / 1e3, (count - 1) / (seen["ended"] - seen["first"]) * 1e3
 
 
-def memory_mib() -> float:
-    """What this process holds, the page's server and the model in it."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+def memory_mib() -> dict[str, float]:
+    """What this process holds, the page's server and the model in it: all that is resident, and what of it is its own.
+
+    The rest is of mapped files, the base's weights among them, which the system takes away when others need memory.
+    """
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    of = {name: int(rest[0]) / 2**10 for name, *rest in lines if name in ("VmRSS:", "RssAnon:")}
+    return {"resident": of["VmRSS:"], "its own": of["RssAnon:"]}
 
 
 def main() -> None:
@@ -100,7 +105,7 @@ def main() -> None:
         rounds = [(shown(page), plain(source.model, TOKENS)) for _ in range(ROUNDS)]
         print(f"pace: {[f'{page[1] / alone[1]:.1%}' for page, alone in rounds]}", flush=True)
         set_tokens(page, SHORT)
-        before = 0.0
+        before: dict[str, float] = {}
         for turn in range(args.turns):
             if turn % TALK == 0:
                 page.get_by_role("button", name="New").click()
@@ -117,8 +122,7 @@ def main() -> None:
         "plain_tokens_per_s": statistics.median(alone[1] for _, alone in rounds),
         "pace": statistics.median(page[1] / alone[1] for page, alone in rounds),
         "turns": args.turns,
-        "memory_mib": [before, after],
-        "memory_growth": after / before - 1 if before else None,
+        "memory_mib": {kind: [before[kind], after[kind]] for kind in before},
     }
     print(f"{machine_name()}, {torch.get_num_threads()} threads, commit {commit()}")
     print(f"first paint                    {figures['first_paint_s']:.2f} s")
@@ -126,8 +130,8 @@ def main() -> None:
     print(f"tokens a second in the page    {figures['tokens_per_s']:.1f}")
     print(f"    without a page             {figures['plain_tokens_per_s']:.1f}")
     print(f"pace, page to plain            {figures['pace']:.1%} (median of {ROUNDS} rounds, one beside the other)")
-    if before:
-        print(f"memory, turn {WARM} to {args.turns}        {before:.0f} -> {after:.0f} MiB ({after / before - 1:+.1%})")
+    for kind, (was, now) in figures["memory_mib"].items():
+        print(f"memory, turn {WARM} to {args.turns}, {kind:<8} {was:.0f} -> {now:.0f} MiB ({now / was - 1:+.1%})")
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
