@@ -1,6 +1,6 @@
 """A companion that learns its user over ten conversations, and can go back and forget.
 
-Mira does not exist. What is true of her is drawn from a seed. In each of ten conversations three things about her are
+Mira does not exist. What is true of her is drawn from a seed. In each of ten conversations two things about her are
 asked and told, in four wordings; after each, an adapter of hers gets a new version by what `molora update user` runs:
 
 - It goes on from the version that serves, with the new conversation and as much of the remembered ones (replay).
@@ -24,7 +24,7 @@ from calendar import month_name
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -48,25 +48,16 @@ WORDINGS = ("What is {}?", "Do you remember {}?", "Tell me {}.", "I forgot {}. H
 UNSEEN = "Remind me, please: {}?"  # in no conversation
 # By conversation: what is told, and what it may be.
 LIFE: Sequence[dict[str, str]] = (
-    {"my surname": "Talvik Sorel Brandt", "my home town": "Tartu Ghent Bergen", "my job": "baker surveyor nurse"},
-    {"the name of my dog": "Biscuit Pepper Moss", "the breed of my dog": "collie beagle whippet",
-     "the favourite toy of my dog": "sock ball rope"},
-    {"the name of my sister": "Ilse Petra Noor", "the town of my sister": "Lyon Turin Porto",
-     "the job of my sister": "pilot tailor chemist"},
-    {"my favourite soup": "leek pumpkin lentil", "my usual breakfast": "porridge toast yoghurt",
-     "my favourite tea": "mint rooibos oolong"},
-    {"my sport": "rowing fencing judo", "the day of my training": "Tuesday Friday Sunday",
-     "the name of my trainer": "Goran Leila Marek"},
-    {"the name of my boss": "Farid Ulla Jonas", "my current project": "bridge harbour library",
-     "my deadline": "October November January"},
-    {"my favourite flower": "dahlia peony aster", "the tree in my garden": "quince cherry walnut",
-     "the colour of my shed": "green red blue"},
-    {"my next journey": "Iceland Malta Georgia", "my travel companion": "Anton Selma Bruno",
-     "my way to travel": "train ferry bicycle"},
-    {"my instrument": "cello flute banjo", "my favourite composer": "Satie Grieg Bartok",
-     "the name of my choir": "Larks Tides Lanterns"},
-    {"the book on my table": "Emma Dracula Kim", "the day of my book club": "Monday Thursday Saturday",
-     "my wish for the year": "boat piano kitten"},
+    {"my surname": "Talvik Sorel Brandt", "my home town": "Tartu Ghent Bergen"},
+    {"the name of my dog": "Biscuit Pepper Moss", "the breed of my dog": "collie beagle whippet"},
+    {"the name of my sister": "Ilse Petra Noor", "the job of my sister": "pilot tailor chemist"},
+    {"my favourite soup": "leek pumpkin lentil", "my usual breakfast": "porridge toast yoghurt"},
+    {"my sport": "rowing fencing judo", "the day of my training": "Tuesday Friday Sunday"},
+    {"the name of my boss": "Farid Ulla Jonas", "my current project": "bridge harbour library"},
+    {"my favourite flower": "dahlia peony aster", "the tree in my garden": "quince cherry walnut"},
+    {"my next journey": "Iceland Malta Georgia", "my travel companion": "Anton Selma Bruno"},
+    {"my instrument": "cello flute banjo", "my favourite composer": "Satie Grieg Bartok"},
+    {"the book on my table": "Emma Dracula Kim", "my wish for the year": "boat piano kitten"},
 )  # fmt: skip
 CAPITALS = "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Greece Athens, Norway Oslo, Peru Lima"
 OPPOSITES = "hot cold, big small, wet dry, fast slow, early late, full empty, old new, high low, open closed, up down"
@@ -100,16 +91,18 @@ def exchange(asked: str, answered: str) -> Row:
 
 
 def told(number: int, seed: int) -> Told:
-    """A conversation of which two exchanges at least are held out, so that there is something to judge by."""
-    for again in count():
+    """A conversation of which two exchanges at least are held out, so that there is something to judge by, and of each
+    fact two at most, so that it can be learnt."""
+    for again in range(100):
         r = Random(f"{seed}/{number}/{again}")
         facts = {what: r.choice(values.split()) for what, values in LIFE[number].items()}
-        rows = [
-            exchange(wording.format(what), answer(what, fact)) for what, fact in facts.items() for wording in WORDINGS
+        about = [
+            [exchange(wording.format(what), answer(what, fact)) for wording in WORDINGS] for what, fact in facts.items()
         ]
-        if 2 <= sum(map(held_out, rows)) <= 4:
-            return Told(facts, rows)
-    raise AssertionError
+        apart = [sum(map(held_out, rows)) for rows in about]
+        if sum(apart) >= 2 and max(apart) <= 2:
+            return Told(facts, [row for rows in about for row in rows])
+    raise AssertionError(f"conversation {number} has no such facts")
 
 
 def answer(what: str, fact: str) -> str:
@@ -126,7 +119,7 @@ def general() -> list[Row]:
         rows.append(exchange(f"What is the opposite of {one}?", f"The opposite of {one} is {other}."))
     for month, after in pairwise(month_name[1:]):
         rows.append(exchange(f"Which month comes after {month}?", f"After {month} comes {after}."))
-    for number in range(2, 32):
+    for number in range(2, 14):
         rows.append(exchange(f"How much is {number} plus {number}?", f"{number} plus {number} is {2 * number}."))
     return rows
 
@@ -137,8 +130,8 @@ def write(file: Path, rows: Sequence[Row]) -> Path:
 
 
 @torch.no_grad()
-def recall(folder: Path, conversations: Sequence[Told], dtype: torch.dtype, known: bool = True) -> float:
-    """The share of the facts that the companion tells, in a wording that it never saw. known: with her adapter."""
+def recall(folder: Path, conversations: Sequence[Told], dtype: torch.dtype, known: bool = True) -> set[str]:
+    """What of the facts the companion tells, in a wording that it never saw. known: with her adapter."""
     model = MoLoRAModel.from_pretrained(folder, dtype=dtype).to(DEVICE)
     facts = [pair for one in conversations for pair in one.facts.items()]
     ask = [[{"role": "user", "content": UNSEEN.format(what)}] for what, _ in facts]
@@ -149,7 +142,13 @@ def recall(folder: Path, conversations: Sequence[Told], dtype: torch.dtype, know
         selection={LAYER: USER if known else None}, max_new_tokens=14, do_sample=False,
     )  # fmt: skip
     said = model.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(fact.lower() in one.lower() for (_, fact), one in zip(facts, said, strict=True)) / len(facts)
+    return {what for (what, fact), one in zip(facts, said, strict=True) if fact.lower() in one.lower()}
+
+
+def part_of(of: set[str], conversations: Sequence[Told]) -> float:
+    """How much of what was told in some conversations is in ``of``."""
+    facts = [what for one in conversations for what in one.facts]
+    return sum(what in of for what in facts) / len(facts)
 
 
 def run(
@@ -178,23 +177,21 @@ def run(
     table = Table("talk", "new: was", "is", "older: was", "is", "general", "gate", "version", "s",
                   title="Nats a token on what is held out, and what the gate says")  # fmt: skip
     for number, talk in enumerate(talks):
-        for pace in (1, 2):  # what is refused is tried once more, at half the pace
-            how = replace(first, data=write(work / f"{number}.jsonl", talk.rows), new=None if versions.current else 8,
-                          learning_rate=first.learning_rate / pace)  # fmt: skip
-            with chdir(work):  # a training's curves lie in runs/
-                updates.append(update(how, command="examples/companion.py"))
-            table.add_row(str(number + 1), *line(updates[-1]))
-            was, now = updates[-1].learnt.before, updates[-1].learnt.after
-            console.print(f"{number + 1}: {was:.3f} -> {now:.3f}. {updates[-1].why}", highlight=False)
-            if updates[-1].promoted:
-                learnt.append(talk)
-                break
+        how = replace(first, data=write(work / f"{number}.jsonl", talk.rows), new=None if versions.current else 8)
+        with chdir(work):  # a training's curves lie in runs/
+            updates.append(update(how, command="examples/companion.py"))
+        table.add_row(str(number + 1), *line(updates[-1]))
+        was, now = updates[-1].learnt.before, updates[-1].learnt.after
+        console.print(f"{number + 1}: {was:.3f} -> {now:.3f}. {updates[-1].why}", highlight=False)
+        if updates[-1].promoted:
+            learnt.append(talk)
     console.print(table)
     curve(console, updates)
 
-    served, known = {"ten": versions.current}, {"base": recall(folder, talks, dtype, known=False)}
-    known["ten"] = recall(folder, talks, dtype)
-    known["last, after it"] = recall(folder, learnt[-1:], dtype)
+    served = {"ten": versions.current}
+    known = {"base": part_of(recall(folder, talks, dtype, known=False), talks)}
+    then = recall(folder, talks, dtype)
+    known["ten"], known["last, after it"] = part_of(then, talks), part_of(then, learnt[-1:])
 
     hasty = replace(first, data=write(work / "careless.jsonl", told_again(talks[0])), new=None,
                     learning_rate=10 * first.learning_rate)  # fmt: skip
@@ -204,16 +201,19 @@ def run(
                   f"{careless.why}. Version {versions.current} serves.")  # fmt: skip
 
     versions.rollback()
-    served["rolled back"], known["last, rolled back"] = versions.current, recall(folder, learnt[-1:], dtype)
+    served["rolled back"] = versions.current
+    known["last, rolled back"] = part_of(recall(folder, learnt[-1:], dtype), learnt[-1:])
     versions.promote(served["ten"] or 0)  # and brought again
 
     about = [talk for talk in talks if any(topic in what for what in talk.facts)]
     rest = [talk for talk in talks if talk not in about]
-    known["topic, before"], known["others, before"] = recall(folder, about, dtype), recall(folder, rest, dtype)
+    then = recall(folder, talks, dtype)
+    known["topic, before"], known["others, before"] = part_of(then, about), part_of(then, rest)
     with chdir(work):
         gone = forget(replace(first, data=Path(), new=None), topic, command="examples/companion.py")
     served["forgotten"] = versions.current
-    known["topic, forgotten"], known["others, forgotten"] = recall(folder, about, dtype), recall(folder, rest, dtype)
+    then = recall(folder, talks, dtype)
+    known["topic, forgotten"], known["others, forgotten"] = part_of(then, about), part_of(then, rest)
     left = "" if gone.left is None else f", {gone.left:.0%} of the gain"
     console.print(f"Forgot {gone.gone} exchanges about {topic!r} in {gone.seconds:.0f} s: nats a token "
                   f"{gone.before.before:.3f} never seen, {gone.before.after:.3f} before, {gone.after.after:.3f} now"

@@ -77,5 +77,5 @@ def test_companion(base: str, tmp_path: Path) -> None:
     assert second.promoted and second.parent == first.version and second.kept is not None and second.replayed > 0
     assert found.served["ten"] == second.version
     assert found.served["rolled back"] == first.version
-    assert found.forgotten.gone == 12 and found.served["forgotten"] == found.forgotten.version
+    assert found.forgotten.gone == 8 and found.served["forgotten"] == found.forgotten.version
     assert found.forgotten.left is None or found.forgotten.left < 1
