@@ -239,8 +239,9 @@ class MoLoRAModel(nn.Module):
             with self.routing.active(lambda: self._resolve(selection, inputs)), self.steps.serve((), inputs) as options:
                 self.base.generate(**options)
 
-        route_at = lambda at: self.routing.route_at(at, self.slots.names)  # noqa: E731
-        return stream(self._worker, generate, route_at, self.tokenizer, inputs)
+        return stream(
+            self._worker, generate, lambda at: self.routing.route_at(at, self.slots.names), self.tokenizer, inputs
+        )
 
     def find(
         self, prompt: Sequence[Mapping[str, str]] | str | torch.Tensor, selection: Selection | None = None

@@ -190,7 +190,10 @@ def test_what_it_makes_up_is_its_own(settings: UpdateSettings) -> None:
         assert row["messages"][1]["content"] == expected
 
 
-def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path) -> None:
+def test_it_learns_remembers_and_serves(
+    settings: UpdateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Steady, "strength", 10.0)  # for a base that finds all conversations alike
     found = update(settings, command="molora update")
     mine = Versions(settings.model, "domain", "math")
     assert found.promoted and (found.version, found.parent, mine.current) == (2, 1, 2)
