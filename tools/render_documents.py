@@ -26,9 +26,12 @@ def section(report: Row) -> list[str]:
     for row in report["needles"]:
         found, less = row["recall"], row[f"recall at rank {net['rank']}"]
         parts.append(f"| {row['tokens']:,} tokens | {row['rank']} | {found:.1%} | {less:.1%} |")
-    parts += ["", "| questions about passages | F1 | ROUGE-L |", "|---|---|---|"]
-    for row in report["rows"]:
-        parts.append(f"| {row['contender']} | {_share(row, 'f1')} | {_share(row, 'rouge_l')} |")
+    for kind in dict.fromkeys(row.get("kind") for row in report["rows"]):  # older reports have all kinds together
+        asked = f", answered {'in' if kind == 'words' else 'by'} {kind}" if kind else ""
+        parts += ["", f"| questions about passages{asked} | F1 | ROUGE-L |", "|---|---|---|"]
+        for row in report["rows"]:
+            if row.get("kind") == kind:
+                parts.append(f"| {row['contender']} | {_share(row, 'f1')} | {_share(row, 'rouge_l')} |")
     return [*parts, "", *bars(report["must"]), ""]
 
 

@@ -16,12 +16,17 @@ def test_needles_and_questions_are_what_was_measured() -> None:
         "network": {"rank": 4, "chunk": 128},
         "cost": {"tokens": 2000.0, "seconds": 0.0522, "bytes": 20_300_000.0, "bytes at rank 4": 1_020_000.0},
         "needles": [{"tokens": 1024, "rank": 72, "recall": 0.9375, "recall at rank 4": 0.5}],
-        "rows": [row],
+        "rows": [{"kind": "words", **row}, {"kind": "yes or no", **row, "f1": 0.125}],
         "must": [{"name": "recall", "value": 0.5, "bar": 0.95, "better": "higher", "holds": False, "note": ""}],
     }
     text = "\n".join(render_documents.section(report))
     assert "| 1,024 tokens | 72 | 93.8% | 50.0% |" in text
-    assert "| base | 25.0% [20.0%, 30.0%] | 50.0% [40.0%, 60.0%] |" in text
+    tables = text.split("questions about passages")[1:]
+    assert tables[0].startswith(", answered in words |") and tables[1].startswith(", answered by yes or no |")
+    assert "| base | 25.0% [20.0%, 30.0%] | 50.0% [40.0%, 60.0%] |" in tables[0] and "25.0%" not in tables[1]
+    assert "| base | 12.5% [20.0%, 30.0%] |" in tables[1]
+    before = "\n".join(render_documents.section({**report, "rows": [row]}))  # of a report without kinds
+    assert "| questions about passages | F1" in before and before.count("| base |") == 1
     assert "| recall | 0.500 | ≥ 0.95 | **missed** |" in text
     assert "9.5 million" in text and "52 ms" in text and "20.3 MB" in text and "rank 4 1.0 MB" in text
 

@@ -12,13 +12,13 @@ from molora.personalize.document_net import DocumentNet
 from molora.personalize.generated import generated
 from molora_training import document_table
 from molora_training.data import Example, write_examples
-from molora_training.data.lessons import Lesson, write_lessons
+from molora_training.data.lessons import Lesson, of_kind, write_lessons
 from molora_training.document_table import Table, exact, f1, rouge_l
 from tests.unit.spoken import make_spoken
 from tests.unit.test_internalize import make_net
 
 LESSONS = [
-    Lesson(f"The hat of {who} is {colour}.", ((f"Hat of {who}?", colour),))
+    Lesson(f"The hat of {who} is {colour}.", ((f"Hat of {who}?", colour), ("Is it a hat?", "Yes.")))
     for who, colour in (("Ada", "red"), ("Bob", "blue"), ("Eve", "green"))
 ]
 
@@ -69,7 +69,11 @@ def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
     found = {"base": 0.1, "adapter of the text": 0.5, "what every text has": 0.2, "text in the prompt": 0.3,
              "text in the prompt, with what every text has": 0.6}  # fmt: skip
     report = {
-        "rows": [{"contender": name, "f1": value, "rouge_l": value} for name, value in found.items()],
+        "rows": [
+            {"kind": kind, "contender": name, "f1": value / part, "rouge_l": value / part}
+            for kind, part in (("words", 1), ("yes or no", 9))
+            for name, value in found.items()
+        ],
         "needles": [{"times": times, "recall at rank 8": 1.0} for times in (1, 4, 16)],
         "unrelated": {"base": 2.0, "adapter": 2.0},
         "cost": {"seconds": 0.1},
@@ -79,14 +83,40 @@ def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
     report["rows"][3]["f1"] = 0.1  # type: ignore[index]
     report["rows"][4]["f1"] = 0.2  # type: ignore[index]
     shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
-    assert shares[0]["value"] == 0.0 and "does not help" in shares[0]["note"]
+    assert shares[0]["value"] == 0.0 and shares[0]["note"].endswith("20.0% with it, 50.0% with the text's adapter")
+    assert shares[1]["value"] == pytest.approx(0.75) and shares[1]["note"] == ""
+
+
+def test_the_own_adapter_is_compared_text_by_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base))
+    told = {"adapter of the text": [1.0, 0.5, 0.75], "adapter of another text": [0.0, 0.25, 1.0]}
+    monkeypatch.setattr(
+        table, "_scores", lambda one, _: {"f1": torch.tensor(told.get(one.name, [0.0] * 3), dtype=torch.float64)}
+    )
+    *_, last = table.passages(LESSONS)
+    assert last["contender"] == "adapter of the text, over that of another"
+    assert last["f1"] == pytest.approx(1.0 / 3) and last["f1_interval"][0] < 0 < last["f1_interval"][1]
+
+
+def test_questions_are_told_apart_by_their_answers() -> None:
+    lesson = Lesson("A text.", (("Is it?", "Yes."), ("What?", "Yesterday"), ("Was it?", "no"), ("Who?", "No one")))
+    assert of_kind([lesson, Lesson("Other.", (("Is it?", "No"),))], "words") == [
+        Lesson("A text.", (("What?", "Yesterday"), ("Who?", "No one")))
+    ]
+    assert [len(one.questions) for one in of_kind([lesson], "yes or no")] == [2]
 
 
 def test_what_every_text_has_is_the_networks_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_spoken(tmp_path)
     table = Table(model.base, model.tokenizer, make_net(model.base))
     given: dict[str, Any] = {}
-    monkeypatch.setattr(table, "_row", lambda one, _: given.setdefault(one.name, one.factors and one.factors(0)))
+
+    def scores(one: document_table.Contender, _: Any) -> dict[str, torch.Tensor]:
+        given[one.name] = one.factors and one.factors(0)
+        return {"f1": torch.zeros(3)}
+
+    monkeypatch.setattr(table, "_scores", scores)
     table.passages(LESSONS)
     for name, (A, B) in given["what every text has"].items():
         layer, inner = int(name.split(".")[2]), name.rsplit(".", 1)[1]
@@ -117,15 +147,24 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
     )  # fmt: skip
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "o.json").read_text())
-    assert [row["contender"] for row in report["rows"]] == [
+    names = [
         "base", "adapter of the text", "adapter of the text, cut to rank 8", "adapter of another text",
         "adapter of the text's words, shuffled", "what every text has", "text in the prompt",
         "text in the prompt, with what every text has", "search over all texts",
+        "adapter of the text, over that of another",
     ]  # fmt: skip
+    assert [(row["kind"], row["contender"]) for row in report["rows"]] == [
+        (kind, name) for kind in ("words", "yes or no") for name in names
+    ]
+    assert report["data"].startswith("of the test split 3 passages with questions that are answered in words and 3 with")
     assert [one["tokens"] for one in report["needles"]] == [64, 128, 256, 1024]
     assert report["needles"][3]["rank"] > report["needles"][0]["rank"]
     assert all(
-        0 <= row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] <= 1
+        (-1 if "over" in row["contender"].split(", ")[-1].split() else 0)
+        <= row[f"{name}_interval"][0]
+        <= row[name]
+        <= row[f"{name}_interval"][1]
+        <= 1
         for row in report["rows"]
         for name in ("f1", "rouge_l", "exact")
     )

@@ -1,4 +1,5 @@
-"""What does an adapter that was made of a document know of it? Needles by length, and questions about passages.
+"""What does an adapter that was made of a document know of it? Needles by length, and questions about passages, those
+that are answered by yes or no apart from the others: of these half is right by chance.
 
 Beside the right adapter stand another text's, one of the text with its words shuffled, the text in the prompt, and what
 a search over all texts puts there, which is what users would do without adapters. The network gives every text the same
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 
 from molora.base import load_base
+from molora.errors import DataError
 from molora.factors import Factors, cut, write_factors
 from molora.personalize.document_net import DocumentNet, of_text
 from molora.personalize.documents import chunks
 from molora.personalize.internalize import factors_of
 from molora.personalize.retrieval import Encoder, Retriever
 from molora_training.data import Encoded, encode_within, read_examples
-from molora_training.data.lessons import Lesson, read_lessons
+from molora_training.data.lessons import KINDS, Lesson, of_kind, read_lessons
 from molora_training.evaluate import bootstrap
 from molora_training.hypernet.document import METRICS
 from molora_training.hypernet.lessons import Needles
@@ -41,7 +43,9 @@ QUESTIONS = 2  # about each passage
 PIECE, PIECES = 128, 3  # tokens of what is searched, and how many of them go into the prompt
 LONG = 2000  # tokens of the document that is timed
 CUT = 8  # the rank that memory is held to
+OWN, OTHER = "adapter of the text", "adapter of another text"
 SHARED, GIVEN = "what every text has", "text in the prompt"
+OVER = f"{OWN}, over that of another"
 
 Prompt = Callable[[Lesson, str], str]
 
@@ -74,24 +78,35 @@ def run(
         encoder: of the search over all texts; None: it looks for words alone.
         out: the report.
         command: to be named in it.
-        limit: passages of the test split. needles: texts of each length.
+        limit: passages of the test split with questions of a kind. needles: texts of each length.
         general: a domain of conversations that have nothing to do with any passage.
+
+    Raises:
+        DataError: no question about a passage is answered in words.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = DocumentNet.load(folder, torch.bfloat16)
     base, tokenizer = load_base(net.config.base, dtype=torch.bfloat16)
     base.to(device).requires_grad_(False).eval()
     table = Table(base, tokenizer, net.to(device), encoder)
-    lessons = [
-        Lesson(one.text, one.questions[:QUESTIONS]) for one in read_lessons(data / "passages.test.jsonl")[:limit]
-    ]
+    test = read_lessons(data / "passages.test.jsonl")
+    asked = {
+        kind: [Lesson(one.text, one.questions[:QUESTIONS]) for one in of_kind(test, kind)[:limit]] for kind in KINDS
+    }
+    lessons = asked["words"]
+    if not lessons:
+        raise DataError(f"{data}/passages.test.jsonl asks for nothing but yes or no.")
     apart = encode_within(read_examples(data / f"{general}.test.jsonl")[:limit], tokenizer, 1024, [general])
-    rows = table.passages(lessons)
+    rows = [{"kind": kind, **row} for kind, some in asked.items() if some for row in table.passages(some)]
     made = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
     trained = made.get("longest") or net.config.chunk
     recall = [{"times": times, "tokens": times * trained, **table.recall(times * trained, needles)} for times in TIMES]
     report = {
-        **heading(command, f"{len(lessons)} passages of the test split, {needles} needles of each length"),
+        **heading(
+            command,
+            f"of the test split {len(lessons)} passages with questions that are answered in words and "
+            f"{len(asked['yes or no'])} with yes or no, {needles} needles of each length",
+        ),
         "network": json.loads((folder / "hypernet.json").read_text(encoding="utf-8")),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "rows": rows,
@@ -116,7 +131,8 @@ class Table:
         return factors_of(self.base, self.tokenizer, self.net, text, rank)
 
     def passages(self, lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
-        """Every contender's answers, by F1, ROUGE-L and exact match, each with its interval over texts."""
+        """Every contender's answers, by F1, ROUGE-L and exact match, each with its interval over texts; last, by how much
+        the text's own adapter is ahead of another's, text by text."""
         own = [self.factors(lesson.text) for lesson in lessons]
         mixed = [self.factors(_shuffled(lesson.text)) for lesson in lessons]
         pieces = [piece for lesson in lessons for piece in chunks(lesson.text, self.tokenizer, PIECE)]
@@ -131,16 +147,18 @@ class Table:
 
         contenders = [
             Contender("base", alone),
-            Contender("adapter of the text", alone, own.__getitem__),
-            Contender(f"adapter of the text, cut to rank {CUT}", alone, lambda place: cut(own[place], CUT)),
-            Contender("adapter of another text", alone, lambda place: own[(place + 1) % len(own)]),
+            Contender(OWN, alone, own.__getitem__),
+            Contender(f"{OWN}, cut to rank {CUT}", alone, lambda place: cut(own[place], CUT)),
+            Contender(OTHER, alone, lambda place: own[(place + 1) % len(own)]),
             Contender("adapter of the text's words, shuffled", alone, mixed.__getitem__),
             Contender(SHARED, alone, lambda _: shared),
             Contender(GIVEN, given),
             Contender(f"{GIVEN}, with {SHARED}", given, lambda _: shared),
             Contender("search over all texts", lambda _, q: "\n".join([*map(str, search.top(q, PIECES)), "", q])),
         ]
-        return [self._row(one, lessons) for one in contenders]
+        scores = {one.name: self._scores(one, lessons) for one in contenders}
+        scores[OVER] = {name: each - scores[OTHER][name] for name, each in scores[OWN].items()}
+        return [{"contender": name, **_means(by_metric)} for name, by_metric in scores.items()]
 
     def recall(self, tokens: int, count: int) -> dict[str, Any]:
         """The share of needles whose number is said, in texts of so many tokens: whole, and cut to a rank."""
@@ -187,35 +205,46 @@ class Table:
         peak = {"peak_bytes": float(torch.cuda.max_memory_allocated())} if cuda else {}
         return {"tokens": float(min(LONG, len(offsets))), "seconds": statistics.median(seconds), **sizes, **peak}
 
-    def _row(self, one: Contender, lessons: Sequence[Lesson]) -> dict[str, Any]:
+    def _scores(self, one: Contender, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+        """By metric, float64 [texts]: the mean over a text's questions."""
         asked = [(place, q, a) for place, lesson in enumerate(lessons) for q, a in lesson.questions]
         prompts = [one.prompt(lessons[place], question) for place, question, _ in asked]
         made = None if one.factors is None else [one.factors(place) for place in range(len(lessons))]
         said = self.speaker.answers(prompts, None if made is None else [made[place] for place, _, _ in asked])
-        pairs = [(text, answer) for text, (_, _, answer) in zip(said, asked, strict=True)]
         owner = torch.tensor([place for place, _, _ in asked])
-        found: dict[str, Any] = {"contender": one.name}
+        found = {}
         for name, metric in (("f1", f1), ("rouge_l", rouge_l), ("exact", exact)):
-            each = torch.tensor([metric(text, answer) for text, answer in pairs], dtype=torch.float64)
-            by_text = torch.zeros(len(lessons), dtype=torch.float64).index_add(0, owner, each)
-            by_text /= torch.bincount(owner, minlength=len(lessons))
-            found[name] = float(by_text.mean())
-            found[f"{name}_interval"] = list(bootstrap(lambda index, b=by_text: b[index].mean(-1), len(by_text)))  # type: ignore[misc]
+            each = [metric(text, answer) for text, (_, _, answer) in zip(said, asked, strict=True)]
+            by_text = torch.zeros(len(lessons), dtype=torch.float64)
+            by_text.index_add_(0, owner, torch.tensor(each, dtype=torch.float64))
+            found[name] = by_text / torch.bincount(owner, minlength=len(lessons))
         return found
 
 
+def _means(scores: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, by_text in scores.items():
+        found[name] = float(by_text.mean())
+        found[f"{name}_interval"] = list(bootstrap(lambda index, b=by_text: b[index].mean(-1), len(by_text)))  # type: ignore[misc]
+    return found
+
+
 def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines that are to be reached."""
-    rows = {row["contender"]: row for row in report["rows"]}
-    own, lines = rows["adapter of the text"], []
+    """The lines that are to be reached. Of questions about passages those that are answered in words count."""
+    rows = {row["contender"]: row for row in report["rows"] if row["kind"] == "words"}
+    lines = []
     for times, bar in ((4, 0.95), (16, 0.80)):
         found = next(one for one in report["needles"] if one["times"] == times)
         lines.append(line(f"needle: recall at {times} times the length", found[f"recall at rank {CUT}"], bar, "higher"))
     for name, shown in (("f1", "F1"), ("rouge_l", "ROUGE-L")):
+        own = rows[OWN][name]
         floor = max(rows["base"][name], rows[SHARED][name])
-        gain = max(rows[GIVEN][name], rows[f"{GIVEN}, with {SHARED}"][name]) - floor
-        share = (own[name] - floor) / gain if gain > 0 else 0.0
-        note = "" if gain > 0 else "the text in the prompt does not help the base"
+        ceiling = max(rows[GIVEN][name], rows[f"{GIVEN}, with {SHARED}"][name])
+        if ceiling > floor:
+            share, note = (own - floor) / (ceiling - floor), ""
+        else:
+            share = 0.0
+            note = f"no text in the prompt helps the base: {ceiling:.1%} with it, {own:.1%} with the text's adapter"
         lines.append(line(f"passages: share of the ceiling's gain, {shown}", share, 0.75, "higher", note))
     apart = report["unrelated"]
     lines.append(line("unrelated text: loss over the base's", apart["adapter"] / apart["base"] - 1, 0.03, "lower"))

@@ -4,12 +4,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from molora.errors import DataError
 
 from .items import SPLITS, Item, Split
 from .overlap import without_overlap
 from .text import stable_fraction
+
+Kind = Literal["words", "yes or no"]
+KINDS: tuple[Kind, ...] = ("words", "yes or no")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,23 @@ class Lesson:
 
     text: str
     questions: tuple[tuple[str, str], ...]
+
+
+def of_kind(lessons: Iterable[Lesson], kind: Kind) -> list[Lesson]:
+    """The lessons with their questions of one kind alone; those that have none are left out.
+
+    Where most of what is asked is answered by yes or no, half of it is right without any text.
+    """
+    found = []
+    for lesson in lessons:
+        pairs = tuple(pair for pair in lesson.questions if _kind(pair[1]) == kind)
+        if pairs:
+            found.append(Lesson(lesson.text, pairs))
+    return found
+
+
+def _kind(answer: str) -> Kind:
+    return "yes or no" if answer.strip(" .").lower() in ("yes", "no") else "words"
 
 
 def lessons_of(items: Iterable[Item]) -> tuple[dict[Split, list[Lesson]], dict[Split, int]]:
