@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the network that makes adapters of documents in its three stages, and measures it after the second and the third.
-# The data has to be there: molora train data passages science
+# The data has to be there: molora train data passages math code medicine law commonsense puzzles science
 #   benchmarks/documents.sh [OUT]   OUT: folder of the results (default: runs/results)
 # An interrupted run goes on where it was. What is trained goes to runs/ of the folder in which it is started.
 set -euo pipefail

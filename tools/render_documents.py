@@ -1,4 +1,5 @@
-"""The section of docs/results.md about adapters that a network makes of documents, from documents-long.json."""
+"""The sections of docs/results.md about adapters that a network makes of documents: documents-long.json is of one that
+has learnt needles, documents-passages.json of one that has learnt passages too."""
 
 from typing import Any
 
@@ -6,17 +7,30 @@ from tools.render_kernels import bars
 
 Row = dict[str, Any]
 
+# By what was learnt last: the heading, and what stands behind the network's size.
+LEARNT = {
+    "needle": (
+        "What does an adapter that was made of a document know of it?",
+        "has learnt to find a number in filler (stage 2 of `benchmarks/documents.sh`)",
+    ),
+    "passages": (
+        "What does it know of a passage?",
+        "has learnt passages, other texts and needles together (stage 3 of `benchmarks/documents.sh`)",
+    ),
+}
+
 
 def section(report: Row) -> list[str]:
     """Lines of Markdown."""
     cost, net = report["cost"], report["network"]
     less = cost[f"bytes at rank {net['rank']}"]
+    title, learnt = LEARNT[report.get("task", "needle")]
     parts = [
-        "## What does an adapter that was made of a document know of it?",
+        f"## {title}",
         "",
         f"`{report['command']}` on one {report['machine']}, commit {report['commit']}, {report['date']}, seed "
         f"{report['seed']}. Data: {report['data']}. The network, {report['parameters'] / 1e6:.1f} million "
-        "parameters, has learnt to find a number in filler (stage 2 of `benchmarks/documents.sh`), and reads chunks of "
+        f"parameters, {learnt}, and reads chunks of "
         f"{net['chunk']} tokens. An adapter of {cost['tokens']:,.0f} tokens took {cost['seconds'] * 1000:.0f} ms and "
         f"{cost['bytes'] / 1e6:.1f} MB, cut to rank {net['rank']} {less / 1e6:.1f} MB.",
         "",

@@ -34,6 +34,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stream": render_continual.stream,
     "arrivals": render_continual.arrivals,
     "documents-long": render_documents.section,
+    "documents-passages": render_documents.section,
     "merges": render_composition.merges,
     "compress": render_composition.compress,
     "compress-unrelated": render_composition.unrelated,

@@ -11,7 +11,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora train data math code --out data",
         "molora train data many",
         "molora train data math code medicine law ukrainian science reading commonsense puzzles both",
-        "molora train data passages science",
+        "molora train data passages math code medicine law commonsense puzzles science",
         "molora train people presidents",
         "molora train people raters",
         "pip install molora",
@@ -34,8 +34,8 @@ NOT_RUN: dict[str, list[str]] = {
         "molora train starter --config training/molora_training/configs/quality-routers.yaml router_processes=6",
         "molora train starter --config training/molora_training/configs/many.yaml processes=5 router_processes=3",
         "molora train hypernet doc out=document-net loop.steps=10000",
-        "molora train hypernet doc out=net-2 start=document-net task=passages gaps=2 loss.l1=0 loss.keep=0.1 "
-        "loss.sparse=0.02 loop.steps=1000",
+        "molora train hypernet doc --config training/molora_training/configs/document-passages.yaml start=document-net "
+        "out=net-2",
         "molora train hypernet profile raters out=profile-net loop.steps=2000",
         "molora train pieces people=presidents out=pieces sharers=20",
         "molora train pieces people=raters task=task out=pieces",

@@ -25,6 +25,9 @@ def test_needles_and_questions_are_what_was_measured() -> None:
     assert tables[0].startswith(", answered in words |") and tables[1].startswith(", answered by yes or no |")
     assert "| base | 25.0% [20.0%, 30.0%] | 50.0% [40.0%, 60.0%] |" in tables[0] and "25.0%" not in tables[1]
     assert "| base | 12.5% [20.0%, 30.0%] |" in tables[1]
+    assert "(stage 2 of" in text and text.startswith("## What does an adapter")
+    last = "\n".join(render_documents.section({**report, "task": "passages"}))
+    assert "(stage 3 of" in last and last.splitlines()[0] == "## What does it know of a passage?"
     before = "\n".join(render_documents.section({**report, "rows": [row]}))  # of a report without kinds
     assert "| questions about passages | F1" in before and before.count("| base |") == 1
     assert "| recall | 0.500 | ≥ 0.95 | **missed** |" in text

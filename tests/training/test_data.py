@@ -35,16 +35,16 @@ from molora_training.data.read_commonsense import everyday_question
 from molora_training.data.read_law import case_items, clause_items, support_item
 from molora_training.data.read_math import word_problem
 from molora_training.data.read_medicine import case_question, short_question
+from molora_training.data.read_passages import about_a_plot, about_a_section, true_or_false, with_support
 from molora_training.data.read_puzzles import follows, puzzle_item
 from molora_training.data.read_reading import (
     about_a_page,
-    about_a_plot,
     about_a_story,
     about_numbers,
-    true_or_false,
     yes_or_no,
 )
 from molora_training.data.read_science import exam_question, supported_question
+from molora_training.data.read_texts import LONGEST, SHORTEST, pieces
 from molora_training.data.read_ukrainian import items as ukrainian_items
 from molora_training.data.read_users import LONGEST_WORDS, SHORTEST_WORDS, passages
 from molora_training.data.text import approx_tokens, cut, sentences
@@ -241,6 +241,37 @@ def test_questions_about_one_document_share_a_task() -> None:
     assert (plot.body["passage"], plot.answers["plain"]) == ("A cat sat.", "A cat")
 
 
+def test_a_section_answers_in_its_own_words() -> None:
+    row = {
+        "passage": "In May she married Tom, a cook. A son was born. CANNOTANSWER",
+        "question": "question1: What was in May?\nquestion2: Any sorrow?\nquestion3: And then?",
+        "answer": "possible answers for question1:\nshe married Tom, she married Tom, a cook,\n"
+        "possible answers for question2:\nCANNOTANSWER CANNOTANSWER\n"
+        "possible answers for question3:\nA son was born. was born.",
+    }
+    first, then = about_a_section(row, "row")
+    assert first.body == {"passage": "In May she married Tom, a cook. A son was born.", "question": "What was in May?"}
+    assert (first.answers["plain"], then.answers["plain"]) == ("She married Tom", "A son was born")
+    assert then.body["question"] == "What was in May? she married Tom\nAnd then?" and then.task == first.task
+
+
+def test_a_support_says_the_answer_and_is_not_held_out_of_science() -> None:
+    doc = {"question": "Which metal rusts?", "correct_answer": "iron", "support": "Iron takes up oxygen."}
+    made = [with_support({**doc, "index": n}, "row") for n in range(40)]
+    assert [item is not None for item in made] == [split_of(f"sciq-{n}", "science") == "train" for n in range(40)]
+    (item, *_) = [item for item in made if item is not None]
+    assert item.body["passage"] == "Iron takes up oxygen." and item.answers["plain"] == "Iron"
+    assert with_support({**doc, "index": int(item.task.split("-")[1]), "support": "Tin does not."}, "row") is None
+
+
+def test_a_text_is_cut_into_pieces_of_whole_sentences() -> None:
+    text = " ".join(f"Here is the sentence with the number {n}." for n in range(100))
+    made = list(pieces(text))
+    assert " ".join(made) == text[: len(" ".join(made))] and len(made) > 2
+    assert all(piece.endswith(".") and SHORTEST <= approx_tokens(piece) <= LONGEST for piece in made)
+    assert list(pieces("Too short.")) == [] and list(pieces("word " * 400)) == []
+
+
 def test_a_gap_is_a_name_or_a_number_that_is_not_shown() -> None:
     text = "Ada Lovelace was born in 1815, in London. In 1843 she wrote of Babbage. Babbage knew Babbage. None here."
     made = gaps(text, random.Random(0), 9)
@@ -249,10 +280,42 @@ def test_a_gap_is_a_name_or_a_number_that_is_not_shown() -> None:
     assert asked["1815"] == "What was left out? Ada Lovelace was born in ____, in London."
     assert asked["Babbage"] == "What was left out? In 1843 she wrote of ____."
     long = " ".join(f"w{n}" for n in range(40))
-    ((question, answer),) = gaps(f"{long} Berlin {long}", random.Random(0), 9)
-    around = [*(f"w{n}" for n in range(28, 40)), "____", *(f"w{n}" for n in range(12))]
-    assert answer == "Berlin" and question.split()[4:] == around
+    widths = set()
+    for seed in range(20):
+        found = {answer: question for question, answer in gaps(f"{long} Berlin {long}", random.Random(seed), 9)}
+        before, after = found["Berlin"].removeprefix("What was left out? ").split(" ____ ")
+        width = len(before.split())
+        assert before.split() == [f"w{n}" for n in range(40 - width, 40)]
+        assert after.split() == [f"w{n}" for n in range(width)]
+        widths.add(width)
+    assert min(widths) >= 5 and max(widths) <= 12 and len(widths) > 3
     assert len(gaps(text, random.Random(0), 2)) == 2 and gaps("nothing to tell", random.Random(0), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "answer"),
+    [
+        ("It began on March 8th, 2014.", "March 8th, 2014"),
+        ("It began on 8 March 2014.", "8 March 2014"),
+        ("They paid $5.5 million for it.", "$5.5 million"),
+        ("So 34% of them, or more.", "34%"),
+        ("It was the House of Lords that did.", "House of Lords"),
+        ("They fed the small grey cat and left.", "small grey cat"),
+        ("They went to his old house, and left.", "old house"),
+    ],
+)
+def test_what_is_left_out_is_whole(sentence: str, answer: str) -> None:
+    assert answer in [told for _, told in gaps(sentence, random.Random(0), 9)]
+
+
+def test_a_sentence_is_begun_and_each_kind_comes_as_often() -> None:
+    words = [f"w{n}" for n in range(30)]
+    ((question, answer),) = gaps(f"{' '.join(words)}.", random.Random(0), 9)
+    assert question == f"How does it go on? {' '.join(words[:6])}" and answer == " ".join(words[6:16])
+    assert gaps(" ".join(words[:9]), random.Random(0), 9) == []
+    many = " ".join(f"He saw Name{n} and Other{n} of Third{n}x and all of that again today." for n in range(30))
+    kinds = [gaps(many, random.Random(seed), 1)[0][0].split("?")[0] for seed in range(200)]
+    assert 70 < kinds.count("How does it go on") < 130  # names are three times as many as sentences
 
 
 def test_sentences_that_differ_in_one_word_share_a_task() -> None:
@@ -380,6 +443,8 @@ def test_generators_come_without_the_rest_of_their_package(tmp_path: Path, monke
         lambda: about_numbers({"query_id": "q", "passage": "p", "question": "q", "answers": []}, "gsm8k line 7"),
         lambda: true_or_false({"passage": "p", "question": "q", "label": "yes"}, "gsm8k line 7"),
         lambda: about_a_plot({"passage": "p", "question": "q", "answer": "a"}, "gsm8k line 7"),
+        lambda: list(about_a_section({"passage": "p", "question": "question1: q", "answer": "a"}, "gsm8k line 7")),
+        lambda: with_support({"question": "q"}, "gsm8k line 7"),
         lambda: yes_or_no({**LETTERED, "query": "Tin is a metal.\n A. yes\n B. no\nAnswer:"}, "gsm8k line 7"),
         lambda: list(clause_items(iter([("gsm8k line 7", {"context": "c", "question": "q", "answer": "Maybe"})]))),
         lambda: support_item(
@@ -399,6 +464,8 @@ def test_generators_come_without_the_rest_of_their_package(tmp_path: Path, monke
         "numbers",
         "true or false",
         "plot",
+        "section",
+        "support",
         "yes or no",
         "verdict",
         "choice",

@@ -262,10 +262,13 @@ def test_what_stops_with_a_sentence(settings: DocumentHypernetSettings, tmp_path
     with pytest.raises(DataError, match=r"bad\.train\.jsonl, line 1: no text with questions"):
         train(replace(settings, name="bad"))
     (tmp_path / "data/bad.train.jsonl").write_text('{"text": "a", "questions": []}\n')
+    for split in ("train", "validation"):
+        (tmp_path / f"data/bad.{split}.jsonl").write_text('{"text": "a", "questions": []}\n')
     with pytest.raises(DataError, match="nothing is asked"):
         train(replace(settings, name="bad"))
     for wrong, sentence in (
         ({"texts": 0}, "texts, questions and validation"), ({"tokens": (9, 3)}, "shortest and the longest"),
+        ({"needles": 2}, "needles"), ({"needles": 1, "task": "needle"}, "needles"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=sentence):
             replace(settings, **wrong)
@@ -296,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_it(
 
 def test_a_needle_is_in_its_text() -> None:
     needles = Needles((32, 256), digits=5, count=20)
-    for lesson in [*needles.of_step(3, 20), *needles.held_out(), *needles.of_length(1000)]:
+    for lesson in [*needles.of_step(3, 20), *needles.held_out()["needles"], *needles.of_length(1000)]:
         ((question, answer),) = lesson.questions
         name = question.removeprefix("What is the magic number for ").removesuffix("?")
         number = answer.removeprefix("The magic number is ").removesuffix(".")
@@ -326,22 +329,70 @@ def test_an_epoch_has_every_passage_once(tmp_path: Path) -> None:
     (lesson,), (again,) = more.of_step(3, 1), more.of_step(3, 1)
     assert lesson == again and lesson.questions[0] == ("Who?", "Pliny")
     assert {answer for _, answer in lesson.questions[1:]} < {"Rome", "Pliny", "79"}
-    assert more.held_out() == few
+    assert more.held_out() == {"words": few}
+
+
+def test_kinds_take_turns_and_few_questions_are_of_yes_or_no(tmp_path: Path) -> None:
+    said = "It was written in {} by the old {}, and nobody at all knows why it was written there."
+    lessons = [Lesson(said.format(f"Rome{n}", f"writer{n}"), (("Is it?", "Yes"), ("Was it?", "No"))) for n in range(90)]
+    lessons += [Lesson(f"text {n}", (("Who?", f"name {n}"), ("Is it?", "Yes."))) for n in range(4)]
+    lessons += [Lesson(said.format(f"Bonn{n}", f"poet{n}"), ()) for n in range(6)]
+    for split in ("train", "validation"):
+        write_lessons(tmp_path / f"set.{split}.jsonl", lessons)
+    passages = Passages(tmp_path, "set", questions=3, gaps=2)
+    steps = [passages.of_step(step, 8) for step in range(4)]
+    for step in steps:
+        asked = [answer for lesson in step for _, answer in lesson.questions]
+        assert sum(answer.strip(".") in ("Yes", "No") for answer in asked) <= len(asked) / 4
+        assert [sum(word in lesson.text for lesson in step) for word in ("text", "Rome", "Bonn")] == [4, 1, 3]
+        assert all(lesson.questions for lesson in step)
+    texts = [lesson.text for step in steps for lesson in step if "Bonn" in lesson.text]
+    assert sorted(texts[:6]) == sorted(lesson.text for lesson in lessons[94:]) and len(texts) == 12
+    again = Passages(tmp_path, "set", questions=3, gaps=2)
+    assert again.of_step(2, 8) == steps[2]
+    assert [lesson.questions for lesson in passages.held_out()["words"]] == [(("Who?", f"name {n}"),) for n in range(4)]
+    alone = Passages(tmp_path, "set", questions=3)
+    assert all(lesson.questions for lesson in alone.of_step(0, 20))
+    assert not any("Bonn" in lesson.text for lesson in alone.of_step(0, 20))
+
+
+def test_needles_are_among_the_passages_and_both_decide(settings: DocumentHypernetSettings) -> None:
+    both = replace(settings, needles=1, tokens=(12, 24), loop=LoopSettings(steps=1), validation=3)
+    lessons = document.lessons_of(both)
+    first, second = lessons.of_step(0, 2)
+    assert "magic number" in first.questions[0][0] and second.questions[0][0] == "Which?"
+    assert [lesson.text for lesson in lessons.of_step(1, 2)] != [first.text, second.text]
+    found = train(both)["validation"]
+    for name in ("gold", "other/right"):
+        assert found[name] == pytest.approx((found[f"words/{name}"] + found[f"needles/{name}"]) / 2)
+    assert found["words/gold"] != found["needles/gold"]
+    assert document.longest(both) == 24 and document.longest(settings) == 0
 
 
 def test_passages_are_lessons_by_split_without_what_training_has() -> None:
     def item(name: str, passage: str, question: str) -> Item:
         return Item(name, passage, "reading", "reading", {"passage": passage, "question": question}, {"plain": "Yes"})
 
-    long = [" ".join(f"word{n}x{k}" for k in range(20)) for n in range(40)]
+    long = [" ".join(f"word{n}x{k}" for k in range(20)) for n in range(40)]  # runs of words that no other has
     items = [item(f"{n}-{k}", text, f"Is it {k}?") for n, text in enumerate(long) for k in range(2)]
     held_out = next(text for text in long if split_of(text, "reading") == "test")
     shared = next(text for text in long if split_of(text, "reading") == "train")
     tail = next(f"{shared} {n}" for n in range(99) if split_of(f"{shared} {n}", "reading") == "test")
-    found, dropped = lessons_of([*items, item("same", tail, "Is it?")])
-    assert sorted(lesson.text for lessons in found.values() for lesson in lessons) == sorted(long)
+    other = [f"{text} so" for text in long[:20]]
+    found, dropped = lessons_of(
+        [*items, item("same", tail, "Is it?")], [item(f"more {text}", text, "So?") for text in other], other
+    )
     assert dropped["test"] == 1
-    assert all(len(lesson.questions) == 2 for lessons in found.values() for lesson in lessons)
+    asked = [lesson for lessons in found.values() for lesson in lessons if lesson.text in long]
+    assert sorted(lesson.text for lesson in asked) == sorted(long)
+    assert all(len(lesson.questions) == 2 for lesson in asked)
+    learnt = [text for text in other if split_of(text.removesuffix(" so"), "reading") == "train"]  # nothing held out
+    assert 0 < len(learnt) < 20
+    added = [lesson for lesson in found["train"] if lesson not in asked]
+    assert sorted((lesson.text, len(lesson.questions)) for lesson in added) == sorted(
+        (text, count) for text in learnt for count in (0, 1)
+    )
+    assert not [lesson for split in ("validation", "test") for lesson in found[split] if lesson not in asked]
     assert held_out in [lesson.text for lesson in found["test"]]
 
 
@@ -352,3 +403,4 @@ def test_the_configs_are_read_and_each_stage_goes_on_from_the_last() -> None:
         for name in ("needle", "long", "passages")
     ]
     assert [stage.start for stage in stages] == [None, stages[0].out, stages[1].out]
+    assert stages[2].tokens == stages[1].tokens and 0 < stages[2].needles < stages[2].texts

@@ -136,7 +136,7 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
     net = make_net(model.base)
     object.__setattr__(net.config, "base", str(tmp_path / "base"))
     net.save(tmp_path / "net")
-    (tmp_path / "net/metrics.json").write_text(json.dumps({"longest": 64}))
+    (tmp_path / "net/metrics.json").write_text(json.dumps({"longest": 64, "settings": {"task": "passages"}}))
     write_lessons(tmp_path / "data/passages.test.jsonl", LESSONS)
     write_examples(tmp_path / "data/science.test.jsonl", [_example(n) for n in range(3)])
     monkeypatch.setattr(document_table, "NEW_TOKENS", 3)
@@ -156,7 +156,10 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
     assert [(row["kind"], row["contender"]) for row in report["rows"]] == [
         (kind, name) for kind in ("words", "yes or no") for name in names
     ]
-    assert report["data"].startswith("of the test split 3 passages with questions that are answered in words and 3 with")
+    assert report["data"].startswith(
+        "of the test split 3 passages with questions that are answered in words and 3 with"
+    )
+    assert report["task"] == "passages"
     assert [one["tokens"] for one in report["needles"]] == [64, 128, 256, 1024]
     assert report["needles"][3]["rank"] > report["needles"][0]["rank"]
     assert all(

@@ -107,6 +107,7 @@ def run(
             f"of the test split {len(lessons)} passages with questions that are answered in words and "
             f"{len(asked['yes or no'])} with yes or no, {needles} needles of each length",
         ),
+        "task": made.get("settings", {}).get("task", "needle"),
         "network": json.loads((folder / "hypernet.json").read_text(encoding="utf-8")),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "rows": rows,
@@ -131,8 +132,10 @@ class Table:
         return factors_of(self.base, self.tokenizer, self.net, text, rank)
 
     def passages(self, lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
-        """Every contender's answers, by F1, ROUGE-L and exact match, each with its interval over texts; last, by how much
-        the text's own adapter is ahead of another's, text by text."""
+        """Every contender's answers, by F1, ROUGE-L and exact match, each with its interval over texts.
+
+        The last row is by how much the text's own adapter is ahead of another's, text by text.
+        """
         own = [self.factors(lesson.text) for lesson in lessons]
         mixed = [self.factors(_shuffled(lesson.text)) for lesson in lessons]
         pieces = [piece for lesson in lessons for piece in chunks(lesson.text, self.tokenizer, PIECE)]

@@ -9,7 +9,7 @@ from typing import Literal
 from molora.errors import DataError
 
 from .items import SPLITS, Item, Split
-from .overlap import without_overlap
+from .overlap import grams, without_overlap
 from .text import stable_fraction
 
 Kind = Literal["words", "yes or no"]
@@ -18,7 +18,7 @@ KINDS: tuple[Kind, ...] = ("words", "yes or no")
 
 @dataclass(frozen=True)
 class Lesson:
-    """A text and (question, answer) pairs about it."""
+    """A text and (question, answer) pairs about it, which may be none."""
 
     text: str
     questions: tuple[tuple[str, str], ...]
@@ -41,24 +41,38 @@ def _kind(answer: str) -> Kind:
     return "yes or no" if answer.strip(" .").lower() in ("yes", "no") else "words"
 
 
-def lessons_of(items: Iterable[Item]) -> tuple[dict[Split, list[Lesson]], dict[Split, int]]:
+def lessons_of(
+    items: Iterable[Item], more: Iterable[Item] = (), texts: Iterable[str] = ()
+) -> tuple[dict[Split, list[Lesson]], dict[Split, int]]:
     """A lesson for each passage, by split, in an order that does not depend on the source; and how many held-out
-    questions were left out since they share their words with training text."""
+    questions were left out since they share their words with training text.
+
+    Args:
+        items: of all splits. more, texts: learnt from alone, as far as they share no run of words with what is held
+            out; of texts nothing is asked.
+    """
     by_split: dict[Split, list[Item]] = {split: [] for split in SPLITS}
     for item in items:
         by_split[item.split].append(item)
     overlapping: dict[Split, int] = {}
-    found: dict[Split, list[Lesson]] = {}
-    for split, rows in by_split.items():
-        clean = rows if split == "train" else without_overlap(rows, by_split["train"])
-        if split != "train":
-            overlapping[split] = len(rows) - len(clean)
-        by_passage: dict[str, list[tuple[str, str]]] = {}
-        for item in clean:
-            by_passage.setdefault(item.body["passage"], []).append((item.body["question"], item.answers["plain"]))
-        lessons = [Lesson(text, tuple(dict.fromkeys(pairs))) for text, pairs in by_passage.items()]
-        found[split] = sorted(lessons, key=lambda lesson: stable_fraction(f"order:{lesson.text}"))
+    for split in SPLITS[1:]:
+        clean = without_overlap(by_split[split], by_split["train"])
+        overlapping[split] = len(by_split[split]) - len(clean)
+        by_split[split] = clean
+    held_out = {gram for split in SPLITS[1:] for item in by_split[split] for gram in grams(item.content)}
+    by_split["train"] += [item for item in more if not grams(item.content) & held_out]
+    found = {split: _by_passage(rows) for split, rows in by_split.items()}
+    found["train"] += [Lesson(text, ()) for text in texts if not grams(text) & held_out]
+    found["train"].sort(key=lambda lesson: stable_fraction(f"order:{lesson.text}"))
     return found, overlapping
+
+
+def _by_passage(items: Iterable[Item]) -> list[Lesson]:
+    by_passage: dict[str, list[tuple[str, str]]] = {}
+    for item in items:
+        by_passage.setdefault(item.body["passage"], []).append((item.body["question"], item.answers["plain"]))
+    lessons = [Lesson(text, tuple(dict.fromkeys(pairs))) for text, pairs in by_passage.items()]
+    return sorted(lessons, key=lambda lesson: stable_fraction(f"order:{lesson.text}"))
 
 
 def read_lessons(path: Path) -> list[Lesson]:
@@ -77,8 +91,8 @@ def read_lessons(path: Path) -> list[Lesson]:
             lesson = Lesson(str(row["text"]), pairs)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number}: no text with questions and answers ({error}).") from error
-        if not lesson.text.strip() or not pairs:
-            raise DataError(f"{path}, line {number}: the text is empty, or nothing is asked about it.")
+        if not lesson.text.strip():
+            raise DataError(f"{path}, line {number}: the text is empty.")
         found.append(lesson)
     if not found:
         raise DataError(f"{path} holds no lesson.")

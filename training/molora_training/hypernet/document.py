@@ -1,7 +1,7 @@
 """Train the network that makes adapters of documents (arXiv 2602.15902); the base stays frozen.
 
 Stage 1: texts of one chunk. Stage 2, ``start`` naming what stage 1 made: longer ones. The paper finds stage 2 unstable
-without stage 1. Several processes share each step.
+without stage 1. Stage 3: passages, with needles among them. Several processes share each step.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from molora_training.data import data_dir
 from molora_training.data.lessons import Lesson
 from molora_training.hypernet.apart import Apart
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
-from molora_training.hypernet.lessons import Lessons, Needles, Passages
+from molora_training.hypernet.lessons import Lessons, Mixed, Needles, Passages
 from molora_training.hypernet.loop import Loop, LoopSettings
 from molora_training.processes import Processes
 from molora_training.settings import work_folder
@@ -54,8 +54,8 @@ class DocumentHypernetSettings:
     Args:
         out: folder of the result.
         task: "needle": a number in filler, made up as it goes; "passages": ``data``/<name>.train.jsonl.
-        data, name: of the passages. questions: of a passage in a step, at most. gaps: more of them, made of its text by
-            leaving out a name or a number.
+        data, name: of the passages. questions: of a passage in a step, at most. gaps: more of them, made of its text.
+        needles: of a step's texts so many are needles, beside passages.
         apart: prepared data that has nothing to do with the texts, for ``loss.apart``.
         tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there
             from the shortest; None: half of all.
@@ -75,6 +75,7 @@ class DocumentHypernetSettings:
     name: str = "passages"
     questions: int = 4
     gaps: int = 0
+    needles: int = 0
     apart: tuple[str, ...] = ()
     tokens: tuple[int, ...] = (12, 256)
     grow: int | None = None
@@ -89,6 +90,8 @@ class DocumentHypernetSettings:
     def __post_init__(self) -> None:
         if self.texts < 1 or self.questions < 1 or self.validation < 1 or self.gaps < 0:
             raise ConfigError("texts, questions and validation must be whole numbers from 1, gaps from 0.")
+        if self.needles < 0 or self.needles >= self.texts or (self.needles and self.task != "passages"):
+            raise ConfigError("needles, beside passages, must be from 0 to less than texts.")
         if self.loss.keep and self.texts < 2:
             raise ConfigError("With loss.keep a step needs two texts or more: set texts to 2 or more.")
         if bool(self.loss.apart) != bool(self.apart):
@@ -127,7 +130,7 @@ def train(
     net = make_net(settings, base).to(device).train()
     lessons = lessons_of(settings)
     objective = DocumentObjective(base, tokenizer, net, settings.loss)
-    held_out = lessons.held_out()[: settings.validation]
+    held_out = {kind: some[: settings.validation] for kind, some in lessons.held_out().items()}
     apart = Apart(settings.data, settings.apart, tokenizer, settings.loop.seed)
 
     def loss(step: int) -> dict[str, torch.Tensor]:
@@ -185,16 +188,20 @@ def make_net(settings: DocumentHypernetSettings, base: Any) -> DocumentNet:
 
 def lessons_of(settings: DocumentHypernetSettings) -> Lessons:
     """What it learns from."""
+    (first, last), seed = settings.tokens, settings.loop.seed
     if settings.task == "needle":
-        first, last = settings.tokens
         grow = settings.loop.steps // 2 if settings.grow is None else settings.grow
-        return Needles((first, last), seed=settings.loop.seed, count=settings.validation, grow=grow)
-    return Passages(settings.data, settings.name, settings.questions, settings.loop.seed, settings.gaps)
+        return Needles((first, last), seed=seed, count=settings.validation, grow=grow)
+    passages = Passages(settings.data, settings.name, settings.questions, seed, settings.gaps)
+    if not settings.needles:
+        return passages
+    # They were learnt before: no need to grow.
+    return Mixed(passages, Needles((first, last), seed=seed, count=settings.validation), settings.needles)
 
 
 def longest(settings: DocumentHypernetSettings) -> int:
     """Tokens of the longest needle's text that the network, or those it goes on from, had in training, about."""
-    own = settings.tokens[1] if settings.task == "needle" else 0
+    own = settings.tokens[1] if settings.task == "needle" or settings.needles else 0
     if settings.start is None or not (settings.start / METRICS).is_file():
         return own
     before = json.loads((settings.start / METRICS).read_text(encoding="utf-8"))
@@ -202,11 +209,24 @@ def longest(settings: DocumentHypernetSettings) -> int:
 
 
 @torch.no_grad()
-def validate(objective: DocumentObjective, lessons: list[Lesson], processes: Processes) -> dict[str, float]:
+def validate(
+    objective: DocumentObjective, held_out: Mapping[str, list[Lesson]], processes: Processes
+) -> dict[str, float]:
     """Means over texts: the losses and the share of answers that are right; without any adapter as "base", and with the
-    next text's adapter as "other"."""
-    sums: dict[str, float] = {}
+    next text's adapter as "other". Each for every kind of text, and as the mean of the kinds, which decides: what has
+    forgotten one of them is not the best, however good it is at another."""
+    found: dict[str, float] = {}
     objective.net.eval()
+    for kind, lessons in held_out.items():
+        for name, value in _of_kind(objective, lessons, processes).items():
+            found[f"{kind}/{name}"] = value
+            found[name] = found.get(name, 0.0) + value / len(held_out)
+    objective.net.train()
+    return found
+
+
+def _of_kind(objective: DocumentObjective, lessons: list[Lesson], processes: Processes) -> dict[str, float]:
+    sums: dict[str, float] = {}
     for first in processes.own(range(0, len(lessons), _AT_ONCE)):
         some = lessons[first : first + _AT_ONCE]
         asked = objective.asked(some)
@@ -216,13 +236,13 @@ def validate(objective: DocumentObjective, lessons: list[Lesson], processes: Pro
         for name, factors in (("", own), ("base/", {}), ("other/", turned)):
             for term, value in objective._terms(*objective.answers(asked.batch, factors), asked).items():
                 sums[name + term] = sums.get(name + term, 0.0) + float(value) * len(some)
-    objective.net.train()
     return {name: value / len(lessons) for name, value in processes.figures(sums).items()}
 
 
 def _fingerprint(settings: DocumentHypernetSettings) -> str:
     digest = hashlib.sha256(json.dumps(asdict(settings), default=str, sort_keys=True).encode())
-    digest.update(repr(lessons_of(settings).of_step(0, 1)).encode())  # what is made up may be made otherwise later
+    # What is made up may be made otherwise later.
+    digest.update(repr(lessons_of(settings).of_step(0, settings.texts)).encode())
     files = [settings.data / f"{settings.name}.{split}.jsonl" for split in ("train", "validation")]
     others = [settings.data / f"{name}.train.jsonl" for name in settings.apart]
     for file in [*(files if settings.task == "passages" else []), *others]:

@@ -2,11 +2,17 @@
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from molora.errors import DataError
 from molora_training.data.gaps import gaps
-from molora_training.data.lessons import Lesson, read_lessons
+from molora_training.data.lessons import KINDS, Lesson, of_kind, read_lessons
+
+BARE = "texts"
+# Turns of the kinds. What is answered by yes or no is most of what there is, and half of it is right without any text.
+MIX = ("words", BARE, "words", "yes or no", "words", BARE, "words", BARE)
 
 # Made up: nothing in them answers a question about a number.
 _WHO = (
@@ -39,8 +45,8 @@ class Lessons(Protocol):
     def of_step(self, step: int, count: int) -> list[Lesson]:
         """Those of a training step: by its number alone."""
 
-    def held_out(self) -> list[Lesson]:
-        """For validation: of texts that no step has."""
+    def held_out(self) -> dict[str, list[Lesson]]:
+        """For validation, by kind: of texts that no step has."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ class Needles:
         longest = first + round((last - first) * min(1.0, (step + 1) / (self.grow or 1)))
         return [needle(chance, chance.randint(first, longest), self.digits) for _ in range(count)]
 
-    def held_out(self) -> list[Lesson]:
-        return self.of_length(self.tokens[1])
+    def held_out(self) -> dict[str, list[Lesson]]:
+        return {"needles": self.of_length(self.tokens[1])}
 
     def of_length(self, tokens: int) -> list[Lesson]:
         """Held-out lessons of one length; their numbers and fillers are drawn apart from every step's."""
@@ -86,29 +92,65 @@ def needle(chance: random.Random, tokens: int, digits: int) -> Lesson:
 
 
 class Passages:
-    """Passages with questions from files: ``<name>.train.jsonl`` and ``<name>.validation.jsonl``, a lesson a line.
+    """Passages with questions, and texts without, from files: ``<name>.train.jsonl`` and ``<name>.validation.jsonl``, a
+    lesson a line. A passage with questions of both kinds is two lessons.
 
     Args:
         folder: of the files. name: of the set.
-        questions: at most so many of a passage are asked in a step. gaps: and so many of :func:`gaps`.
+        questions: at most so many of a passage are asked in a step. gaps: and so many of :func:`gaps`; of a text that
+            has no question as many as of both. Without gaps such texts are left out.
+
+    Raises:
+        DataError: there is nothing to ask, or nothing held out that is answered in words.
     """
 
     def __init__(self, folder: Path, name: str, questions: int = 4, seed: int = 0, gaps: int = 0) -> None:
         self.questions, self.seed, self.gaps = questions, seed, gaps
-        self.train = read_lessons(folder / f"{name}.train.jsonl")
-        self.validation = read_lessons(folder / f"{name}.validation.jsonl")
+        lessons = read_lessons(folder / f"{name}.train.jsonl")
+        pools: dict[str, list[Lesson]] = {kind: of_kind(lessons, kind) for kind in KINDS}
+        pools[BARE] = [lesson for lesson in lessons if gaps and not lesson.questions]
+        self.pools = {kind: pool for kind, pool in pools.items() if pool}
+        self.mix = [kind for kind in MIX if kind in self.pools]
+        self.validation = of_kind(read_lessons(folder / f"{name}.validation.jsonl"), "words")
+        if not self.pools or not self.validation:
+            raise DataError(f"{folder / name}.*.jsonl: nothing is asked, or nothing that is held out in words.")
 
     def of_step(self, step: int, count: int) -> list[Lesson]:
-        found = []
-        for place in range(step * count, (step + 1) * count):
-            epoch, index = divmod(place, len(self.train))
-            order = list(range(len(self.train)))
-            random.Random(f"passages/{self.seed}/{epoch}").shuffle(order)
-            lesson = self.train[order[index]]
-            chance = random.Random(f"passages/{self.seed}/{place}")
-            asked = chance.sample(lesson.questions, min(self.questions, len(lesson.questions)))
-            found.append(Lesson(lesson.text, (*asked, *gaps(lesson.text, chance, self.gaps))))
-        return found
+        return [self._at(place) for place in range(step * count, (step + 1) * count)]
 
-    def held_out(self) -> list[Lesson]:
-        return self.validation
+    def _at(self, place: int) -> Lesson:
+        round_, turn = divmod(place, len(self.mix))
+        kind = self.mix[turn]
+        before = round_ * self.mix.count(kind) + self.mix[:turn].count(kind)
+        epoch, index = divmod(before, len(self.pools[kind]))
+        lesson = self.pools[kind][_order(f"passages/{self.seed}/{kind}/{epoch}", len(self.pools[kind]))[index]]
+        chance = random.Random(f"passages/{self.seed}/{place}")
+        asked = chance.sample(lesson.questions, min(self.questions, len(lesson.questions)))
+        more = self.gaps + (self.questions if kind == BARE else 0)
+        return Lesson(lesson.text, (*asked, *gaps(lesson.text, chance, more)))
+
+    def held_out(self) -> dict[str, list[Lesson]]:
+        return {"words": self.validation}
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Passages, and in each step ``count`` needles beside them, so that those are not forgotten."""
+
+    passages: Passages
+    needles: Needles
+    count: int
+
+    def of_step(self, step: int, count: int) -> list[Lesson]:
+        # Needles stand together: each is held to say nothing about its neighbour, which is hardest among their like.
+        return [*self.needles.of_step(step, self.count), *self.passages.of_step(step, count - self.count)]
+
+    def held_out(self) -> dict[str, list[Lesson]]:
+        return {**self.passages.held_out(), **self.needles.held_out()}
+
+
+@lru_cache(maxsize=8)
+def _order(key: str, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(key).shuffle(order)
+    return order
