@@ -308,6 +308,10 @@ def test_what_is_left_out_is_whole(sentence: str, answer: str) -> None:
     assert answer in [told for _, told in gaps(sentence, random.Random(0), 9)]
 
 
+def test_what_a_speaker_calls_himself_is_no_name() -> None:
+    assert gaps("He said I’m not there.", random.Random(0), 9) == []
+
+
 def test_a_sentence_is_begun_and_each_kind_comes_as_often() -> None:
     words = [f"w{n}" for n in range(30)]
     ((question, answer),) = gaps(f"{' '.join(words)}.", random.Random(0), 9)

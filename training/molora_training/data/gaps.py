@@ -16,7 +16,7 @@ _BEGUN, _FEWEST, _MOST = 6, 4, 10  # words of a sentence that are given, and tha
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _KINDS = (
     # Names of one or more words; what begins a sentence is a name by its place only.
-    re.compile(r"(?<=[\w,;:] )[A-Z][\w’'-]+(?: (?:of (?:the )?)?[A-Z][\w’'-]+)*"),
+    re.compile(r"(?<=[\w,;:] )(?!I\b)[A-Z][\w’'-]+(?: (?:of (?:the )?)?[A-Z][\w’'-]+)*"),
     # Dates, and numbers with their unit.
     re.compile(
         rf"(?<=[\w,;:] )(?:{_MONTH} \d\d?(?:st|nd|rd|th)?(?:,? \d{{4}})?|\d\d?(?:st|nd|rd|th)? {_MONTH}(?:,? \d{{4}})?"

