@@ -16,7 +16,7 @@ def documents(
     hypernet: Annotated[Path, typer.Argument(help="A network from `molora train hypernet doc`.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
-    limit: Annotated[int, typer.Option(min=1, help="Passages of the test split.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Passages of the test split, with questions of each kind.")] = 200,
     needles: Annotated[int, typer.Option(min=1, help="Texts of each length with a number hidden in them.")] = 64,
     encoder: Annotated[
         str | None,
@@ -29,8 +29,9 @@ def documents(
     """What does an adapter that was made of a document know of it?
 
     In: a network and prepared data (`molora train data passages science`). Out: a JSON file with the needles that are
-    found by length, and answers to questions about passages: with the passage's adapter, another's, one of its words
-    shuffled, the passage in the prompt, and what a search puts there; what unrelated text loses; seconds and bytes.
+    found by length, and answers to questions about passages, those of yes or no apart: with the passage's adapter,
+    another's, one of its words shuffled, the passage in the prompt, and what a search puts there; what unrelated text
+    loses; seconds and bytes.
 
     Example: molora eval documents document-net
     """
