@@ -66,8 +66,8 @@ def test_unrelated_text_under_a_network_that_has_not_learnt_is_the_bases(tmp_pat
 
 
 def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
-    found = {"base": 0.1, "adapter of the text": 0.5, "what every text has": 0.2, "text in the prompt": 0.3,
-             "text in the prompt, with what every text has": 0.6}  # fmt: skip
+    found = {"base": 0.1, "adapter of the text": 0.5, "adapter of another text": 0.3, "what every text has": 0.2,
+             "text in the prompt": 0.3, "text in the prompt, with what every text has": 0.6}  # fmt: skip
     report = {
         "rows": [
             {"kind": kind, "contender": name, "f1": value / part, "rouge_l": value / part}
@@ -80,11 +80,11 @@ def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
     }
     shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
     assert [line["value"] for line in shares] == pytest.approx([0.75, 0.75]) and len(shares) == 2
-    report["rows"][3]["f1"] = 0.1  # type: ignore[index]
-    report["rows"][4]["f1"] = 0.2  # type: ignore[index]
+    report["rows"][4]["f1"] = 0.1  # type: ignore[index]
+    report["rows"][5]["f1"] = 0.2  # type: ignore[index]
     shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
     assert shares[0]["value"] == 0.0 and shares[0]["note"].endswith("20.0% with it, 50.0% with the text's adapter")
-    assert shares[1]["value"] == pytest.approx(0.75) and shares[1]["note"] == ""
+    assert shares[1]["value"] == pytest.approx(0.75) and shares[1]["note"] == "another text's adapter: 0.250"
 
 
 def test_the_own_adapter_is_compared_text_by_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,8 @@ def _means(scores: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines that are to be reached. Of questions about passages those that are answered in words count."""
+    """The lines that are to be reached. Of questions about passages those that are answered in words count; how much of
+    the same gain another text's adapter has is told beside, since that much is not of the text."""
     rows = {row["contender"]: row for row in report["rows"] if row["kind"] == "words"}
     lines = []
     for times, bar in ((4, 0.95), (16, 0.80)):
@@ -244,7 +245,8 @@ def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         floor = max(rows["base"][name], rows[SHARED][name])
         ceiling = max(rows[GIVEN][name], rows[f"{GIVEN}, with {SHARED}"][name])
         if ceiling > floor:
-            share, note = (own - floor) / (ceiling - floor), ""
+            share = (own - floor) / (ceiling - floor)
+            note = f"another text's adapter: {(rows[OTHER][name] - floor) / (ceiling - floor):.3f}"
         else:
             share = 0.0
             note = f"no text in the prompt helps the base: {ceiling:.1%} with it, {own:.1%} with the text's adapter"
