@@ -32,6 +32,7 @@ _KNOWN_FIELDS = {
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_rslora", "velora_config",
 }  # fmt: skip
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COPIED = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
 # Initialisations that change the base weight itself: such an adapter is a delta to another base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -270,8 +271,10 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise AdapterFormatError(f"{file} holds no tensors.")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterFormatError(f"{file}: {key} has dtype {tensor.dtype}; LoRA weights are floating point.")
+        if tensor.dtype not in _DTYPES:
+            raise AdapterFormatError(
+                f"{file}: {key} has dtype {tensor.dtype}; LoRA weights are floating point, of 16 bits or more."
+            )
         if not _finite(tensor):
             raise NonFiniteError(f"{file}: {key} holds NaN or infinite values. Nothing was loaded.")
     return tensors

@@ -170,7 +170,7 @@ class Routed:
         with self.monkeypatch.context() as here:
             for module in ("routing", "memory"):
                 here.setattr(f"molora.{module}.backend_for", lambda _: "triton" if self.kernels else "torch")
-            here.setattr(self.model, "_routes", lambda: plans.extend(routing.plans))
+            here.setattr(routing, "routes", lambda names: plans.extend(routing.plans))
             self.cache = self.model(
                 ids, past_key_values=self.cache, use_cache=True, output_routes=True, **options
             ).past_key_values
