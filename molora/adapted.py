@@ -86,7 +86,8 @@ class AdaptedModules:
         self.groups: dict[str, AdapterGroup] = {}  # by module name, where kernels serve the adapters
         self.orders = PairOrders()  # of MegaBlocks
         self._modules: dict[str, MoLoRALinear] = {}  # by name, what was wrapped
-        self._last = 0  # slot that was ever taken
+        self._last = 0  # slot that was ever taken, or is reserved
+        self._pages = 0  # that are reserved in each group
         self._ahead = Ahead()
 
     def pack(self, adapter: Adapter) -> Packed:
@@ -96,6 +97,13 @@ class AdaptedModules:
     def fetch(self, packed: Packed) -> None:
         """Starts an adapter's way to its devices, where :meth:`put` will want it; from any thread."""
         self._ahead.start(packed)
+
+    def reserve(self, adapters: int) -> None:
+        """Takes the memory of so many adapters, of a page of ranks each, at once: what was captured for the pages as
+        they are then stays of use while these come."""
+        self._last, self._pages = max(self._last, adapters - 1), max(self._pages, adapters)
+        for group in self.groups.values():
+            group.reserve(self._last, self._pages)
 
     def put(self, slot: int, packed: Packed) -> None:
         """Puts an adapter into a slot of all modules that it adapts; the others know the slot then too."""
@@ -186,7 +194,7 @@ class AdaptedModules:
             group = (MegaBlocksGroup if self.backend == "megablocks" else AdapterGroup).of(self.base, names)
             if isinstance(group, MegaBlocksGroup):
                 group.orders = self.orders
-            group.reserve(self._last)
+            group.reserve(self._last, self._pages)
             self.groups.update(dict.fromkeys(names, group))
         return self.groups[name]
 

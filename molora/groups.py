@@ -90,13 +90,16 @@ class AdapterGroup:
         self._move(slots, count, most)
         self.pages.put_slice(slot, piece, factors, writes)
 
-    def reserve(self, slot: int) -> None:
-        """Makes room up to a slot that a plan may name: the kernels do not look whether there is one."""
-        slots = self.pages.slots
+    def reserve(self, slot: int, count: int = 0) -> None:
+        """Makes room up to a slot that a plan may name: the kernels do not look whether there is one. And for so many
+        pages."""
+        slots, pages = self.pages.slots, self.pages.pages
         while slot >= slots:
             slots *= 2
-        if slots != self.pages.slots:
-            self._move(slots, self.pages.pages, self.pages.max_pages)
+        while count > pages:
+            pages *= 2
+        if (slots, pages) != (self.pages.slots, self.pages.pages):
+            self._move(slots, pages, self.pages.max_pages)
         for path in (path for paths in self.shared.values() for path in paths):
             path.inner.group.reserve(slot)
 

@@ -40,7 +40,13 @@ def serve(
             "s3://bucket/prefix, or what else fsspec reaches. Those that are uploaded go there.",
         ),
     ] = None,
-    live: Annotated[int, typer.Option(min=1, help="Adapters of the store that are in the model at once.")] = 64,
+    live: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Adapters of the store that are in the model at once; on a GPU their memory is taken at the start.",
+        ),
+    ] = 64,
     router: Annotated[
         str | None,
         typer.Option(

@@ -87,6 +87,8 @@ class Engine:
         self.model, self.longest, self.most_waiting = model, min(longest, most), waiting
         self.chunk = chunk or (_CHUNK_ON_GPU if model.device.type == "cuda" else _CHUNK)
         self.pools = {pool.layer: pool for pool in pools}
+        if pools:  # before anything is captured
+            model.adapted.reserve(len(model.slots) + sum(pool.most for pool in pools))
         self.prefixes = Prefixes(model, prefix_bytes)
         self._batch = Batch(model, rows, self.longest, self.pools, self.prefixes, self._finish)
         self._turns: Turns[Ticket] = Turns()

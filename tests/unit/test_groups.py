@@ -52,6 +52,21 @@ def test_pages_grow_with_slots_ranks_and_numbers() -> None:
     assert 2 in group.pages.factors(1)
 
 
+def test_adapters_come_into_reserved_pages_without_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for first in ("_FIRST_SLOTS", "_FIRST_PAGES"):
+        monkeypatch.setattr(f"molora.groups.{first}", 1)
+    path = write_adapter(make_base(), tmp_path / "a", 1)
+    moves = {}
+    for reserved in (0, 7):
+        model = MoLoRAModel.from_base(make_base(), Stack([StackLayer("any", {"first": path})]), backend="triton")
+        model.adapted.reserve(reserved)
+        before = {name: group.version for name, group in model.adapted.groups.items()}
+        for number in range(6):
+            model.add_adapter("any", f"a{number}", path)
+        moves[reserved] = sum(group.version - before[name] for name, group in model.adapted.groups.items())
+    assert moves[0] > 0 == moves[7]
+
+
 def test_a_rank_over_the_kernels_largest() -> None:
     group = AdapterGroup(("o",), 8, (6,), torch.float32, DEVICE)
     with pytest.raises(ValueError, match="Rank 257 is over 256"):
