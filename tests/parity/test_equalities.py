@@ -164,12 +164,12 @@ def test_merged_by_cat_is_stacked(base: Any, adapters: dict[str, Path], ids: tor
 @torch.no_grad()
 def test_a_routed_forward_is_a_loop_over_peft_adapters(base: Any, adapters: dict[str, Path], ids: torch.Tensor) -> None:
     """Per-token routes, replayed by PEFT: its LoRA outputs masked token by token."""
-    model = make_routed(base, adapters, seed=67)
+    model = make_routed(base, adapters, seed=98)
     out = model(ids, selection={"domain": "auto"}, output_routes=True)
     slots = out.routes.slots[..., 1]
     names = out.routes.names
     none, math, code = (slots == slot for slot in (-1, names.index("domain/math"), names.index("domain/code")))
-    assert min(none.sum(), math.sum(), code.sum()) >= 8
+    assert min(none.sum(), math.sum(), code.sum()) >= slots.numel() // 5
     peft = PeftModel.from_pretrained(copy.deepcopy(base), adapters["math"], adapter_name="math")
     peft.load_adapter(adapters["code"], adapter_name="code")
     peft.base_model.set_adapter(["math", "code"])
