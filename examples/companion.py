@@ -170,7 +170,14 @@ def run(
     folder, talks = work / "companion", [told(number, seed) for number in range(conversations)]
     MoLoRAModel.from_base(base, Stack([StackLayer(LAYER, {}, shared=True)])).save_pretrained(folder)
     first = UpdateSettings(
-        folder, LAYER, USER, work / "new.jsonl", write(work / "general.jsonl", general()), new=8, **(settings or {})
+        folder,
+        LAYER,
+        USER,
+        work / "new.jsonl",
+        write(work / "general.jsonl", general()),
+        hold=10,
+        new=8,
+        **(settings or {}),
     )
     dtype = getattr(torch, first.chosen_dtype)
     versions, updates, learnt = Versions(folder, LAYER, USER), list[Updated](), list[Told]()

@@ -31,6 +31,14 @@ def update(
             "to such, others hold it to what the base says.",
         ),
     ] = None,
+    hold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="How strongly: less learns more of what is new, more moves the others less. Default: 30.",
+            show_default=False,
+        ),
+    ] = None,
     max_forgetting: Annotated[
         float, typer.Option(min=0, help="How much the loss on old conversations may grow, as a share.")
     ] = 0.02,
@@ -79,8 +87,10 @@ def update(
     changed = {"epochs": epochs, "learning_rate": learning_rate}
     chosen: dict[str, Any] = {key: value for key, value in changed.items() if value is not None}
     if layer == "router" and name is None:
-        if general is not None or invent or method != "plain" or new is not None:
-            raise ConfigError("--general, --invent, --method and --new are for an adapter: a router has its data.")
+        if general is not None or hold is not None or invent or method != "plain" or new is not None:
+            raise ConfigError(
+                "--general, --hold, --invent, --method and --new are for an adapter: a router has its data."
+            )
         _router(model, data, max_forgetting, chosen, as_json)
         return
     if name is None:
@@ -89,6 +99,8 @@ def update(
         from molora_training.continual.update import UpdateSettings
         from molora_training.continual.update import update as run
 
+        if hold is not None:
+            chosen["hold"] = hold
         settings = UpdateSettings(
             model, layer, name, data, general=general, max_forgetting=max_forgetting,
             memory=memory, invent=invent, method=method, new=new, **chosen,

@@ -24,7 +24,6 @@ from molora.versions import Versions
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import Memory, held_out, key
 from molora_training.continual.methods import METHODS, MethodName
-from molora_training.continual.steady import Steady
 from molora_training.continual.update import MEMORY, UpdateSettings, update
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -190,10 +189,7 @@ def test_what_it_makes_up_is_its_own(settings: UpdateSettings) -> None:
         assert row["messages"][1]["content"] == expected
 
 
-def test_it_learns_remembers_and_serves(
-    settings: UpdateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Steady, "strength", 10.0)  # for a base that finds all conversations alike
+def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path) -> None:
     found = update(settings, command="molora update")
     mine = Versions(settings.model, "domain", "math")
     assert found.promoted and (found.version, found.parent, mine.current) == (2, 1, 2)
@@ -209,7 +205,8 @@ def test_it_learns_remembers_and_serves(
     other = chats(tmp_path / "june.jsonl", "no sir", range(100, 140))
     general = chats(tmp_path / "general.jsonl", "hm", range(500, 530))
     general_apart = [row for row in rows_of(general) if held_out(row)]
-    later = update(replace(settings, data=other, general=general, max_forgetting=100.0))
+    # Held less than others: its base finds all conversations alike.
+    later = update(replace(settings, data=other, general=general, hold=10.0, max_forgetting=100.0))
     assert later.promoted and later.replayed > 0 and mine.current == 3 and mine[3].parent == 2
     assert later.kept is not None and later.kept.conversations == len(apart)
     assert later.kept.before == pytest.approx(loss(settings, mine.path(2), apart), rel=1e-3)
@@ -243,12 +240,9 @@ def test_what_forgets_too_much_does_not_serve(settings: UpdateSettings, tmp_path
         mine.promote(3)
 
 
-def test_what_harms_others_does_not_serve(
-    settings: UpdateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Steady, "strength", 0.0)  # nothing holds it
+def test_what_harms_others_does_not_serve(settings: UpdateSettings, tmp_path: Path) -> None:
     general = chats(tmp_path / "general.jsonl", "!?", range(500, 530))
-    found = update(replace(settings, general=general, max_forgetting=0.0))
+    found = update(replace(settings, general=general, hold=0.0, max_forgetting=0.0))
     assert not found.promoted and found.why.startswith("loss on general conversations grew by")
     few = chats(tmp_path / "few.jsonl", "!?", range(500, 503))
     assert not any(map(held_out, rows_of(few)))
@@ -256,10 +250,8 @@ def test_what_harms_others_does_not_serve(
         update(replace(settings, general=few))
 
 
-def test_what_is_general_stays_nearer_to_the_base(
-    settings: UpdateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Steady, "strength", 100.0)  # what is random differs by little from anything
+def test_what_is_general_stays_nearer_to_the_base(settings: UpdateSettings, tmp_path: Path) -> None:
+    settings = replace(settings, hold=100.0)  # what is random differs by little from anything
     general = chats(tmp_path / "general.jsonl", "!?", range(500, 530))
     apart = [row for row in rows_of(general) if held_out(row)]
     mine = Versions(settings.model, "domain", "math")

@@ -19,12 +19,11 @@ class Steady:
     Args:
         method: the other hold, if there is one.
         rows: the conversations; a step looks at ROWS of them, the next at those that follow.
+        strength: what their divergence counts beside the loss of what is learnt.
     """
 
-    strength = 30.0  # with 10 general text still moves by up to 2%; with 100 an update learns a fifth of what it could
-
-    def __init__(self, method: Hold | None, rows: Sequence[Encoded]) -> None:
-        self.method = method
+    def __init__(self, method: Hold | None, rows: Sequence[Encoded], strength: float = 10.0) -> None:
+        self.method, self.strength = method, strength
         self.ids = torch.nn.utils.rnn.pad_sequence([row.input_ids[:LENGTH] for row in rows], batch_first=True)
         lengths = torch.tensor([min(LENGTH, row.input_ids.numel()) for row in rows])
         self.seen = torch.arange(self.ids.shape[1]) < lengths[:, None]
