@@ -64,6 +64,7 @@ def server() -> Iterator[str]:
     """A local server that speaks S3."""
     running = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     running.start()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # which would speak to the one before, if there was one
     yield "http://{}:{}".format(*running.get_host_and_port())
     running.stop()
 
