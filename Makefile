@@ -26,7 +26,8 @@ NO_BROWSER := ==> NOT RUN: the demo in a browser ($(BROWSER)). Install a Chromiu
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-demo: $(VENV)/.installed-demo
+# With what its tab Teach needs.
+demo: $(VENV)/.installed-demo,train,personalize
 	@OMP_WAIT_POLICY=PASSIVE GRADIO_ANALYTICS_ENABLED=False $(BIN)/molora demo $(ARGS)
 
 test: lint
