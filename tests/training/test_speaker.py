@@ -44,9 +44,9 @@ def rows(model: Any) -> list[Encoded]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("own", [True, False], ids=["adapters", "base"])
-def test_losses_are_cross_entropies(model: Any, own: bool) -> None:
-    some, made = rows(model), adapters(model) if own else None
+@pytest.mark.parametrize("own", [1, 2, 0], ids=["adapters", "each twice", "base"])
+def test_losses_are_cross_entropies(model: Any, own: int) -> None:
+    some, made = rows(model) * max(1, own), adapters(model) * own or None
     found = Speaker(model.base, model.tokenizer, batch=2).losses(some, made)
     for place, row in enumerate(some):
         with generated(model.base, stacked([made[place]]) if made else {}):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from molora.base import load_base
 from molora.errors import DataError
@@ -88,7 +89,8 @@ def run(
     net = DocumentNet.load(folder, torch.bfloat16)
     base, tokenizer = load_base(net.config.base, dtype=torch.bfloat16)
     base.to(device).requires_grad_(False).eval()
-    table = Table(base, tokenizer, net.to(device), encoder)
+    # A small base leaves a GPU idle unless it is asked much at once.
+    table = Table(base, tokenizer, net.to(device), encoder, batch=256 if device == "cuda" else 32)
     test = read_lessons(data / "passages.test.jsonl")
     asked = {
         kind: [Lesson(one.text, one.questions[:QUESTIONS]) for one in of_kind(test, kind)[:limit]] for kind in KINDS
@@ -100,7 +102,10 @@ def run(
     rows = [{"kind": kind, **row} for kind, some in asked.items() if some for row in table.passages(some)]
     made = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
     trained = made.get("longest") or net.config.chunk
-    recall = [{"times": times, "tokens": times * trained, **table.recall(times * trained, needles)} for times in TIMES]
+    recall = [
+        {"times": times, "tokens": times * trained, **table.recall(times * trained, needles)}
+        for times in tqdm(TIMES, desc="needles")
+    ]
     report = {
         **heading(
             command,
@@ -159,7 +164,7 @@ class Table:
             Contender(f"{GIVEN}, with {SHARED}", given, lambda _: shared),
             Contender("search over all texts", lambda _, q: "\n".join([*map(str, search.top(q, PIECES)), "", q])),
         ]
-        scores = {one.name: self._scores(one, lessons) for one in contenders}
+        scores = {one.name: self._scores(one, lessons) for one in tqdm(contenders, desc="passages")}
         scores[OVER] = {name: each - scores[OTHER][name] for name, each in scores[OWN].items()}
         return [{"contender": name, **_means(by_metric)} for name, by_metric in scores.items()]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from molora.adapter import Adapter
 from molora.base import load_base
@@ -123,7 +124,7 @@ def run(settings: PeopleSettings, encoder: Encoder, out: Path, command: str) -> 
         torch.cuda.reset_peak_memory_stats()
     table = PeopleTable(settings, base, tokenizer, persons, encoder)
     contenders = table.contenders(pool)
-    rows = [table.row(one) for one in contenders]
+    rows = [table.row(one) for one in tqdm(contenders, desc="asking")]
     report = {
         **heading(command, f"{settings.people}: {len(persons)} people held out, {len(table.asked)} test questions"),
         "seed": settings.seed,
@@ -303,7 +304,7 @@ class PeopleTable:
         rows = [history_rows(one, self.tokenizer, MOST) for one in self.persons]
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         found: dict[int, Factors] = {}
-        for first in range(0, len(order), settings.at_once):
+        for first in tqdm(range(0, len(order), settings.at_once), desc="own adapters"):
             some = order[first : first + settings.at_once]
             under = self._above([below[place] for place in some]) if below else [] if self.task is None else [self.task]
             made = train_adapters(

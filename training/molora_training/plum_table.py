@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
@@ -85,7 +86,7 @@ def run(
         blank(base, learning.rank, Path(scratch) / "blank", learning.seed)
         learner = Learner(model, tokenizer, Path(scratch) / "blank", learning, base)
     seconds = []
-    for pairs in taught:
+    for pairs in tqdm(taught, desc="conversations"):
         started = time.monotonic()
         if pairs:
             learner.learn(pairs)

@@ -1,7 +1,7 @@
 """Adapters of several users that learn in one loop: each sequence of a batch is under its own user's.
 
-Every user has an optimizer, an order, a schedule and a clipping of their own: what becomes of one's adapter does not
-depend on who else learns, but for rounding.
+Every user has moments, an order, a schedule and a clipping of their own: what becomes of one's adapter does not depend
+on who else learns, but for rounding.
 """
 
 import math
@@ -98,8 +98,7 @@ def learn(
     Raises:
         NonFiniteError: a loss is not finite.
     """
-    every = [[p for parts in one.values() for p in parts] for one in own]
-    optimizers = [torch.optim.AdamW(some, how.learning_rate, weight_decay=how.weight_decay) for some in every]
+    abreast = _Abreast(own, how)
     losses = TokenLosses(base)
     plans = [
         plan_steps([row.input_ids.numel() for row in some], how.batch_tokens, how.epochs, how.seed) for some in rows
@@ -107,30 +106,78 @@ def learn(
     for number, shares in enumerate(zip_longest(*plans)):
         here = [user for user, share in enumerate(shares) if share is not None]
         picks = [rows[user][index] for user in here for index in shares[user]]
-        of = torch.tensor([place for place, user in enumerate(here) for _ in shares[user]])
+        of = torch.tensor([user for user in here for _ in shares[user]], device=base.device)
         batch = collate(picks, pad_id).to(base.device)
         labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        owners = of.to(base.device) if len(own) > 1 else None
-        with act(None if owners is None else torch.tensor(here, device=base.device)[owners], _rows(own, here, owners)):
+        owners = of if len(own) > 1 else None
+        with act(owners, abreast.rows(owners)):
             each = losses(
                 lambda b=batch: base(b.input_ids, attention_mask=b.attention_mask, use_cache=False),  # type: ignore[misc]
                 labels,
             )
         sums, counts = (
-            torch.zeros(len(here), device=base.device).index_add(0, of.to(base.device), some)
+            torch.zeros(len(own), device=base.device).index_add(0, of, some)
             for some in (each.sum(1), (labels != IGNORED).sum(1).float())
         )
         by_user = sums / counts.clamp_min(1)
-        for user in here:
-            optimizers[user].zero_grad(set_to_none=True)
         by_user.sum().backward()
-        norms = torch.stack([nn.utils.clip_grad_norm_(every[user], how.clip_norm) for user in here])
-        for user, loss, norm in zip(here, by_user.tolist(), norms.tolist(), strict=True):
+        rates = [warm_cosine(number, len(plan), how.warmup, how.learning_rate) * (number < len(plan)) for plan in plans]
+        norms = abreast.step(rates)
+        for loss, norm in torch.stack([by_user.detach(), norms], 1)[here].tolist():
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteError(f"The loss became {loss} at step {number + 1}, its gradient {norm}.")
-            for group in optimizers[user].param_groups:
-                group["lr"] = warm_cosine(number, len(plans[user]), how.warmup, how.learning_rate)
-            optimizers[user].step()
+    abreast.hand_back()
+
+
+class _Abreast:
+    """What users own, a row for each, under one AdamW that steps as ``torch.optim``'s, an optimizer for each, would:
+    their number costs no launches. All begin together, so that they count the same steps."""
+
+    BETAS, EPS = (0.9, 0.999), 1e-8
+
+    def __init__(self, own: Sequence[Own], how: Schedule) -> None:
+        self.own, self.how, self.steps = own, how, 0
+        self.flat = torch.stack([torch.cat([p.detach().flatten() for p in _every(one, own[0])]) for one in own])
+        self.flat.requires_grad_()
+        self.mean, self.square = torch.zeros_like(self.flat.detach()), torch.zeros_like(self.flat.detach())
+        self.sizes = [p.numel() for p in _every(own[0], own[0])]
+
+    def rows(self, owners: Tensor | None) -> dict[str, tuple[Tensor, ...]]:
+        """What each sequence's user owns; of one user a row for all."""
+        pieces = iter(self.flat.split(self.sizes, 1))
+        found = {}
+        for name, parts in self.own[0].items():
+            own = [next(pieces) for _ in parts]
+            some = own if owners is None else [piece.index_select(0, owners) for piece in own]
+            found[name] = tuple(piece.unflatten(1, part.shape) for piece, part in zip(some, parts, strict=True))
+        return found
+
+    @torch.no_grad()
+    def step(self, rates: Sequence[float]) -> Tensor:
+        """With a learning rate for each user, 0 of those who are through; the norms [users] of their gradients."""
+        assert self.flat.grad is not None
+        slope, self.flat.grad, self.steps = self.flat.grad, None, self.steps + 1
+        norms = slope.norm(dim=1)
+        slope.mul_((self.how.clip_norm / (norms + 1e-6)).clamp_max(1).unsqueeze(1))
+        self.mean.lerp_(slope, 1 - self.BETAS[0])
+        self.square.mul_(self.BETAS[1]).addcmul_(slope, slope, value=1 - self.BETAS[1])
+        first, second = (1 - beta**self.steps for beta in self.BETAS)
+        rate = torch.tensor(rates, device=slope.device).unsqueeze(1)
+        self.flat.mul_(1 - rate * self.how.weight_decay)
+        self.flat.sub_(rate / first * self.mean / ((self.square / second).sqrt_() + self.EPS))
+        return norms
+
+    @torch.no_grad()
+    def hand_back(self) -> None:
+        """Writes what was learnt into the users' own parameters."""
+        for one, flat in zip(self.own, self.flat, strict=True):
+            for parameter, piece in zip(_every(one, self.own[0]), flat.split(self.sizes), strict=True):
+                parameter.copy_(piece.view_as(parameter))
+
+
+def _every(one: Own, like: Own) -> list[nn.Parameter]:
+    """In the order of another's modules."""
+    return [parameter for name in like for parameter in one[name]]
 
 
 def module_names(base: Any, targets: Sequence[str]) -> list[str]:
@@ -148,14 +195,6 @@ def module_names(base: Any, targets: Sequence[str]) -> list[str]:
 def picked(some: Generated, of: Tensor | None) -> Generated:
     """Users' factors, a row for each sequence."""
     return some if of is None else {name: (A[of], B[of]) for name, (A, B) in some.items()}
-
-
-def _rows(own: Sequence[Own], here: Sequence[int], owners: Tensor | None) -> dict[str, tuple[Tensor, ...]]:
-    found = {}
-    for name, parts in own[0].items():
-        joined = [torch.stack([own[user][name][part] for user in here]) for part in range(len(parts))]
-        found[name] = tuple(joined if owners is None else [some[owners] for some in joined])
-    return found
 
 
 def _new(base: Any, modules: Sequence[str], rank: int, seed: int) -> dict[str, tuple[nn.Parameter, ...]]:

@@ -37,22 +37,21 @@ class Speaker:
             render(self.tokenizer, [{"role": "user", "content": one}], add_generation_prompt=True) for one in prompts
         ]
         tokens = [torch.tensor(self.tokenizer(row, add_special_tokens=False)["input_ids"]) for row in rows]
-        said = [""] * len(prompts)
+        said, acting = [""] * len(prompts), _Acting(own, self.base.device)
         for places in self._batches([len(some) for some in tokens]):
-            for place, text in zip(
-                places, self._said([tokens[place] for place in places], _of(own, places)), strict=True
-            ):
+            found = self._said([tokens[place] for place in places], acting(places))
+            for place, text in zip(places, found, strict=True):
                 said[place] = text
         return said
 
     @torch.no_grad()
     def losses(self, rows: Sequence[Encoded], own: Own = None) -> Tensor:
         """float64 [N, 2]: the summed loss of each conversation's answer tokens, and how many there are."""
-        found = torch.zeros(len(rows), 2, dtype=torch.float64)
+        found, acting = torch.zeros(len(rows), 2, dtype=torch.float64), _Acting(own, self.base.device)
         for places in self._batches([row.input_ids.numel() for row in rows]):
             batch = collate([rows[place] for place in places], self.pad).to(self.base.device)
             labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-            with generated(self.base, self._acting(_of(own, places))):
+            with generated(self.base, acting(places)):
                 each = self.token_losses(
                     lambda b=batch: self.base(b.input_ids, attention_mask=b.attention_mask, use_cache=False),  # type: ignore[misc]
                     labels,
@@ -65,17 +64,14 @@ class Speaker:
         order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
         return [order[first : first + self.batch] for first in range(0, len(order), self.batch)]
 
-    def _acting(self, own: Own) -> Generated:
-        return {} if own is None else stacked(own, self.base.device)
-
     @torch.no_grad()
-    def _said(self, tokens: Sequence[Tensor], own: Own) -> list[str]:
+    def _said(self, tokens: Sequence[Tensor], acting: Generated) -> list[str]:
         flipped = [some.flip(0) for some in tokens]  # padded on the left
         ids = nn.utils.rnn.pad_sequence(flipped, batch_first=True, padding_value=self.pad).flip(1)
         lengths = torch.tensor([len(some) for some in tokens])
         mask = (torch.arange(ids.shape[1]).flip(0) < lengths.unsqueeze(1)).long()
         device = self.base.device
-        with generated(self.base, self._acting(own)):
+        with generated(self.base, acting):
             found = self.base.generate(
                 ids.to(device), attention_mask=mask.to(device), max_new_tokens=self.new_tokens, do_sample=False,
                 eos_token_id=self.end, pad_token_id=self.pad,
@@ -83,5 +79,21 @@ class Speaker:
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in found[:, ids.shape[1] :]]
 
 
-def _of(own: Own, places: Sequence[int]) -> Own:
-    return None if own is None else [own[place] for place in places]
+class _Acting:
+    """The adapters of a batch, a row for each prompt. Those that come again and again are put together once."""
+
+    def __init__(self, own: Own, device: torch.device) -> None:
+        self.own, self.device = own, device
+        distinct = {id(one): one for one in own or ()}
+        self.places = {key: place for place, key in enumerate(distinct)}
+        again = own is not None and 2 * len(distinct) <= len(own)
+        self.kept = stacked(list(distinct.values()), device) if again else None
+
+    def __call__(self, places: Sequence[int]) -> Generated:
+        if self.own is None:
+            return {}
+        some = [self.own[place] for place in places]
+        if self.kept is None:
+            return stacked(some, self.device)
+        rows = torch.tensor([self.places[id(one)] for one in some], device=self.device)
+        return {name: (A[rows], B[rows]) for name, (A, B) in self.kept.items()}
