@@ -86,8 +86,9 @@ def run(
         DataError: no question about a passage is answered in words.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = DocumentNet.load(folder, torch.bfloat16)
-    base, tokenizer = load_base(net.config.base, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which is faster on a CPU
+    net = DocumentNet.load(folder, dtype)
+    base, tokenizer = load_base(net.config.base, dtype=dtype)
     base.to(device).requires_grad_(False).eval()
     # A small base leaves a GPU idle unless it is asked much at once.
     table = Table(base, tokenizer, net.to(device), encoder, batch=256 if device == "cuda" else 32)

@@ -118,7 +118,8 @@ def run(settings: PeopleSettings, encoder: Encoder, out: Path, command: str) -> 
     if len(persons) < 2:
         raise DataError(f"Of the set {settings.people!r} fewer than two people are held out: nothing can be compared.")
     name = pool.config.base if pool is not None else None
-    base, tokenizer = load_base(name, dtype=torch.bfloat16) if name else load_base(dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if cuda else torch.float32  # which is faster on a CPU
+    base, tokenizer = load_base(name, dtype=dtype) if name else load_base(dtype=dtype)
     base.to("cuda" if cuda else "cpu").requires_grad_(False).eval()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
