@@ -9,6 +9,8 @@ import torch
 from molora.errors import SelectionError
 from molora.keys import asked
 from molora.router import Router
+from molora.routing import decoder_layers, no_further
+from molora.selection import Selection
 
 if TYPE_CHECKING:
     from molora.model import MoLoRAModel
@@ -38,15 +40,18 @@ def fit_row(model: "MoLoRAModel", row: str, encoded: Sequence[dict[str, torch.Te
     router = model.router
     assert isinstance(router, Router)
     # Part after part: what a deeper one reads depends on what the first one chooses.
+    choices: Any = {layer.name: list(layer.adapters) for layer in model.stack.layers if layer.routed}
+    choices |= {layer.name: None for layer in model.stack.layers if layer.keyed}
     for part in range(len(router.parts)):
-        router.set_row(row, part, features_of(model, encoded, part))
+        router.set_row(row, part, features_of(model, encoded, part, choices))
 
 
 @torch.no_grad()
-def features_of(model: "MoLoRAModel", encoded: Sequence[dict[str, torch.Tensor]], part: int) -> torch.Tensor:
-    """A part's features q [tokens, hidden] over texts, routed by the parts before it."""
-    choices: Any = {layer.name: list(layer.adapters) for layer in model.stack.layers if layer.routed}
-    choices |= {layer.name: None for layer in model.stack.layers if layer.keyed}
+def features_of(
+    model: "MoLoRAModel", encoded: Sequence[dict[str, torch.Tensor]], part: int, choices: Selection
+) -> torch.Tensor:
+    """A part's features q [tokens, hidden] over texts, routed among ``choices`` by the parts before it; the base is run
+    no further than where the part reads."""
     own: Any = model.router.parts[part]  # type: ignore[union-attr]
     found = []
     for inputs in encoded:
@@ -55,7 +60,8 @@ def features_of(model: "MoLoRAModel", encoded: Sequence[dict[str, torch.Tensor]]
             found.append(own.features(z, inputs["attention_mask"].bool(), None)[0])
             continue
         with model.routing.active(lambda: model._resolve(choices)):
-            model.base(**inputs, use_cache=False)
+            with no_further(decoder_layers(model.base)[1][own.reads]):
+                model.base(**inputs, use_cache=False)
             q = model.routing.features[part]
             assert q is not None
             found.append(q[0])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from molora.errors import CacheError, SelectionError
 from molora.key_file import kept
-from molora.routing import decoder_layers
+from molora.routing import decoder_layers, no_further
 from molora.selection import Choice, Selection
 from molora.stack import AUTO, Stack
 
@@ -25,26 +25,21 @@ SHRINKS = 0.1  # of the covariance, towards a multiple of the identity
 IGNORED = -100  # a label that is none
 
 
-class _Enough(Exception):
-    """All that a question is told by is there."""
-
-
 @torch.no_grad()
 def entering(base: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     """[batch, tokens, hidden] of what enters decoder layer READS (the last one's input in a base that has fewer), which
     is as far as the base runs: without adapters, outside of a routed forward. inputs: of the base."""
     layers = decoder_layers(base)[1]
+    layer = layers[min(READS, len(layers) - 1)]
     found: list[torch.Tensor] = []
 
-    def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Enough
 
-    handle = layers[min(READS, len(layers) - 1)].register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        base(**inputs, use_cache=False)
-    except _Enough:
-        pass
+        with no_further(layer):
+            base(**inputs, use_cache=False)
     finally:
         handle.remove()
     return found[0].float()

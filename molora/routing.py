@@ -42,6 +42,26 @@ def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise BaseModelError(f"{type(base).__name__} has no list of {count} decoder layers, so it cannot be routed.")
 
 
+class _Enough(Exception):
+    """What a forward was run for is there."""
+
+
+@contextmanager
+def no_further(layer: nn.Module) -> Iterator[None]:
+    """A forward within ends where ``layer`` begins, after the hooks that it has by now; what follows it is not run."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+
+
 class RoutingState:
     """Routes each forward of ``base`` by hooks before it and before the layers at which the router reads.
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from molora.adapter import WEIGHTS_FILE
 from molora.errors import MoLoRAError
-from molora.examples import encode_examples
+from molora.examples import encode_examples, features_of
 from molora.router import NEVER, Router
 from molora.stack import StackLayer
 from molora_demo.shelf import row_file
@@ -121,7 +121,7 @@ class Private:
             choices = self._choices(own)
             tensors: dict[str, torch.Tensor] = {}
             for index in range(len(router.parts)):  # what a deeper part reads depends on what the first one chooses
-                q = self._features(encoded, index, choices)
+                q = features_of(self.model, encoded, index, choices)
                 view = self._without(router, self._labels - set(own))
                 with torch.random.fork_rng():  # samples are drawn
                     torch.manual_seed(index)
@@ -167,14 +167,6 @@ class Private:
                 mine = [name for name in layer.adapters if f"{layer.name}/{name}" in own]
                 found[layer.name] = [*self.public(layer), *mine]
         return found
-
-    def _features(self, encoded: Sequence[Mapping[str, Any]], index: int, choices: Any) -> torch.Tensor:
-        """A part's features of texts, [tokens, hidden]."""
-        found = []
-        for inputs in encoded:
-            self.model(**inputs, selection=choices, use_cache=False)
-            found.append(self.model.routing.features[index][0])
-        return torch.cat(found)
 
     def _put_row(self, label: str, tensors: Mapping[str, torch.Tensor] | None) -> None:
         """Gives a row its weights; without any it is never chosen."""

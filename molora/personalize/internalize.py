@@ -11,14 +11,10 @@ from molora.errors import DocumentError
 from molora.factors import Factors, cut
 from molora.personalize.document_net import DocumentNet, of_text
 from molora.personalize.documents import chunks
-from molora.routing import decoder_layers
+from molora.routing import decoder_layers, no_further
 
 MOST_TOKENS = 131_072
 _AT_ONCE = 8  # chunks that the base reads together
-
-
-class _Read(Exception):
-    """All that the network asks for is there: the rest of the forward is not needed."""
 
 
 def factors_of(base: Any, tokenizer: Any, net: DocumentNet, text: str, most_rank: int | None = None) -> Factors:
@@ -74,14 +70,11 @@ def states_of(base: Any, ids: Tensor, mask: Tensor, exit: int) -> Tensor:
 
     def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
-        if len(found) == exit:
-            raise _Read
 
     hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers[:exit]]
     try:
-        base(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-    except _Read:
-        pass
+        with no_further(layers[exit - 1]):
+            base(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -221,7 +221,7 @@ def test_the_router_finds_the_document_and_leaves_other_text_alone(model: MoLoRA
     router = model.router
     assert isinstance(router, Router)
     other = "12 + 34 = 46; 7 * 8 = 56; 99 - 11 = 88. " * 4
-    features = features_of(model, encode_examples(model, [other], False), 0)
+    features = features_of(model, encode_examples(model, [other], False), 0, {})
     for part in router.parts:
         part.samples.set(features, torch.arange(len(features)) % 2)
     model.internalize(DOCUMENT, hypernet=saved_net, name="lamp")
@@ -268,7 +268,7 @@ class TestCommand:
     @pytest.fixture
     def saved(self, model: MoLoRAModel, tmp_path: Path) -> Path:
         for part in model.router.parts:  # type: ignore[union-attr]
-            features = features_of(model, encode_examples(model, ["1 + 1 = 2"], False), 0)
+            features = features_of(model, encode_examples(model, ["1 + 1 = 2"], False), 0, {})
             part.samples.set(features, torch.zeros(len(features), dtype=torch.int64))
         return save_spoken(model, tmp_path)
 

@@ -12,7 +12,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from molora import MoLoRAModel, Stack, StackLayer
 from molora.errors import MoLoRAError, SelectionError
+from molora.examples import encode_examples, features_of
 from molora.router import NEVER, Router
+from molora.routing import decoder_layers
 from tests.conftest import write_adapter
 from tests.parity.test_equalities import make_routed, make_stack
 from tests.unit.spoken import make_spoken
@@ -292,3 +294,22 @@ def test_the_routers_parameters_are_new_ones(model: MoLoRAModel, law: Path) -> N
     model.add_adapter("domain", "law", law)
     assert model.router.parts[0].output.weight.shape[0] == len(model.router.rows)
     assert all(parameter.requires_grad for parameter in model.router.parts[0].output.parameters())
+
+
+@torch.no_grad()
+def test_features_for_a_row_are_those_of_a_whole_forward_and_no_layer_beyond_is_run(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path, reads=(0, 1))
+    encoded = encode_examples(model, ["1 + 1 = 2", "def f(x): return x"], False)
+    choices: Any = {"domain": ["math", "code"]}
+    wanted = []
+    for inputs in encoded:
+        model(**inputs, selection=choices)
+        wanted.append([q[0] for q in model.routing.features if q is not None])
+    run: list[int] = []
+    for number, layer in enumerate(decoder_layers(model.base)[1]):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    for part in range(2):
+        torch.testing.assert_close(features_of(model, encoded, part, choices), torch.cat([one[part] for one in wanted]))
+    assert run == [0, 0]  # for the part that reads at layer 1, a text each
+    model(**encoded[0])
+    assert run == [0, 0, 0, 1, 2]  # and it ends there no more
