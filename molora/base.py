@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from molora.base_package import PACKAGE_REQUIREMENT, build_from_package
@@ -116,6 +116,18 @@ def load_base(
     return model.eval(), tokenizer
 
 
+def same_base(one: str, other: str) -> bool:
+    """Whether two names mean the same base. Where it lies does not matter: on the Hub, in a folder, or in a cache."""
+    return _short(one) == _short(other)
+
+
+def _short(name: str) -> str:
+    place = PurePath(name)
+    if place.parent.name == "snapshots":  # the Hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        place = place.parent.parent
+    return place.name.rpartition("--")[2].lower()
+
+
 def hub_reachable() -> bool:
     """Whether the Hub answers within a few seconds; False at once under HF_HUB_OFFLINE."""
     from huggingface_hub import constants
@@ -182,4 +194,4 @@ def _exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-__all__ = ["DEFAULT_BASE", "PACKAGE_REQUIREMENT", "base_folder", "cache_dir", "hub_reachable", "load_base"]
+__all__ = ["DEFAULT_BASE", "PACKAGE_REQUIREMENT", "base_folder", "cache_dir", "hub_reachable", "load_base", "same_base"]

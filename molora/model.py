@@ -337,7 +337,7 @@ class MoLoRAModel(nn.Module):
         self,
         document: str | Path,
         *,
-        hypernet: str | Path,
+        hypernet: str | Path | None = None,
         name: str = "document",
         layer: str = "document",
         most_rank: int | None = None,
@@ -346,14 +346,15 @@ class MoLoRAModel(nn.Module):
 
         Args:
             document: a file (.txt, .md, .html, .pdf), or the text itself.
-            hypernet: folder of the network, from ``molora train hypernet doc``.
+            hypernet: folder of the network, from ``molora train hypernet doc``; None: the one that is shipped for the
+                starter stack's base.
             name, layer: what it becomes. A layer that the stack does not have is made; where there is a router, and
                 the layer is left to it, the document's own sentences say which tokens are for it.
             most_rank: see :func:`molora.personalize.internalize.factors_of`.
 
         Raises:
-            DocumentError: it cannot be read. HypernetError: the network is none of this base. StackError: the name is
-                taken. Nothing has changed then.
+            DocumentError: it cannot be read. HypernetError: the network is none of this base, or none is shipped.
+                StackError: the name is taken. Nothing has changed then.
         """
         from molora.personalize.live import internalize
 

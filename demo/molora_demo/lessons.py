@@ -18,6 +18,8 @@ from molora.atomic import write_text
 from molora.base import cache_dir
 from molora.errors import MoLoRAError
 from molora.factors import Factors, write_factors
+from molora.personalize.documents import examples_of
+from molora.personalize.shipped import all_shipped
 from molora.selection import Choice
 from molora.stack import StackLayer
 from molora_demo import ways
@@ -48,7 +50,8 @@ class Lessons:
     """Args:
     model: a `MoLoRAModel`; private adapters come into it and leave it.
     home: where lessons lie. Default: a folder in MoLoRA's cache.
-    networks: folders of what makes adapters at once: "document", "description", "profile", "pieces".
+    networks: folders of what makes adapters at once: "document", "description", "profile", "pieces"; of what is not
+        named those that are shipped for the model's base.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Lessons:
     ) -> None:
         self.model = model
         self.home = Path(home).expanduser() if home is not None else cache_dir() / "molora-demo"
-        self.networks = dict(networks or {})
+        self.networks = {**all_shipped(str(model.base_name)), **(networks or {})}
         self.limits = limits or Limits()
         if unknown := set(self.networks) - set(ways.NETWORKS):
             raise MoLoRAError(f"There is no network {sorted(unknown)[0]!r}; there are {', '.join(ways.NETWORKS)}.")
@@ -173,7 +176,9 @@ class Lessons:
         started = time.monotonic()
         text = ways.document_text(self.model, file)
         factors = ways.of_document(self.model, self.networks["document"], text)
-        return self._made(key, layer, title, factors, "from a document", started, ways.examples_of(self.model, text))
+        return self._made(
+            key, layer, title, factors, "from a document", started, examples_of(text, self.model.tokenizer)
+        )
 
     def describe(self, key: object, layer: str, title: str, text: str) -> Lesson:
         """Makes what a sentence describes."""

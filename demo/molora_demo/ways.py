@@ -13,6 +13,7 @@ from molora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from molora.checks import check_fits
 from molora.errors import MoLoRAError
 from molora.factors import Factors
+from molora.personalize.shipped import TRAINED_BY
 
 CONFIG_BYTES = 64 * 2**10
 WEIGHTS_BYTES = 32 * 2**20
@@ -22,8 +23,6 @@ HISTORY_BYTES = 4 * 2**20
 INTERACTIONS = 50  # of a history, the last ones
 DESCRIPTION = 500  # characters
 MOST_RANK = 8
-EXAMPLE_TOKENS = 48
-EXAMPLES = 32  # pieces of a document that its row of the router is fitted to
 _PLAIN = re.compile(r"[\w.-]{1,200}")
 _NEEDS = {"document": ("bs4", "pypdf"), "profile": ("bm25s",), "description": (), "pieces": ()}
 
@@ -39,15 +38,15 @@ class Network:
 NETWORKS = {
     "document": Network(
         "a network that reads a text once and turns it into an adapter",
-        "molora train hypernet doc out=document-net",
+        TRAINED_BY["document"],
     ),
     "description": Network(
         "a network that turns a sentence into an adapter",
-        "molora train hypernet text data.folder=tasks out=text-net",
+        TRAINED_BY["description"],
     ),
     "profile": Network(
         "a network that turns a summary of what a person said into an adapter",
-        "molora train hypernet profile raters out=profile-net",
+        TRAINED_BY["profile"],
     ),
     "pieces": Network(
         "a pool of small pieces of other people's adapters, to put a new one together from",
@@ -62,7 +61,7 @@ def unready(way: str, networks: Mapping[str, Path]) -> str:
     if way not in networks:
         folder = need.command.rpartition("out=")[2]
         return (
-            f"This way needs {need.what}; none was given to this demo. `{need.command}` makes one, and "
+            f"This way needs {need.what}; none is shipped for this base. `{need.command}` makes one, and "
             f"`molora demo --network {way}={folder}` uses it."
         )
     if lacking := [name for name in _NEEDS[way] if find_spec(name) is None]:
@@ -142,14 +141,6 @@ def of_document(model: Any, network: Path, text: str) -> Factors:
     net = DocumentNet.load(network, model.dtype).to(model.device)
     with model.routing.lock:
         return factors_of(model.base, model.tokenizer, net, text, MOST_RANK)
-
-
-def examples_of(model: Any, text: str) -> list[str]:
-    """Pieces of a document, evenly taken."""
-    from molora.personalize.documents import chunks
-
-    pieces = chunks(text, model.tokenizer, EXAMPLE_TOKENS)
-    return pieces[:: -(-len(pieces) // EXAMPLES)]
 
 
 def of_description(model: Any, network: Path, text: str) -> Factors:

@@ -20,7 +20,8 @@ def demo(
         list[str] | None,
         typer.Option(
             metavar="KIND=FOLDER",
-            help=f"What makes adapters at once, several times: {', '.join(NETWORKS)}. Each opens a way to teach.",
+            help=f"What makes adapters at once, several times: {', '.join(NETWORKS)}. Each opens a way to teach, or is "
+            "used in place of the shipped one.",
             show_default=False,
         ),
     ] = None,
@@ -35,7 +36,7 @@ def demo(
 
     Needs the extra "demo". Stop it with Ctrl+C. Over a server there are no routes of a text and nothing is taught.
 
-    Example: molora demo --port 8080 --no-browser --network document=document-net
+    Example: molora demo --port 8080 --no-browser --network pieces=pieces
     Example: molora demo --server http://127.0.0.1:8000
     """
     networks = read_networks(network or [])

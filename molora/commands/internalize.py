@@ -14,9 +14,16 @@ from molora.stack import read_label
 def internalize(
     document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A .txt, .md, .html or .pdf file.")],
     label: Annotated[str, typer.Option("--as", metavar="LAYER/NAME", help="What it becomes, such as user/ada.")],
-    hypernet: Annotated[Path, typer.Option(metavar="FOLDER", help="The network, from `molora train hypernet doc`.")],
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
+    ] = None,
+    hypernet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The network, from `molora train hypernet doc`. Default: the shipped one, for the starter's base.",
+            show_default=False,
+        ),
     ] = None,
     most_rank: Annotated[
         int | None,
@@ -26,23 +33,26 @@ def internalize(
 ) -> None:
     """Make a document an adapter: what is asked about it is then answered without its text in the prompt.
 
-    In: a document, a saved MoLoRA, and a network that was trained for its base. Out: an adapter in the saved MoLoRA, an
-    ordinary PEFT folder; where the router chooses in its layer, the document's sentences say which tokens are for it.
-    Nothing is trained. What was there under that name stays as an earlier version: molora rollback.
+    In: a document, and a saved MoLoRA; for another base than the starter's also a network that was trained for it. Out:
+    an adapter in the saved MoLoRA, an ordinary PEFT folder; where the router chooses in its layer, the document's
+    sentences say which tokens are for it. Nothing is trained. What was there under that name stays as an earlier
+    version: molora rollback.
 
-    Example: molora internalize report.pdf --as user/ada --model my-molora --hypernet doc-net
+    Example: molora internalize report.pdf --as user/ada --model my-molora
     """
     with extra("personalize"):
         from molora.personalize.document_net import DocumentNet
-        from molora.personalize.documents import chunks, read_document
+        from molora.personalize.documents import examples_of, read_document
         from molora.personalize.internalize import factors_of
-        from molora.personalize.live import EXAMPLE_TOKENS
         from molora.personalize.place import check_label, place
+        from molora.personalize.shipped import shipped
+        from molora.saved import read_manifest
 
         where = read_label(label)
         saved = Path(model_place(model))
         check_label(saved, where)
         text = read_document(document)
+        hypernet = hypernet or shipped("document", read_manifest(saved)["base"]["name"])
         loaded = open_model(str(saved), Dtype.bfloat16)
         net = DocumentNet.load(hypernet, loaded.dtype).to(loaded.device)
         started = time.monotonic()
@@ -50,7 +60,6 @@ def internalize(
         seconds = time.monotonic() - started
         digest = hashlib.sha256(text.encode()).hexdigest()
         about = {"made_from": "a document", "sha256": digest, "characters": len(text), "hypernet": hypernet.name}
-        pieces = chunks(text, loaded.tokenizer, EXAMPLE_TOKENS)
         version = place(
             saved,
             loaded,
@@ -58,7 +67,7 @@ def internalize(
             factors,
             about,
             command=f"molora internalize {document.name} --as {label}",
-            examples=pieces,
+            examples=examples_of(text, loaded.tokenizer),
         )
     rank = max(len(A) for A, _ in factors.values())
     found = {"adapter": "/".join(where), "version": version.number, "rank": rank, "seconds": round(seconds, 3)}

@@ -13,7 +13,15 @@ from molora.stack import read_label
 if TYPE_CHECKING:
     from molora.versions import Version
 
-HypernetOption = Annotated[Path, typer.Option(metavar="FOLDER", help="The network, from `molora train hypernet text`.")]
+HypernetOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="The network, from `molora train hypernet profile` or `text`. Default: the one shipped for this and "
+        "the model's base, if there is one.",
+        show_default=False,
+    ),
+]
 ModelOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")]
 
 
@@ -23,17 +31,17 @@ def profile(
     history: Annotated[
         Path, typer.Option(metavar="FILE", help="The user's conversations as JSON Lines, or LaMP's questions.")
     ],
-    hypernet: HypernetOption,
     model: ModelOption = None,
+    hypernet: HypernetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a user's adapter from a profile, which is written from the user's history. Nothing is trained.
 
-    In: a history, a trained network, a saved MoLoRA of its base. Out: an adapter in the saved MoLoRA, an ordinary PEFT
-    folder; what was there under that name stays as an earlier version. A user without a history gets the adapter of
-    nobody in particular, and is told so.
+    In: a history, and a saved MoLoRA; for another base than the starter's also a network that was trained for it. Out:
+    an adapter in the saved MoLoRA, an ordinary PEFT folder; what was there under that name stays as an earlier version.
+    A user without a history gets the adapter of nobody in particular, and is told so.
 
-    Example: molora profile user ada --history ada.jsonl --hypernet profile-net --model my-molora
+    Example: molora profile user ada --history ada.jsonl --model my-molora
     """
     with extra("personalize"):
         from molora.personalize.history import read_history
@@ -48,7 +56,7 @@ def profile(
             )
         about = {"made_from": "a profile", "history": hashlib.sha256(history.read_bytes()).hexdigest()}
         version = _placed(
-            model, (layer, name), hypernet, lambda encoder: profile_text(said, encoder=encoder), about,
+            model, (layer, name), "profile", hypernet, lambda encoder: profile_text(said, encoder=encoder), about,
             f"molora profile {layer} {name} --history {history.name}", [one.question for one in said] or None,
         )  # fmt: skip
     _tell(f"{layer}/{name}", version, as_json)
@@ -57,8 +65,8 @@ def profile(
 def describe(
     text: Annotated[str, typer.Argument(help='What it is to be like, such as "answers like a pirate".')],
     label: Annotated[str, typer.Option("--as", metavar="LAYER/NAME", help="What it becomes: personality/pirate.")],
-    hypernet: HypernetOption,
     model: ModelOption = None,
+    hypernet: HypernetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make an adapter from a description. Nothing is trained.
@@ -73,14 +81,17 @@ def describe(
 
         where = check_label(Path(model_place(model)), read_label(label))
         about = {"made_from": "a description", "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        version = _placed(model, where, hypernet, lambda _: text, about, f"molora describe --as {label}", None)
+        version = _placed(
+            model, where, "description", hypernet, lambda _: text, about, f"molora describe --as {label}", None
+        )
     _tell("/".join(where), version, as_json)
 
 
 def _placed(
     model: str | None,
     label: tuple[str, str],
-    hypernet: Path,
+    kind: str,
+    hypernet: Path | None,
     text: Callable[[Any], str],
     about: dict[str, Any],
     command: str,
@@ -89,9 +100,12 @@ def _placed(
     from molora.personalize.embeddings import SentenceEncoder
     from molora.personalize.from_text import factors_from_texts
     from molora.personalize.place import place
+    from molora.personalize.shipped import shipped
     from molora.personalize.text_net import TextNet
+    from molora.saved import read_manifest
 
     saved = Path(model_place(model))
+    hypernet = hypernet or shipped(kind, read_manifest(saved)["base"]["name"])
     loaded = open_model(str(saved), Dtype.bfloat16)
     net = TextNet.load(hypernet, loaded.base, str(loaded.base_name))
     encoder = SentenceEncoder(net.config.encoder)

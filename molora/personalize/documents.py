@@ -8,6 +8,7 @@ from typing import Any
 from molora.errors import DocumentError
 
 MOST_BYTES = 64 * 2**20
+EXAMPLE_TOKENS, EXAMPLES = 48, 32  # of the pieces that a document's row of the router is fitted to
 KINDS = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf")
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|\n+")
 
@@ -64,6 +65,12 @@ def chunks(text: str, tokenizer: Any, size: int) -> list[str]:
         found.append(text[offsets[first][0] : offsets[last - 1][1]])
         first = last
     return found
+
+
+def examples_of(text: str, tokenizer: Any) -> list[str]:
+    """Pieces of a document that stand for all of it, evenly taken."""
+    pieces = chunks(text, tokenizer, EXAMPLE_TOKENS)
+    return pieces[:: -(-len(pieces) // EXAMPLES)]
 
 
 def _decoded(data: bytes, path: Path) -> str:

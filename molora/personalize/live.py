@@ -10,12 +10,11 @@ from molora.errors import StackError
 from molora.factors import write_factors
 from molora.live import route_anew
 from molora.personalize.document_net import DocumentNet
-from molora.personalize.documents import KINDS, chunks, read_document
+from molora.personalize.documents import KINDS, examples_of, read_document
 from molora.personalize.internalize import factors_of
+from molora.personalize.shipped import shipped
 from molora.router import Router
 from molora.stack import AUTO, NONE, StackLayer, check_name
-
-EXAMPLE_TOKENS = 48  # of the pieces of a document that its row of the router is fitted to
 
 
 class Documents:
@@ -29,7 +28,7 @@ class Documents:
 
 
 def internalize(
-    model: Any, document: str | Path, hypernet: str | Path, layer: str, name: str, most_rank: int | None
+    model: Any, document: str | Path, hypernet: str | Path | None, layer: str, name: str, most_rank: int | None
 ) -> None:
     """See :meth:`MoLoRAModel.internalize`."""
     check_name(layer, "a layer")
@@ -38,6 +37,8 @@ def internalize(
     if not new and name in model.stack[layer].adapters:
         raise StackError(f"Layer {layer!r} already has {name!r}: give the document another name, or reset().")
     text = read_document(document) if is_file(document) else str(document)
+    if hypernet is None:
+        hypernet = shipped("document", str(model.base_name))
     net = DocumentNet.load(hypernet, model.dtype).to(model.device)
     with model.routing.lock:  # another thread's routes would reach the reading
         factors = factors_of(model.base, model.tokenizer, net, text, most_rank)
@@ -49,7 +50,7 @@ def internalize(
             model.stack.layers.append(StackLayer(layer, {}, default=AUTO if routed else name))
         own = model.stack[layer]
         try:
-            examples = chunks(text, model.tokenizer, EXAMPLE_TOKENS) if routed and own.routed else None
+            examples = examples_of(text, model.tokenizer) if routed and own.routed else None
             model.add_adapter(layer, name, folder, examples=examples)
         except BaseException:
             if new:

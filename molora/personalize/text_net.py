@@ -9,7 +9,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.atomic import new_folder
+from molora.base import same_base
 from molora.checks import linear_sizes
 from molora.errors import ConfigError, HypernetError
 from molora.routing import decoder_layers
@@ -234,7 +235,7 @@ class TextNet(nn.Module):
 
     def check_name(self, name: str) -> None:
         """Raises HypernetError where a base called ``name`` is another one. Where it lies does not matter."""
-        if PurePath(name).name.lower() != PurePath(self.config.base).name.lower():
+        if not same_base(name, self.config.base):
             raise HypernetError(
                 f"This hypernetwork was trained for {self.config.base}, not for {name}: take one that was."
             )
@@ -275,7 +276,8 @@ class TextNet(nn.Module):
             raise
         except FileNotFoundError as error:
             raise HypernetError(
-                f"There is no hypernetwork at {folder}: it lacks {CONFIG_FILE} or {WEIGHTS_FILE}. Train one first."
+                f"There is no hypernetwork at {folder}: it lacks {CONFIG_FILE} or {WEIGHTS_FILE}. Train one "
+                f"with `molora train hypernet profile` or `molora train hypernet text`."
             ) from error
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
             raise HypernetError(f"The hypernetwork at {folder} is damaged ({error}).") from error

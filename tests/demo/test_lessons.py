@@ -331,6 +331,21 @@ class TestWays:
         with pytest.raises(MoLoRAError, match="no network 'other'"):
             Lessons(lessons.model, tmp_path, {"other": tmp_path})
 
+    def test_what_is_shipped_for_the_base_needs_not_be_named(
+        self, model: MoLoRAModel, document: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        home = tmp_path / "starter"
+        for kind in ("document", "profile"):
+            (home / "hypernets" / kind).mkdir(parents=True)
+            (home / "hypernets" / kind / "hypernet.json").write_text(json.dumps({"base": str(model.base_name)}))
+        (home / "molora.json").touch()
+        monkeypatch.setenv("MOLORA_STARTER", str(home))
+        lessons = Lessons(model, tmp_path / "home")
+        assert not lessons.unready("document") and not lessons.unready("profile")
+        assert "none is shipped" in lessons.unready("description") and "none is shipped" in lessons.unready("pieces")
+        given = Lessons(model, tmp_path / "home", document).networks
+        assert given == {"profile": home / "hypernets" / "profile", **document}
+
     def test_a_document_that_cannot_be_read(self, lessons: Lessons, document: dict[str, Path], tmp_path: Path) -> None:
         lessons.networks = document
         (tmp_path / "empty.txt").write_text(" ")
