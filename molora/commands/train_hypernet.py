@@ -26,9 +26,9 @@ def doc(
     """Train the network that makes adapters of documents; the base stays frozen.
 
     In: nothing (task: needle, a number hidden in made-up filler), or passages with questions (task: passages, from
-    `molora train data passages`). Out: a folder for `molora internalize`, with metrics.json; checkpoints and curves in
-    runs/. An interrupted training goes on when the same line is given again. A second training goes on from the first
-    one's folder (`start`), with longer texts or passages.
+    `molora train data passages`). Out: a folder for `molora internalize --hypernet`, with metrics.json; checkpoints and
+    curves in runs/. An interrupted training goes on when the same line is given again. A second training goes on from
+    the first one's folder (`start`), with longer texts or passages.
 
     Settings: out, task, tokens, grow, data, name, questions, gaps, base, start, net.width, net.rank, net.exit,
     net.chunk, loss.gold, loss.distil, loss.l1, loss.keep, loss.sparse, texts, loop.steps, loop.learning_rate,

@@ -79,8 +79,9 @@ def build(folder: Path) -> None:
     _store(folder)
     sizes: dict[str, Any] = {"rank": 2, "width": 16, "latents": 3, "blocks": 2, "heads": 2, "chunk": 64}
     config = DocumentNetConfig.for_base(base, DEFAULT_BASE, modules=("down_proj", "q_proj"), **sizes)
-    DocumentNet(config).save(folder / "document-net")
-    for name in ("text-net", "profile-net"):
+    for name in ("document-net", "starter/hypernets/document"):
+        DocumentNet(config).save(folder / name)
+    for name in ("text-net", "profile-net", "starter/hypernets/profile"):
         TextNet(TextNetConfig.for_base(base, DEFAULT_BASE, 3, width=16, rank=2, encoder="words")).save(folder / name)
     _pool(base).save(folder / "pieces")
     configs = Path("training") / "molora_training" / "configs"
