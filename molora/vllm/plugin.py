@@ -59,8 +59,9 @@ def _routing(load_lora_model: Any) -> Any:
 
 
 def _with_choice(process_inputs: Any) -> Any:
-    """A request's own selection is refused here, where an error is the request's alone, and goes into what the prefix
-    cache knows its blocks by."""
+    """A request's own selection is refused here, where an error is the request's alone. It goes into what the prefix
+    cache knows its blocks by, and so does the stack's folder: vLLM 0.26 knows an adapter by its name alone, under which
+    a server may be given another version."""
     from vllm.exceptions import VLLMValidationError
 
     signature = inspect.signature(process_inputs)
@@ -76,8 +77,8 @@ def _with_choice(process_inputs: Any) -> Any:
         except MoLoRAError as error:  # the kind that vLLM's server tells the client
             raise VLLMValidationError(str(error), parameter="extra_args") from error
         request = process_inputs(*args, **kwargs)
-        if choice is not None:
-            request.cache_salt = f"{request.cache_salt or ''}/molora {choice}"
+        if lora is not None and (choice is not None or (Path(lora.lora_path) / MANIFEST).is_file()):
+            request.cache_salt = f"{request.cache_salt or ''}/molora {lora.lora_path} {choice}"
         return request
 
     return process

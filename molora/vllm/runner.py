@@ -20,6 +20,7 @@ from molora.vllm.hidden import decoder_layer, entering
 from molora.vllm.memory import SlotMemory
 from molora.vllm.routed import Group, RoutedStack, Step
 from molora.vllm.selections import choice_of
+from molora.vllm.turns import turns
 
 
 class Routing:
@@ -130,37 +131,48 @@ class Routing:
 
     def _grouped(self, starts: np.ndarray) -> list[Group]:
         """The requests of each stack and selection that have the same number of tokens in this step: all those that
-        decode are one group, and no group needs padding."""
+        decode are one group, and no group needs padding. A group comes after those whose tokens it goes on from."""
         batch = self.runner.input_batch
-        requests_of: dict[tuple[int, str | None, int], list[int]] = defaultdict(list)
-        for request, lora in enumerate(batch.request_lora_mapping[: len(starts) - 1].tolist()):
+        mapping = batch.request_lora_mapping[: len(starts) - 1].tolist()
+        adapters = {lora: self.manager.get_adapter(lora) for lora in set(mapping) if lora}
+        stacks = {lora: found.molora for lora, found in adapters.items() if getattr(found, "molora", None) is not None}
+        routed = [request for request, lora in enumerate(mapping) if lora in stacks]
+        if not routed:
+            return []
+        before, slots = self._kv_slots(starts)
+        turn = turns(before, slots, starts)
+        requests_of: dict[tuple[int, int, str | None, int], list[int]] = defaultdict(list)
+        for request in routed:
             length = int(starts[request + 1] - starts[request])
-            if lora and length:
+            if length:
                 choice = choice_of(self.runner.requests[batch.req_ids[request]].sampling_params)
-                requests_of[lora, choice, length].append(request)
+                requests_of[int(turn[request]), mapping[request], choice, length].append(request)
         found = []
-        for (lora, choice, length), requests in requests_of.items():
-            stack = getattr(self.manager.get_adapter(lora), "molora", None)
-            if stack is not None:
-                places = starts[requests][:, None] + np.arange(length)
-                at, before, slots = (
-                    torch.from_numpy(some).to(self.runner.device)
-                    for some in (places, *self._kv_slots(requests, length))
-                )
-                slot = self.manager.lora_index_to_id.index(lora)
-                found.append(Group(stack, slot, at, Step(choice, before, slots)))
+        for (_, lora, choice, length), requests in sorted(requests_of.items(), key=lambda item: item[0][0]):
+            places = starts[requests][:, None] + np.arange(length)
+            at, first, own = (
+                torch.from_numpy(some).to(self.runner.device) for some in (places, before[requests], slots[places])
+            )
+            slot = self.manager.lora_index_to_id.index(lora)
+            found.append(Group(stacks[lora], slot, at, Step(choice, first, own)))
         return found
 
-    def _kv_slots(self, requests: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """KV slots [n] of the token before this step's, -1 where there is none, and [n, length] of this step's."""
+    def _kv_slots(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """KV slots [n] of the token before each request's of this step, -1 where there is none, and [tokens] of the
+        step's."""
         batch = self.runner.input_batch
         blocks = batch.block_table[0]
-        first = batch.num_computed_tokens_cpu[requests].astype(np.int64)
-        positions = np.maximum(first[:, None] + np.arange(-1, length), 0)
-        block, inside = np.divmod(positions, blocks.block_size)
-        rows = np.asarray(requests)[:, None]
-        slots = blocks.block_table.np[rows, block].astype(np.int64) * blocks.block_size + inside
-        return np.where(first > 0, slots[:, 0], -1), slots[:, 1:]
+        first = batch.num_computed_tokens_cpu[: len(starts) - 1].astype(np.int64)
+        requests = np.arange(len(first))
+
+        def slots(requests: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            block, inside = np.divmod(positions, blocks.block_size)
+            own: np.ndarray = blocks.block_table.np[requests, block].astype(np.int64) * blocks.block_size + inside
+            return own
+
+        before = np.where(first > 0, slots(requests, np.maximum(first - 1, 0)), -1)
+        of = np.repeat(requests, np.diff(starts))
+        return before, slots(of, np.arange(len(of)) - starts[of] + first[of])
 
 
 def _check(config: Any, multimodal: bool) -> None:

@@ -29,7 +29,6 @@ class TokenRoutes:
     ) -> None:
         self.rows, self.layers, self.softmax, self.columns = rows, layers, softmax, columns
         self.weights: RouterWeights = part.for_kernels(part.table)
-        # Buffers for each: the plans of two selections are needed at once.
         self._buffers = lru_cache(maxsize=256)(self._make)
 
     def plan(
@@ -40,7 +39,7 @@ class TokenRoutes:
         slots: torch.Tensor,
         memory: SlotMemory,
     ) -> RoutingPlan:
-        """It lasts until the next one of as many sequences under this selection.
+        """The plan of a token of each of n sequences.
 
         Args:
             selection: of one sequence, for all of these.
@@ -50,6 +49,8 @@ class TokenRoutes:
             memory: which is advanced by them.
         """
         real, choice, candidates, state = self._buffers(selection, len(ids))
+        # A step may have several plans of as many sequences, which wait for each other.
+        state.slots, state.weights = torch.empty_like(state.slots), torch.empty_like(state.weights)
         state.memory.copy_(memory.read(before, self.columns).view_as(state.memory))
         route_step(ids, real, self.weights, candidates, choice, state, self.softmax)
         memory.write(slots, self.columns, state.memory.flatten(1).unsqueeze(1))

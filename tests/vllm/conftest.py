@@ -28,6 +28,7 @@ if find_spec("vllm") is None:
     collect_ignore = [
         "test_pace.py",
         "test_plugin.py",
+        "test_prefix.py",
         "test_serving.py",
         "test_engines.py",
         "test_server.py",
