@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from molora.errors import BackendError
 from molora.vllm import plugin, routed
 from molora.vllm.folder import request
 from tests.vllm.conftest import Served, check, expected, make_adapters, make_base, make_folders, make_models, prompt_of
@@ -20,12 +21,14 @@ def compare(served: Served, models: Any, lengths: tuple[int, ...]) -> None:
         check(answer, expected(models, kind, prompt))
 
 
+@pytest.mark.parametrize("caching", [False, True])
 def test_preempted_requests_are_read_again(
-    base: Path, folders: dict[str, Path], adapters: dict[str, Path], models: Any
+    base: Path, folders: dict[str, Path], adapters: dict[str, Path], models: Any, caching: bool
 ) -> None:
-    """So few KV blocks that the last are put back while they decode; without a prefix cache they begin anew."""
+    """So few KV blocks that the last are put back while they decode; without a prefix cache they begin anew, and with
+    it they go on from what is left of them."""
     served = Served(
-        base, folders, adapters, num_gpu_blocks_override=14, enable_prefix_caching=False, disable_log_stats=False
+        base, folders, adapters, num_gpu_blocks_override=14, enable_prefix_caching=caching, disable_log_stats=False
     )
     compare(served, models, (60, 61, 62, 63, 60, 61, 62))
     counts = [metric.value for metric in served.llm.get_metrics() if metric.name == "vllm:num_preemptions"]
@@ -67,3 +70,41 @@ def test_what_gpus_run(
     monkeypatch.setattr(routed, "backend_for", lambda device: "triton")
     served = Served(base, folders, adapters, max_loras=3, max_num_batched_tokens=48, enable_prefix_caching=True)
     compare(served, models, (60, 20, 9, 21))
+    # In the second step the first decodes, the next is read, and the others, of one token more than the prefix cache
+    # hands on, go on from that: two groups of single tokens, of which one waits. Selections that say the same are two.
+    prompts = [prompt_of(48, 90, 97), *[prompt_of(33, 91, 97)] * 3]
+    answers, cached = served.ask(["averages"] * 4, prompts, [None, None, None, {}])
+    assert cached == [0, 0, 32, 0]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        check(answer, expected(models, "averages", prompt))
+
+
+@pytest.mark.parametrize(
+    "part, changed, message",
+    [
+        (None, {"speculative_config": object()}, "speculative decoding"),
+        (None, {"kv_transfer_config": object()}, "KV caches that are moved or offloaded"),
+        ("model_config", {"enable_prompt_embeds": True}, "prompts that are embeddings"),
+        ("parallel_config", {"pipeline_parallel_size": 2}, "pipeline stages"),
+        ("parallel_config", {"decode_context_parallel_size": 2}, "context parallelism"),
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "context parallelism"),
+        ("parallel_config", {"enable_dbo": True}, "micro-batches"),
+    ],
+)
+def test_what_is_not_covered_is_refused(
+    served: Served,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    part: str | None,
+    changed: Any,
+    message: str,
+) -> None:
+    """By the names that vLLM's own configuration has."""
+    routing = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner.molora
+    config = routing.runner.vllm_config
+    found = config if part is None else getattr(config, part)
+    for name, value in changed.items():
+        assert hasattr(found, name)
+        monkeypatch.setattr(found, name, value)
+    with pytest.raises(BackendError, match=message):
+        routing.open(folders["averages"])

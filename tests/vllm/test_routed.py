@@ -22,18 +22,21 @@ def test_kernels_route_as_torch_does(kind: str, choice: str | None, folders: dic
     memories = [SlotMemory(90, DEVICE) for _ in stacks]
     ids = torch.tensor([prompt_of(24, seed) for seed in range(3)], device=DEVICE)
     kv = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:72].view(3, 24).to(DEVICE)
-    found: list[list[torch.Tensor]] = [[], []]
-    for stack, memory, plans in zip(stacks, memories, found, strict=True):
+    found: list[torch.Tensor] = []
+    for stack, memory in zip(stacks, memories, strict=True):
+        plans = []
         memory.widen(stack.size)
         for first, last in [(0, 5), *((token, token + 1) for token in range(5, 24))]:
             before = kv[:, first - 1] if first else torch.full((3,), -1, device=DEVICE)
             with torch.no_grad():
-                plan = stack.plan(Step(choice, before, kv[:, first:last]), ids[:, first:last], memory)
-            acting = torch.zeros(
-                *plan.shape[:2], 6, device=DEVICE
-            )  # by adapter; those of a weight of nearly 0 have no order
-            plans.append(acting.scatter_add_(2, plan.slots % 6, plan.weights.contiguous())[..., :5])
-    one, other = (torch.cat(plans, 1) for plans in found)
+                plans.append(stack.plan(Step(choice, before, kv[:, first:last]), ids[:, first:last], memory))
+        # By adapter, as those of a weight of nearly 0 have no order; when all are made, as a step may need several.
+        slots, weights = (
+            torch.cat([plan.slots % 6 for plan in plans], 1),
+            torch.cat([plan.weights for plan in plans], 1),
+        )
+        found.append(torch.zeros(3, 24, 6, device=DEVICE).scatter_add_(2, slots, weights)[..., :5])
+    one, other = found
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert (one > 0).any(1).any(0).sum() > 1  # several adapters act
     torch.testing.assert_close(memories[0].table, memories[1].table, rtol=1e-4, atol=1e-5)

@@ -83,10 +83,11 @@ def test_stacks_do_not_share_the_prefix_cache(served: Served, models: Any) -> No
 
 
 def test_evicted_stack_comes_back(served: Served, models: Any, adapters: Any) -> None:
-    """More adapters than vLLM has slots: the stack is read again, into another slot."""
+    """More adapters than vLLM has slots: the stack is read again, into another slot, and goes on from what the prefix
+    cache has of it."""
     from vllm.lora.request import LoRARequest
 
-    prompt = prompt_of(20, 60)
+    prompt = prompt_of(40, 60)
     served.ask(["averages", "twice"], [prompt, prompt])
     kept = dict(served.requests)
     for number, name in enumerate(("math", "law", "code"), 20):
@@ -95,7 +96,8 @@ def test_evicted_stack_comes_back(served: Served, models: Any, adapters: Any) ->
             served.ask(["other"], [prompt])
     served.requests = kept
     kinds = ["averages", "gated", "twice"]
-    answers, _ = served.ask(kinds, [prompt] * 3)
+    answers, cached = served.ask(kinds, [prompt] * 3)
+    assert cached == [32, 0, 32]
     for kind, answer in zip(kinds, answers, strict=True):
         check(answer, expected(models, kind, prompt))
 
