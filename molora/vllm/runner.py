@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.distributed import get_tp_group
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from molora.errors import BackendError
@@ -150,12 +151,16 @@ class Routing:
         found = []
         for (_, lora, choice, length), requests in sorted(requests_of.items(), key=lambda item: item[0][0]):
             places = starts[requests][:, None] + np.arange(length)
-            at, first, own = (
-                torch.from_numpy(some).to(self.runner.device) for some in (places, before[requests], slots[places])
-            )
+            at, first, own = self._sent(places, before[requests], slots[places])
             slot = self.manager.lora_index_to_id.index(lora)
             found.append(Group(stacks[lora], slot, at, Step(choice, first, own)))
         return found
+
+    def _sent(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """On the device, in one copy, without waiting for it: it may be at the step before still."""
+        sent = async_tensor_h2d(np.concatenate([array.ravel() for array in arrays]), self.runner.device)
+        parts = sent.split([array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
     def _kv_slots(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """KV slots [n] of the token before each request's of this step, -1 where there is none, and [tokens] of the
