@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from molora.errors import BackendError
 from molora.vllm import plugin, routed
 from molora.vllm.folder import request
 from tests.vllm.conftest import Served, check, expected, make_adapters, make_base, make_folders, make_models, prompt_of
@@ -77,34 +76,3 @@ def test_what_gpus_run(
     assert cached == [0, 0, 32, 0]
     for prompt, answer in zip(prompts, answers, strict=True):
         check(answer, expected(models, "averages", prompt))
-
-
-@pytest.mark.parametrize(
-    "part, changed, message",
-    [
-        (None, {"speculative_config": object()}, "speculative decoding"),
-        (None, {"kv_transfer_config": object()}, "KV caches that are moved or offloaded"),
-        ("model_config", {"enable_prompt_embeds": True}, "prompts that are embeddings"),
-        ("parallel_config", {"pipeline_parallel_size": 2}, "pipeline stages"),
-        ("parallel_config", {"decode_context_parallel_size": 2}, "context parallelism"),
-        ("parallel_config", {"prefill_context_parallel_size": 2}, "context parallelism"),
-        ("parallel_config", {"enable_dbo": True}, "micro-batches"),
-    ],
-)
-def test_what_is_not_covered_is_refused(
-    served: Served,
-    folders: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    part: str | None,
-    changed: Any,
-    message: str,
-) -> None:
-    """By the names that vLLM's own configuration has."""
-    routing = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner.molora
-    config = routing.runner.vllm_config
-    found = config if part is None else getattr(config, part)
-    for name, value in changed.items():
-        assert hasattr(found, name)
-        monkeypatch.setattr(found, name, value)
-    with pytest.raises(BackendError, match=message):
-        routing.open(folders["averages"])

@@ -1,11 +1,13 @@
 """vLLM with the plugin says what our own generate says. Without the plugin each of these fails: a stack would then be
 the sum of all its adapters."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
+from molora.errors import BackendError
 from tests.vllm.conftest import SELECTIONS, Served, check, expected, prompt_of
 
 STACKS = ("averages", "gated", "twice", "deep", "forced")
@@ -138,3 +140,34 @@ def test_wrong_selections_are_refused_alone(served: Served, models: Any, kind: s
         served.ask([kind], [prompt], [choice])
     answers, _ = served.ask(["averages"], [prompt])
     check(answers[0], expected(models, "averages", prompt))
+
+
+@pytest.mark.parametrize(
+    "part, changed, message",
+    [
+        (None, {"speculative_config": object()}, "speculative decoding"),
+        (None, {"kv_transfer_config": object()}, "KV caches that are moved or offloaded"),
+        ("model_config", {"enable_prompt_embeds": True}, "prompts that are embeddings"),
+        ("parallel_config", {"pipeline_parallel_size": 2}, "pipeline stages"),
+        ("parallel_config", {"decode_context_parallel_size": 2}, "context parallelism"),
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "context parallelism"),
+        ("parallel_config", {"enable_dbo": True}, "micro-batches"),
+    ],
+)
+def test_what_is_not_covered_is_refused(
+    served: Served,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    part: str | None,
+    changed: Any,
+    message: str,
+) -> None:
+    """By the names that vLLM's own configuration has."""
+    routing = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner.molora
+    config = routing.runner.vllm_config
+    found = config if part is None else getattr(config, part)
+    for name, value in changed.items():
+        assert hasattr(found, name)
+        monkeypatch.setattr(found, name, value)
+    with pytest.raises(BackendError, match=message):
+        routing.open(folders["averages"])
