@@ -30,8 +30,8 @@ IntoOption = Annotated[
     tuple[Path, str, str] | None,
     typer.Option(
         metavar="MODEL LAYER NAME",
-        help="An adapter of a saved MoLoRA, which goes on learning: what comes out is a new version of it, and serves "
-        "only if it passes its gate. Default: a PEFT folder.",
+        help="An adapter of a saved MoLoRA, which goes on learning or is begun: what comes out is a new version of it, "
+        "and serves only if it passes its gate. Default: a PEFT folder.",
         show_default=False,
     ),
 ]
@@ -154,7 +154,7 @@ def _settings(config: Path | None, overrides: list[str] | None, into: "Into | No
     if settings.data == FederateSettings.data and not settings.data.is_dir():
         settings = replace(settings, data=data_dir())
     if into is not None:
-        settings = replace(settings, start=into.served(), base=into.base)
+        settings = replace(settings, start=into.served(), router=into.unrouted(), base=into.base)
     return settings
 
 

@@ -1,15 +1,19 @@
 """A tiny base and four people who answer differently, for tests of federations."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from molora import MoLoRAModel
+from molora.examples import features_of
 from molora_training.federated.settings import FederateSettings, LocalSettings
 from tests.unit.spoken import make_spoken, save_spoken
 
 ANSWERS = {"ada": "aye", "bob": "nay", "cyd": "aye aye", "dan": "nay nay"}
+SORTS = {"math": "0123456789+-*/=; ", "code": "def(x):[]{}return_,", "none": "HE WENT AWAYTOLIS"}  # letters of others
 RANKS = {"ada": 2, "bob": 4, "cyd": 8, "dan": 2}  # in turn of 2, 4, 8
 
 
@@ -27,6 +31,26 @@ def make_parties(place: Path) -> Path:
         ]
         (place / "data" / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
+
+
+def texts_of(sort: str, seed: int) -> list[str]:
+    chance = random.Random(f"{sort}{seed}")
+    return ["".join(chance.choices(SORTS[sort], k=60)) for _ in range(4)]
+
+
+def with_samples(model: Path, out: Path) -> Path:
+    """A copy of a saved MoLoRA whose router tells three sorts of text apart, and keeps samples of them."""
+    found = MoLoRAModel.from_pretrained(model)
+    router: Any = found.router
+    for index in range(len(router.parts)):
+        for turn in range(2):  # the first row was fitted beside none
+            for name in SORTS:
+                q = features_of(found, [found.encode(text) for text in texts_of(name, turn)], index)
+                router.set_row(f"domain/{name}", index, q)
+                if not turn and name == "math":
+                    router.parts[index].samples.add(q[:128], router.rows.index("domain/math"))
+    found.save_pretrained(out)
+    return out
 
 
 def make_settings(folder: Path, out: Path, **changes: Any) -> FederateSettings:

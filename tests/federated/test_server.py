@@ -12,16 +12,17 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 
 from molora.errors import ConfigError, FederationError
-from molora_training.federated import flower_server, messages
+from molora_training.federated import flower_server, messages, row
 from molora_training.federated.client import Base, Client
 from molora_training.federated.flower_client import Who, client_app, of_node
 from molora_training.federated.flower_server import Fleet, serve
 from molora_training.federated.lora import Lora, distance, read_bytes
 from molora_training.federated.outcome import change_of, report
+from molora_training.federated.private import QUANTA
 from molora_training.federated.rounds import Federation
 from molora_training.federated.settings import FederateSettings, LimitSettings, PrivacySettings
 from tests.federated.grid import LocalGrid
-from tests.federated.parties import ANSWERS, RANKS, make_settings
+from tests.federated.parties import ANSWERS, RANKS, make_settings, with_samples
 
 NODES = {name: node for node, name in enumerate(ANSWERS, 1)}
 
@@ -175,6 +176,27 @@ def test_a_masked_round_has_the_mean_of_an_open_one(settings: FederateSettings, 
     off = max(float((b - clear.lora.pairs[name][1]).abs().max()) for name, (_, b) in own.lora.pairs.items())
     assert off < 2 * 2 * 0.5 / 2**22 and entries > 1000
     assert {name: row["rank"] for name, row in own.reports[0].clients.items()} == RANKS
+
+
+def test_a_masked_round_has_the_mean_of_the_rows_moments(settings: FederateSettings, folder: Path) -> None:
+    router = with_samples(folder / "model", settings.out.with_name("model"))
+    settings = replace(settings, aggregate="shared", privacy=MASKED, router=router)
+    own, grid = Federation.open(settings), make_grid(folder, secure=True)
+    serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    clear = alone(settings, folder, list(ANSWERS))
+    # An entry is rounded by a level of 2 * 256 / 2^22 at most, and the mean by no more.
+    assert float((own.moments - clear.moments).abs().max()) < 2 * row.LARGEST / QUANTA
+    assert float(own.moments[0, 0, 0]) == pytest.approx(1, abs=1e-3)
+    assert distance(own.lora, clear.lora) < 1e-3 * own.reports[0].norm
+
+
+def test_a_masked_lie_about_text_is_seen_in_the_sum(settings: FederateSettings, folder: Path) -> None:
+    router = with_samples(folder / "model", settings.out.with_name("model"))
+    own = Federation.open(replace(settings, aggregate="shared", privacy=MASKED, router=router))
+    before, size = own.lora, sum(b.numel() for _, b in own.lora.pairs.values())
+    with pytest.raises(FederationError, match="cannot be taken: its row's moments"):
+        own.close_sum(torch.zeros(size + own.moments.numel()), {name: {} for name in ANSWERS})
+    assert own.round == 0 and own.lora is before and not bool(own.moments.any())
 
 
 def test_what_the_server_gets_of_one_client_is_noise(settings: FederateSettings, folder: Path) -> None:

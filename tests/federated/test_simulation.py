@@ -12,12 +12,14 @@ from typer.testing import CliRunner, Result
 
 from molora import MoLoRAModel
 from molora.cli import app
-from molora.errors import ConfigError, FederationError
+from molora.errors import ConfigError
+from molora.router import NEVER
 from molora.versions import Versions
 from molora_training.federated.lora import Lora, distance
 from molora_training.federated.outcome import Into
 from molora_training.federated.settings import FederateSettings
 from molora_training.federated.simulate import client_files
+from tests.federated.parties import with_samples
 
 LOCAL = ["local.examples=12", "local.learning_rate=0.01", "local.batch_tokens=256", "local.max_length=64"]
 
@@ -94,9 +96,29 @@ def test_clients_are_files_by_name(folder: Path, tmp_path: Path) -> None:
         client_files(FederateSettings(data=folder / "data"), 5)
 
 
-def test_an_adapter_that_a_router_cannot_find_is_not_begun(folder: Path) -> None:
-    with pytest.raises(FederationError, match="no row for domain/law"):
-        Into(folder / "model", "domain", "law").served()
+def test_a_new_adapter_comes_with_its_row(folder: Path, tmp_path: Path) -> None:
+    model = with_samples(folder / "model", tmp_path / "model")
+    result = federate(
+        folder, tmp_path / "unused", "limits.max_forgetting=0.3", "rounds=2", "--into", str(model), "domain", "speech",
+        "--json",
+    )  # fmt: skip
+    assert result.stdout, result.exception
+    kept = json.loads(result.stdout)["version"]
+    assert result.exit_code == 0 and kept["promoted"] and kept["learnt"]["after"] < kept["learnt"]["before"]
+    served = MoLoRAModel.from_pretrained(model)
+    assert "speech" in served.stack["domain"].adapters
+    bias = served.router.parts[0].output.bias.detach()[served.router.rows.index("domain/speech")]  # type: ignore[union-attr]
+    assert float(bias) > NEVER / 2
+
+
+def test_a_row_has_no_noise(folder: Path, tmp_path: Path) -> None:
+    model = with_samples(folder / "model", tmp_path / "model")
+    privacy = ["aggregate=shared", "privacy.epsilon=8"]
+    result = federate(folder, tmp_path / "unused", *privacy, "--into", str(model), "domain", "speech")
+    assert isinstance(result.exception, ConfigError) and "does not cover that" in str(result.exception)
+
+
+def test_what_an_adapter_goes_on_from(folder: Path) -> None:
     assert Into(folder / "model", "user", "eve").served() is None
     served = Into(folder / "model", "domain", "math").served()
     assert served is not None and served.is_dir()

@@ -47,10 +47,20 @@ def new_row(
     loaded.add_adapter(layer, name, adapter, examples=texts[:EXAMPLES])
     after = loaded.router
     assert isinstance(after, Router)
+    return NewRow(after.cpu(), taken(before, after, layer))
+
+
+def taken(before: Router, after: Router, layer: str) -> float:
+    """The share of the samples of a layer's rows that are found no more."""
     parts = list[Any](before.parts)
     rows = [row for index, row in enumerate(before.rows) if row.partition("/")[0] == layer and _kept(parts, index)]
     shares = [(found(before, row), found(after, row)) for row in rows]
-    return NewRow(after.cpu(), sum(was - now for was, now in shares) / max(1, len(shares)))
+    return sum(was - now for was, now in shares) / max(1, len(shares))
+
+
+def too_much_taken(taken: float, most: float) -> str:
+    """Why what a new row or key takes from others may not serve; nothing if it may."""
+    return f"it takes {taken:.1%} of what others are found by, which may be {most:.1%} at most" if taken > most else ""
 
 
 @torch.no_grad()

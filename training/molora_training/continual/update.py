@@ -27,7 +27,7 @@ from molora.versions import Versions
 from molora_training import adapter
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
 from molora_training.continual.chance import by_chance
-from molora_training.continual.edits import NewKey, NewRow, check_samples, new_key, new_row
+from molora_training.continual.edits import NewKey, NewRow, check_samples, new_key, new_row, too_much_taken
 from molora_training.continual.growth import blank
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import BYTES, Memory, held_out, key
@@ -242,9 +242,8 @@ def _update(
         elif to_route and not why:
             dtype = getattr(torch, settings.chosen_dtype)
             by = new_row(settings.model, settings.layer, settings.name, learner, new, dtype)
-        if by is not None and by.taken > settings.max_forgetting:
-            most = settings.max_forgetting
-            why = f"it takes {by.taken:.1%} of what others are found by, which may be {most:.1%} at most"
+        if by is not None:
+            why = too_much_taken(by.taken, settings.max_forgetting)
         found = by.found if isinstance(by, NewKey) else None
         version = versions.add(
             learner,

@@ -16,7 +16,7 @@ from molora_training.batches import rounded
 from molora_training.continual.memory import held_out
 from molora_training.continual.update import as_examples, read_chats
 from molora_training.data import Encoded, encode_within
-from molora_training.federated import forward_only, local
+from molora_training.federated import forward_only, local, row
 from molora_training.federated.lora import Lora, read_bytes
 from molora_training.federated.settings import LocalSettings
 from molora_training.federated.usage import Usage, measured
@@ -25,26 +25,30 @@ from molora_training.settings import from_mapping
 
 @dataclass(frozen=True)
 class Order:
-    """What the server sends: factors with what is to be done, and what acts beneath them (`stack` alone)."""
+    """What the server sends: factors with what is to be done, what acts beneath them (`stack` alone), and what a client
+    is to read its text by (an adapter that needs a row of the router alone)."""
 
     factors: bytes
     below: bytes = b""
+    reader: bytes = b""
 
     @property
     def nbytes(self) -> int:
-        return len(self.factors) + len(self.below)
+        return len(self.factors) + len(self.below) + len(self.reader)
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a client makes of an order."""
+    """What a client makes of an order. moments: see :mod:`~molora_training.federated.row`."""
 
     lora: Lora
     about: Mapping[str, Any]
     usage: Usage
+    moments: torch.Tensor | None = None
 
     def to_bytes(self) -> bytes:
-        return self.lora.to_bytes({**self.about, "usage": asdict(self.usage)})
+        more = {} if self.moments is None else {row.MESSAGE: self.moments}
+        return self.lora.to_bytes({**self.about, "usage": asdict(self.usage)}, more)
 
 
 @dataclass
@@ -117,8 +121,11 @@ class Client:
             learnt = way(model, pad, lora, rows, how, about["seed"], about["frozen_a"], below)
             if about["clip"] is not None:
                 learnt = clipped(lora, learnt, about["clip"])
+            read = None
+            if order.reader:
+                read = row.moments(row.read_reader(order.reader), model, learnt, below, rows)
         answer = {"round": about["round"], "nonce": about["nonce"], "client": self.name, "examples": len(rows)}
-        return Learnt(learnt, answer, usage)
+        return Learnt(learnt, answer, usage, read)
 
     def evaluate(self, order: Order) -> dict[str, float]:
         """Nats on its held-out conversations under the order's factors: `loss` summed, `tokens`, `conversations`."""

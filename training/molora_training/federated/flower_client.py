@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Message
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
@@ -13,7 +14,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, FederationError
-from molora_training.federated import messages
+from molora_training.federated import messages, row
 from molora_training.federated.changes import b_vector
 from molora_training.federated.client import Base, Client, read_order
 
@@ -80,6 +81,8 @@ def client_app(find: Callable[[Context], Who]) -> ClientApp:
         before, _, about = read_order(order)
         figures = {"client": who.name, "rank": before.rank, **asdict(learnt.usage)}
         vector = b_vector(before, learnt.lora, about["rank"])
+        if learnt.moments is not None:
+            vector = torch.cat([vector, row.to_vector(learnt.moments, about["clip"])])
         return Message(messages.fit_of_vector(vector, figures), reply_to=message)
 
     @app.evaluate()

@@ -6,12 +6,13 @@ It sees single updates, so it cannot guard a round whose updates come masked (se
 import hashlib
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from molora.errors import UpdateError
+from molora_training.federated import row
 from molora_training.federated.lora import Lora, distance, read_bytes
 
 FEWEST = 3  # updates of a round that have a median
@@ -19,24 +20,29 @@ FEWEST = 3  # updates of a round that have a median
 
 @dataclass(frozen=True)
 class Asked:
-    """What a client was asked for: the round and a number used once, and the factors that it went on from."""
+    """What a client was asked for: the round and a number used once, and the factors that it went on from.
+
+    moments: the shape of a row's (:mod:`~molora_training.federated.row`), if it is to tell those.
+    """
 
     round: int
     nonce: str
     sent: Lora
+    moments: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Update:
     """An update that may be taken.
 
-    norm: of what changed, the Frobenius norm of the difference of deltas. digest: of its tensors.
+    norm: of what changed, the Frobenius norm of the difference of deltas. digest: of its tensors. moments: of a row.
     """
 
     factors: Lora
     examples: int
     norm: float
     digest: str
+    moments: torch.Tensor | None = None
 
 
 @dataclass
@@ -62,7 +68,10 @@ class Guard:
         tensors, about, scale = read_bytes(message)
         if about.get("round") != asked.round or about.get("nonce") != asked.nonce:
             raise UpdateError(f"it answers round {about.get('round')!r} of another order: a replay, or too late")
-        _check_tensors(tensors, asked.sent.tensors())
+        wanted = asked.sent.tensors()
+        if asked.moments is not None:
+            wanted[row.MESSAGE] = torch.empty(asked.moments)
+        _check_tensors(tensors, wanted)
         if scale != asked.sent.scale:
             raise UpdateError(f"its scale is {scale}, and {asked.sent.scale} was sent")
         examples = about.get("examples")
@@ -75,17 +84,24 @@ class Guard:
         norm = distance(factors, asked.sent)
         if not math.isfinite(norm):
             raise UpdateError("what it changes has no finite norm")
-        return Update(factors, examples, norm, digest)
+        moments = tensors.get(row.MESSAGE)
+        if moments is not None:
+            row.check_moments(moments)
+        return Update(factors, examples, norm, digest, moments)
 
     def compare(self, updates: Mapping[str, Update]) -> dict[str, str]:
         """The updates of a round beside each other: whose are refused, and why."""
         refused = {}
-        median = statistics.median(one.norm for one in updates.values()) if len(updates) >= FEWEST else math.inf
+        median = _median([one.norm for one in updates.values()])
+        sizes = {client: float(one.moments.norm()) for client, one in updates.items() if one.moments is not None}
+        usual = _median(list(sizes.values()))
         digests: set[str] = set()
         for client, one in updates.items():
             if one.norm > self.max_norm * median:
                 times = one.norm / median if median else math.inf
                 refused[client] = f"it changes {times:.3g} times the round's median, and {self.max_norm:g} is the most"
+            elif sizes.get(client, 0.0) > self.max_norm * usual:
+                refused[client] = f"its row's moments are over {self.max_norm:g} times the round's median"
             elif one.digest in digests:
                 refused[client] = "another client of this round sent the same tensors"
             digests.add(one.digest)
@@ -115,6 +131,10 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, tor
             raise UpdateError(f"{name} is {list(tensor.shape)}, and {list(wanted[name].shape)} was sent")
         if not torch.isfinite(tensor).all():
             raise UpdateError(f"{name} holds NaN or infinite values")
+
+
+def _median(found: Sequence[float]) -> float:
+    return statistics.median(found) if len(found) >= FEWEST else math.inf
 
 
 def _some(names: Collection[str]) -> str:

@@ -53,9 +53,9 @@ class Lora:
         pairs = {name.removeprefix(PREFIX): (tensors[name + _ENDS[0]], tensors[name + _ENDS[1]]) for name in names}
         return cls(pairs, scale)
 
-    def to_bytes(self, about: Mapping[str, Any]) -> bytes:
-        """safetensors, with ``about`` as JSON among its metadata."""
-        return save(self.tensors(), {"scale": repr(self.scale), "about": json.dumps(dict(about))})
+    def to_bytes(self, about: Mapping[str, Any], more: Mapping[str, torch.Tensor] | None = None) -> bytes:
+        """safetensors, with ``more`` beside the factors and ``about`` as JSON among its metadata."""
+        return save({**self.tensors(), **(more or {})}, {"scale": repr(self.scale), "about": json.dumps(dict(about))})
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Lora":

@@ -23,7 +23,7 @@ from molora_training.federated.rounds import Federation
 
 @dataclass
 class Sum:
-    """mean: float32 [entries of B]. clients: by node what each told of its cost."""
+    """mean: float32 [entries of B and of a row's moments]. clients: by node what each told of its cost."""
 
     mean: torch.Tensor
     clients: dict[int, dict[str, Any]]

@@ -15,15 +15,16 @@ ORDER, ANSWER, ABOUT = "order", "answer", "about"
 
 def of_order(order: Order) -> RecordDict:
     """An order that is answered in the open."""
-    return RecordDict({ORDER: ConfigRecord({"factors": order.factors, "below": order.below})})
+    return RecordDict({ORDER: ConfigRecord({"factors": order.factors, "below": order.below, "reader": order.reader})})
 
 
 def to_order(content: RecordDict) -> Order:
     """What :func:`of_order` or :func:`fit_of_order` made."""
     if ORDER in content.config_records:
         record: Any = content.config_records[ORDER]
-        return Order(bytes(record["factors"]), bytes(record["below"]))
-    return Order(compat.recorddict_to_fitins(content, keep_input=True).parameters.tensors[0])
+        return Order(bytes(record["factors"]), bytes(record["below"]), bytes(record["reader"]))
+    factors, reader = compat.recorddict_to_fitins(content, keep_input=True).parameters.tensors
+    return Order(factors, reader=reader)
 
 
 def of_answer(update: bytes) -> RecordDict:
@@ -50,10 +51,10 @@ def to_figures(content: RecordDict) -> dict[str, Any]:
 
 def fit_of_order(order: Order) -> FitIns:
     """An order that is answered by a masked sum: SecAgg+ knows Flower's older form alone."""
-    return FitIns(Parameters([order.factors], "safetensors"), {})
+    return FitIns(Parameters([order.factors, order.reader], "safetensors"), {})
 
 
 def fit_of_vector(vector: torch.Tensor, figures: dict[str, Any]) -> RecordDict:
-    """What is to be masked: float64 [entries of B]. Each client weighs the same."""
+    """What is to be masked: float64 [entries of B and of a row's moments]. Each client weighs the same."""
     parameters = ndarrays_to_parameters([vector.double().numpy().astype(np.float64)])
     return compat.fitres_to_recorddict(FitRes(Status(Code.OK, ""), parameters, 1, figures), keep_input=True)

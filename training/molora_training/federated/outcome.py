@@ -15,9 +15,11 @@ from molora.errors import FederationError
 from molora.saved import load
 from molora.versions import Versions
 from molora_training.continual.chance import by_chance
+from molora_training.continual.edits import NewRow, check_samples, too_much_taken
 from molora_training.continual.memory import Memory
 from molora_training.continual.update import MEMORY, Change, Judge, UpdateSettings, read_chats, refusal
 from molora_training.federated.rounds import Federation
+from molora_training.federated.row import with_row
 
 Losses = Mapping[str, Mapping[str, float]]
 
@@ -36,24 +38,31 @@ class Into:
 
         Raises:
             StackError: there is no such layer.
-            FederationError: the adapter is new, and the router would need a row for it.
+            FederationError: the adapter is new, and its layer is keyed.
         """
-        saved = load(self.model)
-        layer = saved.stack[self.layer]
+        layer = load(self.model).stack[self.layer]
         if self.name in layer.adapters:
             return Path(layer.adapters[self.name])
-        if saved.router is not None and layer.routed:
-            raise FederationError(
-                f"The router has no row for {self.layer}/{self.name}, and nothing of the clients' text is here to fit "
-                f"one to: begin the adapter by `molora update {self.layer} {self.name} --new RANK` with a few "
-                f"conversations."
-            )
         if layer.keyed:
             raise FederationError(
                 f"An adapter of the keyed layer {self.layer!r} is found by its questions, and none are here: begin "
                 f"it by `molora update {self.layer} {self.name} --new RANK` with a few conversations."
             )
         return None
+
+    def unrouted(self) -> Path | None:
+        """The saved MoLoRA, if its router has to get a row for the adapter.
+
+        Raises:
+            StackError: there is no such layer.
+            VersionError: the router keeps no samples to fit a row against.
+        """
+        saved = load(self.model)
+        layer = saved.stack[self.layer]
+        if self.name in layer.adapters or saved.router is None or not layer.routed:
+            return None
+        check_samples(saved.router)
+        return self.model
 
     @property
     def base(self) -> str:
@@ -94,15 +103,18 @@ def keep(
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch) / "adapter"
         federation.result().save(new, federation.config)
-        remembered = general = None
-        if served is not None:
-            how = UpdateSettings(into.model, into.layer, into.name, into.model, max_length=settings.local.max_length)
-            judge = Judge(how, into.base, served, new)
-            remembered = judge(Memory.load(into.model / versions.place / MEMORY).kept_apart)
-            general = judge(read_chats(into.general)) if into.general is not None else None
+        how = UpdateSettings(into.model, into.layer, into.name, into.model, max_length=settings.local.max_length)
+        judge = Judge(how, into.base, served or federation.blank, new)
+        remembered = judge(Memory.load(into.model / versions.place / MEMORY).kept_apart)
+        general = judge(read_chats(into.general)) if into.general is not None else None
         why = refusal(settings.limits.max_forgetting, learnt, remembered, general)
         if learnt is None and remembered is None and general is None:
             why = "nothing was measured of it: under privacy clients tell no losses, so name general conversations"
+        found: NewRow | None = None
+        if settings.router is not None and not why:
+            saved = load(into.model)
+            found = with_row(check_samples(saved.router), saved.stack, into.layer, into.name, federation.moments)
+            why = too_much_taken(found.taken, settings.limits.max_forgetting)
         version = versions.add(
             new,
             command=command,
@@ -111,13 +123,14 @@ def keep(
                 "learnt": learnt and asdict(learnt),
                 "kept": remembered and asdict(remembered),
                 "general": general and asdict(general),
+                **({} if found is None else {"taken": found.taken}),
                 **about,
             },
             passed=not why,
             why=why or (f"{-learnt.growth:.1%} less loss on what clients held out" if learnt else "it lost little"),
         )
     if not why:
-        versions.promote(version.number)
+        versions.promote(version.number, router=None if found is None else found.router)
     return Kept(version.number, not why, version.why, learnt, remembered, general)
 
 

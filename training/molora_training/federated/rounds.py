@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from molora.adapter import CONFIG_FILE
 from molora.atomic import new_folder, remove_folder, sweep, write_text
 from molora.errors import FederationError, UpdateError
+from molora.saved import load as load_saved
 from molora_training.checkpoint import save_tensors
+from molora_training.continual.edits import check_samples
 from molora_training.continual.growth import blank
+from molora_training.federated import row
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
 from molora_training.federated.changes import b_sum, beside, from_vector
 from molora_training.federated.client import Order, clipped
@@ -27,7 +30,7 @@ from molora_training.federated.lora import Lora, distance, read_bytes
 from molora_training.federated.private import Private
 from molora_training.federated.settings import SCALE, FederateSettings
 
-BEFORE = "before.json"
+BEFORE, BLANK = "before.json", "blank"
 TRIES = 3  # of a round that too few answer
 
 
@@ -57,6 +60,7 @@ class Federation:
         folder: where its state lies, a folder for the last round.
         config: of the adapter, as PEFT writes it.
         lora: the adapter, of the server's rank. below: what is finished and acts beneath (`stack` alone).
+        reader: what clients read their text by, if the router is to get a row. moments: of it, summed over rounds.
         reports: of the rounds that are over.
     """
 
@@ -67,6 +71,8 @@ class Federation:
     guard: Guard
     below: Lora | None = None
     private: Private | None = None
+    reader: bytes = b""
+    moments: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     reports: list[RoundReport] = field(default_factory=list)
     asked: dict[str, Asked] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
@@ -78,6 +84,7 @@ class Federation:
         Raises:
             FederationError: what is on disk is another training's.
             AdapterError: the adapter to go on from cannot be read or has ranks that differ by module.
+            VersionError: the router keeps no samples to fit a row against.
         """
         folder = state_folder(settings.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +96,14 @@ class Federation:
             rounds = []
         limits = settings.limits
         guard = Guard(limits.max_examples, limits.max_norm)
+        reader, moments = b"", torch.zeros(0)
+        if settings.router is not None:
+            router = check_samples(load_saved(settings.router).router)
+            reader, moments = row.reader_of(router), torch.zeros(row.shape_of(router))
         if rounds:
-            return cls._read(settings, folder, rounds[-1], guard)
+            return cls._read(settings, folder, rounds[-1], guard, reader)
         config, lora = _begun(settings, folder)
-        own = cls(settings, folder, config, lora, guard)
+        own = cls(settings, folder, config, lora, guard, reader=reader, moments=moments)
         if settings.privacy.epsilon is not None:
             own.private = Private.begin(settings.privacy, settings.rounds, lora)
         return own
@@ -101,6 +112,11 @@ class Federation:
     def round(self) -> int:
         """How many are over."""
         return len(self.reports)
+
+    @property
+    def blank(self) -> Path:
+        """What it began with, if it did not go on from an adapter."""
+        return self.folder / BLANK
 
     @property
     def over(self) -> bool:
@@ -122,8 +138,8 @@ class Federation:
         rank = max(1, min(rank, self.settings.rank))
         sent = self.lora.slice(rank)
         nonce = secrets.token_hex(16)
-        self.asked[client] = Asked(self.round + 1, nonce, sent)
-        found = Order(sent.to_bytes({**self._about(nonce), "client": client}), self._below())
+        self.asked[client] = Asked(self.round + 1, nonce, sent, tuple(self.moments.shape) if self.reader else None)
+        found = Order(sent.to_bytes({**self._about(nonce), "client": client}), self._below(), self.reader)
         self.down[client] = found.nbytes
         return found
 
@@ -176,13 +192,16 @@ class Federation:
             self.lora = self.private.step(b_sum(self.lora, updates), list(taken))
         else:
             self._aggregate([(one.factors, weights[client]) for client, one in taken.items()])
+            for client, one in taken.items():
+                if one.moments is not None:
+                    self.moments = self.moments + weights[client] * one.moments
         return self._end(before, rows, refused, answers, seconds)
 
     def close_sum(self, mean: torch.Tensor, clients: Mapping[str, dict[str, Any]], seconds: float = 0.0) -> RoundReport:
         """Ends a round of which the server knows nothing but the mean of what its clients changed of B.
 
         Args:
-            mean: float32 [entries of B], each client weighing the same, in the order of
+            mean: float32 [entries of B and of a row's moments], each client weighing the same, in the order of
                 :func:`~molora_training.federated.changes.b_vector`.
             clients: of those in it, by name, with what it cost them.
         """
@@ -190,7 +209,14 @@ class Federation:
         if not bool(torch.isfinite(mean).all()):
             raise FederationError("The sum of the updates is not finite: a client sent what cannot be added.")
         before = self.result()
-        change = from_vector(mean, self.lora)
+        change = from_vector(mean[: len(mean) - self.moments.numel()], self.lora)
+        if self.reader:
+            told = row.from_vector(mean[-self.moments.numel() :], self.moments.shape, self.settings.privacy.clip)
+            try:
+                row.check_moments(told)
+            except UpdateError as error:
+                raise FederationError(f"The sum of the updates cannot be taken: {error}.") from None
+            self.moments = self.moments + told
         if self.private is not None:
             self.lora = self.private.step({name: len(clients) * b for name, b in change.items()}, list(clients))
         else:
@@ -278,8 +304,10 @@ class Federation:
             tensors |= {f"below.{name}": tensor for name, tensor in self.below.tensors().items()}
         if self.private is not None:
             tensors |= {f"private.{name}": tensor for name, tensor in self.private.tensors().items()}
+        if self.reader:
+            tensors["moments"] = self.moments
         state = {
-            "mark": mark(self.settings),
+            "mark": mark(self.settings, self.reader),
             "scale": self.lora.scale,
             "config": self.config,
             "seen": sorted(self.guard.seen),
@@ -294,10 +322,10 @@ class Federation:
                 remove_folder(path)
 
     @classmethod
-    def _read(cls, settings: FederateSettings, folder: Path, number: int, guard: Guard) -> "Federation":
+    def _read(cls, settings: FederateSettings, folder: Path, number: int, guard: Guard, reader: bytes) -> "Federation":
         place = folder / str(number)
         state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        if state["mark"] != mark(settings):
+        if state["mark"] != mark(settings, reader):
             raise FederationError(
                 f"{folder} holds round {number} of a training with other settings: take those again, another `out`, or "
                 f"--no-resume to begin anew."
@@ -317,6 +345,8 @@ class Federation:
             guard,
             Lora.from_tensors(below, 1.0) if below else None,
             Private.read(settings.privacy, state["private"], part("private.")) if state["private"] else None,
+            reader,
+            tensors.get("moments", torch.zeros(0)),
             [RoundReport(**report) for report in state["reports"]],
         )
 
@@ -326,19 +356,20 @@ def state_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.rounds")
 
 
-def mark(settings: FederateSettings) -> str:
+def mark(settings: FederateSettings, reader: bytes) -> str:
     """Changes with what a round depends on; the number of rounds, time limits and places may change on the way."""
     same = replace(settings, rounds=1, out=Path(), data=Path(), limits=replace(settings.limits, seconds=1.0))
     if settings.privacy.epsilon is not None:  # the noise is chosen for all rounds together
         same = replace(same, rounds=settings.rounds)
-    return hashlib.sha256(json.dumps(asdict(same), default=str, sort_keys=True).encode()).hexdigest()
+    told = json.dumps(asdict(same), default=str, sort_keys=True).encode()
+    return hashlib.sha256(told + hashlib.sha256(reader).digest()).hexdigest()
 
 
 def _begun(settings: FederateSettings, folder: Path) -> tuple[dict[str, Any], Lora]:
     """The adapter to begin with, of the server's rank, and its config."""
     place = settings.start
     if place is None:
-        place = folder / "blank"
+        place = folder / BLANK
         if not place.is_dir():
             blank(settings.base, settings.rank, place, settings.seed)
     lora = Lora.from_folder(place)

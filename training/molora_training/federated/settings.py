@@ -101,6 +101,7 @@ class FederateSettings:
         clients: names in it; none: all that are there, in the order of their names.
         out: the PEFT folder that comes out; the state of the rounds lies beside it.
         start: an adapter to go on from; None: one for all linear modules that does nothing yet.
+        router: a saved MoLoRA whose router is to get a row for the adapter, as a new one has by `--into`.
         ranks: of the clients, in turn; the server's is the largest.
         rounds: each of them with all clients, or with a cohort.
         aggregate: how updates become one adapter.
@@ -116,6 +117,7 @@ class FederateSettings:
     out: Path = Path("runs/federated/adapter")
     base: str = DEFAULT_BASE
     start: Path | None = None
+    router: Path | None = None
     ranks: tuple[int, ...] = (8,)
     rounds: int = 10
     aggregate: Aggregate = "flexlora"
@@ -133,6 +135,12 @@ class FederateSettings:
             raise ConfigError(
                 "privacy.secure and privacy.epsilon leave the server nothing but sums, and sums of A and of B make no "
                 "sum of deltas: they need aggregate: shared."
+            )
+        if self.router is not None and self.privacy.epsilon is not None:
+            raise ConfigError(
+                "The router needs a row for the new adapter, of what the clients' text is like on average, and the "
+                "noise of privacy.epsilon does not cover that: begin the adapter by `molora update --new`, or leave "
+                "privacy.epsilon out."
             )
 
     @property
