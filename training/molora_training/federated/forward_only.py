@@ -43,16 +43,16 @@ class Estimate:
     spread: float
 
 
-def direction(seed: int, size: int) -> Tensor:
-    """v ~ N(0, I) [size], the same for the same seed."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+def direction(seed: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """v ~ N(0, I) [size], the same for the same seed on the same kind of device."""
+    return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def alike(seeds: Sequence[int], size: int, wanted: Tensor | None, count: int) -> list[int]:
     """The ``count`` seeds whose directions have the largest cosine with ``wanted``; without that, the first."""
     if wanted is None:
         return list(seeds[:count])
-    return sorted(seeds, key=lambda seed: -float(_cosine(direction(seed, size), wanted)))[:count]
+    return sorted(seeds, key=lambda seed: -float(_cosine(direction(seed, size, wanted.device), wanted)))[:count]
 
 
 def gradient(
@@ -74,7 +74,7 @@ def gradient(
     while not taken or (taken < MOST and spread > agreed):
         first = (seed * MOST + taken) * CANDIDATES
         for one in alike(range(first, first + FEWEST * CANDIDATES), len(theta), before, FEWEST):
-            v = direction(one, len(theta))
+            v = direction(one, len(theta), theta.device)
             slope = (loss(theta + STEP * v) - loss(theta - STEP * v)) / (2 * STEP)
             if slope - slope != 0:
                 raise NonFiniteError("The loss along a direction is not finite; take a lower learning_rate.")
@@ -92,7 +92,7 @@ def train(
 ) -> Lora:  # fmt: skip
     """Learns as :func:`molora_training.federated.local.train` does, by plain steps down estimated gradients."""
     losses = TokenLosses(base)
-    theta = _flat(lora, frozen_a)
+    theta = _flat(lora, frozen_a).to(base.device)
     before: Tensor | None = None
     plan = plan_steps([row.input_ids.numel() for row in rows], how.batch_tokens, how.epochs, seed)
     with generated(base, acting(below, base.device) if below is not None else {}):
@@ -109,7 +109,7 @@ def train(
             before = found.gradient
             rate = warm_cosine(number, len(plan), 0.0, how.learning_rate)
             theta = theta - rate * found.gradient
-    return _unflat(theta, lora, frozen_a)
+    return _unflat(theta.cpu(), lora, frozen_a)
 
 
 def _flat(lora: Lora, frozen_a: bool) -> Tensor:
