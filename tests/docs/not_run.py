@@ -60,6 +60,9 @@ NOT_RUN: dict[str, list[str]] = {
         "benchmarks/quality.sh",
         "python -m benchmarks.chats --chats 8",
         "python -m benchmarks.forward_memory --batch-tokens 2048",
+        "python -m benchmarks.federated_row puzzles-caesar-cipher puzzles-family-relationships puzzles-knights-knaves "
+        "puzzles-letter-counting puzzles-letter-jumble puzzles-number-sequence puzzles-spell-backward "
+        "puzzles-syllogism puzzles-word-sequence-reversal puzzles-word-sorting",
         "python -m benchmarks.soak --requests 50000",
     ],
     "needs a GPU, or minutes of Triton's interpreter": [
@@ -116,6 +119,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora federate app speeches --config training/molora_training/configs/federate.yaml",
         "molora federate run data=chats ranks=[4,16] rounds=5 local.examples=32",
         "molora federate run data=chats ranks=[8,16] --into my-molora domain math --general general.jsonl",
+        "molora federate run data=chats ranks=[8,16] --into my-molora domain speeches",
         "flower-superlink --ssl-certfile server.crt --ssl-keyfile server.key --ssl-ca-certfile ca.crt --host 0.0.0.0 "
         "--port 8443 --disable-runtime-dependency-installation",
         "flower-supernode --superlink server.example.org:8443 --root-certificates ca.crt --node-config "
