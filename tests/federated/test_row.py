@@ -186,9 +186,8 @@ def test_a_new_adapter_serves_with_its_row(
     router: Any = model.router
     samples = router.parts[0].samples
     assert int((samples.rows == router.rows.index("domain/speech")).sum()) == 128  # drawn, of nobody
-    ids = model.encode(render(model.tokenizer, read_chats(folder / "data" / "bob.jsonl")[0]["messages"], False))
-    routes = model(**ids, selection={"domain": "auto", "user": None}, output_routes=True).routes.to_frame()
-    assert (routes[routes.layer == "domain"].adapter == "speech").mean() > 0.5
+    text = render(model.tokenizer, list(read_chats(folder / "data" / "bob.jsonl")[0]["messages"]), False)
+    assert float((found_by(model, [text])[0] == 3).float().mean()) > 0.5
     assert Into(into.model, "domain", "speech").unrouted() is None and into.served() is not None
 
 
