@@ -36,7 +36,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora train hypernet doc out=document-net loop.steps=10000",
         "molora train hypernet doc --config training/molora_training/configs/document-passages.yaml start=document-net "
         "out=net-2",
-        "molora train hypernet profile raters out=profile-net loop.steps=2000",
+        "molora train hypernet profile raters out=profile-net loop.steps=400",
         "molora train pieces people=presidents out=pieces sharers=20",
         "molora train pieces people=raters task=task out=pieces",
         "molora train adapter --config training/molora_training/configs/task.yaml out=task "
