@@ -121,7 +121,10 @@ def learn(
         )
         by_user = sums / counts.clamp_min(1)
         by_user.sum().backward()
-        rates = [warm_cosine(number, len(plan), how.warmup, how.learning_rate) * (number < len(plan)) for plan in plans]
+        rates = [
+            warm_cosine(number, len(plan), how.warmup, how.learning_rate) if number < len(plan) else 0.0
+            for plan in plans
+        ]
         norms = abreast.step(rates)
         for loss, norm in torch.stack([by_user.detach(), norms], 1)[here].tolist():
             if not (math.isfinite(loss) and math.isfinite(norm)):
