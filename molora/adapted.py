@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from molora.adapter import Adapter, LoRAWeights
+from molora.adapter import Adapter, LoRAWeights, SharedBasis
 from molora.ahead import Ahead
 from molora.backend import backend_for, check_backend
+from molora.cores import add_apart
 from molora.errors import BaseModelError
 from molora.groups import AdapterGroup, siblings
 from molora.layer import MoLoRALinear, linear_size, multiplied_in
@@ -50,16 +51,27 @@ class MegaBlocksGroup(AdapterGroup):
         self.orders = PairOrders()  # one for all groups of a model, once it has them
         self._stacks: dict[int, FactorStack] = {}  # by piece
 
-    def put(self, slot: int, piece: int, factors: Factors | None, writes: Writes | None = None) -> None:
-        super().put(slot, piece, factors, writes)
+    def put(
+        self,
+        slot: int,
+        piece: int,
+        factors: Factors | None,
+        writes: Writes | None = None,
+        basis: SharedBasis | None = None,
+    ) -> None:
+        super().put(slot, piece, factors, writes, basis)
         self._stacks.pop(piece, None)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor:
-        if not self.pages.adapted(piece):
+        names = self.pages.names(piece)
+        if names:  # compressed adapters are not copied
+            y = add_apart(y, flat.to(self.pages.A.dtype), self.pages, plan, piece)
+        own = {slot: factors for slot, factors in self.pages.factors(piece).items() if slot not in names}
+        if not own:
             return y
         if piece not in self._stacks:
             with torch.inference_mode(False), torch.no_grad():  # a later forward may want gradients through it
-                self._stacks[piece] = stack_factors(self.pages.factors(piece))
+                self._stacks[piece] = stack_factors(own)
         stack = self._stacks[piece]
         return add_lora_megablocks(y, flat, plan.weights, stack, self.orders.of(plan, len(stack.A) - 1))
 
@@ -155,9 +167,9 @@ class AdaptedModules:
         module: Any = self._modules.get(name) or self.base.get_submodule(name)
         device, dtype = device_of(getattr(module, "base_layer", module)), self._dtype(module.weight)
         kernels = self._by_kernels(device)
-        if shared:
-            return device, core_dtype(module.weight, kernels), kernels
-        return device, dtype if kernels else multiplied_in(device, dtype), kernels
+        if kernels:
+            return device, dtype, True
+        return device, core_dtype(module.weight) if shared else multiplied_in(device, dtype), False
 
     def _by_kernels(self, device: torch.device) -> bool:
         return (self.backend or backend_for(device)) != "torch"

@@ -57,13 +57,15 @@ class LoRAWeights:
 
 
 class SharedBasis(Protocol):
-    """Two bases of one module, which many adapters share: U [out, c] and V [in, c]."""
+    """Two bases of one module, which many adapters share: U [out, c] and V [in, c]. Told from others by identity."""
 
     @property
     def U(self) -> torch.Tensor: ...
 
     @property
     def V(self) -> torch.Tensor: ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)

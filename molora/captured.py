@@ -223,7 +223,6 @@ class CapturedSteps:
         return (
             plan.layers[0].qkv.data_ptr(),
             [(name, group.version) for name, group in self.groups.items()],
-            [[path.version for path in paths] for group in self.groups.values() for paths in group.shared.values()],
             [(part.output.weight.data_ptr(), part.input.weight.data_ptr()) for part in parts],
             router.rows if router is not None else None,
             [(layer.slots, layer.top_k) for layer in layers],

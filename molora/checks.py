@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from molora.adapter import Adapter
+from molora.adapter import Adapter, LoRAWeights, SharedWeights
 from molora.backend import backend_for
 from molora.errors import AdapterMismatchError, UnsupportedAdapterError
 from molora.key_file import KEY_FILE
@@ -46,12 +46,20 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
             f"{adapter.path / KEY_FILE} has {adapter.key.shape[1]} features, and {name} has {hidden}: it was made for "
             f"another base."
         )
-    rank, module = max((weights.rank, module) for module, weights in adapter.modules.items())
+    rank, module = max((_ranks(weights), module) for module, weights in adapter.modules.items())
     if rank > MAX_RANK and (backend or backend_for(base.device)) != "torch":
+        what = "rank" if adapter.modules[module].rank == rank else "a basis of rank"
         raise UnsupportedAdapterError(
-            f"{adapter.path} has rank {rank} at {module}; the kernels take ranks up to {MAX_RANK}. "
+            f"{adapter.path} has {what} {rank} at {module}; the kernels take ranks up to {MAX_RANK}. "
             f"Use from_base(..., backend='torch')."
         )
+
+
+def _ranks(weights: LoRAWeights | SharedWeights) -> int:
+    """The most ranks that a kernel meets."""
+    if isinstance(weights, SharedWeights):
+        return max(weights.rank, weights.basis.U.shape[1], weights.basis.V.shape[1])
+    return weights.rank
 
 
 def _size(base: PreTrainedModel, name: str) -> tuple[int, int] | None:

@@ -15,24 +15,24 @@ from molora.step_cache import StepCache
 from molora.step_routes import StepRoutes
 from molora_kernels.attention import Attention
 from molora_kernels.blocks import Blocks
+from molora_kernels.cores import apply_cores
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.expand import expand
 from molora_kernels.linear import LinearTile, linear, shrink_block
-from molora_kernels.order import PagedPlan
 from molora_kernels.pages import PAGE
 from molora_kernels.tiles import attention_tile, linear_tile
 
 
 @dataclass
 class Product:
-    """The product of a group of modules: its weight, how it is cut, its partial sums, and its adapters' shrink."""
+    """The product of a group of modules: its weight, how it is cut, its partial sums, and its adapters' shrink, through
+    the cores of those that are compressed."""
 
     weight: torch.Tensor
     tile: LinearTile
     y: torch.Tensor  # [split, N, O]
     added: Added | None
     blocks: Blocks | None = None  # lists of the slots that act, by which the shrink goes
-    group: AdapterGroup | None = None
 
     def __call__(self, x: torch.Tensor, pdl: bool) -> torch.Tensor:
         added = self.added
@@ -40,8 +40,8 @@ class Product:
             linear(self.y, x, self.weight, self.tile, pdl=pdl)
         else:
             linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl, self.blocks)
-            if self.group is not None and self.group.shared:
-                self.group.add_shared(self.y[0], x, PagedPlan(added.slots, added.weights), few=True)
+            if added.pages.cores is not None:
+                apply_cores(added.h, added.pages, added.slots, pdl)
         return self.y
 
 
@@ -106,7 +106,7 @@ class DecodeStep:
             width = len(group.pages.outputs) * group.pages.max_pages * PAGE
             cuts = (-(-weight.shape[1] // shrink_block(batch, weight.shape[1])), batch, slots.shape[1], width)
             h = shrunk.setdefault(cuts, buffer(*cuts, kind=torch.float32))
-            return Product(weight, tile, y, Added(h, group.pages, slots, weights), routes.blocks(layer), group)
+            return Product(weight, tile, y, Added(h, group.pages, slots, weights), routes.blocks(layer))
 
         self.products = []
         for index, layer in enumerate(plan.layers):
@@ -122,7 +122,7 @@ class DecodeStep:
         head = product("lm_head", len(plan.layers), plan.head)
         self.logits = buffer(batch, plan.head.shape[0])
         tile = LinearTile(head.tile.n, head.tile.k, 1, head.tile.warps, head.tile.stages)
-        self.head = Product(head.weight, tile, self.logits.unsqueeze(0), head.added, head.blocks, head.group)
+        self.head = Product(head.weight, tile, self.logits.unsqueeze(0), head.added, head.blocks)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Adapters of modules that read the same input, in memory that the kernels and captured steps read."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from molora.adapter import SharedBasis
 from molora.backend import broken
+from molora.cores import add_apart, composed, spanned, widened, without_cores
 from molora.spread import device_of, local, sharded
 from molora_kernels import Factors
 from molora_kernels.order import PagedPlan
 from molora_kernels.pages import MAX_RANK, PAGE, RankPages, Writes
 
 _FIRST_SLOTS, _FIRST_PAGES = 16, 16
+Sizes = tuple[int, int, int]
+"""Slots, pages, and the most pages of a slot."""
 
 # Modules of one parent that read one input, each family in the order in which the base calls them.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -48,7 +53,7 @@ class AdapterGroup:
         self._shrunk: tuple[torch.Tensor, PagedPlan, list[tuple[PagedPlan, torch.Tensor]]] | None = None
         self._parent = self.names[0].rpartition(".")[0]
         self._factors: tuple[RankPages, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
-        self.shared: dict[int, Sequence[Any]] = {}  # by piece, what adapters of a compressed store add to it
+        self.cores: RankPages | None = None  # of compressed adapters, whose bases lie in the pages; also pages.cores
         self.version = 0  # changes when the pages move: what was captured before then reads memory that is gone
 
     @classmethod
@@ -61,34 +66,54 @@ class AdapterGroup:
         dtype = weight.dtype if weight.is_floating_point() else base.dtype
         return cls(names, sizes[0][0], [out for _, out in sizes], dtype, device_of(modules[0]))
 
-    def put(self, slot: int, piece: int, factors: Factors | None, writes: Writes | None = None) -> None:
-        """Writes an adapter's factors for one of the modules into a slot; None empties it there. writes: gathers what
-        is written, for the caller to do.
+    def put(
+        self,
+        slot: int,
+        piece: int,
+        factors: Factors | None,
+        writes: Writes | None = None,
+        basis: SharedBasis | None = None,
+    ) -> None:
+        """Writes an adapter's factors for one of the modules into a slot; None empties it there.
+
+        Args:
+            writes: gathers what is written, for the caller to do.
+            basis: of a compressed adapter, whose core the factors are; told from others by identity.
 
         Raises:
             ValueError: a rank over 256, or factors of another shape.
         """
-        pages = self.pages
-        rank = 1 if factors is None else factors.A.shape[0]
-        if rank > MAX_RANK:
-            raise ValueError(f"Rank {rank} is over {MAX_RANK}, the most that the kernels take.")
-        slots, count, most = pages.slots, pages.pages, pages.max_pages
-        while slot >= slots:
-            slots *= 2
-        while most * PAGE < rank:
-            most *= 2
-        if (slots, most) == (pages.slots, pages.max_pages):
-            try:
-                pages.put_slice(slot, piece, factors, writes)
-                return
-            except MemoryError:
-                count *= 2
-        while count < pages.pages + most:
-            count *= 2
-        if writes is not None:
-            writes.done()  # what is not written yet would not move
-        self._move(slots, count, most)
-        self.pages.put_slice(slot, piece, factors, writes)
+        core = None
+        if basis is not None and factors is not None:
+            core, factors = factors, spanned(basis)
+        ranks = [1 if pair is None else len(pair.A) for pair in (factors, core)]
+        if max(ranks) > MAX_RANK:
+            raise ValueError(f"Rank {max(ranks)} is over {MAX_RANK}, the most that the kernels take.")
+        sizes = _enough(self.pages, slot, piece, ranks[0], basis)
+        if sizes != _sizes(self.pages):
+            if writes is not None:
+                writes.done()  # what is not written yet would not move
+            self._move(sizes)
+        if core is not None:
+            self._fit_core(slot, piece, ranks[1], ranks[0], writes)
+        if self.cores is not None:
+            self.cores.put_slice(slot, piece, None if core is None else widened(core, self.cores.inputs), writes)
+        self.pages.put_slice(slot, piece, factors, writes, basis)
+
+    def _fit_core(self, slot: int, piece: int, rank: int, width: int, writes: Writes | None) -> None:
+        """Makes room for a core of ``rank`` ranks between bases of ``width`` columns."""
+        pages, cores = self.pages, self.cores
+        if cores is None:
+            widths = (width,) * len(pages.outputs)
+            cores = RankPages(width, widths, pages.slots, pages.pages, PAGE, pages.A.dtype, pages.A.device)
+        width, sizes = max(width, cores.inputs), _enough(cores, slot, piece, rank)
+        if (width, sizes) != (cores.inputs, _sizes(cores)):
+            if writes is not None:
+                writes.done()
+            cores = _moved(cores, sizes, width)
+        if cores is not self.cores:
+            self.cores = pages.cores = cores
+            self.version += 1
 
     def reserve(self, slot: int, count: int = 0) -> None:
         """Makes room up to a slot that a plan may name: the kernels do not look whether there is one. And for so many
@@ -99,9 +124,16 @@ class AdapterGroup:
         while count > pages:
             pages *= 2
         if (slots, pages) != (self.pages.slots, self.pages.pages):
-            self._move(slots, pages, self.pages.max_pages)
-        for path in (path for paths in self.shared.values() for path in paths):
-            path.inner.group.reserve(slot)
+            self._move((slots, pages, self.pages.max_pages))
+
+    def factors(self, piece: int, slots: Collection[int]) -> dict[int, Factors]:
+        """slot -> factors of one of the modules, of those slots that have some; of compressed adapters they are made
+        here."""
+        cores = {} if self.cores is None else self.cores.factors(piece)
+        held = self.pages.factors(piece)
+        return {
+            slot: composed(cores[slot], held[slot]) if slot in cores else held[slot] for slot in slots if slot in held
+        }
 
     @property
     def adapts(self) -> bool:
@@ -136,7 +168,10 @@ class AdapterGroup:
             return y
         flat = flat.to(self.pages.A.dtype)
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or plan.weights.requires_grad):
-            pages = self.pages.piece(piece)
+            pages = replace(self.pages.piece(piece), cores=None)
+            if self.compressed(piece):
+                y = add_apart(y, flat, self.pages, plan, piece)
+                plan = without_cores(plan, self.pages, piece)
             blocks = None if forms.by_token(len(flat)) or trained_hot(pages) else plan.blocks
             return add_lora_paged(y, flat, pages, plan.slots, plan.weights, blocks)
         if self._shrunk is None or self._shrunk[0] is not x or self._shrunk[1] is not plan:
@@ -150,12 +185,9 @@ class AdapterGroup:
             expand_paged(rows, h, self.pages, part, piece)
         return y
 
-    def add_shared(self, y: torch.Tensor, x: torch.Tensor, plan: PagedPlan, few: bool = False) -> None:
-        """y [T, O of all pieces] plus what adapters of a compressed store add, in place; x: [T, D]."""
-        for piece, paths in self.shared.items():
-            columns = y.narrow(1, *self.pages.span(piece))
-            for path in paths:
-                path.add(columns, x, plan.slots, plan.weights, few)
+    def compressed(self, piece: int) -> bool:
+        """Whether a compressed adapter adapts the piece."""
+        return self.cores is not None and self.cores.adapted(piece)
 
     def linear(self, base: Any, x: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor | None:
         """The product of a frozen module and of few frozen adapters as one step of the way back, [..., O]; None where
@@ -164,6 +196,8 @@ class AdapterGroup:
         trains = torch.is_grad_enabled() and (x.requires_grad or plan.weights.requires_grad)
         fit = trains and type(base) is nn.Linear and x.dtype == base.weight.dtype == pages.A.dtype
         if not fit or torch.is_autocast_enabled(x.device.type) or _watched(base) or not pages.adapted(piece):
+            return None
+        if self.compressed(piece):
             return None
         from molora_kernels.hot import linear_hot
         from molora_kernels.paged import trained_hot
@@ -179,24 +213,51 @@ class AdapterGroup:
 
     def apply(self, change: Any) -> None:
         """``.to()`` and the like."""
-        pages = self.pages
-        A = change(pages.A)
-        if A.dtype != pages.A.dtype or A.device != pages.A.device:
-            self._move(pages.slots, pages.pages, pages.max_pages, A.dtype, A.device)
+        A = change(self.pages.A)
+        if A.dtype != self.pages.A.dtype or A.device != self.pages.A.device:
+            self._move(_sizes(self.pages), A.dtype, A.device)
 
-    def _move(
-        self, slots: int, pages: int, max_pages: int, dtype: torch.dtype | None = None, device: Any = None
-    ) -> None:
-        old = self.pages
-        self.pages = RankPages(
-            old.inputs, old.outputs, slots, pages, max_pages * PAGE, dtype or old.A.dtype, device or old.A.device
-        )
-        writes = Writes()
-        for piece in range(len(old.outputs)):
-            for slot, factors in old.factors(piece).items():
-                self.pages.put_slice(slot, piece, factors, writes)
-        writes.done()
+    def _move(self, sizes: Sizes, dtype: torch.dtype | None = None, device: Any = None) -> None:
+        """Pages of other sizes, or elsewhere. Cores go with them, and have room for as many slots and adapters."""
+        self.pages = _moved(self.pages, sizes, None, dtype, device)
+        if self.cores is not None:
+            slots, pages, most = sizes[0], max(sizes[1], self.cores.pages), self.cores.max_pages
+            self.cores = self.pages.cores = _moved(self.cores, (slots, pages, most), None, dtype, device)
         self.version += 1
+
+
+def _sizes(pages: RankPages) -> Sizes:
+    return pages.slots, pages.pages, pages.max_pages
+
+
+def _enough(pages: RankPages, slot: int, piece: int, rank: int, shared: Hashable | None = None) -> Sizes:
+    """The sizes that these pages have, or would have to have, to take such factors into a slot."""
+    slots, count, most = _sizes(pages)
+    while slot >= slots:
+        slots *= 2
+    while most * PAGE < rank:
+        most *= 2
+    if most > pages.max_pages or not pages.has_room(slot, piece, rank, shared):
+        while count < pages.pages + most:
+            count *= 2
+    return slots, count, most
+
+
+def _moved(
+    old: RankPages, sizes: Sizes, width: int | None, dtype: torch.dtype | None = None, device: Any = None
+) -> RankPages:
+    """A copy in memory of its own. width: of cores."""
+    inputs, outputs = (old.inputs, old.outputs) if width is None else (width, (width,) * len(old.outputs))
+    slots, pages, most = sizes
+    new = RankPages(inputs, outputs, slots, pages, most * PAGE, dtype or old.A.dtype, device or old.A.device)
+    writes = Writes()
+    for piece in range(len(outputs)):
+        names = old.names(piece)
+        for slot, factors in old.factors(piece).items():
+            pair = factors if width is None else widened(factors, width)
+            new.put_slice(slot, piece, pair, writes, names.get(slot))
+    writes.done()
+    return new
 
 
 def _size(module: Any) -> tuple[int, int]:

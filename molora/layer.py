@@ -53,8 +53,8 @@ class MoLoRALinear(nn.Module):
     ``layer`` is the decoder layer it stands in, which says whose plan holds. Factors are kept by slot, in the compute
     dtype and on the device of the base module: in ``factors``, or where the kernels of a GPU serve them, in the pages
     of ``group``, which it shares with the modules that read the same input and in which it is number ``piece``.
-    Those of a compressed store are in ``shared``. Where processes share the module, ``share`` is this one's part, and
-    factors are parts as well.
+    Those of a compressed store are in ``shared`` where torch multiplies them. Where processes share the module,
+    ``share`` is this one's part, and factors are parts as well.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class MoLoRALinear(nn.Module):
             factors: what :func:`molora.packed.ready` makes of the weights, if it is there.
             writes: gathers what is written into the kernels' pages, for the caller to do.
         """
-        shared = isinstance(weights, SharedWeights)
-        self._share(slot, weights if isinstance(weights, SharedWeights) else None, factors if shared else None, writes)
         if self._joined is not None:  # setting an attribute of a module is slow
             self._joined = None
-        self.factors.pop(slot, None)
-        if shared:
-            factors = None
-        elif isinstance(weights, LoRAWeights) and factors is None:
-            device = device_of(self.base_layer)
-            factors = ready(weights, device, dtype if self.group is not None else multiplied_in(device, dtype))
         if self.group is not None:
-            self.group.put(slot, self.piece, factors, writes)
-        elif factors is not None:
+            basis = weights.basis if isinstance(weights, SharedWeights) else None
+            if weights is not None and factors is None:
+                own = weights.core if isinstance(weights, SharedWeights) else weights
+                factors = ready(own, device_of(self.base_layer), dtype)
+            self.group.put(slot, self.piece, factors, writes, basis)
+            return
+        self.factors.pop(slot, None)
+        self._share(slot, weights if isinstance(weights, SharedWeights) else None, factors)
+        if isinstance(weights, LoRAWeights):
             device = device_of(self.base_layer)  # the model may have moved since they were made ready
+            factors = ready(weights, device, multiplied_in(device, dtype)) if factors is None else factors
             self.factors[slot] = Factors(factors.A.to(device), factors.B.to(device))
 
     def afresh(self) -> None:
@@ -137,26 +137,20 @@ class MoLoRALinear(nn.Module):
         if self._joined is not None:  # setting an attribute of a module is slow
             self._joined = None
 
-    def _share(self, slot: int, weights: SharedWeights | None, factors: Factors | None, writes: Writes | None) -> None:
+    def _share(self, slot: int, weights: SharedWeights | None, factors: Factors | None) -> None:
         for path in self.shared:
-            path.put(slot, None, None, writes)
+            path.put(slot, None)
         if weights is not None:
             own = next((path for path in self.shared if path.basis is weights.basis), None)
             if own is None:
-                own = SharedPath(weights.basis, self._inner, self.group is not None, self.weight)
+                own = SharedPath(weights.basis, self._inner, self.weight)
                 self.shared.append(own)
-                if self.group is not None and own.inner.group is not None:
-                    own.inner.group.reserve(self.group.pages.slots - 1)
-            own.put(slot, weights, factors, writes)
+            own.put(slot, weights, factors)
         if not all(path.adapts for path in self.shared):
             self.shared = [path for path in self.shared if path.adapts]
-        if self.group is not None and self.shared:
-            self.group.shared[self.piece] = tuple(self.shared)
-        elif self.group is not None:
-            self.group.shared.pop(self.piece, None)
 
-    def _inner(self, linear: nn.Module, group: AdapterGroup | None) -> "MoLoRALinear":
-        return MoLoRALinear(linear, self.source, self.layer, group)
+    def _inner(self, linear: nn.Module) -> "MoLoRALinear":
+        return MoLoRALinear(linear, self.source, self.layer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoLoRALinear":
         """``.to()`` and the like move the factors too."""
@@ -209,7 +203,7 @@ class MoLoRALinear(nn.Module):
         factors = self.factors
         if self.group is not None:
             self._joined = None  # pages may have been written since
-            factors = self.group.pages.factors(self.piece)
+            factors = self.group.factors(self.piece, plan.dispatch.slots)
         return self._add(y.reshape(-1, y.shape[-1]), flat, plan.dispatch, factors).view(y.shape)
 
     def _here(self, plan: RoutingPlan, x: torch.Tensor) -> RoutingPlan:

@@ -92,7 +92,6 @@ class PromptPass:
         group = self.groups.get(name)
         if group is None or plan is None or not plan.shape[-1]:
             return y.unsqueeze(0), None
-        group.add_shared(y, x, plan.paged)
         if not group.adapts:
             return y.unsqueeze(0), None
         pages, (paged, *more) = group.pages, passes(plan.paged, group.pages)
@@ -106,9 +105,7 @@ class PromptPass:
         group = self.groups.get("lm_head")
         if group is None or plan is None or not plan.shape[-1]:
             return logits
-        paged = plan.at(slice(-1, None)).paged
-        group.add_shared(logits, x, paged)
-        return group.add(logits, x, x, paged, 0)
+        return group.add(logits, x, x, plan.at(slice(-1, None)).paged, 0)
 
 
 def attend(

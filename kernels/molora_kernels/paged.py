@@ -6,6 +6,7 @@ import torch
 
 from molora_kernels import forms
 from molora_kernels.blocks import Blocks, make_blocks
+from molora_kernels.cores import apply_cores
 from molora_kernels.expand import ExpandTile, expand
 from molora_kernels.hot import add_lora_hot, hot_gates
 from molora_kernels.order import PagedPlan, order_by_slot
@@ -26,7 +27,8 @@ def add_lora_paged(
     by_token: bool | None = None,
     hot_set: bool | None = None,
 ) -> torch.Tensor:
-    """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place.
+    """y[t] += sum over k of weights[t, k] * x[t] A_s^T B_s, for s = slots[t, k] >= 0; in place. Between A and B stands
+    the slot's core, if it has one.
 
     Gradients go to y, x and weights, and to ``pages.A`` and ``pages.B`` where these require one (as arenas: all
     adapters that act are trained at once).
@@ -35,7 +37,8 @@ def add_lora_paged(
         y: [..., sum of the slices' O], the base's output of T tokens, rows contiguous. With gradients, best as the base
             returns it: a change in place of a view would be copied on the way back.
         x: [T, D], its input, rows contiguous, in the factors' dtype.
-        pages: the adapters. A slot that is empty, or adapts none of the slices, adds nothing.
+        pages: the adapters, with gradients none that have cores. A slot that is empty, or adapts none of the slices,
+            adds nothing.
         slots: [T, S] int32 or int64, contiguous, -1 for none, all below ``pages.slots``: they are not looked at on the
             host, so that nothing waits for the device.
         weights: [T, S] float32, contiguous.
@@ -60,6 +63,8 @@ def add_lora_paged(
         of = "tokens as they come" if blocks.order is None else f"{len(blocks.order)} tokens"
         raise ValueError(f"blocks are of {of}, where {T} in the plan's order are wanted.")
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, weights, pages.A, pages.B))
+    if trained and pages.cores is not None:
+        raise ValueError("Cores have no gradients: add what they add by products of its parts.")
     if trained and (hot_set if hot_set is not None else by_token is None and trained_hot(pages)):
         for index, gate in enumerate(hot_gates(slots, weights, pages)):
             own = rows if rows.shape[1] == pages.outputs[index] else rows.narrow(1, *pages.span(index))
@@ -94,7 +99,7 @@ def passes(plan: PagedPlan, pages: PageView) -> tuple[PagedPlan, ...]:
 
 
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
-    """The shrink of all slices, for :func:`expand_paged`. x: [T, D]. plan: one of :func:`passes`."""
+    """The shrink of all slices, through the cores, for :func:`expand_paged`. x: [T, D]. plan: one of :func:`passes`."""
     return _shrink(x, pages, plan.slots, _blocks(plan))
 
 
@@ -115,9 +120,13 @@ def _shrink(
 ) -> torch.Tensor:
     if hot_set is None:
         hot_set = hot(len(slots), len(pages.outputs) * pages.pages * PAGE)
-    if blocks is not None and hot_set:
+    # Of slots that share a run, a hot set has one number where each core makes another one.
+    if blocks is not None and hot_set and pages.cores is None:
         return shrink_hot(x, pages)
-    return shrink(x, pages, slots, blocks, shrink_tile(len(slots), pages.slots), _upcast(x))
+    h = shrink(x, pages, slots, blocks, shrink_tile(len(slots), pages.slots), _upcast(x))
+    if pages.cores is not None:
+        apply_cores(h, pages, slots)
+    return h
 
 
 def _expand_tile(pages: PageView, slots: torch.Tensor) -> ExpandTile:

@@ -4,9 +4,12 @@ One `RankPages` holds the adapters of a group of modules that read the same inpu
 each module a *slice* of the group's output. A slot holds a run of pages in each slice; a page is `PAGE` ranks. So an
 adapter of rank 8 takes one page where one of rank 64 takes four, and a swap writes into memory that a captured graph
 already reads. Rows past an adapter's rank are zeros in A and in B: kernels need no mask for them.
+
+Slots may share a run: of compressed adapters the pages hold what they have in common, once, and ``cores``, which are
+pages themselves, what each has of its own (:mod:`molora_kernels.cores`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,7 +28,8 @@ class PageView:
 
     A: [slices, pages, PAGE, D]. B: flat, slice after slice, each [pages, PAGE, O of the slice].
     first, count: [slices, slots] int32, the run of pages of each slot. columns: [slices + 1] int32, where each slice
-    begins in the output. inputs: D. outputs: O of each slice. max_pages: the most that a slot can have.
+    begins in the output. inputs: D. outputs: O of each slice. max_pages: the most that a slot can have. cores: of slots
+    that share their run, by slot and slice what stands between A and B, of as many slots; None: there are none.
     """
 
     inputs: int
@@ -38,6 +42,7 @@ class PageView:
     first: torch.Tensor
     count: torch.Tensor
     columns: torch.Tensor
+    cores: "PageView | None" = None
 
     def b_slice(self, index: int, of: torch.Tensor | None = None) -> torch.Tensor:
         """[pages, PAGE, O], the pages of one slice in B, or in a tensor ``of`` the same layout; a view."""
@@ -62,6 +67,7 @@ class PageView:
             first=self.first[here],
             count=self.count[here],
             columns=_span(width, self.first.device),
+            cores=None if self.cores is None else self.cores.piece(index),
         )
 
     def transposed(self, index: int) -> "PageView":
@@ -181,17 +187,45 @@ class RankPages(PageView):
             self._write(index, slot, pair, run, writes)
         writes.done()
 
-    def put_slice(self, slot: int, index: int, pair: Factors | None, writes: Writes | None = None) -> None:
-        """As :meth:`put`, for one slice; what the slot has in the others stays. writes: gathers what is written, for
-        the caller to do before the pages are read."""
+    def put_slice(
+        self,
+        slot: int,
+        index: int,
+        pair: Factors | None,
+        writes: Writes | None = None,
+        shared: Hashable | None = None,
+    ) -> None:
+        """As :meth:`put`, for one slice; what the slot has in the others stays.
+
+        Args:
+            writes: gathers what is written, for the caller to do before the pages are read.
+            shared: a name of the factors: where they lie under it already, the slot gets their run.
+        """
         if not 0 <= slot < self.slots:
             raise IndexError(f"There is no slot {slot}: slots are 0 to {self.slots - 1}.")
         if pair is not None:
             self._check(index, pair)
         mine = Writes() if writes is None else writes
-        self._write(index, slot, pair, self._place(index, slot, pair), mine)
+        self._write(index, slot, pair, self._place(index, slot, pair, shared), mine, shared)
         if writes is None:
             mine.done()
+
+    def has_room(self, slot: int, index: int, rank: int, shared: Hashable | None = None) -> bool:
+        """Whether :meth:`put_slice` finds pages for factors of this rank."""
+        return self.holds(index, shared) or self._runs[index].fit(-(-rank // PAGE), slot) is not None
+
+    def holds(self, index: int, shared: Hashable | None) -> bool:
+        """Whether a slice has factors under this name; None is none."""
+        return self._runs[index].shared(shared) is not None
+
+    def names(self, index: int) -> dict[int, Hashable]:
+        """slot -> the name of the factors that it shares, of one slice."""
+        return self._runs[index].names
+
+    def shared_runs(self, index: int) -> set[Run]:
+        """The runs of one slice that are held under a name."""
+        runs = self._runs[index]
+        return {runs.of[slot] for slot in runs.names}
 
     def clear(self, slot: int) -> None:
         """Empties a slot."""
@@ -225,25 +259,31 @@ class RankPages(PageView):
         if not 1 <= rank <= self.max_pages * PAGE:
             raise ValueError(f"Rank {rank} does not fit: these pages take ranks up to {self.max_pages * PAGE}.")
 
-    def _place(self, index: int, slot: int, pair: Factors | None) -> Run:
+    def _place(self, index: int, slot: int, pair: Factors | None, shared: Hashable | None = None) -> Run:
         if pair is None:
             return 0, 0
         runs, need = self._runs[index], -(-pair.A.shape[0] // PAGE)
+        held = runs.shared(shared)
+        if held is not None:
+            return held
         first = runs.fit(need, slot)
         if first is None:
             raise MemoryError(f"No {need} free pages in a row: {self.pages} serve {len(runs.of)} adapters.")
         return first, need
 
-    def _write(self, index: int, slot: int, pair: Factors | None, run: Run, writes: Writes) -> None:
+    def _write(
+        self, index: int, slot: int, pair: Factors | None, run: Run, writes: Writes, shared: Hashable | None = None
+    ) -> None:
         runs = self._runs[index]
         if runs.give(slot) is not None:  # nothing is read there while its pages are written
             writes.emptied.append(self.count[index, slot])
         if pair is None:
             return
         (first, count), rank = run, pair.A.shape[0]
-        for rows, factor in zip(self._rows[index], pair, strict=True):
-            writes.factors.append((rows.narrow(0, first * PAGE, rank), factor))
-            if rank % PAGE:
-                writes.rest.append(rows.narrow(0, first * PAGE + rank, count * PAGE - rank))
+        if not self.holds(index, shared):
+            for rows, factor in zip(self._rows[index], pair, strict=True):
+                writes.factors.append((rows.narrow(0, first * PAGE, rank), factor))
+                if rank % PAGE:
+                    writes.rest.append(rows.narrow(0, first * PAGE + rank, count * PAGE - rank))
         writes.runs.append((self.first[index, slot], self.count[index, slot], run))
-        runs.take(slot, run)
+        runs.take(slot, run, shared)

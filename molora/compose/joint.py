@@ -24,9 +24,9 @@ _NOTHING = 1e-12  # of the largest eigenvalue: what is below is rounding, not a 
 _CANCELLED = 1e-14  # of ||A||^2 ||B||^2: what is below is rounding, not a delta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
-    """What the adapters share in one module: delta ~ U S V^T, a core S [c, c] of each."""
+    """What the adapters share in one module: delta ~ U S V^T, a core S [c, c] of each. One object for all of them."""
 
     U: Tensor  # [out, c] float32
     V: Tensor  # [in, c] float32; U or V has fewer columns where no delta needs more

@@ -12,6 +12,7 @@ from molora_kernels import (
     attention,
     averages,
     blocks,
+    cores,
     epilogue_block,
     epilogue_token,
     expand,
@@ -59,6 +60,7 @@ KERNELS = {
     gated._gated_expand_kernel: {"BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 16, "ADD": True},
     gated._open_gates_kernel: {"BLOCK_R": 128},
     gated._route_gates_kernel: {"BLOCK_R": 128},
+    cores._core_kernel: {"BLOCK": 32},
     outer._outer_kernel: {"BLOCK_T": 64, "BLOCK_D": 128},
     linear._linear_kernel: {**PRODUCT, "DOT": True},
     epilogue_token._norm_kernel: {"BLOCK": 2048},
@@ -100,9 +102,8 @@ ROUTE = {  # of integers and float32 alone
 POINTERS = {
     **dict.fromkeys(["order_ptr", "pairs_ptr", "starts_ptr", "ids_ptr"], "i64"),
     **dict.fromkeys(["slots_ptr", "lists_ptr", "counts_ptr"], "i32"),
-    **dict.fromkeys(
-        ["first_ptr", "count_ptr", "places_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"
-    ),
+    **dict.fromkeys(["first_ptr", "count_ptr", "core_first_ptr", "core_count_ptr"], "i32"),
+    **dict.fromkeys(["places_ptr", "columns_ptr", "rows_ptr", "slots_of_ptr", "firsts_ptr"], "i32"),
     **dict.fromkeys(["forced_ptr"], "i32"),
     **dict.fromkeys(["real_ptr", "allowed_ptr", "routed_ptr"], "i1"),
     **dict.fromkeys(["h_ptr", "weights_ptr", "u_ptr", "parts_ptr", "best_ptr", "total_ptr"], "fp32"),

@@ -36,6 +36,37 @@ def test_the_first_run_that_is_long_enough(seed: int) -> None:
     assert refused
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_under_a_name_is_free_when_its_last_slot_gives_it(seed: int) -> None:
+    chance, runs, of = random.Random(seed), Runs(0, 30), dict[int, tuple[int, int]]()
+    names, needs = dict[int, str](), {"a": 2, "b": 3, "c": 1}
+    joined = 0
+    for _ in range(400):
+        slot, name = chance.randrange(12), chance.choice((None, *needs))
+        if chance.random() < 0.4:
+            assert runs.give(slot) == of.pop(slot, None)
+            names.pop(slot, None)
+            continue
+        held = next((of[other] for other, its in names.items() if its == name is not None), None)
+        assert runs.shared(name) == held
+        need = needs[name] if name else chance.choice((1, 4))
+        others = {other: run for other, run in of.items() if other != slot}
+        first = runs.fit(need, slot)
+        assert first == first_fit(30, others, need, -1)
+        run = held or ((first, need) if first is not None else None)
+        if run is None:
+            continue
+        joined += held is not None
+        runs.give(slot)
+        names.pop(slot, None)
+        runs.take(slot, run, name)
+        of[slot] = run
+        if name:
+            names[slot] = name
+        assert runs.of == of and runs.names == names
+    assert joined > 20
+
+
 def test_the_digest_is_of_what_is_held_and_not_of_how_it_came() -> None:
     one, other, apart = Runs(1, 8), Runs(1, 8), Runs(2, 8)
     one.take(0, (0, 2)), one.take(3, (2, 1))

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,21 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import CompileConfig
 
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
+from molora.adapter import Adapter, SharedWeights
+from molora.checks import check_fits
 from molora.commands.info import describe
+from molora.compose.joint import Basis
 from molora.compose.store import CompressedStore, compress
 from molora.decode import DecodeStep
-from molora.errors import AdapterNotFoundError
+from molora.errors import AdapterNotFoundError, UnsupportedAdapterError
 from molora.layer import MoLoRALinear
 from molora.loading import load_adapter
+from molora.step_routes import StepRoutes
+from molora_kernels.cores import _core_kernel
 from tests.conftest import DEVICE
 from tests.parity.test_equalities import close
 
@@ -88,6 +95,21 @@ def by_peft(base: Any, exported: dict[str, Path], ids: torch.Tensor, weights: di
     return model(ids).logits
 
 
+def stepped(model: MoLoRAModel, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Has a model generate by the step that a GPU captures; what its steps will have answered."""
+    call, seen = DecodeStep.__call__, list[torch.Tensor]()
+
+    def kept(step: DecodeStep, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(call(step, ids).clone())
+        return seen[-1]
+
+    monkeypatch.setattr(DecodeStep, "__call__", kept)
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+    model.base.generation_config.compile_config = compiled
+    return seen
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_each_sequence_has_its_adapters(
@@ -112,7 +134,7 @@ def test_routed_and_generated_are_those_of_the_exported(
     ids: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ids, logits = ids[:, : TOKENS[backend]], list[torch.Tensor]()
+    ids = ids[:, : TOKENS[backend]]
     model = routed(base, {name: store.path(name) for name in store.names}, backend)
     plain = routed(base, exported, "torch")
     selection = {"domain": "auto", "user": ["ada"]}
@@ -120,17 +142,7 @@ def test_routed_and_generated_are_those_of_the_exported(
     assert torch.equal(found.routes.slots, wanted.routes.slots) and found.routes.slots.unique().numel() > 2
     close(found.logits, wanted.logits)
 
-    if backend == "triton":  # by the step that a GPU captures
-        call = DecodeStep.__call__
-
-        def seen(step: DecodeStep, ids: torch.Tensor) -> torch.Tensor:
-            logits.append(call(step, ids).clone())
-            return logits[-1]
-
-        monkeypatch.setattr(DecodeStep, "__call__", seen)
-        compiled = CompileConfig()
-        compiled._compile_all_devices = True
-        model.base.generation_config.compile_config = compiled
+    logits = stepped(model, monkeypatch) if backend == "triton" else []
     rows, tokens = {"torch": (3, 10), "triton": (2, 3)}[backend]
     options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "selection": selection}
     options |= {"eos_token_id": None}
@@ -162,7 +174,78 @@ def test_beside_others_that_come_and_go(
     model.remove_adapter("domain", "math")
     wrapped = [module for module in model.modules() if isinstance(module, MoLoRALinear)]
     assert wrapped and not any(module.shared for module in wrapped)
-    assert not any(group.shared for group in model.adapted.groups.values())
+    groups = {id(group): group for group in model.adapted.groups.values()}.values()
+    assert not any(group.pages.shared_runs(piece) for group in groups for piece in range(len(group.names)))
+    assert not any(group.compressed(piece) for group in groups for piece in range(len(group.names)))
+
+
+@torch.no_grad()
+def test_steps_with_both_kinds_in_one_batch(
+    base: Any, store: CompressedStore, exported: dict[str, Path], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the step that a GPU captures, after swaps of one kind for the other."""
+    model, plain = routed(base, exported, "triton").eval(), routed(base, exported, "torch").eval()
+    logits = stepped(model, monkeypatch)
+    compressed = set[str]()
+    ids = ids[:1, :3].expand(4, -1)
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    options["selection"] = [
+        {"domain": "auto", "user": "ada"},
+        {"domain": {"math": 0.7, "code": -0.5}, "user": "sage"},
+        {"domain": None, "user": None},
+        {"domain": "auto", "user": None},
+    ]
+    for name, layer in (("code", "domain"), ("ada", "user"), ("code", "domain")):
+        compressed ^= {name}
+        for one, path in ((model, store.path(name) if name in compressed else exported[name]), (plain, exported[name])):
+            one.remove_adapter(layer, name)
+            one.add_adapter(layer, name, path)
+        said = model.generate(input_ids=ids, **options)
+        meant = plain.generate(input_ids=ids, **options, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(said, meant.sequences)
+        close(logits[-1], meant.logits[1])
+    assert len(logits) == 3
+
+
+def launches(model: MoLoRAModel, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], int]:
+    """Of one decode step: kernels by name, and calls of PyTorch."""
+    kernels, calls = Counter[str](), 0
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal calls
+            calls += func not in (torch.ops.aten.view.default, torch.ops.aten.detach.default)
+            return func(*args, **(kwargs or {}))
+
+    plan = model.steps.blueprint()
+    assert plan is not None
+    step = DecodeStep(plan, model.adapted.groups, StepRoutes(model.routing, 2, plan.device), 2, 16)
+    launched = type(_core_kernel).run
+    with monkeypatch.context() as here:
+
+        def run(kernel: Any, *args: Any, **how: Any) -> Any:
+            kernels[kernel.fn.__name__] += 1
+            with _disable_current_modes():  # the interpreter's own calls
+                return launched(kernel, *args, **how)
+
+        here.setattr(type(_core_kernel), "run", run)
+        with Counted():
+            step.run()
+    return kernels, calls
+
+
+@torch.no_grad()
+def test_a_step_has_one_launch_more_for_each_group(
+    base: Any, store: CompressedStore, exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for paths in (exported, {name: store.path(name) for name in store.names}):
+        model = routed(base, paths, "triton")
+        found.append(launches(model, monkeypatch))
+    (ordinary, calls), (compressed, same) = found
+    groups = {id(group) for group in model.adapted.groups.values()}
+    assert compressed - ordinary == {"_core_kernel": len(groups)} and not ordinary - compressed
+    assert calls == same and ordinary["_linear_kernel"] > len(groups) / 2
 
 
 @torch.no_grad()
@@ -186,6 +269,15 @@ def test_a_copy_is_a_model_of_its_own(base: Any, store: CompressedStore, ids: to
     close(model(ids, selection=SELECTIONS).logits, wanted)
     other.add_adapter("domain", "math", store.path("math"))
     close(other(ids, selection=SELECTIONS).logits, wanted)
+
+
+def test_a_basis_over_the_kernels_largest_rank_is_refused_whole(base: Any) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    basis, a, b = Basis(torch.randn(32, 300), torch.randn(48, 300)), torch.randn(2, 300), torch.randn(300, 2)
+    adapter = Adapter(Path("wide"), {name: SharedWeights(basis, a, b)}, {})
+    with pytest.raises(UnsupportedAdapterError, match=rf"a basis of rank 300 at {name}.*backend='torch'"):
+        check_fits(adapter, base, "this base", "triton")
+    check_fits(adapter, base, "this base", "torch")
 
 
 @torch.no_grad()
