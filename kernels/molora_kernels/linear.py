@@ -44,21 +44,32 @@ def _prefetch(
 
 
 @triton.jit
+def _holds(slots, first, piece, first_ptr, count_ptr, adapters):
+    """Which of some slots hold the run that begins at page ``first``."""
+    owned = tl.load(count_ptr + piece * adapters + slots, mask=slots >= 0, other=0)
+    return (owned > 0) & (tl.load(first_ptr + piece * adapters + slots, mask=slots >= 0, other=-1) == first)
+
+
+@triton.jit
 def _shrink_slot(
     x_ptr, a_ptr, h_ptr, slots_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
     entry, part, piece, page, cut, tokens, width_in, most, pages, adapters, stride_x,
     TOP: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, CUTS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, LISTED: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One page of the ``entry``-th slot that acts, for all tokens of its block: A is read once for all of them."""
+    """One page of the ``entry``-th slot that acts, for all tokens of its block: A is read once for all of them. LISTED:
+    the length of a list where slots may share a run, of which the first that is listed then does the work; else 0."""
     block = entry // most
     at = entry % most
-    slot = tl.load(lists_ptr + block.to(tl.int64) * most + at, mask=at < tl.load(counts_ptr + block), other=-1).to(
-        tl.int64
-    )
+    many = tl.load(counts_ptr + block)
+    slot = tl.load(lists_ptr + block.to(tl.int64) * most + at, mask=at < many, other=-1).to(tl.int64)
     acts = slot >= 0
     acts = acts & (page < tl.load(count_ptr + piece * adapters + slot, mask=acts, other=0))
     first = tl.load(first_ptr + piece * adapters + slot, mask=acts, other=0)
+    if LISTED > 0:
+        i = tl.arange(0, LISTED)
+        before = tl.load(lists_ptr + block.to(tl.int64) * most + i, mask=i < tl.minimum(at, many), other=-1)
+        acts = acts & (tl.max(_holds(before, first, piece, first_ptr, count_ptr, adapters).to(tl.int32), 0) == 0)
     ranks = tl.arange(0, PAGE)
     row = (piece * pages + first + page).to(tl.int64) * PAGE
     rows = a_ptr + (row + ranks)[:, None] * width_in
@@ -83,7 +94,10 @@ def _shrink_slot(
                 x, a = x.to(tl.float32), a.to(tl.float32)
             acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
         for column in tl.static_range(TOP):
-            mine = tl.load(slots_ptr + token * TOP + column, mask=here, other=-1).to(tl.int64) == slot
+            its = tl.load(slots_ptr + token * TOP + column, mask=here, other=-1)
+            mine = its == slot
+            if LISTED > 0:
+                mine = _holds(its, first, piece, first_ptr, count_ptr, adapters)
             cells = ((cut * tokens + token) * TOP + column)[:, None] * (PARTS * PAGE) + (part * PAGE + ranks)[None, :]
             tl.store(h_ptr + cells, acc, mask=mine[:, None])
 
@@ -92,7 +106,7 @@ def _shrink_slot(
 def _linear_kernel(
     x_ptr, w_ptr, y_ptr, a_ptr, h_ptr, slots_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
     tokens, width_in, width_out, tiles, blocks, most, shrinks, pages, adapters, stride_x,
-    ADAPTED: tl.constexpr, BY_SLOT: tl.constexpr, SHRINK_K: tl.constexpr, LIST_T: tl.constexpr,
+    ADAPTED: tl.constexpr, BY_SLOT: tl.constexpr, SHRINK_K: tl.constexpr, LIST_T: tl.constexpr, LISTED: tl.constexpr,
     TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, PAGE: tl.constexpr,
     CUTS: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, SHRINK_FIRST: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -120,7 +134,7 @@ def _linear_kernel(
             _shrink_slot(
                 x_ptr, a_ptr, h_ptr, slots_ptr, lists_ptr, counts_ptr, first_ptr, count_ptr,
                 program // (PARTS * CUTS), part, piece, page, cut, tokens, width_in, most, pages, adapters, stride_x,
-                TOP, PARTS, PAGE, CUTS, BLOCK_D, SHRINK_K, LIST_T, UPCAST, PDL,
+                TOP, PARTS, PAGE, CUTS, BLOCK_D, SHRINK_K, LIST_T, LISTED, UPCAST, PDL,
             )  # fmt: skip
         else:
             pair = program // (PARTS * CUTS)
@@ -257,6 +271,7 @@ def linear(
         pages.pages if pages is not None else 0, pages.slots if pages is not None else 0, x.stride(0),
         ADAPTED=adapted, BY_SLOT=blocks is not None, SHRINK_K=min(128, block_d),
         LIST_T=min(BLOCK, max(16, triton.next_power_of_2(T))),
+        LISTED=triton.next_power_of_2(most) if pages is not None and pages.cores is not None else 0,
         TOP=top, SLICES=slices, MAX_PAGES=most_pages, PAGE=PAGE, CUTS=cuts, BLOCK_D=block_d, AHEAD=AHEAD,
         SHRINK_FIRST=shrinks <= FIRST_SHRINKS,
         SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_T=block_t,

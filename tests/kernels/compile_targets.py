@@ -46,7 +46,7 @@ BLOCKS = {
     "SPLIT_Y": 1,
 }
 PRODUCT = {"AHEAD": 4, "SHRINK_FIRST": True, "BY_SLOT": True, "SHRINK_K": 128, "LIST_T": 64, "BLOCK_D": 1024}
-PRODUCT |= {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
+PRODUCT |= {"LISTED": 64, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_T": 16, "EVEN": True}
 HEADS = {"HALF": 64, "BLOCK": 64, "NORM": True, "BIAS": True}
 PARTS = {"GROUP": 3, "BLOCK_G": 16, "WIDTH": 64, "BLOCK_W": 64, "BLOCK_T": 64, "PARTS": 4}
 KERNELS = {
