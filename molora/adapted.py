@@ -49,7 +49,7 @@ class MegaBlocksGroup(AdapterGroup):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.orders = PairOrders()  # one for all groups of a model, once it has them
-        self._stacks: dict[int, FactorStack] = {}  # by piece
+        self._stacks: dict[int, FactorStack | None] = {}  # by piece; None: nothing is to be copied
 
     def put(
         self,
@@ -63,17 +63,21 @@ class MegaBlocksGroup(AdapterGroup):
         self._stacks.pop(piece, None)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor:
-        names = self.pages.names(piece)
-        if names:  # compressed adapters are not copied
-            y = add_apart(y, flat.to(self.pages.A.dtype), self.pages, plan, piece)
-        own = {slot: factors for slot, factors in self.pages.factors(piece).items() if slot not in names}
-        if not own:
+        if not self.pages.adapted(piece):
             return y
+        if self.compressed(piece):  # these are not copied
+            y = add_apart(y, flat.to(self.pages.A.dtype), self.pages, plan, piece)
         if piece not in self._stacks:
+            names = self.pages.names(piece)
+            own = {slot: factors for slot, factors in self.pages.factors(piece).items() if slot not in names}
             with torch.inference_mode(False), torch.no_grad():  # a later forward may want gradients through it
-                self._stacks[piece] = stack_factors(own)
+                self._stacks[piece] = stack_factors(own) if own else None
         stack = self._stacks[piece]
-        return add_lora_megablocks(y, flat, plan.weights, stack, self.orders.of(plan, len(stack.A) - 1))
+        if stack is None:
+            return y
+        rows = y.view(-1, y.shape[-1])
+        order = self.orders.of(plan, len(stack.A) - 1)
+        return add_lora_megablocks(rows, flat, plan.weights, stack, order).view(y.shape)
 
     def apply(self, change: Any) -> None:
         super().apply(change)

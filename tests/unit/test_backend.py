@@ -14,8 +14,9 @@ from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora import backend as backend_module
 from molora.adapted import MegaBlocksGroup
 from molora.backend import backend_for
+from molora.compose.joint import Basis
 from molora.errors import BackendError, ConfigError
-from molora_kernels import megablocks
+from molora_kernels import Factors, megablocks
 from molora_kernels.order import PagedPlan
 from tests.conftest import DEVICE, make_base
 
@@ -187,6 +188,23 @@ class TestMegaBlocks:
         group.add(torch.zeros(6, 32, device=DEVICE), x, x, plan, 0).sum().backward()
         A, B = group.pages.factors(0)[0]
         torch.testing.assert_close(x.grad, (B.sum(1) @ A).expand(6, -1), rtol=1e-4, atol=1e-5)
+
+    def test_compressed_ones_beside_others(self, models: list[MoLoRAModel]) -> None:
+        group = models[0].adapted.groups["model.layers.0.self_attn.q_proj"]
+        basis, core = Basis(torch.randn(32, 10), torch.randn(32, 10)), Factors(torch.randn(4, 10), torch.randn(4, 10))
+        slots = torch.tensor([[0], [1], [9]] * 2, dtype=torch.int32, device=DEVICE)
+        x, plan = torch.randn(6, 32, device=DEVICE), PagedPlan(slots, torch.ones(6, 1, device=DEVICE))
+        group.put(9, 0, core, basis=basis)
+        for others in (True, False):
+            with torch.no_grad():
+                found = group.add(torch.zeros(6, 32, device=DEVICE), x, x, plan, 0)
+            factors = group.factors(0, range(16))
+            assert (len(factors) > 1) == others
+            for row, (slot,) in enumerate(slots.tolist()):
+                A, B = factors.get(slot, Factors(x.new_zeros(1, 32), x.new_zeros(1, 32)))
+                torch.testing.assert_close(found[row], x[row] @ A.T @ B, rtol=1e-3, atol=1e-4)
+            for slot in set(factors) - {9}:
+                group.put(slot, 0, None)
 
     def test_another_dtype(self, models: list[MoLoRAModel], ids: torch.Tensor) -> None:
         """Nothing of the old dtype, or device, is kept."""
