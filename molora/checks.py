@@ -48,9 +48,9 @@ def check_fits(adapter: Adapter, base: PreTrainedModel, name: str, backend: str 
         )
     rank, module = max((_ranks(weights), module) for module, weights in adapter.modules.items())
     if rank > MAX_RANK and (backend or backend_for(base.device)) != "torch":
-        what = "rank" if adapter.modules[module].rank == rank else "a basis of rank"
+        where = module if adapter.modules[module].rank == rank else f"the basis of {module}"
         raise UnsupportedAdapterError(
-            f"{adapter.path} has {what} {rank} at {module}; the kernels take ranks up to {MAX_RANK}. "
+            f"{adapter.path} has rank {rank} at {where}; the kernels take ranks up to {MAX_RANK}. "
             f"Use from_base(..., backend='torch')."
         )
 

@@ -237,7 +237,9 @@ def _enough(pages: RankPages, slot: int, piece: int, rank: int, shared: Hashable
         slots *= 2
     while most * PAGE < rank:
         most *= 2
-    if most > pages.max_pages or not pages.has_room(slot, piece, rank, shared):
+    larger = most > pages.max_pages
+    # An ordinary adapter of more ranks is followed by others. And where pages move, a slot's own are no room.
+    if (larger and shared is None) or not pages.has_room(-1 if larger else slot, piece, rank, shared):
         while count < pages.pages + most:
             count *= 2
     return slots, count, most

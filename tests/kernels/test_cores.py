@@ -222,6 +222,17 @@ def test_the_first_core_changes_what_a_step_was_captured_for() -> None:
     assert group.version == version + 1
 
 
+def test_reserved_pages_are_enough_for_what_shares_a_basis() -> None:
+    mixed = Mixed(1, 48, (40,))
+    group = AdapterGroup(("m",), 48, (40,), torch.float32, DEVICE)
+    group.reserve(39, 40)
+    versions = []
+    for slot in range(40):
+        group.put(slot, 0, Factors(mixed.randn(16, 40), mixed.randn(16, 33)), basis=mixed.large[0])
+        versions.append(group.version)
+    assert len(set(versions)) == 1 and group.pages.pages == 64
+
+
 def test_a_basis_over_the_kernels_largest_is_refused() -> None:
     mixed = Mixed(1, 300, (280,))
     with pytest.raises(ValueError, match="Rank 257 is over 256"):

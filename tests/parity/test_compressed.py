@@ -271,11 +271,22 @@ def test_a_copy_is_a_model_of_its_own(base: Any, store: CompressedStore, ids: to
     close(other(ids, selection=SELECTIONS).logits, wanted)
 
 
+@torch.no_grad()
+def test_pages_that_torch_reads(
+    base: Any, store: CompressedStore, exported: dict[str, Path], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no kernel can be compiled, say."""
+    monkeypatch.setattr("molora.groups.AdapterGroup.serves", lambda *_: False)
+    paths = {**exported, "math": store.path("math"), "ada": store.path("ada")}
+    model, plain = routed(base, paths, "triton"), routed(base, exported, "torch")
+    close(model(ids, selection=SELECTIONS).logits, plain(ids, selection=SELECTIONS).logits)
+
+
 def test_a_basis_over_the_kernels_largest_rank_is_refused_whole(base: Any) -> None:
     name = "model.layers.1.mlp.down_proj"
     basis, a, b = Basis(torch.randn(32, 300), torch.randn(48, 300)), torch.randn(2, 300), torch.randn(300, 2)
     adapter = Adapter(Path("wide"), {name: SharedWeights(basis, a, b)}, {})
-    with pytest.raises(UnsupportedAdapterError, match=rf"a basis of rank 300 at {name}.*backend='torch'"):
+    with pytest.raises(UnsupportedAdapterError, match=rf"rank 300 at the basis of {name}.*backend='torch'"):
         check_fits(adapter, base, "this base", "triton")
     check_fits(adapter, base, "this base", "torch")
 
