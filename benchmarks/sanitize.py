@@ -14,8 +14,11 @@ from benchmarks import common
 from benchmarks.contenders import exact, make_problem
 from benchmarks.step import fill, routing_of
 from molora.blueprint import blueprint
+from molora.compose.joint import Basis
 from molora.decode import DecodeStep
+from molora.groups import AdapterGroup
 from molora.step_routes import StepRoutes
+from molora_kernels import Factors
 from molora_kernels.paged import add_lora_paged
 
 
@@ -25,9 +28,10 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     for by_token in (True, False):
         forms(device, by_token)
-    for batch in (1, 3, 9):
-        step(device, batch)
-    prompt(device)
+    for compressed in (False, True):
+        for batch in (1, 3, 9):
+            step(device, batch, compressed)
+        prompt(device, compressed)
     print("every kernel ran")
 
 
@@ -43,8 +47,21 @@ def forms(device: torch.device, by_token: bool) -> None:
     found.square().sum().backward()
 
 
+def adapters(base: Any, compressed: bool) -> dict[str, AdapterGroup]:
+    """Five; two of them share a basis if ``compressed``."""
+    groups = fill(base, 5, 20)
+    for group in {id(group): group for group in groups.values()}.values() if compressed else ():
+        A = group.pages.A
+        for index, width in enumerate(group.pages.outputs):
+            basis = Basis(torch.randn(width, 20) / 5, torch.randn(group.pages.inputs, 20) / 5)
+            for slot in (1, 3):
+                core = Factors(torch.randn(7, 20).to(A), torch.randn(7, 20).to(A) / 5)
+                group.put(slot, index, core, basis=basis)
+    return groups
+
+
 @torch.no_grad()
-def step(device: torch.device, batch: int) -> None:
+def step(device: torch.device, batch: int, compressed: bool) -> None:
     """A whole decode step, and the one after it. Half a head is as wide as a warp: of what is narrower Triton keeps
     copies, and racecheck takes equal writes of them for a race."""
     config = Qwen3Config(
@@ -55,16 +72,16 @@ def step(device: torch.device, batch: int) -> None:
     state, selection = routing_of(base, 5, 2)
     routes = StepRoutes(state, batch, device)
     routes.start(selection.expand(batch).to(device), None)
-    decode = DecodeStep(blueprint(base), fill(base, 5, 20), routes, batch, 70)
+    decode = DecodeStep(blueprint(base), adapters(base, compressed), routes, batch, 70)
     for _ in range(2):
         assert torch.isfinite(decode(torch.arange(batch, device=device))).all()
 
 
 @torch.no_grad()
-def prompt(device: torch.device) -> None:
+def prompt(device: torch.device, compressed: bool) -> None:
     """A routed prompt of many tokens: plan, memory, shrink and all that stands between the products, by blocks."""
     base = common.random_base("tiny", device, torch.float32)
-    model = common.routed_model(base, fill(base, 5, 20), top=2)
+    model = common.routed_model(base, adapters(base, compressed), top=2)
     ids = torch.randint(3, base.config.vocab_size, (1, 139), device=device)
     with model.routing.active(lambda: model._resolve(None)), model.steps.serve((ids,), {"max_new_tokens": 1}) as given:
         assert "past_key_values" in given, "no kernel of ours read the prompt"

@@ -63,7 +63,9 @@ def fill(base: Any, count: int, rank: int) -> dict[str, AdapterGroup]:
         pages.B.normal_(0, 0.1 * rank**-0.5)
         pages.first.copy_(torch.arange(count, dtype=torch.int32).mul(pages_each).expand_as(pages.first))
         pages.count.fill_(pages_each)
-        pages._runs = [{slot: (slot * pages_each, pages_each) for slot in range(count)} for _ in names]
+        for runs in pages._runs:
+            for slot in range(count):
+                runs.take(slot, (slot * pages_each, pages_each))
         group.pages = pages
         for other in names:
             groups[other] = group
