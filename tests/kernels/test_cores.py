@@ -11,6 +11,7 @@ from molora_kernels import Factors
 from molora_kernels.blocks import make_blocks
 from molora_kernels.cores import apply_cores
 from molora_kernels.epilogue import Added, gate
+from molora_kernels.forms import TOGETHER
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.order import PagedPlan
 from molora_kernels.paged import add_lora_paged
@@ -108,10 +109,12 @@ def test_between_a_steps_product_and_what_follows(T: int, D: int, top: int, by_s
     close(m, F.silu(g) * u)
 
 
-@pytest.mark.parametrize("by_token", [True, False], ids=["by token", "by block"])
-@pytest.mark.parametrize("T", [1, 70])
-def test_between_shrink_and_expand(T: int, by_token: bool) -> None:
+@pytest.mark.parametrize(("form", "T"), [("by token", 1), ("by token", 70), ("by block", 70), ("by column", 70)])
+def test_between_shrink_and_expand(form: str, T: int) -> None:
     mixed = Mixed(T, 48, (40, 24, 24))
+    if form == "by column":
+        mixed.group.reserve(TOGETHER)  # so many slots that each column of a plan is a pass
+    by_token = form == "by token"
     y = mixed.randn(T, 88)
     wanted = y.double() + mixed.added()
     close(add_lora_paged(y, mixed.x, mixed.group.pages, mixed.slots, mixed.weights, by_token=by_token), wanted)
@@ -176,6 +179,39 @@ def test_they_come_and_go() -> None:
         mixed.empty(slot, index)
     assert not any(pages.adapted(index) or mixed.group.compressed(index) for index in (0, 1))
     assert mixed.group.pages is pages and mixed.group.version == version
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_captured_step_stays_right_when_they_come_and_go() -> None:
+    """And its launches wait for one another."""
+    mixed, pdl = Mixed(9, 2100, (150, 150)), torch.cuda.get_device_capability() >= (9, 0)
+    pages, blocks = mixed.group.pages, make_blocks(mixed.slots, None)
+    h = torch.empty(-(-2100 // shrink_block(9, 2100)), 9, 2, 2 * pages.max_pages * PAGE, device=DEVICE)
+    y, m = torch.empty(TILE.split, 9, 300, device=DEVICE), torch.empty(9, 150, device=DEVICE)
+
+    def step() -> None:
+        for _ in range(3):
+            linear(y, mixed.x, mixed.weight, TILE, h, pages, mixed.slots, pdl, blocks)
+            apply_cores(h, pages, mixed.slots, pdl)
+            gate(y, m, Added(h, pages, mixed.slots, mixed.weights), pdl)
+
+    step()
+    torch.cuda.synchronize()
+    graph, version = torch.cuda.CUDAGraph(), mixed.group.version
+    with torch.cuda.graph(graph):
+        step()
+    for swap in range(20):
+        slot, index = swap % 6, swap // 2 % 2
+        if swap % 3 == 2:
+            mixed.raw(slot, index, 1 + swap)
+        else:
+            mixed.compress(slot, index, (mixed.small, mixed.large)[swap % 2][index], 1 + swap)
+        m.fill_(torch.nan)
+        graph.replay()
+        g, u = (mixed.x.double() @ mixed.weight.double().T + mixed.added()).split(150, 1)
+        close(m, F.silu(g) * u)
+    assert mixed.group.version == version
 
 
 def test_what_is_gathered_is_written_in_order() -> None:
