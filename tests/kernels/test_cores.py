@@ -17,6 +17,7 @@ from molora_kernels.order import PagedPlan
 from molora_kernels.paged import add_lora_paged
 from molora_kernels.pages import PAGE, Writes
 from tests.conftest import DEVICE
+from tests.kernels.test_paged import TOLERANCE
 
 TILE = LinearTile(32, 16, split=3)
 
@@ -33,11 +34,13 @@ class Mixed:
 
     SLOTS = 6
 
-    def __init__(self, T: int, D: int, outputs: tuple[int, ...], top: int = 2) -> None:
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(
+        self, T: int, D: int, outputs: tuple[int, ...], top: int = 2, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(0), dtype
         self.outputs = outputs
         self.x, self.weight = self.randn(T, D), self.randn(sum(outputs), D) / D**0.5
-        self.group = AdapterGroup([f"m.{index}" for index in range(len(outputs))], D, outputs, torch.float32, DEVICE)
+        self.group = AdapterGroup([f"m.{index}" for index in range(len(outputs))], D, outputs, dtype, DEVICE)
         self.deltas: dict[tuple[int, int], torch.Tensor] = {}  # by slot and slice, [O, D] in float64
         self.small = [self.basis(10, 10, index) for index in range(len(outputs))]
         self.large = [self.basis(40, 40 if index else 33, index) for index in range(len(outputs))]
@@ -52,10 +55,10 @@ class Mixed:
                 self.raw(4, index, 3)
         self.slots = torch.randint(-1, self.SLOTS, (T, top), generator=self.generator, dtype=torch.int32).to(DEVICE)
         self.slots[0] = torch.arange(top)  # of one basis, for one token
-        self.weights = self.randn(T, top)
+        self.weights = self.randn(T, top).float()
 
     def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator).to(DEVICE)
+        return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
 
     def basis(self, down: int, up: int, index: int) -> Basis:
         D = self.x.shape[1]
@@ -86,9 +89,9 @@ class Mixed:
         return torch.cat(parts, 1)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     error = (found.double() - expected).norm() / expected.norm()
-    assert error < 1e-5, f"relative error {error:.1e}"
+    assert error < tolerance, f"relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("by_slot", [False, True], ids=["by token", "by slot"])
@@ -118,6 +121,16 @@ def test_between_shrink_and_expand(form: str, T: int) -> None:
     y = mixed.randn(T, 88)
     wanted = y.double() + mixed.added()
     close(add_lora_paged(y, mixed.x, mixed.group.pages, mixed.slots, mixed.weights, by_token=by_token), wanted)
+
+
+@pytest.mark.parametrize("by_token", [True, False], ids=["by token", "by block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, by_token: bool) -> None:
+    mixed = Mixed(20, 48, (40, 24), dtype=dtype)
+    y = mixed.randn(20, 64)
+    wanted = y.double() + mixed.added()
+    found = add_lora_paged(y, mixed.x, mixed.group.pages, mixed.slots, mixed.weights, by_token=by_token)
+    close(found, wanted, TOLERANCE[dtype])
 
 
 def test_module_by_module_and_as_plain_factors() -> None:
