@@ -40,18 +40,19 @@ def fit_row(model: "MoLoRAModel", row: str, encoded: Sequence[dict[str, torch.Te
     router = model.router
     assert isinstance(router, Router)
     # Part after part: what a deeper one reads depends on what the first one chooses.
-    choices: Any = {layer.name: list(layer.adapters) for layer in model.stack.layers if layer.routed}
-    choices |= {layer.name: None for layer in model.stack.layers if layer.keyed}
     for part in range(len(router.parts)):
-        router.set_row(row, part, features_of(model, encoded, part, choices))
+        router.set_row(row, part, features_of(model, encoded, part))
 
 
 @torch.no_grad()
 def features_of(
-    model: "MoLoRAModel", encoded: Sequence[dict[str, torch.Tensor]], part: int, choices: Selection
+    model: "MoLoRAModel", encoded: Sequence[dict[str, torch.Tensor]], part: int, choices: Selection | None = None
 ) -> torch.Tensor:
-    """A part's features q [tokens, hidden] over texts, routed among ``choices`` by the parts before it; the base is run
-    no further than where the part reads."""
+    """A part's features q [tokens, hidden] over texts, routed among ``choices`` (None: all adapters of routed layers)
+    by the parts before it; the base is run no further than where the part reads."""
+    if choices is None:
+        routed: Any = {layer.name: list(layer.adapters) for layer in model.stack.layers if layer.routed}
+        choices = routed | {layer.name: None for layer in model.stack.layers if layer.keyed}
     own: Any = model.router.parts[part]  # type: ignore[union-attr]
     found = []
     for inputs in encoded:

@@ -73,13 +73,15 @@ def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
             {"kind": kind, "contender": name, "f1": value / part, "rouge_l": value / part}
             for kind, part in (("words", 1), ("yes or no", 9))
             for name, value in found.items()
-        ],
+        ]
+        + [{"kind": "words", "contender": document_table.OVER, "f1_interval": [-0.1, 0.5]}],
         "needles": [{"times": times, "recall at rank 8": 1.0} for times in (1, 4, 16)],
         "unrelated": {"base": 2.0, "adapter": 2.0},
         "cost": {"seconds": 0.1},
     }
-    shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
+    *shares, over = [line for line in document_table.must(report) if line["name"].startswith("passages")]
     assert [line["value"] for line in shares] == pytest.approx([0.75, 0.75]) and len(shares) == 2
+    assert over["value"] == -0.1 and not over["holds"] and all(line["holds"] for line in shares)
     report["rows"][4]["f1"] = 0.1  # type: ignore[index]
     report["rows"][5]["f1"] = 0.2  # type: ignore[index]
     shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
@@ -171,7 +173,7 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
         for row in report["rows"]
         for name in ("f1", "rouge_l", "exact")
     )
-    assert len(report["must"]) == 6 and report["cost"]["bytes at rank 8"] > 0
+    assert len(report["must"]) == 7 and report["cost"]["bytes at rank 8"] > 0
     assert isinstance(DocumentNet.load(tmp_path / "net"), DocumentNet)
 
 
