@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from molora.adapter import Adapter, LoRAWeights, SharedBasis
+from molora.adapter import Adapter, LoRAWeights
 from molora.ahead import Ahead
 from molora.backend import backend_for, check_backend
 from molora.cores import add_apart
@@ -17,7 +17,6 @@ from molora.packed import Packed, Place, pack
 from molora.routing import RoutingState, decoder_layers
 from molora.shared import core_dtype
 from molora.spread import device_of, share_of
-from molora_kernels import Factors
 from molora_kernels.megablocks import FactorStack, PairOrder, add_lora_megablocks, pair_order, stack_factors
 from molora_kernels.order import PagedPlan
 from molora_kernels.pages import Writes
@@ -51,15 +50,7 @@ class MegaBlocksGroup(AdapterGroup):
         self.orders = PairOrders()  # one for all groups of a model, once it has them
         self._stacks: dict[int, FactorStack | None] = {}  # by piece; None: nothing is to be copied
 
-    def put(
-        self,
-        slot: int,
-        piece: int,
-        factors: Factors | None,
-        writes: Writes | None = None,
-        basis: SharedBasis | None = None,
-    ) -> None:
-        super().put(slot, piece, factors, writes, basis)
+    def _written(self, piece: int) -> None:
         self._stacks.pop(piece, None)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, plan: PagedPlan, piece: int) -> torch.Tensor:

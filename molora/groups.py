@@ -99,6 +99,10 @@ class AdapterGroup:
         if self.cores is not None:
             self.cores.put_slice(slot, piece, None if core is None else widened(core, self.cores.inputs), writes)
         self.pages.put_slice(slot, piece, factors, writes, basis)
+        self._written(piece)
+
+    def _written(self, piece: int) -> None:
+        """Of a piece something changed: for groups that keep copies."""
 
     def _fit_core(self, slot: int, piece: int, rank: int, width: int, writes: Writes | None) -> None:
         """Makes room for a core of ``rank`` ranks between bases of ``width`` columns."""

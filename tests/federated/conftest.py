@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.federated.parties import make_parties
+from molora_training.federated.client import Base, Client
+from tests.federated.parties import ANSWERS, make_parties
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 if find_spec("flwr") is None:
@@ -19,3 +20,9 @@ if find_spec("dp_accounting") is None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See :func:`~tests.federated.parties.make_parties`."""
     return make_parties(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture(scope="module")
+def clients(folder: Path) -> dict[str, Client]:
+    base = Base.load(str(folder / "base"))
+    return {name: Client.of_file(name, base, folder / "data" / f"{name}.jsonl") for name in ANSWERS}

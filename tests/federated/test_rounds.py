@@ -15,17 +15,11 @@ from molora.errors import AdapterNotFoundError, ConfigError, DataError, Federati
 from molora_training.federated import local, private
 from molora_training.federated.aggregate import DeltaSum
 from molora_training.federated.changes import b_vector, from_vector
-from molora_training.federated.client import Base, Client, Order, clipped
+from molora_training.federated.client import Client, Order, clipped
 from molora_training.federated.lora import Lora, distance, read_bytes
 from molora_training.federated.rounds import Federation, state_folder
 from molora_training.federated.settings import FederateSettings, LimitSettings, LocalSettings, PrivacySettings
 from tests.federated.parties import ANSWERS, RANKS, make_settings
-
-
-@pytest.fixture(scope="module")
-def clients(folder: Path) -> dict[str, Client]:
-    base = Base.load(str(folder / "base"))
-    return {name: Client.of_file(name, base, folder / "data" / f"{name}.jsonl") for name in ANSWERS}
 
 
 @pytest.fixture

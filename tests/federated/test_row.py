@@ -20,14 +20,8 @@ from molora_training.federated.client import Base, Client, Learnt
 from molora_training.federated.outcome import Into, keep
 from molora_training.federated.rounds import Federation
 from molora_training.federated.settings import FederateSettings, LimitSettings, PrivacySettings
-from tests.federated.parties import ANSWERS, RANKS, SORTS, make_settings, texts_of, with_samples
+from tests.federated.parties import RANKS, SORTS, make_settings, texts_of, with_samples
 from tests.unit.spoken import make_spoken, save_spoken
-
-
-@pytest.fixture(scope="module")
-def clients(folder: Path) -> dict[str, Client]:
-    base = Base.load(str(folder / "base"))
-    return {name: Client.of_file(name, base, folder / "data" / f"{name}.jsonl") for name in ANSWERS}
 
 
 @pytest.fixture
