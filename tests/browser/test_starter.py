@@ -37,14 +37,16 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         blocks.close(verbose=False)
 
 
-def drop(page: Page, file: Path) -> None:
-    """Drags a text file onto the last field for files that is open."""
+def drop(page: Page, field: str, file: Path) -> None:
+    """Drags a text file onto a field for files, by the field's label."""
     given = {"name": file.name, "text": file.read_text()}
     dragged = page.evaluate_handle(
         "({name, text}) => { const data = new DataTransfer(); data.items.add(new File([text], name)); return data; }",
         given,
     )
-    page.get_by_role("button", name="drop files").last.dispatch_event("drop", {"dataTransfer": dragged})
+    label = page.get_by_test_id("block-label").get_by_text(field, exact=True)
+    target = page.locator(".block", has=label).get_by_role("button", name="drop files")
+    target.last.dispatch_event("drop", {"dataTransfer": dragged})
     expect(
         page.locator(".file-preview", has_text=file.stem)
     ).to_be_visible()  # only now it is there: not while it comes
@@ -126,14 +128,14 @@ def test_a_dropped_document_and_a_history_become_adapters_at_once(
     page = visit(starter)
     tab(page, "Teach")
     page.get_by_role("button", name="Drop a document").click()
-    drop(page, tmp_path / "filler.txt")
+    drop(page, "Document", tmp_path / "filler.txt")
     page.get_by_role("button", name="Read it").click()
     found = cells(page, "My document")
     assert (found["Layer"], found["How"], found["Version"]) == ("domain", "from a document", "1")
     assert int(found["KiB"].replace(",", "")) > 0 and float(found["Seconds"]) > 0
 
     page.get_by_role("button", name="Give a history").click()
-    drop(page, write_history(tmp_path / "history.jsonl", "blue, of course"))
+    drop(page, "History", write_history(tmp_path / "history.jsonl", "blue, of course"))
     page.get_by_label("Whose").fill("ada")
     page.get_by_role("button", name="Make it").last.click()
     found = cells(page, "ada")
