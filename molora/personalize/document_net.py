@@ -5,6 +5,7 @@
 - an own MLP and an own head of each layer turn the vectors into the rows of A and the columns of B
 - chunks become ranks side by side, with one learned adapter that every text has; a gate, ours, takes out of a layer
   what a chunk has not to say, so that the noise of many does not drown the one that matters
+- what all chunks of a long text have in common, ours too, counts as often as in the longest of training
 
 Smaller than the paper's: narrow, with a cheap projection of the tokens, since the base is small.
 """
@@ -43,6 +44,7 @@ class DocumentNetConfig:
         width: of all inner vectors. latents: of a chunk. blocks: of cross-attention. heads: of each.
         exit: decoder layers that the base is run up to; the layers above read what the last of these read.
         chunk: the most tokens of a text that are read at once, those of the chat format not counted.
+        together: chunks of the longest texts in training; 0: not known.
     """
 
     base: str
@@ -56,11 +58,12 @@ class DocumentNetConfig:
     heads: int = 8
     exit: int = 0
     chunk: int = 256
+    together: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", {name: (int(i), int(o)) for name, (i, o) in self.modules.items()})
         object.__setattr__(self, "exit", self.exit or self.layers)
-        least = {"layers": 1, "rank": 1, "latents": 1, "blocks": 1, "heads": 1, "chunk": 8}
+        least = {"layers": 1, "rank": 1, "latents": 1, "blocks": 1, "heads": 1, "chunk": 8, "together": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name} must be a whole number from {bound}, not {getattr(self, name)}.")
@@ -152,6 +155,25 @@ class DocumentNet(nn.Module):
             B = torch.einsum("clrw,lwo->clro", e, self.heads_B[key]) * (gate * self.scale_B[key] * SCALE)
             factors[name] = (A, B.transpose(2, 3))
         return factors
+
+    def balanced(self, chunks: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The chunks of one text, and one more if there are over ``config.together``: it takes away what is too much.
+
+        Even a chunk that says nothing has an adapter, nearly the same one as others: the median of each number of the
+        factors, which no single chunk moves. In a text longer than those of training the sum of so many of it drowns
+        the chunk that matters.
+
+        Args:
+            chunks: what :meth:`forward` gives of the text's chunks.
+        """
+        over = len(next(iter(chunks.values()))[0]) - self.config.together
+        if over <= 0 or not self.config.together:
+            return dict(chunks)
+        balanced = {}
+        for name, (A, B) in chunks.items():
+            common_A, common_B = A.median(0, keepdim=True).values, B.median(0, keepdim=True).values
+            balanced[name] = torch.cat([A, common_A]), torch.cat([B, -over * common_B])
+        return balanced
 
     def learned(self) -> dict[str, tuple[Tensor, Tensor]]:
         """What every text has, by the end of a module's name: A [layers, rank, in] and B [layers, out, rank]."""

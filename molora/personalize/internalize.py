@@ -43,7 +43,8 @@ def factors_of(base: Any, tokenizer: Any, net: DocumentNet, text: str, most_rank
             ids, mask = read_as(tokenizer, parts[first : first + _AT_ONCE], base.device)
             made.append(net(states_of(base, ids, mask, net.config.exit), mask))
         every = {n: (torch.cat([m[n][0] for m in made]), torch.cat([m[n][1] for m in made])) for n in made[0]}
-        owners = torch.zeros(len(parts), dtype=torch.int64, device=base.device)
+        every = net.balanced(every)
+        owners = torch.zeros(len(next(iter(every.values()))[0]), dtype=torch.int64, device=base.device)
         factors = of_text(base, net.joined(every, owners, 1), 0)
         return factors if most_rank is None else cut(factors, most_rank)
 

@@ -367,6 +367,8 @@ def test_needles_are_among_the_passages_and_both_decide(settings: DocumentHypern
         assert found[name] == pytest.approx((found[f"words/{name}"] + found[f"needles/{name}"]) / 2)
     assert found["words/gold"] != found["needles/gold"]
     assert document.longest(both) == 24 and document.longest(settings) == 0
+    config = DocumentNet.load(both.out).config
+    assert config.together == -(-24 // config.chunk)
 
 
 def test_passages_are_lessons_by_split_without_what_training_has() -> None:

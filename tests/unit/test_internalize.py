@@ -109,6 +109,22 @@ def test_texts_of_several_chunks_are_joined_with_what_every_text_has(model: MoLo
 
 
 @torch.no_grad()
+def test_what_all_chunks_have_in_common_counts_no_more_often_than_in_training(model: MoLoRAModel) -> None:
+    net = make_net(model.base, together=2)
+    quiet, loud = ["d e f g"] * 4, "What is this?"
+    ids, mask = read_as(model.tokenizer, [*quiet, loud], "cpu")
+    chunks = net(states_of(model.base, ids, mask, net.config.exit), mask)
+    balanced = net.balanced(chunks)
+    for name, (A, B) in chunks.items():
+        delta = (B @ A).double()  # [chunks, layers, out, in]
+        wanted = delta[0] + delta[4]  # of what is common to five chunks, two chunks' worth
+        mine_A, mine_B = balanced[name]
+        torch.testing.assert_close((mine_B.double() @ mine_A.double()).sum(0), wanted, rtol=1e-5, atol=1e-6)
+    few = {name: (A[:2], B[:2]) for name, (A, B) in chunks.items()}
+    assert net.balanced(few) == few and make_net(model.base).balanced(chunks) == chunks
+
+
+@torch.no_grad()
 def test_a_gate_weakens_a_chunk_or_takes_it_out_of_a_layer(model: MoLoRAModel) -> None:
     net = make_net(model.base)
     ids, mask = read_as(model.tokenizer, ["a b c", "d e", "f", "What is this?"], "cpu")
@@ -177,6 +193,7 @@ def test_a_saved_network_is_the_same_and_made_for_one_base(model: MoLoRAModel, s
         ({"rank": 0}, "rank must be a whole number from 1"),
         ({"width": 15}, "not a multiple of heads"),
         ({"exit": 4}, "exit must be from 1 to the base's 3"),
+        ({"together": -1}, "together must be a whole number from 0"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,9 +180,11 @@ def make_net(settings: DocumentHypernetSettings, base: Any) -> DocumentNet:
     """A new network, or the one to go on from."""
     if settings.start is None:
         torch.manual_seed(settings.loop.seed)
-        return DocumentNet(DocumentNetConfig.for_base(base, settings.base, **asdict(settings.net)))
-    net = DocumentNet.load(settings.start)
-    net.check(base, settings.base)
+        net = DocumentNet(DocumentNetConfig.for_base(base, settings.base, **asdict(settings.net)))
+    else:
+        net = DocumentNet.load(settings.start)
+        net.check(base, settings.base)
+    net.config = replace(net.config, together=-(-longest(settings) // net.config.chunk))
     return net
 
 
