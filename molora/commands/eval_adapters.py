@@ -63,7 +63,7 @@ def people(
     given), a network for profiles, and the task's adapter. Out: a JSON file with, for the base, for adapters trained on
     each history, put together from pieces or anchors, or made of profiles, for the same of other people, and for a
     search or a profile in the prompt: loss, accuracy or ROUGE with intervals over people, loss on unrelated text,
-    seconds and bytes.
+    seconds and bytes. What is finished is kept beside the file: an interrupted table goes on.
 
     Settings: people, pool, net, task, data, general, limit, questions, found, learning_rates, epochs, batch_tokens,
     at_once, new_tokens, seed.
@@ -72,12 +72,14 @@ def people(
     """
     with extra("train"), extra("personalize"):
         from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
-        from molora_training.people_table import PeopleSettings, run
+        from molora_training.people_settings import PeopleSettings
+        from molora_training.people_table import run
         from molora_training.settings import load_settings
 
         settings = load_settings(PeopleSettings, config, overrides or ())
         command = command_line("eval people", config, overrides)
-        report = run(settings, SentenceEncoder(encoder or DEFAULT_ENCODER), out, command)
+        name = encoder or DEFAULT_ENCODER
+        report = run(settings, SentenceEncoder(name), out, command, name)
     if as_json:
         write_json(report)
         return

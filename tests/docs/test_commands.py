@@ -56,7 +56,7 @@ SETTINGS = {
     "train hypernet doc": "molora_training.hypernet.document.DocumentHypernetSettings",
     "train hypernet text": "molora_training.hypernet.text_settings.TextHypernetSettings",
     "train hypernet profile": "molora_training.hypernet.text_settings.TextHypernetSettings",
-    "eval people": "molora_training.people_table.PeopleSettings",
+    "eval people": "molora_training.people_settings.PeopleSettings",
     "eval merges": "molora_training.merge_table.MergeTableSettings",
     "federate run": "molora_training.federated.settings.FederateSettings",
     "federate app": "molora_training.federated.settings.FederateSettings",

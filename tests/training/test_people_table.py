@@ -1,7 +1,10 @@
 """The table of what an adapter of one's own brings, on a tiny base: its rows, its lines and its arithmetic."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +18,18 @@ from molora.errors import ConfigError, DataError
 from molora.personalize import embeddings
 from molora.personalize.history import Interaction
 from molora.personalize.text_net import TextNet, TextNetConfig
-from molora_training import people_table, pieces
+from molora_training import people_adapters, people_table, pieces
 from molora_training.adapter_settings import AdapterTrainSettings
-from molora_training.data import Example, write_examples
+from molora_training.data import Example, read_examples, write_examples
 from molora_training.data.read_people import Asked, Person
 from molora_training.hypernet.text_settings import TextHypernetSettings
+from molora_training.people_adapters import People, PeopleAdapters, encoded
 from molora_training.people_lines import must
-from molora_training.people_table import PeopleSettings, PeopleTable, run
+from molora_training.people_settings import PeopleSettings
+from molora_training.people_table import PeopleTable, run
 from molora_training.pieces import PiecesSettings
 from molora_training.settings import load_settings
+from molora_training.speaker import Speaker
 from tests.unit.spoken import make_spoken
 
 
@@ -122,19 +128,86 @@ def test_without_a_pool_or_a_network_there_are_fewer_rows(settings: PeopleSettin
     base, tokenizer = load_base(str(tmp_path / "base"), dtype=torch.float32)
     held_out = [one for one in PEOPLE if one.held_out]
     few = replace(settings, pool=None, net=None, task=None, learning_rates=(1e-2,), epochs=1)
-    table = PeopleTable(few, base.requires_grad_(False), tokenizer, held_out, ENCODER)
-    found = table.contenders(None)
+    people, speaker = People(held_out, ENCODER), Speaker(base.requires_grad_(False), tokenizer, new_tokens=2)
+    adapters = PeopleAdapters(few, people, speaker, None, None, tmp_path / "work", "mark")
+    table = PeopleTable(few, people, speaker, adapters, read_examples(tmp_path / "science.test.jsonl"))
+    found = table.contenders()
     assert [one.name for one in found] == [*WAYS[:3], *WAYS[5:8]]
-    assert found[4].own == [found[3].own[place] for place in (1, 2, 0)]  # type: ignore[index]
+    assert found[3].own is not None and found[4].own is not None
+    assert found[4].own() == [found[3].own()[place] for place in (1, 2, 0)]
     asked = table.asked[0][1].question
     assert found[1].prompt(0, asked).startswith("Of the one who asks: ") and found[1].prompt(0, asked).endswith(asked)
     assert found[2].prompt(0, asked).count("Answered: 4") == 3  # of cyd's history, nobody else's
-    rows = [table.row(one) for one in found]
+    rows = [table.asking(one)["row"] for one in found]
     row = rows[0]
-    losses = table.speaker.losses(table._rows(table.asked, table._plain))
+    losses = speaker.losses(encoded([one for _, one in table.asked], tokenizer))
     assert row["loss"] == pytest.approx(float(losses[:, 0].sum() / losses[:, 1].sum()))
     cost = {"one": {}}
     assert must({"rows": rows, "cost": cost, "peak_bytes": None}) == []
+
+
+def without_times(report: dict[str, Any]) -> dict[str, Any]:
+    cost = {
+        way: {name: value for name, value in one.items() if "seconds" not in name}
+        for way, one in report["cost"].items()
+    }
+    return {**report, "cost": cost}
+
+
+class Stopping:
+    """Counts the calls of a function, and interrupts one of them."""
+
+    def __init__(self, function: Callable[..., Any], at: int) -> None:
+        self.function, self.at, self.calls = function, at, 0
+
+    def __get__(self, one: object, kind: type) -> Callable[..., Any]:
+        return partial(self, one)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return self.function(*given, **named)
+
+
+def test_an_interrupted_table_goes_on(
+    settings: PeopleSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(out: str, train_stops: int = 0, ask_stops: int = 0, **changed: Any) -> tuple[Any, int, int]:
+        """The report, and how often adapters were trained and a way was asked."""
+        with monkeypatch.context() as patch:
+            training = Stopping(people_adapters.train_adapters, train_stops)
+            asking = Stopping(PeopleTable.asking, ask_stops)
+            patch.setattr(people_adapters, "train_adapters", training)
+            patch.setattr(PeopleTable, "asking", asking)
+            try:
+                report = run(replace(settings, **changed), ENCODER, tmp_path / out, "x")
+            except KeyboardInterrupt:
+                report = None
+            return report, training.calls, asking.calls
+
+    # Of three people two learn at once: two trainings for each of two learning rates, and two on top of the anchors.
+    whole = go("whole.json")
+    assert whole[1:] == (6, len(WAYS)) and list(tmp_path.glob(".whole/*.safetensors*")) == []
+    assert go("o.json", train_stops=4) == (None, 4, 0)  # in the second rate
+    assert go("o.json", ask_stops=7) == (None, 4, 7)  # which alone is trained again
+    assert not (tmp_path / "o.json").is_file() and len(list(tmp_path.glob(".o/*.safetensors"))) == 4
+    report, trained, asked = go("o.json")
+    assert (trained, asked) == (0, len(WAYS) - 6)
+    assert without_times(report) == without_times(whole[0])
+    assert report == json.loads((tmp_path / "o.json").read_text())
+    assert go("o.json") == (report, 0, 0)
+    # Nothing is used of other settings, of other people, or of an adapter that was trained anew.
+    assert go("o.json", questions=1)[1:] == (6, len(WAYS))
+    monkeypatch.setattr(people_table, "read_people", lambda name, folder: [*PEOPLE[:-1], person("eve", "5", 8, True)])
+    changed = go("o.json", questions=1)
+    assert changed[1:] == (6, len(WAYS))
+    net = TextNet.load(settings.net)  # type: ignore[arg-type]
+    torch.nn.init.zeros_(next(iter(net.bias_B.values())))
+    shutil.rmtree(settings.net)  # type: ignore[arg-type]
+    net.save(settings.net)  # type: ignore[arg-type]
+    again = go("o.json", questions=1)
+    assert again[1:] == (6, len(WAYS)) and again[0]["rows"] != changed[0]["rows"]
 
 
 def test_numbers_and_texts_are_judged_by_what_they_are() -> None:

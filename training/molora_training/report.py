@@ -19,10 +19,15 @@ def heading(command: str, data: str) -> dict[str, Any]:
         "command": command,
         "commit": provenance.commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}",
+        "machine": machine(),
         "seed": 0,
         "data": data,
     }
+
+
+def machine() -> str:
+    """What measures here."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
 def line(name: str, value: float, bar: float, better: str, note: str = "") -> dict[str, Any]:

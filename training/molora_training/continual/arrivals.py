@@ -25,10 +25,10 @@ from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, DataError
 from molora_training import router
 from molora_training.continual.growth import blank
-from molora_training.continual.parts import finished
 from molora_training.continual.probe import Probe
 from molora_training.continual.router_update import RouterUpdateSettings, fit_untaught, go_on
 from molora_training.data import read_examples, write_examples
+from molora_training.parts import finished
 from molora_training.report import heading, write_report
 from molora_training.router_settings import RouterTrainSettings
 

@@ -25,10 +25,10 @@ from molora.versions import Versions
 from molora_training.continual.growth import blank
 from molora_training.continual.memory import BYTES, held_out
 from molora_training.continual.methods import MethodName
-from molora_training.continual.parts import finished
 from molora_training.continual.update import Judge, UpdateSettings, as_examples, update
 from molora_training.data import encode_within, read_examples
 from molora_training.evaluate import losses
+from molora_training.parts import finished
 from molora_training.report import heading, line, write_report
 
 LAYER = "user"

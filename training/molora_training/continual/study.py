@@ -30,13 +30,13 @@ from molora_training.continual.growth import blank
 from molora_training.continual.measures import measures
 from molora_training.continual.memory import BYTES, Memory
 from molora_training.continual.methods import MethodName
-from molora_training.continual.parts import finished
 from molora_training.continual.questions import represented
 from molora_training.continual.separable import block_rank
 from molora_training.continual.smolora import SMoLora
 from molora_training.continual.update import UpdateSettings, as_examples, learn, made_up, write_chats
 from molora_training.data import IGNORED, Batch, Split, collate, encode_within, read_examples
 from molora_training.evaluate import seeing
+from molora_training.parts import finished
 from molora_training.report import heading, line, write_report
 
 JOINT = "joint training"

@@ -21,7 +21,6 @@ import torch
 from molora.errors import ConfigError, DataError
 from molora_training.attention import attend_causally
 from molora_training.batches import rounded
-from molora_training.continual.parts import finished
 from molora_training.continual.update import as_examples, read_chats
 from molora_training.data import Encoded, encode_within
 from molora_training.federated import local
@@ -34,6 +33,7 @@ from molora_training.federated.settings import (
     LocalSettings,
     PrivacySettings,
 )
+from molora_training.parts import finished
 from molora_training.report import heading, line, write_report
 
 BASE, CENTRAL, ALONE, FORWARD = "base", "central", "alone", "forward only"

@@ -1,0 +1,256 @@
+"""Adapters of people: trained on each one's history, put together from pieces or anchors, or made of profiles.
+
+What takes long to make is kept, and is there again when an interrupted study goes on.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from molora.adapter import Adapter
+from molora.factors import Factors, concatenated, of_adapter, write_factors
+from molora.personalize.from_text import factors_from_texts
+from molora.personalize.generated import generated, stacked
+from molora.personalize.history import Interaction
+from molora.personalize.pieces import Assembled, PiecePool
+from molora.personalize.profile import profile_text
+from molora.personalize.retrieval import Encoder, Retriever, text_of
+from molora.personalize.text_net import TextNet
+from molora_training.data import Encoded, Example, encode_within
+from molora_training.data.read_people import Person
+from molora_training.parts import Part, keep_tensors, kept_tensors
+from molora_training.people_settings import PeopleSettings
+from molora_training.pieces import history_rows, messages
+from molora_training.side_by_side import ON_TOP, Schedule, module_names, train_adapters
+from molora_training.speaker import Speaker
+
+MOST = 1536  # tokens of a conversation
+BATCH = 64  # people whose adapters are made in one forward, where that is timed
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+OWN, PIECES, ANCHORS, SMALL = "own adapter", "pieces", "anchors", "anchors and rank 4"
+PROFILES = "profile's adapter"
+
+
+class People:
+    """Those who are asked, with what is known of each from their history."""
+
+    def __init__(self, persons: Sequence[Person], encoder: Encoder) -> None:
+        self.persons, self.encoder = persons, encoder
+        self.histories = [one.interactions() for one in persons]
+        self.embedded = [encoder.encode([text_of(one) for one in some]) for some in self.histories]
+        pairs = zip(self.histories, self.embedded, strict=True)
+        self.profiles = [profile_text(some, embeddings=own) for some, own in pairs]
+        self._searches: dict[int, Retriever] = {}
+
+    def search(self, place: int) -> Retriever:
+        """Over the history of one."""
+        if place not in self._searches:
+            self._searches[place] = Retriever(self.histories[place], self.encoder, self.embedded[place])
+        return self._searches[place]
+
+
+class Made(NamedTuple):
+    """An adapter for each person, as it acts, and what one costs: seconds, bytes of its folder, and bytes that are kept
+    of a person where that is something else. learning_rate: of their training."""
+
+    adapters: list[Factors]
+    cost: dict[str, float]
+    learning_rate: float | None = None
+
+
+class PeopleAdapters:
+    """By the way in which they are made; each way is gone once, when it is first asked for.
+
+    Args:
+        settings: what is compared. people: whose they are.
+        speaker: with the base.
+        pool, net: what there is to make them with.
+        work, mark: where what takes long is kept, and what changes with anything that it depends on.
+    """
+
+    def __init__(
+        self,
+        settings: PeopleSettings,
+        people: People,
+        speaker: Speaker,
+        pool: PiecePool | None,
+        net: TextNet | None,
+        work: Path,
+        mark: str,
+    ) -> None:
+        self.settings, self.people, self.speaker = settings, people, speaker
+        self.base, self.tokenizer = speaker.base, speaker.tokenizer
+        self.work, self.mark = work, mark
+        self.task = None if settings.task is None else of_adapter(Adapter.load(settings.task))
+        self.ways: dict[str, Callable[[], Made]] = {OWN: self._own}
+        if pool is not None:
+            self.ways[PIECES] = partial(self._pieces, pool)
+            self.ways[ANCHORS] = partial(self._anchors, pool)
+            self.ways[SMALL] = partial(self._on_top, pool)
+        if net is not None:
+            self.net = net.to(self.base.device)
+            self.ways[PROFILES] = self._of_profiles
+        self._made: dict[str, Made] = {}
+
+    def __getitem__(self, way: str) -> Made:
+        if way not in self._made:
+            self._made[way] = self.ways[way]()
+        return self._made[way]
+
+    @cached_property
+    def of_the_task(self) -> list[Factors]:
+        """The task's adapter alone, for each person."""
+        return self._above([{}]) * len(self.people.persons)
+
+    @cached_property
+    def of_random_directions(self) -> list[Factors]:
+        """What the network makes of embeddings that are nobody's, of the length that profiles' have."""
+        chance = torch.Generator().manual_seed(self.settings.seed)
+        embeddings = self.people.encoder.encode(self.people.profiles)
+        noise = torch.randn(embeddings.shape, generator=chance)
+        random = torch.nn.functional.normalize(noise, dim=1) * embeddings.norm(dim=1).mean()
+        return factors_from_texts(self.net, lambda texts: random[: len(texts)], self.people.profiles)
+
+    def _own(self) -> Made:
+        """Trained on each person's history alone, at the learning rate that is best on validation."""
+        tried = {rate: self._kept(f"own-{rate:g}", partial(self._tried, rate)) for rate in self.settings.learning_rates}
+        best = min(tried, key=lambda rate: float(tried[rate][1]["loss"]))
+        alone = _factors(tried[best][0])
+        seconds = sum(about["seconds"] for _, about in tried.values())
+        return Made(self._above(alone), self._cost(alone, seconds), best)
+
+    def _tried(self, rate: float) -> tuple[dict[str, Tensor], Part]:
+        settings = self.settings
+        made = self._trained(Schedule(rate, settings.epochs, settings.batch_tokens, weight_decay=1e-2))
+        above = self._above(made)
+        judged = [
+            (place, one) for place, who in enumerate(self.people.persons) for one in who.interactions("validation")
+        ]
+        rows = encoded([one for _, one in judged], self.tokenizer)
+        sums = self.speaker.losses(rows, [above[place] for place, _ in judged]).sum(0)
+        return _tensors(made), {"loss": float(sums[0] / sums[1]) if rows else 0.0}
+
+    def _pieces(self, pool: PiecePool) -> Made:
+        kept, about = self._kept("pieces", partial(self._choices, pool))
+        count = len(self.people.persons)
+        chosen = [Assembled(kept[f"{place}/places"], kept[f"{place}/weights"]) for place in range(count)]
+        return self._put_together(pool, chosen, about["seconds"])
+
+    def _choices(self, pool: PiecePool) -> tuple[dict[str, Tensor], Part]:
+        found: dict[str, Tensor] = {}
+        with generated(self.base, stacked([] if self.task is None else [self.task], self.base.device)):
+            for place, some in enumerate(self.people.histories):
+                chosen = pool.assemble(self.base, self.tokenizer, [messages(one) for one in some])
+                found |= {f"{place}/places": chosen.places, f"{place}/weights": chosen.weights}
+        return found, {}
+
+    def _anchors(self, pool: PiecePool) -> Made:
+        started = self._now()
+        chosen = [pool.nearest(embedded.mean(0)) for embedded in self.people.embedded]
+        return self._put_together(pool, chosen, self._now() - started)
+
+    def _put_together(self, pool: PiecePool, chosen: Sequence[Assembled], seconds: float) -> Made:
+        alone = [pool.factors(one) for one in chosen]
+        kept = {"kept_bytes": float(max(len(one.to_bytes()) for one in chosen))}
+        return Made(self._above(alone), self._cost(alone, seconds) | kept)
+
+    def _on_top(self, pool: PiecePool) -> Made:
+        """With an adapter of rank 4, trained on the history, beside the anchors."""
+        below = [pool.factors(pool.nearest(embedded.mean(0))) for embedded in self.people.embedded]
+        kept, about = self._kept("on-top", lambda: (_tensors(self._trained(ON_TOP, below, rank=4)), {}))
+        alone = [concatenated(pair) for pair in zip(below, _factors(kept), strict=True)]
+        return Made(self._above(alone), self._cost(alone, about["seconds"]))
+
+    def _of_profiles(self) -> Made:
+        """They act on the base alone, for which the network was trained."""
+        encode, profiles = self.people.encoder.encode, self.people.profiles
+        started = self._now()
+        made = factors_from_texts(self.net, encode, profiles)
+        cost = self._cost(made, self._now() - started)
+        for name, count in (("one", 1), ("batch", BATCH)):
+            texts = [profiles[place % len(profiles)] for place in range(count)]
+            times = []
+            for _ in range(5):
+                started = self._now()
+                factors_from_texts(self.net, encode, texts)
+                times.append(self._now() - started)
+            cost[f"seconds_of_{name}"] = statistics.median(times)
+        return Made(made, cost)
+
+    def _trained(self, how: Schedule, below: Sequence[Factors] = (), rank: int = 8) -> list[Factors]:
+        """Of each person on their own history, above the task's adapter and what else is below."""
+        settings = self.settings
+        modules = module_names(self.base, TARGETS)
+        rows = [history_rows(one, self.tokenizer, MOST) for one in self.people.persons]
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+        found: dict[int, Factors] = {}
+        for first in tqdm(range(0, len(order), settings.at_once), desc="own adapters"):
+            some = order[first : first + settings.at_once]
+            under = self._above([below[place] for place in some]) if below else [] if self.task is None else [self.task]
+            made = train_adapters(
+                self.base, [rows[place] for place in some], self.speaker.pad, how, modules, rank, below=under
+            )
+            found |= dict(zip(some, made, strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def _kept(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Part]]) -> tuple[dict[str, Tensor], Part]:
+        """What was made before, or is made now, with the seconds that it took."""
+        file = self.work / f"{name}.safetensors"
+        kept = kept_tensors(file, self.mark)
+        if kept is None:
+            started = self._now()
+            tensors, about = make()
+            kept = tensors, {**about, "seconds": self._now() - started}
+            keep_tensors(file, self.mark, *kept)
+        return kept
+
+    def _above(self, own: Sequence[Factors]) -> list[Factors]:
+        device = self.base.device  # where they are needed again and again
+        return [
+            {name: (A.to(device), B.to(device)) for name, (A, B) in concatenated(parts).items()}
+            for parts in ([one] if self.task is None else [self.task, one] for one in own)
+        ]
+
+    def _cost(self, alone: Sequence[Factors], seconds: float) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as place:
+            write_factors(Path(place) / "one", alone[0], "")
+            size = sum(file.stat().st_size for file in (Path(place) / "one").iterdir())
+        return {"seconds": seconds / len(alone), "adapter_bytes": float(size)}
+
+    def _now(self) -> float:
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def encoded(asked: Sequence[Interaction], tokenizer: object) -> list[Encoded]:
+    """Questions with the answers that are to be given, whatever their length."""
+    examples = [Example(str(number), "person", "test", messages(one)) for number, one in enumerate(asked)]
+    return encode_within(examples, tokenizer, 1 << 30, ["person"])
+
+
+def _tensors(adapters: Sequence[Factors]) -> dict[str, Tensor]:
+    return {
+        f"{place}/{part}/{name}": tensor
+        for place, one in enumerate(adapters)
+        for name, pair in one.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def _factors(tensors: dict[str, Tensor]) -> list[Factors]:
+    """What :func:`_tensors` made of them."""
+    found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+    for key in tensors:
+        place, part, name = key.split("/", 2)
+        if part == "A":
+            found.setdefault(int(place), {})[name] = (tensors[key], tensors[f"{place}/B/{name}"])
+    return [found[place] for place in range(len(found))]
