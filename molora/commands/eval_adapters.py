@@ -109,7 +109,8 @@ def conversations(
 
     In: a file of conversations; those after the first `count` are not learnt, and their topics are asked about too.
     Out: a JSON file with the accuracy on questions whether something was discussed, and what is said of it, of the
-    adapter, of a search over the conversations, of both and of the base; by the age of what is asked.
+    adapter, of a search over the conversations, of both and of the base; by the age of what is asked. What is finished
+    is kept beside the file: an interrupted table goes on.
 
     Example: molora eval conversations chats.jsonl --user ada
     """

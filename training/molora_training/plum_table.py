@@ -8,9 +8,10 @@ conversations than are learnt, topics of those: they sound as what was discussed
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,12 +26,13 @@ from molora.personalize.retrieval import Retriever, text_of
 from molora_training.continual.growth import blank
 from molora_training.document_table import rouge_l
 from molora_training.evaluate import bootstrap
+from molora_training.parts import Part, drop_tensors, file_name, finished, keep_tensors, kept_tensors, mark_of
 from molora_training.plum.conversations import Conversation
 from molora_training.plum.learn import pairs_of
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.pairs import Pair, negative
 from molora_training.plum.topics import exchanges, hashed, stems, topics
-from molora_training.report import heading, line, write_report
+from molora_training.report import heading, line, machine, write_report
 from molora_training.speaker import Speaker
 
 COUNT = 100  # conversations
@@ -40,6 +42,8 @@ SHOWN = 600  # characters of each
 AGES = 5  # groups of conversations, the oldest first
 PAPER = 0.815  # of questions about 100 conversations, arXiv 2411.13405
 NEAR = 0.05  # by which an adapter may be behind a search
+WAYS = {"base": (False, False), "adapter": (True, False), "search": (False, True), "adapter and search": (True, True)}
+"""Whether the adapter acts, and whether what a search finds stands before the question."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def run(
 
     Args:
         every: conversations, in the order in which they were had.
-        out: the report.
+        out: the report; what is finished lies in a hidden folder beside it, and is not done again.
         command: to be named in it.
         base: folder or Hub id.
         count: how many are learnt; of those that follow nothing is.
@@ -79,22 +83,28 @@ def run(
     learning = learning or Learning()
     past, others = every[:count], every[count:]
     taught, asked, open_ = questions(past, others, learning)
-    cuda = torch.cuda.is_available()
-    model, tokenizer = load_base(base, dtype=torch.bfloat16 if cuda else torch.float32)
-    model.to("cuda" if cuda else "cpu").requires_grad_(False)
-    with tempfile.TemporaryDirectory() as scratch:
-        blank(base, learning.rank, Path(scratch) / "blank", learning.seed)
-        learner = Learner(model, tokenizer, Path(scratch) / "blank", learning, base)
-    seconds = []
-    for pairs in tqdm(taught, desc="conversations"):
-        started = time.monotonic()
-        if pairs:
-            learner.learn(pairs)
-            seconds.append(time.monotonic() - started)
-    learner.settle()
+    work = out.parent / f".{out.stem}"
+    said = [[one.messages for one in some] for some in (past, others)]
+    mark = mark_of([said, base, top, asdict(learning), machine()])
+    learnt = cache(lambda: _learnt(base, taught, learning, work, mark))
     search = Retriever([one for each in past for one in exchanges(each.messages)])
-    found = answers(learner, search, [one.pair.question for one in asked], top)
-    told = told_by(learner, search, [pair.question for pair in open_], top)
+
+    def make(index: int) -> Part:
+        learner, seconds = learnt()
+        if not index:
+            return {"seconds": statistics.median(seconds)}
+        adapted, searched = WAYS[list(WAYS)[index - 1]]
+        closed, open_asked = (
+            [prompt_of(one.question, search.top(one.question, top) if searched else []) for one in some]
+            for some in ([one.pair for one in asked], open_)
+        )
+        with nullcontext() if adapted else learner.off():
+            told = Speaker(learner.model, learner.tokenizer, new_tokens=TOLD).answers(open_asked)
+            return {"says_yes": learner.says_yes(closed), "told": told}
+
+    kept = finished(work, ["learning", *map(file_name, WAYS)], mark, (0, 1), make)
+    assert kept is not None  # for nobody else makes some
+    found = dict(zip(WAYS, kept[1:], strict=True))
     report = {
         **heading(
             command,
@@ -103,13 +113,40 @@ def run(
         ),
         "seed": learning.seed,
         "learning": asdict(learning),
-        "rows": [{**row(name, said, asked), **open_row(told[name], open_)} for name, said in found.items()],
-        "by_age": by_age(found["adapter"], asked, len(past)),
-        "seconds": statistics.median(seconds),
+        "rows": [{**row(name, one["says_yes"], asked), **open_row(one["told"], open_)} for name, one in found.items()],
+        "by_age": by_age(found["adapter"]["says_yes"], asked, len(past)),
+        "seconds": kept[0]["seconds"],
     }
     report["must"] = must(report)
     write_report(report, out)
+    drop_tensors(work)
     return report
+
+
+def _learnt(
+    base: str, taught: Sequence[Sequence[Pair]], learning: Learning, work: Path, mark: str
+) -> tuple[Learner, list[float]]:
+    """An adapter that has learnt all, and the seconds of each conversation. It is kept after each, and goes on from
+    there: nothing but its weights goes from one conversation to the next."""
+    model, tokenizer = load_base(base, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+    with tempfile.TemporaryDirectory() as scratch:
+        blank(base, learning.rank, Path(scratch) / "blank", learning.seed)
+        learner = Learner(model, tokenizer, Path(scratch) / "blank", learning, base)
+    file = work / "adapter.safetensors"
+    weights, about = kept_tensors(file, mark) or ({}, {"learnt": 0, "seconds": []})
+    for name, tensor in weights.items():
+        learner.parameters[name].data.copy_(tensor)
+    seconds: list[float] = about["seconds"]
+    for number in tqdm(range(about["learnt"], len(taught)), desc="conversations"):
+        started = time.monotonic()
+        if taught[number]:
+            learner.learn(taught[number])
+            seconds.append(time.monotonic() - started)
+        now = {name: parameter.detach() for name, parameter in learner.parameters.items()}
+        keep_tensors(file, mark, now, {"learnt": number + 1, "seconds": seconds})
+    learner.settle()
+    return learner, seconds
 
 
 def questions(
@@ -144,37 +181,6 @@ def apart(topic: str, said: set[str]) -> bool:
     """Whether none of a topic's words is among the hashes of what was said, and it has one that could be."""
     own = stems(topic)
     return bool(own) and not any(hashed(one) in said for one in own)
-
-
-def answers(learner: Learner, search: Retriever, asked: Sequence[str], top: int) -> dict[str, list[bool]]:
-    """Whether each contender says yes to each question."""
-    found = {}
-    for name, prompts, state in _contenders(learner, search, asked, top):
-        with state():
-            found[name] = learner.says_yes(prompts)
-    return found
-
-
-def told_by(learner: Learner, search: Retriever, asked: Sequence[str], top: int) -> dict[str, list[str]]:
-    """What each contender says to each open question."""
-    speaker = Speaker(learner.model, learner.tokenizer, new_tokens=TOLD)
-    found = {}
-    for name, prompts, state in _contenders(learner, search, asked, top):
-        with state():
-            found[name] = speaker.answers(prompts)
-    return found
-
-
-def _contenders(
-    learner: Learner, search: Retriever, asked: Sequence[str], top: int
-) -> list[tuple[str, list[str], Callable[[], Any]]]:
-    with_found = [prompt_of(question, search.top(question, top)) for question in asked]
-    return [
-        ("base", list(asked), learner.off),
-        ("adapter", list(asked), nullcontext),
-        ("search", with_found, learner.off),
-        ("adapter and search", with_found, nullcontext),
-    ]
 
 
 def open_row(said: Sequence[str], asked: Sequence[Pair]) -> dict[str, float]:
