@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from molora.commands.common import JsonOption, extra, write_json
-from molora.commands.eval_studies import app, show
+from molora.commands.eval_studies import app, parse_share, show
 from molora.commands.training import ConfigOption, OverridesArgument, command_line
 
 
@@ -142,14 +142,18 @@ def merges(
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/merges.json"),
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="Of N processes that share the ways, the I-th (from 0).")
+    ] = "0/1",
     as_json: JsonOption = False,
 ) -> None:
     """What is left of several adapters when they are made one? Every way of merging, beside routing and each alone.
 
     In: a saved MoLoRA and data of its adapters. Out: a JSON file with, for 2, 4 and 8 of them and each way, the share
     of the adapters' own gains over the base that is kept, losses, the error against the exact sum, seconds and bytes.
+    What is finished is kept beside the file: an interrupted table goes on, and is written once every share has run.
 
-    Settings: model, layer, data, counts, limit, densities, soup_rows, soup_steps, batch, seed.
+    Settings: model, layer, data, counts, limit, densities, soup_rows, soup_steps, batch_tokens, seed.
 
     Example: molora eval merges model=my-molora
     """
@@ -158,7 +162,9 @@ def merges(
         from molora_training.settings import load_settings
 
         settings = load_settings(MergeTableSettings, config, overrides or ())
-        report = run(settings, out, command_line("eval merges", config, overrides))
+        report = run(settings, out, command_line("eval merges", config, overrides), parse_share(share))
+    if report is None:
+        return
     if as_json:
         write_json(report)
         return

@@ -93,14 +93,7 @@ def run(
         learner, seconds = learnt()
         if not index:
             return {"seconds": statistics.median(seconds)}
-        adapted, searched = WAYS[list(WAYS)[index - 1]]
-        closed, open_asked = (
-            [prompt_of(one.question, search.top(one.question, top) if searched else []) for one in some]
-            for some in ([one.pair for one in asked], open_)
-        )
-        with nullcontext() if adapted else learner.off():
-            told = Speaker(learner.model, learner.tokenizer, new_tokens=TOLD).answers(open_asked)
-            return {"says_yes": learner.says_yes(closed), "told": told}
+        return _answers(learner, list(WAYS)[index - 1], search, top, [one.pair for one in asked], open_)
 
     kept = finished(work, ["learning", *map(file_name, WAYS)], mark, (0, 1), make)
     assert kept is not None  # for nobody else makes some
@@ -181,6 +174,20 @@ def apart(topic: str, said: set[str]) -> bool:
     """Whether none of a topic's words is among the hashes of what was said, and it has one that could be."""
     own = stems(topic)
     return bool(own) and not any(hashed(one) in said for one in own)
+
+
+def _answers(
+    learner: Learner, way: str, search: Retriever, top: int, closed: Sequence[Pair], open_: Sequence[Pair]
+) -> Part:
+    """Whether one of WAYS says yes to each closed question, and what it says to each open one."""
+    adapted, searched = WAYS[way]
+    prompts, open_prompts = (
+        [prompt_of(one.question, search.top(one.question, top) if searched else []) for one in some]
+        for some in (closed, open_)
+    )
+    with nullcontext() if adapted else learner.off():
+        told = Speaker(learner.model, learner.tokenizer, new_tokens=TOLD).answers(open_prompts)
+        return {"says_yes": learner.says_yes(prompts), "told": told}
 
 
 def open_row(said: Sequence[str], asked: Sequence[Pair]) -> dict[str, float]:
