@@ -139,7 +139,8 @@ class MoLoRAModel(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes molora.json, the router and the adapters to ``folder``, whole or not at all."""
+        """Writes molora.json, the router and the adapters to ``folder``, whole or not at all; they take the place of
+        what was saved there before, and what else lies there stays."""
         keyed = [f"{layer.name}/{name}" for layer in self.stack.layers if layer.keyed for name in layer.adapters]
         keys = {label: key for label in keyed if (key := self.keys.of(*label.split("/"))) is not None}
         with as_folders(self.adapters, str(self.base_name)) as sources:

@@ -24,7 +24,10 @@ from molora.vocabulary import VocabularyRouter
 FORMAT = 1
 MANIFEST = "molora.json"
 ROUTER = "router.safetensors"
+ROUTER_METRICS = "router.metrics.json"  # how its router was trained
+ADAPTERS = "adapters"
 VERSIONS = "versions"
+_OWN = (MANIFEST, ROUTER, ROUTER_METRICS, ADAPTERS)
 _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, KEY_FILE, "README.md", "metrics.json")
 
 
@@ -130,7 +133,8 @@ def save(
     sources: Mapping[str, Path],
     keys: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes a saved MoLoRA; ``folder`` is replaced whole if it already holds one.
+    """Writes a saved MoLoRA; one that ``folder`` already holds is replaced, whole or not at all. What else lies there,
+    such as ``hypernets/``, stays.
 
     Args:
         sources: "layer/adapter" -> the PEFT folder that is copied.
@@ -149,6 +153,7 @@ def save(
     try:
         _write(work / "new", base, stack, router, sources, keys or {})
         if target.exists():
+            _keep_others(target, work / "new")
             os.replace(target, work / "old")
         try:
             os.replace(work / "new", target)
@@ -160,6 +165,17 @@ def save(
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _keep_others(old: Path, new: Path) -> None:
+    """Copied, so that until the new folder takes its place the old one is as it was."""
+    for path in old.iterdir():
+        if path.name in _OWN:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
 def _write(
     target: Path, base: str, stack: Stack, router: Router | VocabularyRouter | None, sources: Mapping[str, Path],
     keys: Mapping[str, torch.Tensor],
@@ -167,7 +183,7 @@ def _write(
     description = stack.to_dict()
     for layer in description["layers"]:
         for name in layer["adapters"]:
-            place = Path("adapters") / layer["name"] / name
+            place = Path(ADAPTERS) / layer["name"] / name
             (target / place).mkdir(parents=True)
             label = f"{layer['name']}/{name}"
             copy_adapter(sources[label], target / place)

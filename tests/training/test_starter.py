@@ -80,8 +80,13 @@ def test_a_recipe_makes_its_stack_and_goes_on_where_it_was(recipe: StarterSettin
     assert list(fewer.stack["domain"].adapters) == ["math"] and "domain/code" not in fewer.router.rows
     one = MoLoRAModel.from_pretrained(routers / "one", base=recipe.base, dtype=torch.float32)
     assert one.stack.names == ["domain/math", "together/both"]
+    network = tmp_path / "stack" / "hypernets" / "profile" / "hypernet.json"
+    network.parent.mkdir(parents=True)
+    network.write_text("{}")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     starter.train(recipe)
+    made, metrics = tmp_path / "stack" / "router.metrics.json", routers / "later" / "router.metrics.json"
+    assert network.read_text() == "{}" and made.read_bytes() == metrics.read_bytes()
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     lost = [tmp_path / "work/adapters/both-0.001/adapter_model.safetensors", routers / "fewer/router.safetensors"]
     for file in lost:

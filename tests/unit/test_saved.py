@@ -194,11 +194,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("place", ["copy", "router", "swap"])
+def beside(folder: Path) -> None:
+    """What lies in a saved folder and is not its own."""
+    (folder / "hypernets" / "profile").mkdir(parents=True)
+    (folder / "hypernets" / "profile" / "hypernet.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_text("mine")
+    (folder / "latest").symlink_to("README.md")
+    (folder / saved.ROUTER_METRICS).write_text("{}")
+
+
+def test_what_lies_beside_a_saved_model_stays(folder: Path, base: Any) -> None:
+    model = MoLoRAModel.from_pretrained(folder, base=copy.deepcopy(base))
+    fresh = folder.with_name("fresh")
+    model.remove_adapter("domain", "math")
+    model.save_pretrained(fresh)
+    beside(folder)
+    model.save_pretrained(folder)
+    others = {"hypernets/profile/hypernet.safetensors": b"weights", "README.md": b"mine", "latest": b"mine"}
+    # Of the model itself there is what a new folder has: no adapter that was removed, nor how an older router was made.
+    assert contents(folder) == contents(fresh) | others
+    assert (folder / "latest").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["copy", "others", "router", "swap"])
 def test_a_crash_leaves_the_old_one(
     place: str, folder: Path, base: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = MoLoRAModel.from_pretrained(folder, base=copy.deepcopy(base))
+    beside(folder)
     before, calls = contents(folder), []
 
     def fail(*args: Any, **_: Any) -> None:
@@ -213,6 +236,8 @@ def test_a_crash_leaves_the_old_one(
 
     if place == "copy":
         monkeypatch.setattr(saved.shutil, "copyfile", fail)
+    elif place == "others":
+        monkeypatch.setattr(saved.shutil, "copytree", fail)
     elif place == "router":
         monkeypatch.setattr(saved, "save_file", fail)
     else:

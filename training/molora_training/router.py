@@ -27,6 +27,7 @@ from molora import MoLoRAModel, Router, Stack
 from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, DataError, NonFiniteError
 from molora.router import NEVER, SAMPLES
+from molora.saved import ROUTER_METRICS
 from molora.selection import router_rows
 from molora.stack import AUTO
 from molora_training.attention import attend_causally
@@ -50,7 +51,7 @@ from molora_training.data import (
 )
 from molora_training.processes import Processes
 from molora_training.router_objective import Labels, RouterHold, RouterObjective, reading_inputs
-from molora_training.router_settings import METRICS, RouterTrainSettings
+from molora_training.router_settings import RouterTrainSettings
 from molora_training.schedule import warm_cosine
 
 GENERAL = "general"
@@ -296,9 +297,9 @@ class _Run:
             self.model.eval()
             self._keep_samples()
             self.model.save_pretrained(self.settings.out)
-            partial = self.settings.out / f".{METRICS}"
+            partial = self.settings.out / f".{ROUTER_METRICS}"
             partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self.settings.out / METRICS)
+            os.replace(partial, self.settings.out / ROUTER_METRICS)
             self.state_file.unlink(missing_ok=True)
         self.processes.wait()
         return metrics

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from molora import RouterConfig
 from molora.errors import ConfigError
+from molora.saved import ROUTER_METRICS
 from molora_training.data import data_dir
 from molora_training.settings import work_folder
 
-METRICS = "router.metrics.json"
 BEST = RouterConfig(reads=(0, 4), hidden=512)  # of what docs/results.md compares, on a base of 30 layers
 
 
@@ -102,7 +102,7 @@ class RouterTrainSettings:
 
 def learnt_null_start(folder: Path) -> int:
     """The ``null_start`` with which a saved router was trained; 0 if it does not say."""
-    file = folder / METRICS
+    file = folder / ROUTER_METRICS
     if not file.is_file():
         return 0
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]

@@ -10,6 +10,7 @@ import torch
 
 from molora import MoLoRAModel, Router
 from molora.errors import ConfigError
+from molora.saved import ROUTER_METRICS
 from molora_training.data import IGNORED, Encoded, encode_within, mix, read_examples
 from molora_training.evaluate import (
     LAYER,
@@ -65,7 +66,7 @@ def _row(
     folder: Path, model: MoLoRAModel, fewest: Sequence[str], data: Path, limit: int, batch_tokens: int
 ) -> dict[str, Any]:
     domains = list(model.stack[LAYER].adapters)
-    metrics = json.loads((folder / "router.metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / ROUTER_METRICS).read_text(encoding="utf-8"))
     own, shared = (_text(model, names, domains, data, limit) for names in (domains, fewest))
     return {
         "adapters": len(domains),

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from molora import Router, RouterConfig, Stack, StackLayer
+from molora import Router, RouterConfig, Stack, StackLayer, VocabularyRouter
 from molora.errors import ConfigError
-from molora.saved import load, save
+from molora.saved import ROUTER, ROUTER_METRICS, load, save
 from molora.selection import router_rows
 from molora_training import adapter, personas, router
 from molora_training.adapter_settings import AdapterTrainSettings, DataFiles, LoraShape
@@ -184,12 +184,12 @@ def train(settings: StarterSettings) -> None:
     for later in (False, True):  # those that go on from another one
         some = {name: one for name, one in variants.items() if (one.start is not None) == later}
         runs = [(_router_settings(settings, name, one),) for name, one in some.items()]
-        todo = [run for run in runs if not _done(run[0].out, "router.metrics.json", "router.safetensors")]
+        todo = [run for run in runs if not _done(run[0].out, ROUTER_METRICS, ROUTER)]
         _parallel(settings.router_processes, _train_router, todo)
     first = settings.work / "routers" / own
     if settings.integration is None:
-        shutil.rmtree(settings.out, ignore_errors=True)
-        shutil.copytree(first, settings.out)
+        _save(settings, *load(first))
+        shutil.copyfile(first / ROUTER_METRICS, settings.out / ROUTER_METRICS)
     else:
         _integrate(settings, from_mapping(Integration, settings.integration, "integration."), first)
 
@@ -307,6 +307,11 @@ def _integrate(settings: StarterSettings, how: Integration, first: Path) -> None
     stack.layers.append(StackLayer(INTEGRATION, {INTEGRATION: run.out}, default=INTEGRATION))
     if isinstance(router, Router):
         router.add_missing(router_rows(stack))
+    _save(settings, base, stack, router)
+
+
+def _save(settings: StarterSettings, base: str, stack: Stack, router: Router | VocabularyRouter | None) -> None:
+    """To ``settings.out``, where networks that make adapters stay."""
     paths = {f"{layer.name}/{name}": Path(path) for layer in stack.layers for name, path in layer.adapters.items()}
     save(settings.out, base, stack, router, paths)
 
