@@ -69,7 +69,7 @@ def kept_tensors(file: Path, mark: str) -> tuple[dict[str, Tensor], Part] | None
         return None
     with safe_open(file, "pt") as stored:
         about = stored.metadata()
-        if about["mark"] != mark:
+        if about.get("mark") != mark:
             return None
         return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(about["about"])
 

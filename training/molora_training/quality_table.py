@@ -6,8 +6,6 @@ domain's adapter. Rows are kept as they are measured: an interrupted table goes 
 
 import hashlib
 import json
-import os
-import re
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -15,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from molora import MoLoRAModel, Router
 from molora.errors import ConfigError
@@ -25,6 +21,7 @@ from molora.stack import NONE
 from molora_training.contenders import Contender, Contenders, Row, best_of
 from molora_training.data import KINDS, Split
 from molora_training.evaluate import LAYER, Losses, bootstrap, gap_closed
+from molora_training.parts import file_name, keep_tensors, kept_tensors
 from molora_training.quality_sets import DOCUMENTS, IN_A_TURN, TURNS, UNSEEN, QualitySets
 from molora_training.report import heading, line, write_report
 
@@ -258,35 +255,29 @@ def _fingerprint(model: MoLoRAModel, sets: QualitySets) -> str:
 
 
 def _file(work: Path, name: str) -> Path:
-    return work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.safetensors"
+    return work / f"{file_name(name)}.safetensors"
 
 
 def _keep(row: Row, file: Path, fingerprint: str) -> None:
     tensors = {
-        f"{part}/{name}/{what}": getattr(own, what).contiguous()
+        f"{part}/{name}/{what}": getattr(own, what)
         for part in ("sets", "single")
         for name, own in getattr(row, part).items()
         for what in ("loss", "tokens", "asked", "exact")
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}.partial")
-    about = {"name": row.name, "kind": row.kind, "right": json.dumps(row.right), "fingerprint": fingerprint}
-    save_file(tensors, draft, metadata=about)
-    os.replace(draft, file)
+    keep_tensors(file, fingerprint, tensors, {"name": row.name, "kind": row.kind, "right": row.right})
 
 
 def _kept(file: Path, fingerprint: str) -> Row | None:
     """The row that was measured before, of the same adapters and text."""
-    if not file.is_file():
+    kept = kept_tensors(file, fingerprint)
+    if kept is None:
         return None
-    with safe_open(file, "pt") as stored:
-        about = stored.metadata()
-        if about["fingerprint"] != fingerprint:
-            return None
-        row = Row(about["name"], about["kind"], right=json.loads(about["right"]))
-        for key in stored.keys():
-            part, name, what = key.split("/")
-            if what == "loss":
-                others = (stored.get_tensor(f"{part}/{name}/{of}") for of in ("tokens", "asked", "exact"))
-                getattr(row, part)[name] = Losses(stored.get_tensor(key), *others)
-        return row
+    tensors, about = kept
+    row = Row(about["name"], about["kind"], right=about["right"])
+    for key in tensors:
+        part, name, what = key.split("/")
+        if what == "loss":
+            own = (tensors[f"{part}/{name}/{of}"] for of in ("loss", "tokens", "asked", "exact"))
+            getattr(row, part)[name] = Losses(*own)
+    return row
