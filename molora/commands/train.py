@@ -1,5 +1,6 @@
 """``molora train``: data, adapters and routers."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -219,6 +220,34 @@ def personas(
 
         counts = prepare(out=out, names=names or (), tries=tries, seed=seed)
     report_data({name: {"examples": row} for name, row in counts.items()}, out or data_dir(), as_json)
+
+
+@app.command()
+def manners(
+    plain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="With general.train.jsonl. Default: data in MoLoRA's cache.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the manners go, three files each.")] = Path(
+        "manners"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Conversations of a manner to learn from, at most.")] = 300,
+    as_json: JsonOption = False,
+) -> None:
+    """Write manners of speaking with descriptions, from which a network learns to make adapters of descriptions.
+
+    In: how the base answers without a manner (`molora train personas general`); each manner is a rule by which that is
+    said differently. Out: a folder for `molora train hypernet text`.
+
+    Example: molora train manners --out manners
+    """
+    with extra("train"), extra("personalize"):
+        from molora_training.manners import write_manners
+
+        counts = write_manners(plain, out, limit)
+    report_data({name: {"examples": {"train": count}} for name, count in counts.items()}, out, as_json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ CONFIG_FILE = "hypernet.json"
 TRAINED_BY = {  # what adapters are made of -> the command that trains a network for it
     "document": "molora train hypernet doc out=document-net",
     "profile": "molora train hypernet profile raters out=profile-net",
-    "description": "molora train hypernet text data.folder=tasks out=text-net",
+    "description": "molora train hypernet text data.folder=manners out=text-net",
 }
 
 

@@ -1,0 +1,137 @@
+"""What a network learns from that makes adapters of descriptions: manners of speaking, and how people would name them.
+
+A manner is a rule by which a plain answer of the base is said differently, so that what is learnt is known exactly.
+Each is a group of :mod:`molora_training.hypernet.text_groups`; descriptions that no step sees make groups of their own,
+which are held out.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from molora.atomic import write_text
+from molora.errors import DataError
+from molora_training.data import Example, data_dir, read_examples, write_examples
+from molora_training.hypernet.text_groups import HELD_OUT_FILE, TEXTS, TRAIN, VALIDATION
+from molora_training.settings import from_mapping
+
+CONFIG = Path(__file__).parent / "configs" / "manners.yaml"
+PLAIN = "general"  # of `molora train personas`: how the base answers without a manner
+IN_OTHER_WORDS = "-in-other-words"
+_HELD_OUT = 2  # descriptions of a manner
+_MOST_WORDS = 60
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_MARKUP = re.compile(r"^\s*(?:[-*#>]+|\d+[.)])\s*|\*\*|`")
+
+
+@dataclass(frozen=True)
+class Manner:
+    """One manner, as in configs/manners.yaml."""
+
+    texts: tuple[str, ...]
+    sentences: int = 2
+    words: dict[str, str] = field(default_factory=dict)
+    opens: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    form: Literal["numbered", "bullets", "lines"] | None = None
+    case: Literal["upper", "lower"] | None = None
+
+    def says(self, answer: str, chance: random.Random) -> str:
+        """A plain answer in this manner."""
+        kept = [self._worded(sentence) for sentence in _sentences(answer)[: self.sentences]]
+        if self.form == "numbered":
+            kept = [f"{place}. {sentence}" for place, sentence in enumerate(kept, 1)]
+        elif self.form == "bullets":
+            kept = [f"- {sentence}" for sentence in kept]
+        whole = [*([chance.choice(self.opens)] if self.opens else []), *kept]
+        whole += [chance.choice(self.ends)] if self.ends else []
+        said = (" " if self.form is None else "\n").join(whole)
+        return said.upper() if self.case == "upper" else said.lower() if self.case == "lower" else said
+
+    def _worded(self, sentence: str) -> str:
+        if not self.words:
+            return sentence
+        pattern = rf"\b({'|'.join(map(re.escape, self.words))})\b"
+
+        def other(found: re.Match[str]) -> str:
+            word = self.words[found[0].lower()]
+            return word[0].upper() + word[1:] if found[0][0].isupper() else word
+
+        return re.sub(pattern, other, sentence, flags=re.IGNORECASE)
+
+
+def read_manners(file: Path = CONFIG) -> dict[str, Manner]:
+    """The manners of a YAML file. Raises ConfigError for an unknown or missing key, DataError for too few texts."""
+    manners = {
+        name: from_mapping(Manner, entry, f"{name}.")
+        for name, entry in yaml.safe_load(file.read_text(encoding="utf-8")).items()
+    }
+    for name, manner in manners.items():
+        if len(manner.texts) <= _HELD_OUT:
+            raise DataError(f"{name} has {len(manner.texts)} descriptions; {_HELD_OUT} are held out, so it needs more.")
+    return manners
+
+
+def write_manners(plain: Path | None, out: Path, limit: int = 300, file: Path = CONFIG) -> dict[str, int]:
+    """Writes the groups of all manners, for :func:`molora_training.hypernet.text.train`.
+
+    Args:
+        plain: the folder with the base's plain answers; None: that of other data.
+        out: folder of the groups.
+        limit: conversations of a manner to learn from, at most; each manner has others.
+        file: the manners.
+
+    Returns:
+        Conversations to learn from, by manner.
+
+    Raises:
+        DataError: there are no plain answers.
+    """
+    answers = {split: _plain((plain or data_dir()) / f"{PLAIN}.{split}.jsonl") for split in ("train", "validation")}
+    out.mkdir(parents=True, exist_ok=True)
+    counts, held_out = {}, []
+    for name, manner in read_manners(file).items():
+        said = {split: _said(name, manner, some, limit) for split, some in answers.items()}
+        known, unknown = manner.texts[:-_HELD_OUT], manner.texts[-_HELD_OUT:]
+        for group, texts in ((name, known), (f"{name}{IN_OTHER_WORDS}", unknown)):
+            write_text(out / f"{group}{TEXTS}", json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
+            write_examples(out / f"{group}{VALIDATION}", said["validation"])
+        write_examples(out / f"{name}{TRAIN}", said["train"])
+        held_out.append(f"{name}{IN_OTHER_WORDS}")
+        counts[name] = len(said["train"])
+    write_text(out / HELD_OUT_FILE, json.dumps(held_out, indent=1) + "\n")
+    return counts
+
+
+def _plain(file: Path) -> list[Example]:
+    if not file.is_file():
+        raise DataError(f"There is no {file}: `molora train personas {PLAIN} --tries 1` writes it.")
+    return [row for row in read_examples(file) if _sentences(row.messages[-1]["content"])]
+
+
+def _said(name: str, manner: Manner, rows: Sequence[Example], limit: int) -> list[Example]:
+    chance = random.Random(name)
+    found = []
+    for row in chance.sample(rows, min(limit, len(rows))):
+        *before, last = row.messages
+        turns = (*before, {**last, "content": manner.says(last["content"], chance)})
+        found.append(Example(f"{name}-{row.id}", name, row.split, turns))
+    return found
+
+
+def _sentences(answer: str) -> list[str]:
+    """Its whole sentences without markup, until there are enough words."""
+    found: list[str] = []
+    for text in _SENTENCE.split(" ".join(_MARKUP.sub("", line) for line in answer.splitlines())):
+        sentence = " ".join(text.split())
+        if sentence and sentence[-1] in ".!?" and len(sentence.split()) > 2:
+            found.append(sentence)
+        if sum(len(one.split()) for one in found) >= _MOST_WORDS:
+            break
+    return found
