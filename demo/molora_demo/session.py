@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from molora.stack import StackLayer
 from molora_demo.render import Palette, Route, Stats, Token, speaker
 
-REFRESH_S = 0.2  # a redraw costs the browser, which shares the cores with the model, so it is not done for every token
+REFRESH_S = 0.3  # a redraw costs the browser, which shares the cores with the model, so it is not done for every token
 RECENT = 50  # answers whose pace is told
 
 

@@ -25,9 +25,14 @@ def choice_of(params: Any) -> str | None:
     if found is None:
         return None
     try:
-        return json.dumps(json.loads(found) if isinstance(found, str) else found, sort_keys=True)
+        return _ordered(found) if isinstance(found, str) else json.dumps(found, sort_keys=True)
     except (ValueError, TypeError) as error:
         raise SelectionError(f"A selection maps layers to choices, as JSON; {found!r} does not ({error}).") from error
+
+
+@lru_cache(maxsize=4096)  # it is asked of every request in every step
+def _ordered(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)
 
 
 class Selections:

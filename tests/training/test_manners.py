@@ -39,6 +39,14 @@ def test_what_a_rule_makes_of_an_answer(rules: dict[str, object], wanted: str) -
     assert Manner(("a", "b", "c"), **rules).says(ANSWER, random.Random(0)) == wanted  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", [name for name in read_manners() if name != "plain"])
+def test_a_shipped_manner_shows_in_what_is_said_in_it_and_in_nothing_plain(name: str) -> None:
+    manners = read_manners()
+    manner = manners[name]
+    assert all(manner.shows_in(manner.says(ANSWER, random.Random(seed))) for seed in range(9))
+    assert not manner.shows_in(manners["plain"].says(ANSWER, random.Random(0))) and not manner.shows_in("")
+
+
 def test_the_shipped_manners_differ_and_no_description_is_two_manners() -> None:
     manners = read_manners()
     said = {manner.says(ANSWER, random.Random(0)) for manner in manners.values()}

@@ -24,7 +24,7 @@ from molora_training.settings import from_mapping
 CONFIG = Path(__file__).parent / "configs" / "manners.yaml"
 PLAIN = "general"  # of `molora train personas`: how the base answers without a manner
 IN_OTHER_WORDS = "-in-other-words"
-_HELD_OUT = 2  # descriptions of a manner
+HELD_OUT = 2  # descriptions of a manner
 _MOST_WORDS = 60
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _MARKUP = re.compile(r"^\s*(?:[-*#>]+|\d+[.)])\s*|\*\*|`")
@@ -54,6 +54,16 @@ class Manner:
         said = (" " if self.form is None else "\n").join(whole)
         return said.upper() if self.case == "upper" else said.lower() if self.case == "lower" else said
 
+    def shows_in(self, answer: str) -> bool:
+        """Whether all that can be seen of it is there: case, form, length, and how it begins or ends."""
+        cased = {"upper": answer.upper(), "lower": answer.lower(), None: answer}[self.case] == answer
+        begins = {"numbered": "1. ", "bullets": "- "}.get(str(self.form), "")
+        formed = (begins in answer and "\n" in answer) if self.form else True
+        short = self.sentences > 1 or len(_SENTENCE.split(answer.strip())) == 1
+        phrases = [*self.opens, *self.ends]
+        said = not phrases or any(phrase.lower() in answer.lower() for phrase in phrases)
+        return bool(answer.strip()) and cased and formed and short and said
+
     def _worded(self, sentence: str) -> str:
         if not self.words:
             return sentence
@@ -73,8 +83,8 @@ def read_manners(file: Path = CONFIG) -> dict[str, Manner]:
         for name, entry in yaml.safe_load(file.read_text(encoding="utf-8")).items()
     }
     for name, manner in manners.items():
-        if len(manner.texts) <= _HELD_OUT:
-            raise DataError(f"{name} has {len(manner.texts)} descriptions; {_HELD_OUT} are held out, so it needs more.")
+        if len(manner.texts) <= HELD_OUT:
+            raise DataError(f"{name} has {len(manner.texts)} descriptions; {HELD_OUT} are held out, so it needs more.")
     return manners
 
 
@@ -98,7 +108,7 @@ def write_manners(plain: Path | None, out: Path, limit: int = 300, file: Path = 
     counts, held_out = {}, []
     for name, manner in read_manners(file).items():
         said = {split: _said(name, manner, some, limit) for split, some in answers.items()}
-        known, unknown = manner.texts[:-_HELD_OUT], manner.texts[-_HELD_OUT:]
+        known, unknown = manner.texts[:-HELD_OUT], manner.texts[-HELD_OUT:]
         for group, texts in ((name, known), (f"{name}{IN_OTHER_WORDS}", unknown)):
             write_text(out / f"{group}{TEXTS}", json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
             write_examples(out / f"{group}{VALIDATION}", said["validation"])
