@@ -1,7 +1,7 @@
 """Does an adapter that was made of a description speak in the manner that it describes?
 
-    molora train personas general --tries 1
-    python -m benchmarks.manners starter/hypernets/description
+    molora train manners --out manners
+    python -m benchmarks.manners text-net
 
 Of each manner of training one description that was learnt from, and those that were not, answer questions that were not
 learnt from. A manner shows where all of its rule that can be seen is in the answer. Beside them the base without any
@@ -22,8 +22,8 @@ from molora.personalize.embeddings import SentenceEncoder
 from molora.personalize.from_text import factors_from_texts
 from molora.personalize.text_net import TextNet
 from molora.provenance import commit
-from molora_training.data import data_dir, read_examples
-from molora_training.manners import HELD_OUT, PLAIN, read_manners
+from molora_training.data import read_examples
+from molora_training.manners import ANSWERS, HELD_OUT, read_manners
 from molora_training.speaker import Speaker
 
 SHOWN = ("Answers like a pirate.", "Talks like an old sailor with a parrot.", "A wizard who casts spells.")
@@ -32,7 +32,7 @@ SHOWN = ("Answers like a pirate.", "Talks like an old sailor with a parrot.", "A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net", type=Path, help="a network from molora train hypernet text")
-    parser.add_argument("--data", type=Path, help="folder with general.test.jsonl; default: data in MoLoRA's cache")
+    parser.add_argument("--manners", type=Path, default=Path("manners"), help="what molora train manners wrote")
     parser.add_argument("--questions", type=int, default=3, help="to each description")
     parser.add_argument("--new-tokens", type=int, default=64)
     given = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     encode = SentenceEncoder(net.config.encoder).encode
     manners = {name: one for name, one in read_manners().items() if name != "plain"}
     names = list(manners)
-    rows = read_examples((given.data or data_dir()) / f"{PLAIN}.test.jsonl")
+    rows = [row for row in read_examples(given.manners / ANSWERS) if row.split == "test"]
     chance = random.Random(0)
     asked = {name: [one.messages[0]["content"] for one in chance.sample(rows, given.questions)] for name in names}
 

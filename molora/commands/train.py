@@ -224,29 +224,26 @@ def personas(
 
 @app.command()
 def manners(
-    plain: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="With general.train.jsonl. Default: data in MoLoRA's cache.", show_default=False
-        ),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the manners go.")] = Path("manners"),
+    limit: Annotated[int, typer.Option(min=1, help="Conversations of a manner to learn from, at most.")] = 1000,
+    base: Annotated[
+        str | None, typer.Option(help="The model that answers. Default: the starter's.", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the manners go, three files each.")] = Path(
-        "manners"
-    ),
-    limit: Annotated[int, typer.Option(min=1, help="Conversations of a manner to learn from, at most.")] = 300,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write manners of speaking with descriptions, from which a network learns to make adapters of descriptions.
 
-    In: how the base answers without a manner (`molora train personas general`); each manner is a rule by which that is
-    said differently. Out: a folder for `molora train hypernet text`.
+    The base answers everyday questions; each manner is a rule by which the answers are said differently. In: nothing,
+    or the answers of a run before. Out: a folder for `molora train hypernet text`. A quarter of an hour on two cores.
 
     Example: molora train manners --out manners
     """
     with extra("train"), extra("personalize"):
+        from molora.base import DEFAULT_BASE
         from molora_training.manners import write_manners
 
-        counts = write_manners(plain, out, limit)
+        counts = write_manners(out, limit, base or DEFAULT_BASE, seed)
     report_data({name: {"examples": {"train": count}} for name, count in counts.items()}, out, as_json)
 
 

@@ -27,6 +27,7 @@ NOT_RUN: dict[str, list[str]] = {
     ],
     "the base writes every text itself, which takes hours; tests/unit/test_cli.py holds the command": [
         "molora train personas --out data",
+        "molora train manners --out manners",
     ],
     "trains for minutes to hours; tests/training does each in the small": [
         "molora train starter processes=4",
@@ -37,6 +38,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora train hypernet doc --config training/molora_training/configs/document-passages.yaml start=document-net "
         "out=net-2",
         "molora train hypernet profile raters out=profile-net loop.steps=400",
+        "molora train hypernet text --config training/molora_training/configs/manners-net.yaml out=text-net",
         "molora train pieces people=presidents out=pieces sharers=20",
         "molora train pieces people=raters task=task out=pieces",
         "molora train adapter --config training/molora_training/configs/task.yaml out=task "

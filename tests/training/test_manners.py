@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from molora.errors import ConfigError, DataError
-from molora_training.data import Example, write_examples
+from molora_training import manners
+from molora_training.data import Example, read_examples, write_examples
 from molora_training.hypernet.text_groups import read_groups
 from molora_training.hypernet.text_settings import GroupFiles
-from molora_training.manners import IN_OTHER_WORDS, Manner, read_manners, write_manners
+from molora_training.manners import ANSWERS, IN_OTHER_WORDS, Manner, read_manners, write_manners
 from tests.unit.spoken import make_spoken
 from tests.unit.test_cli import run
 
@@ -64,30 +65,45 @@ def test_what_a_file_of_manners_may_hold(tmp_path: Path) -> None:
 
 
 def test_the_groups_are_what_a_network_learns_from(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="molora train personas general"):
-        write_manners(tmp_path, tmp_path / "manners")
-    for split, count in (("train", 5), ("validation", 2)):
-        rows = [
-            Example(f"{split}-{place}", "general", split, (
-                {"role": "user", "content": f"How, {place}?"}, {"role": "assistant", "content": ANSWER}
-            ))
-            for place in range(count)
-        ]  # fmt: skip
-        write_examples(tmp_path / f"general.{split}.jsonl", rows)
-    found = json.loads(
-        run("train", "manners", "--plain", tmp_path, "--out", tmp_path / "manners", "--limit", "3", "--json")
-    )
-    manners = read_manners()
-    assert found["domains"] == {name: {"examples": {"train": 3}} for name in manners}
+    rows = [
+        Example(f"{split}-{place}", "plain", split, (
+            {"role": "user", "content": f"How, {place}?"}, {"role": "assistant", "content": ANSWER if place else "It"}
+        ))
+        for split, count in (("train", 6), ("validation", 3), ("test", 2)) for place in range(count)
+    ]  # fmt: skip
+    (tmp_path / "manners").mkdir()
+    write_examples(tmp_path / "manners" / ANSWERS, rows)
+    found = json.loads(run("train", "manners", "--out", tmp_path / "manners", "--limit", "3", "--json"))
+    shipped = read_manners()
+    assert found["domains"] == {name: {"examples": {"train": 3}} for name in shipped}
 
     tokenizer = make_spoken(tmp_path).tokenizer
     groups = read_groups(
         GroupFiles(tmp_path / "manners", max_length=4096), tokenizer, lambda texts: torch.eye(len(texts))
     )
-    assert [group.name for group in groups.trained] == sorted(manners)
-    assert [group.name for group in groups.held_out] == sorted(f"{name}{IN_OTHER_WORDS}" for name in manners)
+    assert [group.name for group in groups.trained] == sorted(shipped)
+    assert [group.name for group in groups.held_out] == sorted(f"{name}{IN_OTHER_WORDS}" for name in shipped)
     pirate = next(group for group in groups.trained if group.name == "pirate")
-    assert len(pirate.train) == 3 and len(pirate.embeddings) == len(manners["pirate"].texts) - 2
+    assert len(pirate.train) == 3 and len(pirate.embeddings) == len(shipped["pirate"].texts) - 2
     assert "ye save yer" in tokenizer.decode(pirate.train[0].input_ids).lower()
     other = next(group for group in groups.held_out if group.name == f"pirate{IN_OTHER_WORDS}")
     assert not other.train and len(other.embeddings) == 2 and len(other.validation) == 2
+
+
+def test_the_base_answers_the_everyday_questions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_spoken(tmp_path)
+    questions = [(f"ask-{place}", f"How do I do {place}?") for place in range(70)]
+    asked: list[list[dict[str, str]]] = []
+
+    def answer(base: object, tokenizer: object, prompts: list[list[dict[str, str]]], tries: int) -> list[list[str]]:
+        asked.extend(prompts)
+        return [[f"{ANSWER}<|im_end|>and more"] for _ in prompts]
+
+    monkeypatch.setattr(manners, "load_base", lambda *_, **__: (model.base, model.tokenizer))
+    monkeypatch.setattr(manners, "read_questions", lambda _: questions)
+    monkeypatch.setattr(manners, "answer", answer)
+    counts = write_manners(tmp_path / "manners")
+    assert [prompt[0]["content"] for prompt in asked] == [question for _, question in questions]
+    assert {row.messages[-1]["content"] for row in read_examples(tmp_path / "manners" / ANSWERS)} == {ANSWER}
+    assert 40 < counts["pirate"] < 70
+    assert write_manners(tmp_path / "manners") == counts and len(asked) == 70

@@ -13,16 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 
 from molora.atomic import write_text
+from molora.base import DEFAULT_BASE, load_base
 from molora.errors import DataError
 from molora_training.data import Example, data_dir, read_examples, write_examples
+from molora_training.data.items import split_of
+from molora_training.data.read_general import read_questions
 from molora_training.hypernet.text_groups import HELD_OUT_FILE, TEXTS, TRAIN, VALIDATION
+from molora_training.personas import answer
 from molora_training.settings import from_mapping
 
 CONFIG = Path(__file__).parent / "configs" / "manners.yaml"
-PLAIN = "general"  # of `molora train personas`: how the base answers without a manner
+ANSWERS = "answers.jsonl"  # of the base, without a manner
 IN_OTHER_WORDS = "-in-other-words"
 HELD_OUT = 2  # descriptions of a manner
 _MOST_WORDS = 60
@@ -88,26 +93,31 @@ def read_manners(file: Path = CONFIG) -> dict[str, Manner]:
     return manners
 
 
-def write_manners(plain: Path | None, out: Path, limit: int = 300, file: Path = CONFIG) -> dict[str, int]:
+def write_manners(
+    out: Path, limit: int = 1000, base: str = DEFAULT_BASE, seed: int = 0, file: Path = CONFIG
+) -> dict[str, int]:
     """Writes the groups of all manners, for :func:`molora_training.hypernet.text.train`.
 
     Args:
-        plain: the folder with the base's plain answers; None: that of other data.
-        out: folder of the groups.
+        out: folder of the groups, and of the base's answers without a manner, which are kept if they are there.
         limit: conversations of a manner to learn from, at most; each manner has others.
+        base: the model that answers. seed: of its sampling.
         file: the manners.
 
     Returns:
         Conversations to learn from, by manner.
-
-    Raises:
-        DataError: there are no plain answers.
     """
-    answers = {split: _plain((plain or data_dir()) / f"{PLAIN}.{split}.jsonl") for split in ("train", "validation")}
+    manners = read_manners(file)
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / ANSWERS).is_file():
+        write_examples(out / ANSWERS, _answered(base, seed))
+    rows = [row for row in read_examples(out / ANSWERS) if _sentences(row.messages[-1]["content"])]
     counts, held_out = {}, []
-    for name, manner in read_manners(file).items():
-        said = {split: _said(name, manner, some, limit) for split, some in answers.items()}
+    for name, manner in manners.items():
+        said = {
+            split: _said(name, manner, [row for row in rows if row.split == split], limit)
+            for split in ("train", "validation")
+        }
         known, unknown = manner.texts[:-HELD_OUT], manner.texts[-HELD_OUT:]
         for group, texts in ((name, known), (f"{name}{IN_OTHER_WORDS}", unknown)):
             write_text(out / f"{group}{TEXTS}", json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
@@ -119,10 +129,23 @@ def write_manners(plain: Path | None, out: Path, limit: int = 300, file: Path = 
     return counts
 
 
-def _plain(file: Path) -> list[Example]:
-    if not file.is_file():
-        raise DataError(f"There is no {file}: `molora train personas {PLAIN} --tries 1` writes it.")
-    return [row for row in read_examples(file) if _sentences(row.messages[-1]["content"])]
+def _answered(base: str, seed: int) -> list[Example]:
+    """The base's answers to everyday questions, also those that it did not bring to an end."""
+    from tqdm.auto import tqdm
+
+    cuda = torch.cuda.is_available()
+    model, tokenizer = load_base(base, device_map="cuda" if cuda else None)
+    questions, size = read_questions(data_dir()), 512 if cuda else 64
+    torch.manual_seed(seed)
+    found = []
+    for start in tqdm(range(0, len(questions), size), desc="plain answers"):
+        some = questions[start : start + size]
+        prompts = [[{"role": "user", "content": question}] for _, question in some]
+        for (id_, question), (text,) in zip(some, answer(model, tokenizer, prompts, tries=1), strict=True):
+            said = text.split("<|im_end|>")[0].strip()
+            turns = ({"role": "user", "content": question}, {"role": "assistant", "content": said})
+            found.append(Example(id_, "plain", split_of(id_), turns))
+    return found
 
 
 def _said(name: str, manner: Manner, rows: Sequence[Example], limit: int) -> list[Example]:
