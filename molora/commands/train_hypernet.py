@@ -59,8 +59,9 @@ def text(
 
     In: a folder with three files for each group, which is a user or a task: GROUP.texts.json (a list of texts that
     stand for it), GROUP.train.jsonl and GROUP.validation.jsonl (conversations); `molora train manners` writes such a
-    folder, and for people's profiles there is `molora train hypernet profile`. Out: a folder for `molora profile` and `molora describe`, with metrics.json and a model
-    card. It is judged on groups that are held out, beside another group's text, a random one, and no adapter.
+    folder, and for people's profiles there is `molora train hypernet profile`. Out: a folder for `molora profile` and
+    `molora describe`, with metrics.json and a model card. It is judged on groups that are held out, beside another
+    group's text, a random one, and no adapter.
 
     Settings: out, data.folder, data.held_out, net.width, net.rank, net.targets, net.head, base, encoder, groups,
     conversations, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
