@@ -36,9 +36,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=3, help="to each description")
     parser.add_argument("--new-tokens", type=int, default=64)
     given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_base(TextNet.load(given.net).config.base, dtype=torch.float32)
-    base.requires_grad_(False).eval()
-    net = TextNet.load(given.net, base)
+    base.to(device).requires_grad_(False).eval()
+    net = TextNet.load(given.net, base).to(device)
     speaker = Speaker(base, tokenizer, new_tokens=given.new_tokens)
     encode = SentenceEncoder(net.config.encoder).encode
     manners = {name: one for name, one in read_manners().items() if name != "plain"}
