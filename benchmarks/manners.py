@@ -23,7 +23,7 @@ from molora.personalize.from_text import factors_from_texts
 from molora.personalize.text_net import TextNet
 from molora.provenance import commit
 from molora_training.data import read_examples
-from molora_training.manners import ANSWERS, HELD_OUT, read_manners
+from molora_training.manners import HELD_OUT, answers_file, read_manners
 from molora_training.speaker import Speaker
 
 SHOWN = ("Answers like a pirate.", "Talks like an old sailor with a parrot.", "A wizard who casts spells.")
@@ -44,7 +44,7 @@ def main() -> None:
     encode = SentenceEncoder(net.config.encoder).encode
     manners = {name: one for name, one in read_manners().items() if name != "plain"}
     names = list(manners)
-    rows = [row for row in read_examples(given.manners / ANSWERS) if row.split == "test"]
+    rows = [row for row in read_examples(answers_file(given.manners, net.config.base)) if row.split == "test"]
     chance = random.Random(0)
     asked = {name: [one.messages[0]["content"] for one in chance.sample(rows, given.questions)] for name in names}
 

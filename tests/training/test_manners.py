@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from molora.base import DEFAULT_BASE
 from molora.errors import ConfigError, DataError
 from molora_training import manners
 from molora_training.data import Example, read_examples, write_examples
 from molora_training.hypernet.text_groups import read_groups
 from molora_training.hypernet.text_settings import GroupFiles
-from molora_training.manners import ANSWERS, IN_OTHER_WORDS, Manner, read_manners, write_manners
+from molora_training.manners import IN_OTHER_WORDS, Manner, answers_file, read_manners, write_manners
 from tests.unit.spoken import make_spoken
 from tests.unit.test_cli import run
 
@@ -72,7 +73,7 @@ def test_the_groups_are_what_a_network_learns_from(tmp_path: Path) -> None:
         for split, count in (("train", 6), ("validation", 3), ("test", 2)) for place in range(count)
     ]  # fmt: skip
     (tmp_path / "manners").mkdir()
-    write_examples(tmp_path / "manners" / ANSWERS, rows)
+    write_examples(answers_file(tmp_path / "manners", DEFAULT_BASE), rows)
     found = json.loads(run("train", "manners", "--out", tmp_path / "manners", "--limit", "3", "--json"))
     shipped = read_manners()
     assert found["domains"] == {name: {"examples": {"train": 3}} for name in shipped}
@@ -104,6 +105,10 @@ def test_the_base_answers_the_everyday_questions_once(tmp_path: Path, monkeypatc
     monkeypatch.setattr(manners, "answer", answer)
     counts = write_manners(tmp_path / "manners")
     assert [prompt[0]["content"] for prompt in asked] == [question for _, question in questions]
-    assert {row.messages[-1]["content"] for row in read_examples(tmp_path / "manners" / ANSWERS)} == {ANSWER}
+    assert {row.messages[-1]["content"] for row in read_examples(answers_file(tmp_path / "manners", DEFAULT_BASE))} == {
+        ANSWER
+    }
     assert 40 < counts["pirate"] < 70
     assert write_manners(tmp_path / "manners") == counts and len(asked) == 70
+    write_manners(tmp_path / "manners", base="another/base")
+    assert len(asked) == 140  # another base answers otherwise

@@ -27,7 +27,6 @@ from molora_training.personas import answer
 from molora_training.settings import from_mapping
 
 CONFIG = Path(__file__).parent / "configs" / "manners.yaml"
-ANSWERS = "answers.jsonl"  # of the base, without a manner
 IN_OTHER_WORDS = "-in-other-words"
 HELD_OUT = 2  # descriptions of a manner
 _MOST_WORDS = 60
@@ -109,9 +108,10 @@ def write_manners(
     """
     manners = read_manners(file)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / ANSWERS).is_file():
-        write_examples(out / ANSWERS, _answered(base, seed))
-    rows = [row for row in read_examples(out / ANSWERS) if _sentences(row.messages[-1]["content"])]
+    answers = answers_file(out, base)
+    if not answers.is_file():
+        write_examples(answers, _answered(base, seed))
+    rows = [row for row in read_examples(answers) if _sentences(row.messages[-1]["content"])]
     counts, held_out = {}, []
     for name, manner in manners.items():
         said = {
@@ -127,6 +127,11 @@ def write_manners(
         counts[name] = len(said["train"])
     write_text(out / HELD_OUT_FILE, json.dumps(held_out, indent=1) + "\n")
     return counts
+
+
+def answers_file(folder: Path, base: str) -> Path:
+    """Where a base's answers without a manner lie."""
+    return folder / f"answers-{base.strip('/').replace('/', '--')}.jsonl"
 
 
 def _answered(base: str, seed: int) -> list[Example]:
