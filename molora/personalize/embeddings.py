@@ -49,7 +49,7 @@ class SentenceEncoder:
 
     Args:
         name: a local folder or a Hub id; the default one needs no Hub.
-        device: where the encoder runs; the vectors come back to the CPU.
+        device: where the encoder runs, by default on a GPU if there is one; the vectors come back to the CPU.
         batch_size: texts at a time.
         progress: say on stderr what is downloaded.
 
@@ -61,7 +61,7 @@ class SentenceEncoder:
     def __init__(
         self,
         name: str | Path = DEFAULT_ENCODER,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         batch_size: int = 32,
         progress: bool = True,
     ) -> None:
@@ -69,7 +69,7 @@ class SentenceEncoder:
             raise ConfigError(f"The batch size is {batch_size}: it has to be 1 or more.")
         folder = encoder_folder(name, progress)
         self._model, self._tokenizer = _load(folder)
-        self._model.to(device)
+        self._model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._batch_size = batch_size
         self.name = str(name)
         self.max_tokens = _max_tokens(folder, self._model, self._tokenizer)

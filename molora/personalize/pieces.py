@@ -30,6 +30,7 @@ from molora.factors import Factors
 POOL_FILE, WEIGHTS_FILE = "pool.json", "pool.safetensors"
 TOP = 3
 ANCHORS = 2
+_BATCH_TOKENS = 8192  # padded ones of histories in one forward
 
 
 @dataclass(frozen=True)
@@ -221,13 +222,17 @@ def mean_inputs(
     Raises:
         DataError: no conversation has an answer.
     """
+    rows = [row for messages in conversations if bool((row := _tokens(tokenizer, messages))[1].any())]
+    if not rows:
+        raise DataError("The history holds no answer to choose pieces by.")
+    count = sum(int(answer.sum()) for _, answer in rows)
+    rows.sort(key=lambda row: len(row[0]))  # a batch is padded to its longest
     sums: dict[str, Tensor] = {}
-    count = 0
-    answer: Tensor = torch.zeros(0)
+    places = torch.zeros(0, dtype=torch.int64)
 
     def see(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0][0][answer].float()
+            x = args[0].flatten(0, 1)[places].float()
             total = F.layer_norm(x, x.shape[-1:]).sum(0)
             sums[name] = sums[name] + total if name in sums else total
 
@@ -235,21 +240,26 @@ def mean_inputs(
 
     hooks = [base.get_submodule(name).register_forward_pre_hook(see(name)) for name in modules]
     try:
-        for messages in conversations:
-            parts = [
-                (torch.tensor(tokenizer(piece.text, add_special_tokens=False)["input_ids"]), piece.answer)
-                for piece in cut_at_answers(tokenizer, messages)
-            ]
-            ids = torch.cat([tokens for tokens, _ in parts]).to(base.device)
-            written = torch.cat([torch.full((len(tokens),), is_answer) for tokens, is_answer in parts])
-            # Those from which an answer's tokens are predicted.
-            answer = F.pad(written[1:], (0, 1)).to(base.device)
-            if bool(answer.any()):
-                base(ids.unsqueeze(0), use_cache=False)
-                count += int(answer.sum())
+        while rows:
+            some = [rows.pop()]
+            while rows and (len(some) + 1) * len(some[0][0]) <= _BATCH_TOKENS:
+                some.append(rows.pop())
+            ids, answers = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*some, strict=True))
+            lengths = torch.tensor([len(own) for own, _ in some])
+            mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+            places = answers.flatten().nonzero().squeeze(1).to(base.device)
+            base.base_model(ids.to(base.device), attention_mask=mask.to(base.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    if not count:
-        raise DataError("The history holds no answer to choose pieces by.")
     return {name: total / count for name, total in sums.items()}
+
+
+def _tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[Tensor, Tensor]:
+    """A conversation's tokens, and those from which an answer's are predicted."""
+    parts = [
+        (torch.tensor(tokenizer(piece.text, add_special_tokens=False)["input_ids"]), piece.answer)
+        for piece in cut_at_answers(tokenizer, messages)
+    ]
+    written = torch.cat([torch.full((len(tokens),), is_answer) for tokens, is_answer in parts])
+    return torch.cat([tokens for tokens, _ in parts]), F.pad(written[1:], (0, 1))

@@ -186,7 +186,9 @@ def _answers(
         for some in (closed, open_)
     )
     with nullcontext() if adapted else learner.off():
-        told = Speaker(learner.model, learner.tokenizer, new_tokens=TOLD).answers(open_prompts)
+        # A small base leaves a GPU idle unless it is asked much at once.
+        batch = 256 if torch.cuda.is_available() else 32
+        told = Speaker(learner.model, learner.tokenizer, batch, TOLD).answers(open_prompts)
         return {"says_yes": learner.says_yes(prompts), "told": told}
 
 

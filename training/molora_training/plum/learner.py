@@ -24,6 +24,7 @@ from molora_training.schedule import warm_cosine
 _CLIP_NORM = 1.0
 _WARMUP = 0.1  # share of a conversation's steps
 _AT_ONCE = 32  # questions that are answered in one batch
+_AT_ONCE_ON_GPU = 1 << 14  # padded tokens of rows that are judged in one batch
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,8 @@ class Learner:
 
     def _each(self, rows: Sequence[Segmented]) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """In batches: nats of answers' tokens and all tokens' segments, both [B, T - 1], and which rows they are."""
-        for places in plan_pass(_lengths(rows), self.settings.batch_tokens):
+        at_once = _AT_ONCE_ON_GPU if self._device.type == "cuda" else self.settings.batch_tokens
+        for places in plan_pass(_lengths(rows), at_once):
             with self._mixed():
                 batch = padded([rows[place] for place in places], self.pad_id, self._device)
                 each, segments = self.loss.each(self.model, batch)
