@@ -9,6 +9,8 @@ export PYTHONPATH=".:kernels:training:demo${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNB
 python3 -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'No GPU is here.')"
 MOLORA_TEST_DEVICE=cuda python3 -m pytest -p no:cacheprovider tests/kernels tests/parity \
     tests/unit/test_generation.py tests/unit/test_live_stack.py tests/unit/test_streaming.py tests/training/test_on_stack.py \
+    tests/training/test_plum.py::TestLearner::test_captured_steps_learn_the_same \
+    tests/training/test_plum.py::TestLearner::test_a_batch_is_filled_up_with_what_counts_for_nothing \
     tests/serve/test_engine.py tests/serve/test_row_steps.py tests/serve/test_prefixes.py tests/serve/test_pool.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -22,6 +23,8 @@ from molora.base import load_base
 from molora.cli import app
 from molora.errors import ConfigError, DataError, NonFiniteError, StackError, VersionError
 from molora.versions import Versions
+from molora_training.attention import attending_causally
+from molora_training.captured import filled, filled_shape
 from molora_training.plum.bank import BANK
 from molora_training.plum.conversations import Conversation, read_conversations
 from molora_training.plum.learn import DISCUSSED, LearnSettings, Measured, against, learn, pairs_of
@@ -39,6 +42,7 @@ from molora_training.plum.topics import (
     topics,
     write_discussed,
 )
+from tests.conftest import DEVICE
 from tests.unit.spoken import make_spoken, teachable
 
 
@@ -246,7 +250,8 @@ def base_folder(tmp_path: Path) -> Path:
 def learner(base_folder: Path, **settings: Any) -> Learner:
     base, tokenizer = load_base(str(base_folder), dtype=torch.float32)
     chosen = Learning(**{"learning_rate": 5e-3, "batch_tokens": 1024, "wordings": 2, "pull": 0.0, **settings})
-    return Learner(base.requires_grad_(False), tokenizer, base_folder.parent / "blank", chosen, str(base_folder))
+    base = base.to(DEVICE).requires_grad_(False)
+    return Learner(base, tokenizer, base_folder.parent / "blank", chosen, str(base_folder))
 
 
 class TestLearner:
@@ -290,6 +295,42 @@ class TestLearner:
             own.learn(pairs)
             moved.append(sum(float((p.detach() - before[name]).square().sum()) for name, p in own.parameters.items()))
         assert 0 < moved[1] < moved[0] / 2
+
+    def test_a_batch_is_filled_up_with_what_counts_for_nothing(self, base_folder: Path) -> None:
+        own = learner(base_folder, pull=0.1)
+        ((pairs, *_), _) = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+        batch = padded([own._row(pair) for pair in pairs[:3]], own.pad_id, DEVICE)
+        shape = filled_shape(*batch.input_ids.shape, 1024)
+        assert shape[0] > 3 and shape[1] > batch.input_ids.shape[1]
+        found = []
+        base = own.model.get_base_model()
+        for some in (batch, filled(batch, 1024)):
+            with attending_causally(base, shape[1]) if some is not batch else nullcontext(True) as able:
+                assert able
+                own.model.zero_grad()
+                loss = own._objective(some)["loss"]
+                loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in own.parameters.values())])
+        assert any(gradient.abs().max() > 1e-3 for gradient in found[0][1:])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+        assert base.config._attn_implementation == "sdpa"  # what is padded on the left needs its mask
+
+    @pytest.mark.gpu
+    def test_captured_steps_learn_the_same(self, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        learnt = []
+        conversations = [Conversation("chat", tuple(ZITHER)), Conversation("other", tuple(ZITHER[:2]))]
+        for captured in (True, False):
+            with monkeypatch.context() as patch:
+                if not captured:
+                    patch.setattr("molora_training.plum.learner.attending_causally", lambda *_: nullcontext(False))
+                own = learner(base_folder, epochs=6, pull=0.1)
+                for pairs in pairs_of(conversations, frozenset(), own.settings)[0]:
+                    own.learn(pairs)
+            assert (own._captured is not None) == captured
+            if own._captured is not None:
+                assert own._captured.able and any(own._captured._steps.values())
+            learnt.append([p.detach() for p in own.parameters.values()])
+        torch.testing.assert_close(learnt[0], learnt[1], rtol=1e-3, atol=1e-4)
 
     def test_a_loss_that_is_not_finite(self, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         own = learner(base_folder)

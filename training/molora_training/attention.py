@@ -1,5 +1,8 @@
 """Attention of right-padded conversations needs no mask: a token never sees the padding, which comes after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -22,3 +25,16 @@ def attend_causally(base: PreTrainedModel, tokens: int) -> bool:
         return False
     base.set_attn_implementation(CAUSAL)
     return True
+
+
+@contextmanager
+def attending_causally(base: PreTrainedModel, tokens: int) -> Iterator[bool]:
+    """As :func:`attend_causally`, for a while."""
+    config = base.config.get_text_config()
+    before = config._attn_implementation
+    able = attend_causally(base, tokens)
+    try:
+        yield able
+    finally:
+        if able:
+            base.set_attn_implementation(before)

@@ -5,13 +5,14 @@ A training step over a frozen base is thousands of small calls, which the host i
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from molora_training.batches import rounded
-from molora_training.data import IGNORED, Batch
+from molora_training.data import IGNORED
 
 _log = logging.getLogger(__name__)
 OFTEN = 10  # times that a shape has to come: a capture takes as long as a few steps, and memory of its own
@@ -22,7 +23,8 @@ class CapturedSteps:
     """Runs steps of ``objective``; what it runs must not wait for the device.
 
     Args:
-        objective: gives terms of a batch, ``loss`` among them.
+        objective: gives terms of a batch, ``loss`` among them. A batch is a dataclass of tensors [B, T], ``input_ids``
+            and what else _FILLERS tells how to fill.
         parameters: what it trains. After a step their ``grad`` is the step's own, whatever it was before.
         batch_tokens: what batches are planned for; they are filled up to it.
         worth: shapes that come often enough; the others are run as they are. None: all are.
@@ -30,7 +32,7 @@ class CapturedSteps:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Callable[[Any], dict[str, torch.Tensor]],
         parameters: Iterable[nn.Parameter],
         batch_tokens: int,
         worth: Collection[tuple[int, int]] | None = None,
@@ -41,7 +43,7 @@ class CapturedSteps:
         self.able = True
         self._steps: dict[torch.Size, _Step | None] = {}  # None: the shape came once
 
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Any) -> dict[str, torch.Tensor]:
         """Terms of a batch, which the next step of its shape overwrites, and the gradients of its loss."""
         sequences, tokens = batch.input_ids.shape
         if self.worth is not None and filled_shape(sequences, tokens, self.batch_tokens) not in self.worth:
@@ -56,15 +58,15 @@ class CapturedSteps:
             return self._run(batch)
         return step(batch, self.parameters)
 
-    def _run(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _run(self, batch: Any) -> dict[str, torch.Tensor]:
         for parameter in self.parameters:
             parameter.grad = None
         terms: dict[str, torch.Tensor] = self.objective(batch)
         terms["loss"].backward()
         return {name: value.detach() for name, value in terms.items()}
 
-    def _capture(self, batch: Batch) -> "_Step | None":
-        batch = Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()})
+    def _capture(self, batch: Any) -> "_Step | None":
+        batch = type(batch)(**{name: tensor.clone() for name, tensor in vars(batch).items()})
         before = torch.cuda.get_sync_debug_mode()
         try:
             side = torch.cuda.Stream()
@@ -97,13 +99,13 @@ class _Step:
     def __init__(
         self,
         graph: torch.cuda.CUDAGraph,
-        batch: Batch,
+        batch: Any,
         terms: dict[str, torch.Tensor],
         gradients: list[torch.Tensor | None],
     ) -> None:
         self.graph, self.batch, self.terms, self.gradients = graph, batch, terms, gradients
 
-    def __call__(self, batch: Batch, parameters: list[nn.Parameter]) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Any, parameters: list[nn.Parameter]) -> dict[str, torch.Tensor]:
         for name, tensor in vars(self.batch).items():
             tensor.copy_(getattr(batch, name))
         self.graph.replay()
@@ -124,11 +126,11 @@ def filled_shape(sequences: int, tokens: int, batch_tokens: int) -> tuple[int, i
     return max(sequences, batch_tokens // wanted), wanted
 
 
-def filled(batch: Batch, batch_tokens: int) -> Batch:
+def filled(batch: Any, batch_tokens: int) -> Any:
     """The batch with padding, of :func:`filled_shape`."""
     sequences, tokens = batch.input_ids.shape
     most, wanted = filled_shape(sequences, tokens, batch_tokens)
     pads = (0, wanted - tokens, 0, most - sequences)
-    return Batch(
+    return type(batch)(
         **{name: nn.functional.pad(tensor, pads, value=_FILLERS.get(name, 0)) for name, tensor in vars(batch).items()}
     )

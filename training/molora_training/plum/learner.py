@@ -14,11 +14,22 @@ from molora.adapter import WEIGHTS_FILE, Adapter
 from molora.chat import render
 from molora.checks import check_fits
 from molora.errors import ConfigError, NonFiniteError
-from molora_training.batches import plan_pass, plan_steps
+from molora_training.attention import attending_causally
+from molora_training.batches import plan_pass, plan_steps, rounded
+from molora_training.captured import CapturedSteps
 from molora_training.checkpoint import save_tensors
 from molora_training.continual.steady import Steady
 from molora_training.plum.pairs import NO, WORDINGS, YES, Pair
-from molora_training.plum.segments import ANSWER, OTHER, Segmented, SegmentLoss, SegmentWeights, padded, segmented
+from molora_training.plum.segments import (
+    ANSWER,
+    OTHER,
+    SegmentBatch,
+    Segmented,
+    SegmentLoss,
+    SegmentWeights,
+    padded,
+    segmented,
+)
 from molora_training.schedule import warm_cosine
 
 _CLIP_NORM = 1.0
@@ -97,6 +108,8 @@ class Learner:
         self.tokenizer, self.settings, self.base_name = tokenizer, settings, base_name
         self.model: Any = PeftModel.from_pretrained(base, start, is_trainable=True, config=config).eval()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._before = [parameter.detach().clone() for parameter in self.parameters.values()]  # a conversation
+        self._captured: CapturedSteps | None = None
         self.loss = SegmentLoss(base, settings.weights)
         self.pad_id = int(tokenizer.pad_token_id or 0)
 
@@ -124,31 +137,26 @@ class Learner:
         rows = [self._row(pair) for pair in pairs]
         steps = plan_steps(_lengths(rows), settings.batch_tokens, settings.epochs, settings.seed)
         own = list(self.parameters.values())
-        before = [parameter.detach().clone() for parameter in own]
+        with torch.no_grad():
+            for then, now in zip(self._before, own, strict=True):
+                then.copy_(now)
         if steady is not None:
             steady.prepare(self.model)
         optimizer = torch.optim.AdamW(own, settings.learning_rate, weight_decay=0.0)
-        for number, indices in enumerate(steps):
-            if on_step is not None:
-                on_step(number, len(steps))
-            for group in optimizer.param_groups:
-                group["lr"] = warm_cosine(number, len(steps), _WARMUP, settings.learning_rate)
-            with self._mixed():
-                loss = self.loss(self.model, padded([rows[index] for index in indices], self.pad_id, self._device))
-            if settings.pull:
-                loss = loss + settings.pull * pulled(own, before)
-            if steady is not None:
-                with self._mixed():
-                    loss = loss + steady.drift(self.model)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = float(nn.utils.clip_grad_norm_(own, _CLIP_NORM))
-            if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
-                raise NonFiniteError(
-                    f"The loss became {float(loss.detach())} at step {number + 1} and its gradient {norm}: nothing is "
-                    "kept of it; take a lower learning rate."
-                )
-            optimizer.step()
+        with self._stepping(max(_lengths(rows)), steady) as step:
+            for number, indices in enumerate(steps):
+                if on_step is not None:
+                    on_step(number, len(steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = warm_cosine(number, len(steps), _WARMUP, settings.learning_rate)
+                loss = step(padded([rows[index] for index in indices], self.pad_id, self._device))
+                both = torch.stack([loss, nn.utils.clip_grad_norm_(own, _CLIP_NORM)])
+                if not all(math.isfinite(value) for value in both.tolist()):
+                    raise NonFiniteError(
+                        f"The loss became {both[0]:.4g} at step {number + 1} and its gradient {both[1]:.4g}: nothing "
+                        "is kept of it; take a lower learning rate."
+                    )
+                optimizer.step()
         return len(steps)
 
     @torch.no_grad()
@@ -219,6 +227,37 @@ class Learner:
         trained = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()}
         save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+
+    @contextmanager
+    def _stepping(self, longest: int, steady: Steady | None) -> Iterator[Callable[[SegmentBatch], Tensor]]:
+        """Gives what puts the gradients of a batch in place and tells its loss. On a GPU it is captured, and serves all
+        conversations: a small base's step is thousands of launches, which take the host ten times as long."""
+
+        def plainly(batch: SegmentBatch) -> Tensor:
+            self.model.zero_grad(set_to_none=True)
+            loss = self._objective(batch, steady)["loss"]
+            loss.backward()
+            return loss.detach()
+
+        if self._device.type != "cuda" or steady is not None:
+            yield plainly
+            return
+        with attending_causally(self.model.get_base_model(), rounded(longest)) as able:
+            if able and self._captured is None:
+                tokens = self.settings.batch_tokens
+                self._captured = CapturedSteps(self._objective, self.parameters.values(), tokens)
+            captured = self._captured
+            yield plainly if captured is None or not able else lambda batch: captured(batch)["loss"]
+
+    def _objective(self, batch: SegmentBatch, steady: Steady | None = None) -> dict[str, Tensor]:
+        with self._mixed():
+            loss = self.loss(self.model, batch)
+        if self.settings.pull:
+            loss = loss + self.settings.pull * pulled(list(self.parameters.values()), self._before)
+        if steady is not None:
+            with self._mixed():
+                loss = loss + steady.drift(self.model)
+        return {"loss": loss}
 
     @property
     def _device(self) -> torch.device:

@@ -45,7 +45,8 @@ class Segmented:
 
 @dataclass(frozen=True)
 class SegmentBatch:
-    """B of them, padded on the right; all [B, T] int64. attention_mask is 0 on padding, segments -1."""
+    """B of them, padded on the right, and rows of padding alone, which count for nothing; all [B, T] int64.
+    attention_mask is 0 on padding, segments -1."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -98,7 +99,7 @@ class SegmentLoss:
         for segment in wanted:
             here = segments == segment
             total = total + self.weights[segment] * (each * here).sum(1) / here.sum(1).clamp_min(1)
-        return total.mean()
+        return total.sum() / (batch.segments >= 0).any(1).sum()
 
     def each(
         self, model: Callable[..., Any], batch: SegmentBatch, wanted: Sequence[int] = (ANSWER,)
@@ -107,7 +108,7 @@ class SegmentLoss:
 
         They are those of tokens 1 to T - 1; nothing predicts the first.
         """
-        inside = torch.isin(batch.segments, torch.tensor(list(wanted), device=batch.segments.device))
+        inside = torch.stack([batch.segments == segment for segment in wanted]).any(0)
         labels = nn.functional.pad(batch.input_ids.where(inside, IGNORED)[:, 1:], (0, 1), value=IGNORED)
         found = self.losses(
             lambda: model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False), labels
