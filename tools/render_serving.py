@@ -77,8 +77,8 @@ def soak(report: Row) -> list[str]:
 
 
 def about(report: Row) -> str:
-    threads = report.get("threads", 1)
+    threads = f", {report['threads']} thread{'s' if report['threads'] > 1 else ''}" if "threads" in report else ""
     return (
-        f"`{report['command']}` on one {report['machine']}, {threads} thread{'s' if threads > 1 else ''}, commit "
+        f"`{report['command']}` on one {report['machine']}{threads}, commit "
         f"{report['commit']}, {report['date']}, seed {report['seed']}. Data: {report['data']}."
     )

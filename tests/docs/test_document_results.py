@@ -1,8 +1,8 @@
-"""The sections about documents and about the choice of a router say what the measured files say."""
+"""The sections about documents, people and the choice of a router say what the measured files say."""
 
 from typing import Any
 
-from tools import render_choice, render_documents
+from tools import render_choice, render_documents, render_people
 
 ABOUT = {"machine": "A GPU", "commit": "abc", "date": "2026-01-01", "seed": 0, "data": "some"}
 
@@ -32,6 +32,33 @@ def test_needles_and_questions_are_what_was_measured() -> None:
     assert "| questions about passages | F1" in before and before.count("| base |") == 1
     assert "| recall | 0.500 | ≥ 0.95 | **missed** |" in text
     assert "9.5 million" in text and "52 ms" in text and "20.3 MB" in text and "rank 4 1.0 MB" in text
+
+
+def test_people_and_what_their_adapters_cost_are_what_was_measured() -> None:
+    def row(name: str, loss: float, **metrics: float) -> dict[str, Any]:
+        figures = {"loss": loss, **metrics}
+        return {"contender": name, **figures, **{f"{k}_interval": [v - 0.1, v + 0.1] for k, v in figures.items()}}
+
+    report = {
+        **ABOUT,
+        "command": "molora eval people",
+        "people": 141,
+        "rows": [row("base", 7.1314, accuracy=0.25, mae=3.0), row("search", 3.0, accuracy=0.5, mae=1.0)],
+        "unrelated": {"base": 1.8183},
+        "cost": {
+            "own": {"seconds": 0.535, "adapter_bytes": 1.88e6},
+            "pieces": {"seconds": 0.2, "adapter_bytes": 5e6, "kept_bytes": 1584.0},
+        },
+        "must": [{"name": "kept", "value": 1584.0, "bar": 2048, "better": "lower", "holds": True, "note": ""}],
+    }
+    text = "\n".join(render_people.section(report))
+    assert text.startswith("## What does an adapter of one's own bring? 141 raters of films\n")
+    assert "| | nats | right | away from right | unrelated |" in text and "on one A GPU, commit abc" in text
+    assert "| base | 7.131 [7.031, 7.231] | 0.250 [0.150, 0.350] | 3.000 [2.900, 3.100] | 1.818 |" in text
+    assert "| search | 3.000 [2.900, 3.100] | 0.500 [0.400, 0.600] | 1.000 [0.900, 1.100] | |" in text
+    assert "| own | 0.535 | 1.9 | |" in text and "| pieces | 0.200 | 5.0 | 1,584 |" in text
+    said = render_people.section({**report, "people": 11, "rows": [row("base", 3.0, rouge_1=0.2, rouge_l=0.1)]})
+    assert said[0].endswith("11 presidents") and "| | nats | ROUGE-1 | ROUGE-L | unrelated |" in said
 
 
 def test_a_router_is_shown_with_what_it_keeps_and_what_it_loses() -> None:

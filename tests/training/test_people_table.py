@@ -186,11 +186,12 @@ def test_an_interrupted_table_goes_on(
                 report = None
             return report, training.calls, asking.calls
 
-    # Of three people two learn at once: two trainings for each of two learning rates, and two on top of the anchors.
+    # Of three people two learn at once, two trainings for each of two learning rates; on top of the anchors, where each
+    # has four times as many tokens in a step, one.
     whole = go("whole.json")
-    assert whole[1:] == (6, len(WAYS)) and list(tmp_path.glob(".whole/*.safetensors*")) == []
+    assert whole[1:] == (7, len(WAYS)) and list(tmp_path.glob(".whole/*.safetensors*")) == []
     assert go("o.json", train_stops=4) == (None, 4, 0)  # in the second rate
-    assert go("o.json", ask_stops=7) == (None, 4, 7)  # which alone is trained again
+    assert go("o.json", ask_stops=7) == (None, 5, 7)  # which alone is trained again
     assert not (tmp_path / "o.json").is_file() and len(list(tmp_path.glob(".o/*.safetensors"))) == 4
     report, trained, asked = go("o.json")
     assert (trained, asked) == (0, len(WAYS) - 6)
@@ -198,16 +199,16 @@ def test_an_interrupted_table_goes_on(
     assert report == json.loads((tmp_path / "o.json").read_text())
     assert go("o.json") == (report, 0, 0)
     # Nothing is used of other settings, of other people, or of an adapter that was trained anew.
-    assert go("o.json", questions=1)[1:] == (6, len(WAYS))
+    assert go("o.json", questions=1)[1:] == (7, len(WAYS))
     monkeypatch.setattr(people_table, "read_people", lambda name, folder: [*PEOPLE[:-1], person("eve", "5", 8, True)])
     changed = go("o.json", questions=1)
-    assert changed[1:] == (6, len(WAYS))
+    assert changed[1:] == (7, len(WAYS))
     net = TextNet.load(settings.net)  # type: ignore[arg-type]
     torch.nn.init.zeros_(next(iter(net.bias_B.values())))
     shutil.rmtree(settings.net)  # type: ignore[arg-type]
     net.save(settings.net)  # type: ignore[arg-type]
     again = go("o.json", questions=1)
-    assert again[1:] == (6, len(WAYS)) and again[0]["rows"] != changed[0]["rows"]
+    assert again[1:] == (7, len(WAYS)) and again[0]["rows"] != changed[0]["rows"]
 
 
 def test_numbers_and_texts_are_judged_by_what_they_are() -> None:

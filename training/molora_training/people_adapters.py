@@ -192,8 +192,9 @@ class PeopleAdapters:
         rows = [history_rows(one, self.tokenizer, MOST) for one in self.people.persons]
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         found: dict[int, Factors] = {}
-        for first in tqdm(range(0, len(order), settings.at_once), desc="own adapters"):
-            some = order[first : first + settings.at_once]
+        at_once = max(1, settings.at_once * settings.batch_tokens // how.batch_tokens)  # as many tokens in a step
+        for first in tqdm(range(0, len(order), at_once), desc="own adapters"):
+            some = order[first : first + at_once]
             under = self._above([below[place] for place in some]) if below else [] if self.task is None else [self.task]
             made = train_adapters(
                 self.base, [rows[place] for place in some], self.speaker.pad, how, modules, rank, below=under

@@ -20,7 +20,7 @@ class PeopleSettings:
         limit: people; 0: all. questions: of each, at most.
         found: interactions that a search puts into the prompt.
         learning_rates: of a person's own adapter; the best on validation is taken.
-        epochs, batch_tokens, at_once: of those trainings.
+        epochs, batch_tokens: of those trainings. at_once: people in a step; fewer where each has more tokens in it.
         new_tokens: of an answer. batch: prompts at once.
     """
 
