@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+from molora.commands.common import ChangedModelOption, Dtype, JsonOption, extra, open_model, write_json
 
 if TYPE_CHECKING:
     from molora import MoLoRAModel
@@ -21,9 +21,7 @@ def assemble(
         Path, typer.Option(metavar="FILE", help="The user's conversations as JSON Lines, or LaMP's questions.")
     ],
     pool: Annotated[Path, typer.Option(metavar="FOLDER", help="Pieces, from `molora train pieces`.")],
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
-    ] = None,
+    model: ChangedModelOption,
     way: Annotated[
         Literal["pieces", "anchors"],
         typer.Option(help="pieces: chosen module by module; anchors: whole adapters of the nearest histories, merged."),
@@ -68,13 +66,12 @@ def assemble(
         from molora.personalize.place import check_label, place
         from molora.personalize.retrieval import text_of
 
-        saved = Path(model_place(model))
-        check_label(saved, (layer, name))
+        check_label(model, (layer, name))
         said = read_history(history, name)
         if not said:
             raise DataError(f"{history.name} holds nothing of {name}: without a history the base answers as it is.")
         pieces = PiecePool.load(pool)
-        loaded = open_model(str(saved), Dtype.bfloat16)
+        loaded = open_model(str(model), Dtype.bfloat16)
         below = _below(loaded, beneath, pieces)
         turns = [
             [{"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer}] for one in said
@@ -102,7 +99,7 @@ def assemble(
             "pool": pool.name,
         }
         version = place(
-            saved, loaded, (layer, name), factors, about,
+            model, loaded, (layer, name), factors, about,
             command=f"molora assemble {layer} {name} --history {history.name}",
             examples=[one.question for one in said],
         )  # fmt: skip

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,9 @@ class Dtype(StrEnum):
 ModelArgument = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A saved MoLoRA: folder or Hub id. Default: the starter stack."),
+]
+ChangedModelOption = Annotated[
+    Path, typer.Option("--model", metavar="FOLDER", help="The saved MoLoRA that gets the adapter.")
 ]
 SelectOption = Annotated[
     list[str] | None,

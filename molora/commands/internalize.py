@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+from molora.commands.common import ChangedModelOption, Dtype, JsonOption, extra, open_model, write_json
 from molora.stack import read_label
 
 
 def internalize(
     document: Annotated[Path, typer.Argument(metavar="DOCUMENT", help="A .txt, .md, .html or .pdf file.")],
     label: Annotated[str, typer.Option("--as", metavar="LAYER/NAME", help="What it becomes, such as user/ada.")],
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")
-    ] = None,
+    model: ChangedModelOption,
     hypernet: Annotated[
         Path | None,
         typer.Option(
@@ -49,11 +47,10 @@ def internalize(
         from molora.saved import read_manifest
 
         where = read_label(label)
-        saved = Path(model_place(model))
-        check_label(saved, where)
+        check_label(model, where)
         text = read_document(document)
-        hypernet = hypernet or shipped("document", read_manifest(saved)["base"]["name"])
-        loaded = open_model(str(saved), Dtype.bfloat16)
+        hypernet = hypernet or shipped("document", read_manifest(model)["base"]["name"])
+        loaded = open_model(str(model), Dtype.bfloat16)
         net = DocumentNet.load(hypernet, loaded.dtype).to(loaded.device)
         started = time.monotonic()
         factors = factors_of(loaded.base, loaded.tokenizer, net, text, most_rank)
@@ -61,7 +58,7 @@ def internalize(
         digest = hashlib.sha256(text.encode()).hexdigest()
         about = {"made_from": "a document", "sha256": digest, "characters": len(text), "hypernet": hypernet.name}
         version = place(
-            saved,
+            model,
             loaded,
             where,
             factors,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molora.commands.common import Dtype, JsonOption, extra, model_place, open_model, write_json
+from molora.commands.common import ChangedModelOption, Dtype, JsonOption, extra, open_model, write_json
 from molora.stack import read_label
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ HypernetOption = Annotated[
         show_default=False,
     ),
 ]
-ModelOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="A saved MoLoRA. Default: the starter stack.")]
 
 
 def profile(
@@ -31,7 +30,7 @@ def profile(
     history: Annotated[
         Path, typer.Option(metavar="FILE", help="The user's conversations as JSON Lines, or LaMP's questions.")
     ],
-    model: ModelOption = None,
+    model: ChangedModelOption,
     hypernet: HypernetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -48,7 +47,7 @@ def profile(
         from molora.personalize.place import check_label
         from molora.personalize.profile import profile_text
 
-        check_label(Path(model_place(model)), (layer, name))
+        check_label(model, (layer, name))
         said = read_history(history, name)
         if not said:
             typer.echo(
@@ -65,7 +64,7 @@ def profile(
 def describe(
     text: Annotated[str, typer.Argument(help='What it is to be like, such as "answers like a pirate".')],
     label: Annotated[str, typer.Option("--as", metavar="LAYER/NAME", help="What it becomes: personality/pirate.")],
-    model: ModelOption = None,
+    model: ChangedModelOption,
     hypernet: HypernetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,7 +78,7 @@ def describe(
     with extra("personalize"):
         from molora.personalize.place import check_label
 
-        where = check_label(Path(model_place(model)), read_label(label))
+        where = check_label(model, read_label(label))
         about = {"made_from": "a description", "sha256": hashlib.sha256(text.encode()).hexdigest()}
         version = _placed(
             model, where, "description", hypernet, lambda _: text, about, f"molora describe --as {label}", None
@@ -88,7 +87,7 @@ def describe(
 
 
 def _placed(
-    model: str | None,
+    model: Path,
     label: tuple[str, str],
     kind: str,
     hypernet: Path | None,
@@ -104,14 +103,13 @@ def _placed(
     from molora.personalize.text_net import TextNet
     from molora.saved import read_manifest
 
-    saved = Path(model_place(model))
-    hypernet = hypernet or shipped(kind, read_manifest(saved)["base"]["name"])
-    loaded = open_model(str(saved), Dtype.bfloat16)
+    hypernet = hypernet or shipped(kind, read_manifest(model)["base"]["name"])
+    loaded = open_model(str(model), Dtype.bfloat16)
     net = TextNet.load(hypernet, loaded.base, str(loaded.base_name))
     encoder = SentenceEncoder(net.config.encoder)
     (factors,) = factors_from_texts(net, encoder.encode, [text(encoder)])
     return place(
-        saved, loaded, label, factors, {**about, "hypernet": hypernet.name}, command=command, examples=examples
+        model, loaded, label, factors, {**about, "hypernet": hypernet.name}, command=command, examples=examples
     )
 
 

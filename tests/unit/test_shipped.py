@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from molora import MoLoRAModel
 from molora.base import same_base
@@ -59,14 +60,31 @@ def test_without_a_network_named_it_is_the_shipped_one(starter: Path) -> None:
 
 def test_the_commands_need_none_either(starter: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "lamp.txt").write_text(DOCUMENT)
-    found = run(capsys, "internalize", str(tmp_path / "lamp.txt"), "--as", "user/lamp")
+    model = ["--model", str(starter)]
+    found = run(capsys, "internalize", str(tmp_path / "lamp.txt"), "--as", "user/lamp", *model)
     assert (found["adapter"], found["version"]) == ("user/lamp", 1)
     history = write_history(tmp_path / "ada.jsonl", "blue, of course")
-    assert run(capsys, "profile", "user", "ada", "--history", str(history))["adapter"] == "user/ada"
+    assert run(capsys, "profile", "user", "ada", "--history", str(history), *model)["adapter"] == "user/ada"
     with pytest.raises(
         HypernetError, match="adapters of a description is shipped.*train one with `molora train hypernet"
     ):
-        app(["describe", "likes blue", "--as", "user/fan"], standalone_mode=False)
+        app(["describe", "likes blue", "--as", "user/fan", *model], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["internalize", "lamp.txt", "--as", "user/lamp"],
+        ["profile", "user", "ada", "--history", "ada.jsonl"],
+        ["assemble", "user", "ada", "--history", "ada.jsonl", "--pool", "pieces"],
+        ["describe", "likes blue", "--as", "user/fan"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_what_is_written_to_is_named(line: list[str]) -> None:
+    """The shipped stack gets no adapter by mistake."""
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 2 and "--model" in done.output
 
 
 def test_another_base_is_told_which_one_and_how_to_train(starter: Path, tmp_path: Path) -> None:
