@@ -14,7 +14,7 @@ NOT_RUN: dict[str, list[str]] = {
         "molora train data passages math code medicine law commonsense puzzles science",
         "molora train people presidents",
         "molora train people raters",
-        "pip install molora",
+        "pip install .",
         "pip install molora[serve]",
         "pip install molora[ray]",
         "pip install molora[eval]",
