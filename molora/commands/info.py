@@ -159,7 +159,7 @@ def _print(record: Mapping[str, Any]) -> None:
 
 def _router_line(router: Mapping[str, Any] | None) -> str:
     if router is None:
-        return 'none (adapters act when they are named; "auto" is there where keys tell)'
+        return "none (adapters act when they are named, and by keys in a keyed layer)"
     rows = ", ".join(router["rows"])
     if router["kind"] == "vocabulary":
         return f"by vocabulary; rows {rows}"
