@@ -66,7 +66,7 @@ def people(
     seconds and bytes. What is finished is kept beside the file: an interrupted table goes on.
 
     Settings: people, pool, net, task, data, general, limit, questions, found, learning_rates, epochs, batch_tokens,
-    at_once, new_tokens, seed.
+    at_once, batch, new_tokens, seed.
 
     Example: molora eval people people=raters pool=pieces net=profile-net new_tokens=6
     """

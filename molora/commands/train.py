@@ -40,8 +40,16 @@ def adapter(
     In: JSON Lines of conversations (data.train, data.validation). Out: a PEFT folder at `out` with a model card and
     metrics.json; checkpoints and curves in runs/. An interrupted training goes on when the same line is given again.
 
-    Settings: out, data.train, data.validation, base, lora.rank, lora.alpha, lora.targets, learning_rate, epochs,
-    max_steps, batch_tokens, checkpoint_every, seed, dtype.
+    Settings, with their defaults:
+
+    - out, data.train, data.validation: these must be given
+    - data.max_length=1024 tokens, longer conversations are left out; data.source, data.licence: for the model card
+    - base: the model, by default the starter's; dtype=bfloat16, of its weights
+    - lora.rank=16, lora.alpha=32, lora.targets=all-linear, lora.rslora=false, lora.dropout=0: as in PEFT
+    - lora.start_dropout=0: of every other question up to so many first tokens are left to the base
+    - start: a PEFT adapter to go on from; or stack: a saved MoLoRA, which acts while the new adapter learns
+    - learning_rate=2e-4, warmup=0.05 of the steps, epochs=3, max_steps, batch_tokens=4096 a step, seed=0
+    - checkpoint_every=100 steps, with a validation each
 
     Example: molora train adapter --config math.yaml lora.rank=8 epochs=2
 
@@ -71,8 +79,19 @@ def router(
     DOMAIN.train.jsonl and a DOMAIN.validation.jsonl for each adapter that the router shall choose. Out: a saved MoLoRA
     at `out`, with router.metrics.json; checkpoints and curves in runs/.
 
-    Settings: model, out, data, base, start, router.reads, router.weights, loss.lm, loss.label, loss.balance, mixed,
-    epochs, max_steps, batch_tokens, learning_rate, seed, dtype.
+    Settings, with their defaults:
+
+    - model, out: these must be given; data: by default MoLoRA's; base: of a stack.yaml; dtype=bfloat16, of its weights
+    - start=new, or saved: go on from the router that the model has
+    - router.reads=[0,4]: the embedding, and again what enters decoder layer 4; router.weights=unit, or softmax
+    - router.width=128, router.hidden=512, router.units=128, router.depth=2: sizes; router.decays and
+      router.learn_decays: moving averages as its memory in place of units
+    - mixed=3000, documents=2000, in_a_turn=2000, asides=2000, both=0: how many texts of each kind are mixed
+    - null_start: so many first tokens of a text are left to the base; by default none, or as the saved router has it
+    - loss.label=1, loss.lm=0, loss.distil=0, loss.balance=0, loss.z=1e-4, loss.entropy=0: weights of the loss's parts
+    - learning_rate=1e-3, warmup=0.05 of the steps, weight_decay=0.01, epochs=3, max_steps, batch_tokens=8192 a step,
+      max_length=1024 tokens of a text, seed=0
+    - checkpoint_every=200 steps, with a validation each
 
     Example: molora train router model=stack.yaml out=my-molora epochs=2
 
@@ -106,7 +125,8 @@ def pieces(
     a gate of each, and metrics.json. An interrupted training goes on when the same line is given again.
 
     Settings: out, people, data, base, sharers, rank, alpha, targets, learning_rate, epochs, gate_epochs,
-    gate_learning_rate, max_length, seed, dtype.
+    gate_learning_rate, batch_tokens, max_length, at_once (adapters that learn side by side), task (a PEFT folder that
+    acts beneath), seed, dtype.
 
     Example: molora train pieces people=presidents out=pieces sharers=20
     """
@@ -204,7 +224,7 @@ def personas(
     ] = None,
     out: OutOption = None,
     tries: Annotated[int, typer.Option(min=1, help="Answers sampled for each question; the best is kept.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write conversations in the voice of each persona: the base answers everyday questions in that manner.
@@ -229,7 +249,7 @@ def manners(
     base: Annotated[
         str | None, typer.Option(help="The model that answers. Default: the starter's.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write manners of speaking with descriptions, from which a network learns to make adapters of descriptions.
@@ -257,8 +277,9 @@ def starter(
     In: prepared data (`molora train data`). Out: a saved MoLoRA at `out` (default: starter), the routers that were
     compared in `work`/routers. What is there already is kept, so an interrupted run goes on.
 
-    Settings: out, work, data, processes and router_processes (trainings at once), batch_tokens, router_epochs, seed,
-    layers, routers.
+    Settings: out, work, data, sources, base, layers, integration, routers, own, processes and router_processes
+    (trainings at once), batch_tokens, router_batch_tokens, router_epochs, router_mixed, router_documents,
+    router_in_a_turn, router_asides, router_both, router_null_start, seed.
 
     Example: molora train starter processes=4
 

@@ -30,8 +30,9 @@ def doc(
     curves in runs/. An interrupted training goes on when the same line is given again. A second training goes on from
     the first one's folder (`start`), with longer texts or passages.
 
-    Settings: out, task, tokens, grow, data, name, questions, gaps, base, start, net.width, net.rank, net.exit,
-    net.chunk, loss.gold, loss.distil, loss.l1, loss.keep, loss.sparse, texts, loop.steps, loop.learning_rate,
+    Settings: out, task, tokens, grow, data, name, questions, gaps, needles, apart, texts, validation, base, start,
+    net.modules, net.rank, net.width, net.latents, net.blocks, net.heads, net.exit, net.chunk, loss.gold, loss.distil,
+    loss.l1, loss.keep, loss.sparse, loss.apart, loop.steps, loop.learning_rate, loop.weight_decay, loop.warmup,
     loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet doc out=document-net loop.steps=10000
@@ -63,8 +64,9 @@ def text(
     `molora describe`, with metrics.json and a model card. It is judged on groups that are held out, beside another
     group's text, a random one, and no adapter.
 
-    Settings: out, data.folder, data.held_out, net.width, net.rank, net.targets, net.head, base, encoder, groups,
-    conversations, loop.steps, loop.learning_rate, loop.checkpoint_every, loop.seed, dtype.
+    Settings: out, data.folder, data.held_out, data.max_length, data.validate, data.source, data.licence, net.targets,
+    net.rank, net.alpha, net.dropout, net.width, net.head, way, adapters, base, encoder, groups, conversations,
+    loop.steps, loop.learning_rate, loop.weight_decay, loop.warmup, loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet text out=text-net data.folder=manners loop.steps=1500
 

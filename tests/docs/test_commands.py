@@ -12,8 +12,9 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -117,6 +118,41 @@ def test_the_command_line_takes_it(command: Command) -> None:
         return
     if name in SETTINGS:
         check_settings(name, given)
+
+
+def names_of(settings: Any) -> Iterator[str]:
+    """Every setting, as its own last word: "rank" of lora.rank."""
+    hints = get_type_hints(settings)
+    for entry in fields(settings):
+        kinds = [hints[entry.name], *get_args(hints[entry.name])]
+        inner = next((kind for kind in kinds if is_dataclass(kind)), None)
+        yield from names_of(inner) if inner else [entry.name]
+
+
+# These are told to have the settings of another command.
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - {"train hypernet profile", "federate app"}))
+def test_help_names_every_setting(name: str) -> None:
+    command = MOLORA
+    for word in name.split():
+        command = command.commands[word]
+    module, _, kind = SETTINGS[name].rpartition(".")
+    told = set(re.findall(r"\w+", command.help))
+    assert set(names_of(getattr(importlib.import_module(module), kind))) - told == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("train adapter", ["out=x", "data.train=x", "data.validation=x"]), ("train router", ["model=x", "out=x"])],
+)
+def test_help_tells_the_defaults_that_there_are(name: str, given: list[str]) -> None:
+    command = MOLORA
+    for word in name.split():
+        command = command.commands[word]
+    told = re.findall(r"([\w.]+)=(\[[^]]*\]|[^\s,;:]+)", command.help[: command.help.index("Example:")])
+    module, _, kind = SETTINGS[name].rpartition(".")
+    settings = getattr(importlib.import_module(module), kind)
+    assert len(told) > 10
+    assert load_settings(settings, None, [*given, *map("=".join, told)]) == load_settings(settings, None, given)
 
 
 def test_commands_in_the_text_exist() -> None:
