@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -33,34 +34,31 @@ from molora.errors import MoLoRAError
 app = typer.Typer(
     name="molora",
     help="One frozen model, many small adapters, and a router that decides for every token which of them act.\n\n"
+    "Every command tells what it takes, does and leaves, with an example: `molora COMMAND --help`.\n\n"
     "Example: molora chat",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",
 )
-app.command()(chat)
-app.command()(demo)
-app.command()(serve)
-app.command()(generate)
-app.command()(routes)
-app.command()(info)
-app.command()(merge)
-app.command()(compress)
-app.command()(export)
-app.command()(internalize)
-app.command()(assemble)
-app.command()(profile)
-app.command()(describe)
-app.command()(update)
-app.command()(learn)
-app.command()(forget)
-app.command()(versions)
-app.command()(rollback)
-app.add_typer(train, name="train")
-app.add_typer(bench, name="bench")
-app.add_typer(evaluate, name="eval")
-app.add_typer(store, name="store")
-app.add_typer(federate, name="federate")
+# As `molora --help` shows them. Some are groups of commands.
+COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
+    "Ask a model": {"chat": chat, "demo": demo, "generate": generate, "routes": routes, "info": info},
+    "Make adapters and routers": {
+        "train": train, "internalize": internalize, "assemble": assemble, "profile": profile, "describe": describe,
+        "merge": merge, "compress": compress, "federate": federate,
+    },
+    "Let an adapter learn, and forget": {
+        "update": update, "learn": learn, "forget": forget, "versions": versions, "rollback": rollback,
+    },
+    "Serve": {"serve": serve, "store": store, "export": export},
+    "Measure": {"eval": evaluate, "bench": bench},
+}  # fmt: skip
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(command)
 
 
 def _version(asked: bool) -> None:

@@ -34,12 +34,12 @@ def assemble(
         str | None,
         typer.Option(
             metavar="LAYER/ADAPTER",
-            help="Of the saved MoLoRA: what the pool was trained on.",
+            help="The adapter of the saved MoLoRA on top of which the pool was trained.",
             show_default=False,
         ),
     ] = None,
     on_top: Annotated[
-        int, typer.Option(min=0, metavar="RANK", help="Train so small an adapter on top, on the history; 0: none.")
+        int, typer.Option(min=0, metavar="RANK", help="Train an adapter of this rank on top, on the history; 0: none.")
     ] = 0,
     out: Annotated[
         Path | None,

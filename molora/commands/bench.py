@@ -67,8 +67,8 @@ def serve(
     answer: AnswerOption = "8:64",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 8,
     live: Annotated[int, typer.Option(min=1, help="Adapters that are in the model at once.")] = 32,
-    rank: Annotated[int, typer.Option(min=1, max=256, help="Of the users' adapters.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the users' adapters.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
     url: Annotated[
         str | None,
         typer.Option(

@@ -26,7 +26,7 @@ def costs(
     model: ModelArgument = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("costs.json"),
     rows: Annotated[int, typer.Option(min=1, help="Most sequences that run at once; halves of it are timed, too.")] = 8,
-    rank: Annotated[int, typer.Option(min=1, max=256, help="Of the users' adapters.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the users' adapters.")] = 16,
     dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Time what serving costs on this machine: steps, prompts, and bringing adapters.
@@ -47,7 +47,7 @@ def costs(
 
 @app.command()
 def simulate(
-    costs: Annotated[Path, typer.Argument(metavar="COSTS", help="From `molora bench costs`.")],
+    costs: Annotated[Path, typer.Argument(metavar="COSTS", help="The file that `molora bench costs` wrote.")],
     replicas: Annotated[int, typer.Option(min=1, help="How many, each on a machine as the costs are of.")] = 1,
     requests: Annotated[int, typer.Option(min=1, help="How many come.")] = 10000,
     rate: RateOption = 2.0,
@@ -58,7 +58,7 @@ def simulate(
     answer: AnswerOption = "8:64",
     rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once in a replica.")] = 8,
     live: Annotated[int, typer.Option(min=1, help="Adapters that are in a replica's model at once.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON file for the result.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -58,10 +58,10 @@ SelectOption = Annotated[
         show_default=False,
     ),
 ]
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; above: sampling.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of the sampling; without one each run differs.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of the base's weights.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the sampling; without one each run differs.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the base's weights.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 

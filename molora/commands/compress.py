@@ -25,7 +25,7 @@ def compress(
     most_error: Annotated[
         float, typer.Option(min=0, help="An adapter that would lose a larger share of its norm is kept as it is.")
     ] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of the grouping.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the grouping.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Compress many adapters of one base: directions that all share, and of each adapter a small core.

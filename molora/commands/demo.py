@@ -37,6 +37,7 @@ def demo(
     Needs the extra "demo". Stop it with Ctrl+C. Over a server there are no routes of a text and nothing is taught.
 
     Example: molora demo --port 8080 --no-browser --network pieces=pieces
+
     Example: molora demo --server http://127.0.0.1:8000
     """
     networks = read_networks(network or [])

@@ -14,13 +14,13 @@ def continual(
     tasks: Annotated[list[str], typer.Argument(help="Domains with prepared data, two or more.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/continual.json"),
-    base: Annotated[str | None, typer.Option(help="Of the adapter. Default: the starter's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of the adapter. Default: the starter's.")] = None,
     orders: Annotated[int, typer.Option(min=1, help="Orders of the tasks.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each order.")] = 3,
     examples: Annotated[int, typer.Option(min=8, help="Conversations of each task to learn.")] = 256,
     tests: Annotated[int, typer.Option(min=8, help="Conversations of each task to score by.")] = 100,
     share: Annotated[
-        str, typer.Option(metavar="i/n", help="Of n processes, the i-th, from 0: every n-th run.")
+        str, typer.Option(metavar="I/N", help="Of N processes that share the runs, the I-th (from 0).")
     ] = "0/1",
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +53,7 @@ def federated(
     clients: Annotated[list[str], typer.Argument(help="Names of prepared data, one for each client, three or more.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/federated.json"),
-    base: Annotated[str | None, typer.Option(help="Of the adapter. Default: the starter's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of the adapter. Default: the starter's.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 20,
     examples: Annotated[int, typer.Option(min=1, help="Conversations that a client learns in a round.")] = 32,
@@ -96,7 +96,7 @@ def stream(
     general: Annotated[str, typer.Option(metavar="NAME", help="Prepared data that has nothing to do with them.")],
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: data in MoLoRA's cache.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/stream.json"),
-    base: Annotated[str | None, typer.Option(help="Of the adapters. Default: the starter's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of the adapters. Default: the starter's.")] = None,
     updates: Annotated[int, typer.Option(min=2, help="Updates of each user.")] = 10,
     conversations: Annotated[int, typer.Option(min=5, help="New ones of each update.")] = 20,
     share: Annotated[

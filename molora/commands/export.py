@@ -21,7 +21,7 @@ def export(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the new folder is put.")] = Path("exported"),
     select: SelectOption = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the stack; the content's hash is put behind it. Default: the folder's.")
+        str | None, typer.Option(help="Name of the stack, before a hash of its content. Default: the folder's.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

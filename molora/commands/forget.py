@@ -23,7 +23,7 @@ def forget(
     everything: Annotated[bool, typer.Option("--all", help="The adapter with all that belongs to it.")] = False,
     memory: Annotated[int, typer.Option(min=1, help="Bytes of conversations to remember.")] = 2**20,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over what is still remembered.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 2e-4,
     as_json: JsonOption = False,
 ) -> None:
     """Make an adapter forget what updates taught it: some conversations, or all by taking it away.

@@ -29,12 +29,14 @@ def internalize(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a document an adapter: what is asked about it is then answered without its text in the prompt.
+    """Make an adapter of a document, whose text is then in no prompt. Nothing is trained.
+
+    What such an adapter knows depends on the network. The shipped one finds a number in one form of sentence, and
+    little else: docs/personalize.md has the figures.
 
     In: a document, and a saved MoLoRA; for another base than the starter's also a network that was trained for it. Out:
     an adapter in the saved MoLoRA, an ordinary PEFT folder; where the router chooses in its layer, the document's
-    sentences say which tokens are for it. Nothing is trained. What was there under that name stays as an earlier
-    version: molora rollback.
+    sentences say which tokens are for it. What was there under that name stays as an earlier version: molora rollback.
 
     Example: molora internalize report.pdf --as user/ada --model my-molora
     """

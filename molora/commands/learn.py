@@ -23,7 +23,9 @@ def learn(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over what is asked of each. Default: 14.", show_default=False)
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 0.001.", show_default=False)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the learning rate. Default: 0.001.", show_default=False)
+    ] = None,
     pull: Annotated[
         float | None,
         typer.Option(
@@ -32,7 +34,7 @@ def learn(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Of an adapter that is not there yet. Default: 8.", show_default=False),
+        typer.Option(min=1, help="Rank of an adapter that is not there yet. Default: 8.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -21,15 +21,15 @@ AT_ONCE = 4  # modules in memory, on a machine of many cores
 
 def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="PEFT folders or Hub ids, two or more.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write; there must be none.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write; it must not be there yet.")],
     weights: Annotated[
         list[str] | None,
         typer.Option(
             "--weights",
             "-w",
             metavar="NUMBERS",
-            help="Of the adapters in their order: --weights .5,.3,.2, or -w .5 -w .3 -w .2. Negative ones subtract. "
-            "Default: equal ones that sum to 1.",
+            help="One for each adapter, in their order: --weights .5,.3,.2, or -w .5 -w .3 -w .2. Negative ones "
+            "subtract. Default: equal ones that sum to 1.",
             show_default=False,
         ),
     ] = None,
@@ -58,9 +58,12 @@ def merge(
     ] = 0.5,
     rank: Annotated[
         int | None,
-        typer.Option(help="Of svd, _svd and knots. Default: the adapters' largest; of knots all.", show_default=False),
+        typer.Option(
+            help="Rank of the result, for svd, _svd and knots. Default: the adapters' largest; knots: all.",
+            show_default=False,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random choice of dare.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of dare's random choice.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Merge adapters of one base into one, without loading the base.

@@ -70,8 +70,8 @@ def describe(
 ) -> None:
     """Make an adapter from a description. Nothing is trained.
 
-    In: a sentence, a trained network, a saved MoLoRA of its base. Out: an adapter in the saved MoLoRA, an ordinary PEFT
-    folder; what was there under that name stays as an earlier version.
+    In: a sentence, a network from `molora train hypernet text` (none is shipped), a saved MoLoRA of its base. Out: an
+    adapter in the saved MoLoRA, an ordinary PEFT folder; what was there under that name stays as an earlier version.
 
     Example: molora describe "answers like a pirate" --as personality/pirate --hypernet text-net --model my-molora
     """

@@ -31,7 +31,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     rows: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 8,
-    longest: Annotated[int, typer.Option(min=2, help="Most tokens of a prompt and its answer.")] = 2048,
+    longest: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer, at most.")] = 2048,
     store: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +50,7 @@ def serve(
     router: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="The router of the store that serves; a newer version of it is taken up while it runs."
+            metavar="NAME", help="Route by _routers/NAME of the store; a newer version of it is taken up while it runs."
         ),
     ] = None,
     keys: Annotated[

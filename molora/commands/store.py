@@ -59,7 +59,7 @@ def list_(
     url: UrlArgument,
     layer: Annotated[str, typer.Argument(metavar="LAYER", help="Such as user.")],
     prefix: Annotated[str, typer.Option(metavar="TEXT", help="Only names that begin with it.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="Most names.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many names.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
     """List the adapters of a layer: which version of each serves, its size and date, and how many versions there are.
@@ -138,7 +138,7 @@ def rollback(url: UrlArgument, label: LabelArgument) -> None:
 def get(
     url: UrlArgument,
     label: LabelArgument,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write; there must be none.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write; it must not be there yet.")],
     version: Annotated[
         str | None, typer.Option(metavar="VERSION", help="Default: the one that serves.", show_default=False)
     ] = None,

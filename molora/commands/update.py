@@ -35,7 +35,8 @@ def update(
         float | None,
         typer.Option(
             min=0,
-            help="How strongly: less learns more of what is new, more moves the others less. Default: 30.",
+            help="With --general: how strongly its conversations are held to what the base says. Less learns more of "
+            "what is new, more keeps the general ones better. Default: 30.",
             show_default=False,
         ),
     ] = None,
@@ -61,7 +62,8 @@ def update(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Its peak. Default: 0.0002, of a router 0.001, or 0.003 where some adapters have no data.",
+            help="Peak of the learning rate. Default: 0.0002, of a router 0.001, or 0.003 where some adapters have no "
+            "data.",
             show_default=False,
         ),
     ] = None,
