@@ -150,7 +150,7 @@ def test_a_new_adapter_that_cannot_be_is_named(settings: UpdateSettings) -> None
         replace(settings, new=0)
     with pytest.raises(VersionError, match="has an adapter 'math' already"):
         update(replace(settings, new=4))
-    with pytest.raises(VersionError, match="no adapter 'ada'; it has none at all. A rank for `new` begins one"):
+    with pytest.raises(VersionError, match="no adapter 'ada'; it has none at all. Begin one with `--new 8`"):
         update(replace(settings, layer="user", name="ada"))
     hard = replace(settings, layer="user", name="ada", new=4, learning_rate=1e-9, epochs=1)
     assert not update(hard).promoted and "ada" not in load(hard.model).stack["user"].adapters

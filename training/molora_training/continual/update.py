@@ -170,7 +170,8 @@ def _check_name(settings: UpdateSettings, layer: StackLayer) -> None:
     if settings.new is None and not there:
         known = ", ".join(layer.adapters) or "none at all"
         raise VersionError(
-            f"The layer {layer.name!r} has no adapter {settings.name!r}; it has {known}. A rank for `new` begins one."
+            f"The layer {layer.name!r} has no adapter {settings.name!r}; it has {known}. Begin one with `--new 8`, its "
+            f"rank (in Python `new=8`)."
         )
 
 
