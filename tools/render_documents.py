@@ -15,7 +15,7 @@ LEARNT = {
     ),
     "passages": (
         "What does it know of a passage?",
-        "has learnt passages, other texts and needles together (stage 3 of `benchmarks/documents.sh`)",
+        "has learnt passages, other texts and needles together (the last stage of `benchmarks/documents.sh`)",
     ),
 }
 
@@ -41,12 +41,19 @@ def section(report: Row) -> list[str]:
         found, less = row["recall"], row[f"recall at rank {net['rank']}"]
         parts.append(f"| {row['tokens']:,} tokens | {row['rank']} | {found:.1%} | {less:.1%} |")
     for kind in dict.fromkeys(row.get("kind") for row in report["rows"]):  # older reports have all kinds together
-        asked = f", answered {'in' if kind == 'words' else 'by'} {kind}" if kind else ""
-        parts += ["", f"| questions about passages{asked} | F1 | ROUGE-L |", "|---|---|---|"]
+        parts += ["", f"| {_asked(kind)} | F1 | ROUGE-L |", "|---|---|---|"]
         for row in report["rows"]:
             if row.get("kind") == kind:
                 parts.append(f"| {row['contender']} | {_share(row, 'f1')} | {_share(row, 'rouge_l')} |")
     return [*parts, "", *bars(report["must"]), ""]
+
+
+def _asked(kind: str | None) -> str:
+    if kind is None:
+        return "questions about passages"
+    if kind in ("words", "yes or no"):
+        return f"questions about passages, answered {'in' if kind == 'words' else 'by'} {kind}"
+    return f"questions for {kind}"
 
 
 def _share(row: Row, name: str) -> str:

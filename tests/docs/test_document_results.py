@@ -16,7 +16,11 @@ def test_needles_and_questions_are_what_was_measured() -> None:
         "network": {"rank": 4, "chunk": 128},
         "cost": {"tokens": 2000.0, "seconds": 0.0522, "bytes": 20_300_000.0, "bytes at rank 4": 1_020_000.0},
         "needles": [{"tokens": 1024, "rank": 72, "recall": 0.9375, "recall at rank 4": 0.5}],
-        "rows": [{"kind": "words", **row}, {"kind": "yes or no", **row, "f1": 0.125}],
+        "rows": [
+            {"kind": "words", **row},
+            {"kind": "yes or no", **row, "f1": 0.125},
+            {"kind": "facts of other kinds", **row, "f1": 0.75},
+        ],
         "must": [{"name": "recall", "value": 0.5, "bar": 0.95, "better": "higher", "holds": False, "note": ""}],
     }
     text = "\n".join(render_documents.section(report))
@@ -24,10 +28,10 @@ def test_needles_and_questions_are_what_was_measured() -> None:
     tables = text.split("questions about passages")[1:]
     assert tables[0].startswith(", answered in words |") and tables[1].startswith(", answered by yes or no |")
     assert "| base | 25.0% [20.0%, 30.0%] | 50.0% [40.0%, 60.0%] |" in tables[0] and "25.0%" not in tables[1]
-    assert "| base | 12.5% [20.0%, 30.0%] |" in tables[1]
+    assert "| base | 12.5% [20.0%, 30.0%] |" in tables[1] and "| questions for facts of other kinds | F1" in tables[1]
     assert "(stage 2 of" in text and text.startswith("## What does an adapter")
     last = "\n".join(render_documents.section({**report, "task": "passages"}))
-    assert "(stage 3 of" in last and last.splitlines()[0] == "## What does it know of a passage?"
+    assert "(the last stage of" in last and last.splitlines()[0] == "## What does it know of a passage?"
     before = "\n".join(render_documents.section({**report, "rows": [row]}))  # of a report without kinds
     assert "| questions about passages | F1" in before and before.count("| base |") == 1
     assert "| recall | 0.500 | ≥ 0.95 | **missed** |" in text

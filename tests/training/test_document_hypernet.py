@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from molora_training.hypernet import document
 from molora_training.hypernet.apart import Apart
 from molora_training.hypernet.document import DocumentHypernetSettings, NetShape, train
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
+from molora_training.hypernet.facts import JUDGED, MOST, facts
 from molora_training.hypernet.lessons import Needles, Passages, needle
 from molora_training.hypernet.loop import LoopSettings
 from molora_training.settings import load_settings
@@ -310,6 +312,43 @@ def test_a_needle_is_in_its_text() -> None:
     longest = [max(lesson.text.count(" ") for lesson in growing.of_step(step, 40)) for step in (0, 9, 99, 500)]
     assert longest[0] < 40 and longest[0] < longest[1] < 200 < longest[2] and longest[3] > 500
     assert len(needle(random.Random(0), 1, 4).text.split(".")) == 2  # the needle alone
+
+
+def test_facts_are_in_their_texts_and_what_judges_is_never_learnt() -> None:
+    own = facts()
+    needles = Needles((12, 200), count=200, facts=0.5)
+    learnt = [lesson for step in range(40) for lesson in needles.of_step(step, 8)]
+    numbers = [lesson for lesson in learnt if lesson.questions[0][0].startswith("What is the magic number")]
+    assert 0.4 < len(numbers) / len(learnt) < 0.6 and learnt[:8] == needles.of_step(0, 8)
+    held_out = needles.held_out()
+    assert list(held_out) == ["needles", *JUDGED] and len(held_out["facts of other kinds"]) == 200
+    assert list(Needles().held_out()) == ["needles"]
+
+    def wordings(lessons: list[Lesson]) -> tuple[set[str], set[str]]:
+        """The relations that are asked about, and whether by the last wording of them."""
+        found, last = set(), set()
+        for lesson in lessons:
+            assert 1 <= len(lesson.questions) <= MOST and len({answer for _, answer in lesson.questions}) == len(
+                lesson.questions
+            )
+            for question, answer in lesson.questions:
+                assert answer.lower() in lesson.text.lower()
+                for name, one in own.relations.items():
+                    for place, ask in enumerate(one.asks):
+                        if re.fullmatch(re.escape(ask).replace(r"\{name\}", ".+"), question, re.IGNORECASE):
+                            found.add(name)
+                            last |= {name} if place == len(one.asks) - 1 else set()
+        return found, last
+
+    apart = {name for name, one in own.relations.items() if one.apart}
+    common = set(own.relations) - apart
+    told = [lesson for lesson in learnt if lesson not in numbers]
+    assert wordings(told) == (common, set())
+    assert wordings(held_out["facts in other wordings"]) == (common, common)
+    assert wordings(held_out["facts of other kinds"])[0] == apart
+    assert all(len(one.says) > 2 < len(one.asks) for name, one in own.relations.items() if name in common)
+    for one in own.relations.values():
+        assert all("{name}" in text for text in (*one.says, *one.asks)) and all("{value}" in text for text in one.says)
 
 
 def test_an_epoch_has_every_passage_once(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from molora_training import document_table
 from molora_training.data import Example, write_examples
 from molora_training.data.lessons import Lesson, of_kind, write_lessons
 from molora_training.document_table import Table, exact, f1, rouge_l
+from molora_training.hypernet.facts import JUDGED
 from tests.unit.spoken import make_spoken
 from tests.unit.test_internalize import make_net
 
@@ -156,7 +157,7 @@ def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pyte
         "adapter of the text, over that of another",
     ]  # fmt: skip
     assert [(row["kind"], row["contender"]) for row in report["rows"]] == [
-        (kind, name) for kind in ("words", "yes or no") for name in names
+        (kind, name) for kind in ("words", "yes or no", *JUDGED) for name in names
     ]
     assert report["data"].startswith(
         "of the test split 3 passages with questions that are answered in words and 3 with"

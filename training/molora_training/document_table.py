@@ -1,5 +1,6 @@
-"""What does an adapter that was made of a document know of it? Needles by length, and questions about passages, those
-that are answered by yes or no apart from the others: of these half is right by chance.
+"""What does an adapter that was made of a document know of it? Needles by length, questions about passages, those that
+are answered by yes or no apart from the others (of these half is right by chance), and questions for facts in filler,
+in wordings and of kinds that no training has.
 
 Beside the right adapter stand another text's, one of the text with its words shuffled, the text in the prompt, and what
 a search over all texts puts there, which is what users would do without adapters. The network gives every text the same
@@ -34,6 +35,7 @@ from molora_training.data import Encoded, encode_within, read_examples
 from molora_training.data.lessons import KINDS, Lesson, of_kind, read_lessons
 from molora_training.evaluate import bootstrap
 from molora_training.hypernet.document import METRICS
+from molora_training.hypernet.facts import JUDGED, facts
 from molora_training.hypernet.lessons import Needles
 from molora_training.report import heading, line, write_report
 from molora_training.speaker import Speaker
@@ -42,6 +44,7 @@ TIMES = (1, 2, 4, 16)  # the longest text in training
 NEW_TOKENS = 32
 QUESTIONS = 2  # about each passage
 PIECE, PIECES = 128, 3  # tokens of what is searched, and how many of them go into the prompt
+TOLD = 256  # tokens of a text that tells facts, about
 LONG = 2000  # tokens of the document that is timed
 CUT = 8  # the rank that memory is held to
 OWN, OTHER = "adapter of the text", "adapter of another text"
@@ -93,13 +96,16 @@ def run(
     # A small base leaves a GPU idle unless it is asked much at once.
     table = Table(base, tokenizer, net.to(device), encoder, batch=256 if device == "cuda" else 32)
     test = read_lessons(data / "passages.test.jsonl")
-    asked = {
+    asked: dict[str, list[Lesson]] = {
         kind: [Lesson(one.text, one.questions[:QUESTIONS]) for one in of_kind(test, kind)[:limit]] for kind in KINDS
     }
     lessons = asked["words"]
     if not lessons:
         raise DataError(f"{data}/passages.test.jsonl asks for nothing but yes or no.")
     apart = encode_within(read_examples(data / f"{general}.test.jsonl")[:limit], tokenizer, 1024, [general])
+    for kind, judged in JUDGED.items():
+        chance = random.Random(f"table/{kind}")
+        asked[kind] = [facts().lesson(chance, TOLD, judged) for _ in range(limit)]
     rows = [{"kind": kind, **row} for kind, some in asked.items() if some for row in table.passages(some)]
     made = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
     trained = made.get("longest") or net.config.chunk

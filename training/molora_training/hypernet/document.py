@@ -58,7 +58,7 @@ class DocumentHypernetSettings:
         needles: of a step's texts so many are needles, beside passages.
         apart: prepared data that has nothing to do with the texts, for ``loss.apart``.
         tokens: of a needle's text, the shortest and the longest. grow: steps over which the longest gets there
-            from the shortest; None: half of all.
+            from the shortest; None: half of all. facts: share of the needles that are facts of configs/facts.yaml.
         start: folder of a network to go on from; its shape is kept.
         net: shape of a new one.
         loss: weights of the terms.
@@ -79,6 +79,7 @@ class DocumentHypernetSettings:
     apart: tuple[str, ...] = ()
     tokens: tuple[int, ...] = (12, 256)
     grow: int | None = None
+    facts: float = 0.0
     base: str = DEFAULT_BASE
     start: Path | None = None
     net: NetShape = field(default_factory=NetShape)
@@ -96,6 +97,8 @@ class DocumentHypernetSettings:
             raise ConfigError("With loss.keep a step needs two texts or more: set texts to 2 or more.")
         if bool(self.loss.apart) != bool(self.apart):
             raise ConfigError("loss.apart and apart go together: a weight, and the names of prepared data.")
+        if not 0 <= self.facts <= 1:
+            raise ConfigError(f"facts must be a share from 0 to 1, not {self.facts}.")
         if len(self.tokens) != 2 or not 1 <= self.tokens[0] <= self.tokens[1]:
             raise ConfigError(f"tokens must be the shortest and the longest text, not {list(self.tokens)}.")
 
@@ -193,12 +196,13 @@ def lessons_of(settings: DocumentHypernetSettings) -> Lessons:
     (first, last), seed = settings.tokens, settings.loop.seed
     if settings.task == "needle":
         grow = settings.loop.steps // 2 if settings.grow is None else settings.grow
-        return Needles((first, last), seed=seed, count=settings.validation, grow=grow)
+        return Needles((first, last), seed=seed, count=settings.validation, grow=grow, facts=settings.facts)
     passages = Passages(settings.data, settings.name, settings.questions, seed, settings.gaps)
     if not settings.needles:
         return passages
     # They were learnt before: no need to grow.
-    return Mixed(passages, Needles((first, last), seed=seed, count=settings.validation), settings.needles)
+    needles = Needles((first, last), seed=seed, count=settings.validation, facts=settings.facts)
+    return Mixed(passages, needles, settings.needles)
 
 
 def longest(settings: DocumentHypernetSettings) -> int:

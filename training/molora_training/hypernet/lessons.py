@@ -9,34 +9,12 @@ from typing import Protocol
 from molora.errors import DataError
 from molora_training.data.gaps import gaps
 from molora_training.data.lessons import KINDS, Lesson, of_kind, read_lessons
+from molora_training.hypernet.facts import JUDGED, facts
+from molora_training.hypernet.filler import WORDS, sentences
 
 BARE = "texts"
 # Turns of the kinds. What is answered by yes or no is most of what there is, and half of it is right without any text.
 MIX = ("words", BARE, "words", "yes or no", "words", BARE, "words", BARE)
-
-# Made up: nothing in them answers a question about a number.
-_WHO = (
-    "The baker", "A gardener", "My neighbour", "The old captain", "A young teacher", "The postman", "Our doctor",
-    "The librarian", "A painter", "The night watch", "Her brother", "The shopkeeper", "A traveller", "The mayor",
-    "His aunt", "The carpenter",
-)  # fmt: skip
-_DID = (
-    "walked along the river", "opened the green door", "waited for the evening train", "wrote a long letter",
-    "swept the yard", "looked for the lost key", "read the paper twice", "fed the grey cat", "mended the roof",
-    "sang on the way home", "carried two baskets", "spoke of the weather", "slept until noon", "lit a small lamp",
-    "counted the boats", "closed the shutters",
-)  # fmt: skip
-_WHEN = (
-    "before breakfast", "in the rain", "after the market", "on a quiet Sunday", "as every day", "without a word",
-    "late in autumn", "when the bells rang", "in spite of the cold", "for the first time", "with great care",
-    "and nobody noticed",
-)  # fmt: skip
-_WORDS = (
-    "amber", "birch", "cobalt", "delta", "ember", "falcon", "garnet", "harbour", "indigo", "juniper", "kestrel",
-    "lantern", "marble", "nectar", "onyx", "pepper", "quartz", "raven", "saffron", "timber", "umber", "velvet",
-    "willow", "yarrow", "zephyr", "anchor", "bramble", "copper", "dune", "elm",
-)  # fmt: skip
-_TOKENS_A_SENTENCE = 12  # about, of a filler
 
 
 class Lessons(Protocol):
@@ -55,7 +33,8 @@ class Needles:
 
     tokens: the shortest and the longest text, about. digits: of the number. count: of the held-out lessons. grow:
     steps over which the longest grows to its length from the shortest: where every text is long from the first step
-    on, nothing tells the network that the number is what matters.
+    on, nothing tells the network that the number is what matters. facts: share of texts that tell other facts instead,
+    in many wordings.
     """
 
     tokens: tuple[int, int] = (32, 256)
@@ -63,30 +42,37 @@ class Needles:
     seed: int = 0
     count: int = 128
     grow: int = 0
+    facts: float = 0.0
 
     def of_step(self, step: int, count: int) -> list[Lesson]:
         chance = random.Random(f"needle/{self.seed}/{step}")
         first, last = self.tokens
         longest = first + round((last - first) * min(1.0, (step + 1) / (self.grow or 1)))
-        return [needle(chance, chance.randint(first, longest), self.digits) for _ in range(count)]
+        return [self._one(chance, chance.randint(first, longest)) for _ in range(count)]
 
     def held_out(self) -> dict[str, list[Lesson]]:
-        return {"needles": self.of_length(self.tokens[1])}
+        found = {"needles": self.of_length(self.tokens[1])}
+        for kind, judged in JUDGED.items() if self.facts else ():
+            chance = random.Random(f"facts/{self.seed}/{kind}")
+            found[kind] = [facts().lesson(chance, self.tokens[1], judged) for _ in range(self.count)]
+        return found
 
     def of_length(self, tokens: int) -> list[Lesson]:
         """Held-out lessons of one length; their numbers and fillers are drawn apart from every step's."""
         chance = random.Random(f"needle/{self.seed}/held out/{tokens}")
         return [needle(chance, tokens, self.digits) for _ in range(self.count)]
 
+    def _one(self, chance: random.Random, tokens: int) -> Lesson:
+        if self.facts and chance.random() < self.facts:
+            return facts().lesson(chance, tokens)
+        return needle(chance, tokens, self.digits)
+
 
 def needle(chance: random.Random, tokens: int, digits: int) -> Lesson:
     """One text of about so many tokens, with its needle anywhere in it."""
-    name = f"{chance.choice(_WORDS)} {chance.choice(_WORDS)}"
+    name = f"{chance.choice(WORDS)} {chance.choice(WORDS)}"
     number = "".join(chance.choice("0123456789") for _ in range(digits))
-    lines = [
-        f"{chance.choice(_WHO)} {chance.choice(_DID)} {chance.choice(_WHEN)}."
-        for _ in range(max(0, tokens // _TOKENS_A_SENTENCE - 1))
-    ]
+    lines = sentences(chance, tokens, 1)
     lines.insert(chance.randint(0, len(lines)), f"The magic number for {name} is {number}.")
     return Lesson(" ".join(lines), ((f"What is the magic number for {name}?", f"The magic number is {number}."),))
 
