@@ -441,7 +441,8 @@ def test_the_configs_are_read_and_each_stage_goes_on_from_the_last() -> None:
     folder = Path(document.__file__).parents[1] / "configs"
     stages = [
         load_settings(DocumentHypernetSettings, folder / f"document-{name}.yaml")
-        for name in ("needle", "long", "passages")
+        for name in ("needle", "long", "facts", "passages")
     ]
-    assert [stage.start for stage in stages] == [None, stages[0].out, stages[1].out]
-    assert stages[2].tokens == stages[1].tokens and 0 < stages[2].needles < stages[2].texts
+    assert [stage.start for stage in stages] == [None, *(stage.out for stage in stages[:3])]
+    assert stages[3].tokens == stages[1].tokens and 0 < stages[3].needles < stages[3].texts
+    assert [bool(stage.facts) for stage in stages] == [False, False, True, True]
