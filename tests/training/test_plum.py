@@ -29,7 +29,7 @@ from molora_training.plum.bank import BANK
 from molora_training.plum.conversations import Conversation, read_conversations
 from molora_training.plum.learn import DISCUSSED, LearnSettings, Measured, against, learn, pairs_of
 from molora_training.plum.learner import Learner, Learning
-from molora_training.plum.pairs import augment, undiscussed
+from molora_training.plum.pairs import Pair, augment, undiscussed
 from molora_training.plum.segments import ANSWER, OTHER, QUESTION, SegmentLoss, SegmentWeights, padded, segmented
 from molora_training.plum.topics import (
     bank_stems,
@@ -167,6 +167,22 @@ class TestNegatives:
     def test_who_talked_about_everything_gets_none(self) -> None:
         known = frozenset(hashed(one) for some in bank_stems().values() for one in some)
         assert all(pair.discussed for pair in augment(ZITHER, known, Random(0)))
+
+    @pytest.mark.parametrize("topic", ["conversations", "subject", "point"])
+    def test_a_wording_keeps_words_that_are_the_topics_too(self, topic: str) -> None:
+        def asked(about: str, held_out: bool) -> list[Pair]:
+            chat = said(f"Which {about}?", f"The {about}.")
+            found = augment(chat, (), Random(0), held_out=held_out, wordings=6)
+            assert {pair.topic for pair in found if pair.discussed} == {about}
+            return [pair for pair in found if not pair.discussed]
+
+        for held_out in (False, True):
+            # No wording holds the zither, so that its negatives show how each goes.
+            pairs = zip(asked("zither", held_out), asked(topic, held_out), strict=True)
+            assert all(
+                one.question.replace(one.topic, other.topic) == other.question and one.topic == other.topic
+                for one, other in pairs
+            )
 
     def test_a_small_bank_is_gone_through_again(self) -> None:
         left = next(one for one in BANK if not one.held_out)

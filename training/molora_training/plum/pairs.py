@@ -35,6 +35,7 @@ _CLOSED = (
 )
 _OPEN_APART = ("Could you recall our conversation about {}?", "What have we gone over concerning {}?")
 _CLOSED_APART = ("Do you remember talking with me about {}?", "Was {} a subject of ours at some point?")
+_ALL = (*_OPEN, *_CLOSED, *_OPEN_APART, *_CLOSED_APART)
 _TOLD = "You asked: {} I answered: {}"
 # Short, so that the word which decides is a good part of the answer's loss.
 _POSITIVE = YES + ", we did."
@@ -105,10 +106,10 @@ def undiscussed(known: Collection[str], held_out: bool) -> list[str]:
 
 def negative(of: Pair, topic: str) -> Pair:
     """The same question about a topic that was not discussed."""
-    # From the end: a wording may hold the topic's words before the topic itself.
-    before, _, after = of.question.rpartition(of.topic)
+    # A wording may hold the topic's own words, before it and after it.
+    wording = next(one for one in _ALL if one.format(of.topic) == of.question)
     answer = _NEGATIVE if of.closed else _NOTHING.format(topic)
-    return Pair(f"{before}{topic}{after}", answer, topic, of.closed, False)
+    return Pair(wording.format(topic), answer, topic, of.closed, False)
 
 
 def _negatives(positives: Sequence[Pair], left: Sequence[str], chance: Random) -> Iterator[Pair]:
