@@ -1,6 +1,7 @@
 """Profiles of people as groups: what tells is not what is learnt, and who is held out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,18 @@ def test_they_are_written_once_for_the_same_people(tmp_path: Path, monkeypatch: 
     people[0] = person("ada", "red", 16)
     prepared_groups("any", None, folder, "words")
     assert not stale.exists() and "red" in (folder / "ada.train.jsonl").read_text()
+
+
+def test_no_test_question_of_those_held_out_chooses_the_best_step(tmp_path: Path) -> None:
+    def of_test(name: str, held_out: bool) -> Person:
+        asked = [
+            replace(one, split="test") if one.split == "validation" else one for one in person(name, "blue", 12).asked
+        ]
+        return Person(name, held_out, tuple(asked))
+
+    people = [of_test("ada", False), of_test("eve", True), person("fay", "grey", 12, held_out=True)]
+    assert write_groups(people, tmp_path, SimpleNamespace(encode=encode)) == {"trained": 1, "held out": 1}
+    assert json.loads((tmp_path / HELD_OUT_FILE).read_text()) == ["fay"] and not list(tmp_path.glob("eve*"))
 
 
 def test_the_first_half_tells_and_the_second_is_learnt(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from molora_training.hypernet.text_groups import HELD_OUT_FILE, TEXTS, TRAIN, VA
 
 PREPARED_FILE = "prepared.json"
 PROFILES = 4  # of a person, each from another part of the first half
+_VERSION = 2  # count this up when other groups are made of the same people
 
 
 def prepared_groups(name: str, data: Path | None, folder: Path, encoder: str) -> None:
@@ -33,7 +34,7 @@ def prepared_groups(name: str, data: Path | None, folder: Path, encoder: str) ->
     from molora.personalize.embeddings import SentenceEncoder
 
     persons = read_people(name, data)
-    digest = hashlib.sha256(repr([encoder, persons]).encode()).hexdigest()
+    digest = hashlib.sha256(repr([_VERSION, encoder, persons]).encode()).hexdigest()
     note = folder / PREPARED_FILE
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == digest:
         return
@@ -51,7 +52,8 @@ def write_groups(
 
     Profiles are of the first half of a history: one of all of it, and some of every other interaction of it, so that
     the network sees more texts than persons. What is learnt is the second half. Persons with fewer than four
-    interactions are left out.
+    interactions are left out, and of those held out whoever has none for validation: their test questions are asked
+    when the network is there, and must not choose its best step.
 
     Args:
         persons: a set of people. folder: where the files go; files that are there are written anew.
@@ -65,7 +67,7 @@ def write_groups(
     count = 0
     for number, person in enumerate(persons, 1):
         history = person.interactions()
-        judged = person.interactions("validation") or person.interactions("test")
+        judged = person.interactions("validation") or ([] if person.held_out else person.interactions("test"))
         if len(history) >= 4 and judged:
             half = len(history) // 2
             first, embeddings = history[:half], encoder.encode([text_of(one) for one in history[:half]])
