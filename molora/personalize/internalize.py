@@ -23,9 +23,12 @@ def factors_of(base: Any, tokenizer: Any, net: DocumentNet, text: str, most_rank
     Args:
         base: the frozen model that ``net`` was trained for.
         tokenizer: the base's.
-        net: on any device; it moves nothing.
+        net: on the base's device.
         text: the document.
         most_rank: to which the chunks' ranks side by side are cut; None: they stay, and memory grows with the text.
+
+    Returns:
+        On the base's device, in the network's dtype.
 
     Raises:
         DocumentError: the text is empty or longer than ``MOST_TOKENS``. HypernetError: another base's network.

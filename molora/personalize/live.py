@@ -53,6 +53,7 @@ def internalize(
             examples = examples_of(text, model.tokenizer) if routed and own.routed else None
             model.add_adapter(layer, name, folder, examples=examples)
         except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # the next one's has the same name
             if new:
                 model.stack.layers.remove(own)
             raise

@@ -12,7 +12,7 @@ from molora import MoLoRAModel, Router
 from molora.adapter import Adapter
 from molora.chat import render
 from molora.cli import app
-from molora.errors import ConfigError, DocumentError, HypernetError, StackError
+from molora.errors import AdapterError, ConfigError, DocumentError, HypernetError, StackError
 from molora.examples import encode_examples, features_of
 from molora.factors import cut
 from molora.personalize import internalize
@@ -273,6 +273,20 @@ def test_several_documents_and_names_that_are_taken(model: MoLoRAModel, saved_ne
     model.reset()
     model.reset()  # nothing is left to be taken away
     assert list(model.stack["user"].adapters) == []
+
+
+def test_after_a_document_that_found_no_place_the_next_one_does(
+    model: MoLoRAModel, saved_net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise AdapterError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match="full"):
+        patch.setattr(MoLoRAModel, "add_adapter", full)
+        model.internalize(DOCUMENT, hypernet=saved_net, name="lamp")
+    assert [layer.name for layer in model.stack.layers] == ["domain", "user"]
+    model.internalize(DOCUMENT, hypernet=saved_net, name="lamp")
+    assert list(model.stack["document"].adapters) == ["lamp"]
 
 
 def test_a_document_that_is_too_long(model: MoLoRAModel, saved_net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
