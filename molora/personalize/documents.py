@@ -60,7 +60,7 @@ def chunks(text: str, tokenizer: Any, size: int) -> list[str]:
         left = len(offsets) - first
         last = first + -(-left // -(-left // size))  # even pieces of what is left
         if last < len(offsets):
-            near = [border for border in borders[bisect_right(borders, first) :] if border <= first + size]
+            near = borders[bisect_right(borders, first) : bisect_right(borders, first + size)]
             last = min(near, key=lambda border: abs(border - last)) if near else last
         found.append(text[offsets[first][0] : offsets[last - 1][1]])
         first = last
