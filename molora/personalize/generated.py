@@ -28,14 +28,20 @@ def generated(base: nn.Module, factors: Generated) -> Iterator[None]:
 
 
 def stacked(factors: Sequence[Factors], device: torch.device | str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Several adapters as one, a row for each; where ranks differ, or one lacks a module, zeros fill them up."""
+    """Several adapters as one, a row for each; where ranks differ, or one lacks a module, zeros fill them up.
+
+    Args:
+        factors: all on one device.
+        device: of what is given; None: theirs.
+    """
     sizes: dict[str, tuple[int, int, int]] = {}
     for one in factors:
         for name, (A, B) in one.items():
             sizes[name] = (max(len(A), sizes.get(name, (0,))[0]), A.shape[1], len(B))
     found = {}
     for name, (rank, inside, outside) in sizes.items():
-        empty = (torch.zeros(0, inside, device=device), torch.zeros(outside, 0, device=device))
+        like = next(one[name] for one in factors if name in one)  # where they are, which need not be ``device`` yet
+        empty = (like[0].new_zeros(0, inside), like[1].new_zeros(outside, 0))
         pairs = [one.get(name, empty) for one in factors]
         found[name] = (
             torch.stack([F.pad(A, (0, 0, 0, rank - len(A))) for A, _ in pairs]).to(device),

@@ -62,3 +62,17 @@ def test_a_batch_of_answers_is_each_alone(model: Any) -> None:
     together = speaker.answers(prompts, made)
     assert together == [speaker.answers([prompt], [one])[0] for prompt, one in zip(prompts, made, strict=True)]
     assert together != speaker.answers(prompts) and speaker.answers([]) == []
+
+
+def test_adapters_that_lack_modules_move_to_another_device(model: Any) -> None:
+    """A device without memory stands for a GPU: what is there cannot be put together with what is not."""
+    made = adapters(model)
+    found = stacked(made, "meta")
+    assert {name: (A.shape[:2], B.shape[::2], A.device.type) for name, (A, B) in found.items()} == {
+        NAMES[0]: ((3, 5), (3, 5), "meta"), NAMES[1]: ((3, 2), (3, 2), "meta")
+    }  # fmt: skip
+    for name, (A, B) in stacked(made).items():
+        for place, one in enumerate(made):
+            own_A, own_B = one.get(name, (A.new_zeros(0, A.shape[2]), B.new_zeros(B.shape[1], 0)))
+            assert torch.equal(A[place, : len(own_A)], own_A) and not A[place, len(own_A) :].any()
+            assert torch.equal(B[place, :, : len(own_A)], own_B) and not B[place, :, len(own_A) :].any()
