@@ -140,14 +140,16 @@ class PiecePool:
         """The adapter that a user's choice stands for: the sum over pieces of w B A.
 
         Raises:
-            DataError: it was chosen from another pool.
+            DataError: it was chosen from another pool, or is damaged.
         """
-        if len(assembled.places) != len(self.config.modules) or int(assembled.places.max()) >= self.config.sharers:
-            raise DataError("This assembled adapter was made from another pool of pieces.")
+        places, weights = assembled.places, assembled.weights
+        fits = places.shape == weights.shape and places.dim() == 2 and len(places) == len(self.config.modules)
+        if not (fits and places.numel() and int(places.min()) >= 0 and int(places.max()) < self.config.sharers):
+            raise DataError("This assembled adapter was made from another pool of pieces, or is damaged.")
         found = {}
-        for name, places, weights in zip(self.config.modules, assembled.places, assembled.weights, strict=True):
-            A, B = self.A[name][places.long()], self.B[name][places.long()]  # [top, r, in], [top, out, r]
-            scaled = B * weights.to(B)[:, None, None]
+        for name, of, parts in zip(self.config.modules, places.long(), weights, strict=True):
+            A, B = self.A[name][of], self.B[name][of]  # [top, r, in], [top, out, r]
+            scaled = B * parts.to(B)[:, None, None]
             found[name] = (A.flatten(0, 1), scaled.permute(1, 0, 2).flatten(1))
         return found
 

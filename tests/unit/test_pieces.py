@@ -112,8 +112,17 @@ def test_what_stops_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no answer"):
         pool.assemble(model.base, model.tokenizer, [[{"role": "user", "content": "Hello?"}]])
     chosen = pool.assemble(model.base, model.tokenizer, HISTORY)
-    with pytest.raises(DataError, match="another pool"):
-        make_pool(model.base, sharers=2).factors(replace(chosen, places=chosen.places + 2))
+    for wrong in (
+        replace(chosen, places=chosen.places + 5),
+        replace(chosen, places=chosen.places - 5),
+        replace(chosen, weights=chosen.weights[:, :1]),
+        replace(chosen, weights=chosen.weights[:-1]),
+        Assembled(chosen.places[:-1], chosen.weights[:-1]),
+        Assembled(chosen.places[:, :0], chosen.weights[:, :0]),
+        Assembled(chosen.places[:, 0], chosen.weights[:, 0]),
+    ):
+        with pytest.raises(DataError, match="another pool"):
+            pool.factors(wrong)
     pool.A[MODULES[0]] = pool.A[MODULES[0]][..., :-1]
     with pytest.raises(HypernetError, match="maps 31 to 32 features; this base has 32 to 32"):
         pool.check(model.base)
