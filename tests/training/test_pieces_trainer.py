@@ -79,6 +79,9 @@ def test_a_pool_is_the_sharers_adapters_and_goes_on_where_it_was(
     made = {name: file.stat().st_mtime_ns for name, file in weights.items()}
     with pytest.raises(ConfigError, match="other settings"):
         train(replace(settings, learning_rate=2e-2), by_colour)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="on other text"):
+        patch.setattr(pieces, "read_people", lambda name, folder: [person("ada", "green", 8), *PEOPLE[1:]])
+        train(settings, by_colour)
     monkeypatch.setattr(pieces, "train_gates", honest)
     metrics = train(settings, by_colour)
     assert (metrics["sharers"], metrics["people"], metrics["interactions"]) == (2, 4, 6 + 9)

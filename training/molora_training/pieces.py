@@ -5,6 +5,7 @@ adapter begins anew and learns from its own sharer's text alone, on top of what 
 adapter of that. Several learn side by side.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -97,12 +98,13 @@ def train(
 
     Raises:
         DataError: the set is not prepared, or nobody in it shares.
+        ConfigError: what an interrupted training has made is of other settings, or of other people.
     """
     started = time.monotonic()
-    _same_settings(settings)
     persons = [one for one in read_people(settings.people, settings.data) if not one.held_out and one.interactions()]
     if not persons:
         raise DataError(f"Nobody in the set {settings.people!r} has a history to share.")
+    _same_settings(settings, persons)
     chosen = choose_sharers(persons, encode, settings.sharers, settings.seed)
     base, tokenizer = load_base(settings.base, dtype=getattr(torch, settings.dtype))
     base.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
@@ -231,18 +233,20 @@ class _Sharing:
                 bar.update(len(some))
 
 
-def _same_settings(settings: PiecesSettings) -> None:
-    """Raises ConfigError where what an interrupted training has made is of other settings."""
+def _same_settings(settings: PiecesSettings, persons: Sequence[Person]) -> None:
+    """Raises ConfigError where what an interrupted training has made is of other settings, or of other people."""
     beneath = "" if settings.task is None else weights_digest(settings.task)
     own = {k: _plain(v) for k, v in asdict(settings).items() if k not in ("out", "data", "sharers", "at_once")}
-    now = json.dumps({**own, "task": beneath}, sort_keys=True)
+    people = hashlib.sha256(repr(persons).encode()).hexdigest()
+    now = json.dumps({**own, "task": beneath, "persons": people}, sort_keys=True)
     note = settings.work / "settings.json"
     if not note.is_file():
         note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, now + "\n")
     elif note.read_text(encoding="utf-8") != now + "\n":
         raise ConfigError(
-            f"{settings.work} holds sharers that were trained with other settings: take those again, or delete it."
+            f"{settings.work} holds sharers that were trained with other settings, or on other text: take those again, "
+            f"or delete it."
         )
 
 
