@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from molora.cli import app
+from molora.errors import DataError
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.generated import generated
 from molora_training import document_table
@@ -130,6 +131,69 @@ def test_what_every_text_has_is_the_networks_own_part(tmp_path: Path, monkeypatc
         torch.testing.assert_close(whole_B[:, : B.shape[1]], B)
     assert given["base"] is None and given["text in the prompt"] is None
     assert given["text in the prompt, with what every text has"] is given["what every text has"]
+
+
+def test_one_passage_has_no_other_to_be_compared_with(tmp_path: Path) -> None:
+    model = make_spoken(tmp_path / "adapters")
+    model.base.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
+    net = make_net(model.base)
+    object.__setattr__(net.config, "base", str(tmp_path / "base"))
+    net.save(tmp_path / "net")
+    write_lessons(tmp_path / "passages.test.jsonl", LESSONS)
+    with pytest.raises(DataError, match="fewer than two passages"):
+        document_table.run(tmp_path / "net", tmp_path, None, tmp_path / "o.json", "x", limit=1)
+
+
+def test_each_contender_is_what_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base))
+    every: dict[str, document_table.Contender] = {}
+
+    def scores(one: document_table.Contender, _: Any) -> dict[str, torch.Tensor]:
+        every[one.name] = one
+        return {"f1": torch.zeros(3)}
+
+    monkeypatch.setattr(table, "_scores", scores)
+    table.passages(LESSONS)
+
+    def acts(name: str, place: int) -> dict[str, torch.Tensor]:
+        factors = every[name].factors
+        assert factors is not None
+        return {module: B @ A for module, (A, B) in factors(place).items()}
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.allclose(delta, other[module], atol=1e-4) for module, delta in one.items())
+
+    for place, lesson in enumerate(LESSONS):
+        own, other = acts("adapter of the text", place), acts("adapter of another text", place)
+        assert same(own, {name: B @ A for name, (A, B) in table.factors(lesson.text).items()})
+        assert not same(own, other) and same(other, acts("adapter of the text", (place + 1) % 3))
+        mixed = acts("adapter of the text's words, shuffled", place)
+        assert not same(mixed, own) and not same(mixed, other)
+        short = every["adapter of the text, cut to rank 8"].factors(place)  # type: ignore[misc]
+        assert max(len(A) for A, _ in short.values()) <= document_table.CUT
+        shown = every["text in the prompt"].prompt(lesson, "Which?")
+        assert (
+            shown
+            == f"{lesson.text}\n\nWhich?"
+            == every["text in the prompt, with what every text has"].prompt(lesson, "Which?")
+        )
+        found = every["search over all texts"].prompt(lesson, f"Hat of {lesson.text.split()[3]}?")
+        assert found.startswith(lesson.text) and found.endswith("?") and found.count("\n") >= 2
+        assert (
+            every["adapter of the text"].prompt(lesson, "Which?") == "Which?" == every["base"].prompt(lesson, "Which?")
+        )
+
+
+@torch.no_grad()
+def test_a_texts_score_is_the_mean_over_its_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base))
+    lessons = [Lesson("A.", (("1?", "yes"), ("2?", "no"), ("3?", "no"))), Lesson("B.", (("4?", "yes"),))]
+    monkeypatch.setattr(table.speaker, "answers", lambda prompts, own: ["yes" for _ in prompts])
+    found = table._scores(document_table.Contender("x", lambda _, question: question), lessons)
+    assert found["exact"].tolist() == pytest.approx([1 / 3, 1.0])
 
 
 def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -86,7 +86,7 @@ def run(
         general: a domain of conversations that have nothing to do with any passage.
 
     Raises:
-        DataError: no question about a passage is answered in words.
+        DataError: questions about fewer than two passages are answered in words.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which is faster on a CPU
@@ -100,13 +100,13 @@ def run(
         kind: [Lesson(one.text, one.questions[:QUESTIONS]) for one in of_kind(test, kind)[:limit]] for kind in KINDS
     }
     lessons = asked["words"]
-    if not lessons:
-        raise DataError(f"{data}/passages.test.jsonl asks for nothing but yes or no.")
+    if len(lessons) < 2:  # one has no other text's adapter to stand beside its own
+        raise DataError(f"{data}/passages.test.jsonl asks about fewer than two passages for more than yes or no.")
     apart = encode_within(read_examples(data / f"{general}.test.jsonl")[:limit], tokenizer, 1024, [general])
     for kind, judged in JUDGED.items():
         chance = random.Random(f"table/{kind}")
         asked[kind] = [facts().lesson(chance, TOLD, judged) for _ in range(limit)]
-    rows = [{"kind": kind, **row} for kind, some in asked.items() if some for row in table.passages(some)]
+    rows = [{"kind": kind, **row} for kind, some in asked.items() if len(some) > 1 for row in table.passages(some)]
     made = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
     trained = made.get("longest") or net.config.chunk
     recall = [
