@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from molora.adapter import Adapter
 from molora.base import load_base
 from molora.cli import app
 from molora.errors import ConfigError, DataError
+from molora.factors import concatenated, of_adapter
 from molora.personalize import embeddings
+from molora.personalize.from_text import factors_from_texts
+from molora.personalize.generated import generated, stacked
 from molora.personalize.history import Interaction
+from molora.personalize.pieces import PiecePool
 from molora.personalize.text_net import TextNet, TextNetConfig
 from molora_training import people_adapters, people_table, pieces
 from molora_training.adapter_settings import AdapterTrainSettings
@@ -43,8 +48,8 @@ def person(name: str, says: str, count: int, held_out: bool = False) -> Person:
 
 
 PEOPLE = [
-    person("ada", "4", 16), person("bob", "2", 16), person("cyd", "4", 12, held_out=True),
-    person("dan", "2", 8, held_out=True), person("eve", "1", 8, held_out=True),
+    person("ada", "4", 16), person("bob", "2", 16), person("cyd", "4", 8, held_out=True),
+    person("dan", "2", 12, held_out=True), person("eve", "1", 8, held_out=True),
 ]  # fmt: skip
 ENCODER = SimpleNamespace(
     encode=lambda texts: torch.nn.functional.normalize(
@@ -124,13 +129,19 @@ def test_the_command_writes_every_row_and_line(
     ]  # fmt: skip
 
 
+def plain_table(settings: PeopleSettings, folder: Path, persons: list[Person]) -> PeopleTable:
+    """Without a pool, a network and a task."""
+    base, tokenizer = load_base(str(folder / "base"), dtype=torch.float32)
+    few = replace(settings, pool=None, net=None, task=None)
+    people, speaker = People(persons, ENCODER), Speaker(base.requires_grad_(False), tokenizer, new_tokens=2)
+    adapters = PeopleAdapters(few, people, speaker, None, None, folder / "work", "mark")
+    return PeopleTable(few, people, speaker, adapters, read_examples(folder / "science.test.jsonl"))
+
+
 def test_without_a_pool_or_a_network_there_are_fewer_rows(settings: PeopleSettings, tmp_path: Path) -> None:
-    base, tokenizer = load_base(str(tmp_path / "base"), dtype=torch.float32)
-    held_out = [one for one in PEOPLE if one.held_out]
-    few = replace(settings, pool=None, net=None, task=None, learning_rates=(1e-2,), epochs=1)
-    people, speaker = People(held_out, ENCODER), Speaker(base.requires_grad_(False), tokenizer, new_tokens=2)
-    adapters = PeopleAdapters(few, people, speaker, None, None, tmp_path / "work", "mark")
-    table = PeopleTable(few, people, speaker, adapters, read_examples(tmp_path / "science.test.jsonl"))
+    few = replace(settings, learning_rates=(1e-2,), epochs=1)
+    table = plain_table(few, tmp_path, [one for one in PEOPLE if one.held_out])
+    speaker = table.speaker
     found = table.contenders()
     assert [one.name for one in found] == [*WAYS[:3], *WAYS[5:8]]
     assert found[3].own is not None and found[4].own is not None
@@ -140,10 +151,115 @@ def test_without_a_pool_or_a_network_there_are_fewer_rows(settings: PeopleSettin
     assert found[2].prompt(0, asked).count("Answered: 4") == 3  # of cyd's history, nobody else's
     rows = [table.asking(one)["row"] for one in found]
     row = rows[0]
-    losses = speaker.losses(encoded([one for _, one in table.asked], tokenizer))
+    losses = speaker.losses(encoded([one for _, one in table.asked], speaker.tokenizer))
     assert row["loss"] == pytest.approx(float(losses[:, 0].sum() / losses[:, 1].sum()))
     cost = {"one": {}}
     assert must({"rows": rows, "cost": cost, "peak_bytes": None}) == []
+
+
+def test_intervals_and_means_are_over_people(settings: PeopleSettings, tmp_path: Path) -> None:
+    """Two with one question each, and one with many, of which none is answered right."""
+    many = person("dan", "2", 8, held_out=True)
+    more = [replace(many.asked[3], id=f"dan-more-{n}") for n in range(8)]
+    held_out = [person("cyd", "4", 4, True), replace(many, asked=(*many.asked, *more)), person("eve", "1", 4, True)]
+    table = plain_table(replace(settings, questions=9), tmp_path, held_out)
+    speaker = table.speaker
+    assert [place for place, _ in table.asked] == [0, *[1] * 9, 2]
+    right = {0: "4", 1: "5", 2: "1"}
+    said = [right[place] for place, _ in table.asked]
+    speaker.answers = lambda prompts, own=None: said  # type: ignore[method-assign]
+    row = table.row(table.contenders()[0], None)
+    assert row["accuracy"] == pytest.approx(2 / 3) and row["mae"] == pytest.approx(1.0)
+    # Of three people all that are drawn may be those with a right answer, or the one without.
+    assert row["accuracy_interval"] == [0.0, 1.0] and row["mae_interval"] == [0.0, 3.0]
+    losses = speaker.losses(encoded([one for _, one in table.asked], speaker.tokenizer))
+    by_person = torch.stack([losses[:1].sum(0), losses[1:10].sum(0), losses[10:].sum(0)])
+    alone = (by_person[:, 0] / by_person[:, 1]).tolist()
+    assert row["loss_interval"] == pytest.approx([min(alone), max(alone)])
+
+
+def test_what_is_known_of_one_stands_before_their_own_questions(settings: PeopleSettings, tmp_path: Path) -> None:
+    table = plain_table(settings, tmp_path, [one for one in PEOPLE if one.held_out])
+    people, speaker = table.people, table.speaker
+    _, profile, found = table.contenders()[:3]
+    for place, says in enumerate("421"):
+        assert people.profiles[place][:1200] in profile.prompt(place, "Question 3?")
+        assert found.prompt(place, "Question 3?").count(f"Answered: {says}") == 3
+    name = "model.layers.0.self_attn.q_proj"
+    outside, inside = speaker.base.get_submodule(name).weight.shape
+    made = [{name: (torch.ones(1, inside), torch.full((outside, 1), 0.1 * place))} for place in range(3)]
+    alone = speaker.losses(table.apart).sum(0)
+    assert table.unrelated(None) == pytest.approx(float(alone[0] / alone[1]))
+    by_hand = torch.stack([speaker.losses([row], [own])[0] for row, own in zip(table.apart, made, strict=True)]).sum(0)
+    assert table.unrelated(made) == pytest.approx(float(by_hand[0] / by_hand[1])) != table.unrelated(None)
+
+
+def test_adapters_are_made_of_what_they_are_called(
+    settings: PeopleSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    persons = [person("cyd", "4", 8), person("dan", "2", 12), person("eve", "1", 16)]
+    base, tokenizer = load_base(str(tmp_path / "base"), dtype=torch.float32)
+    people, speaker = People(persons, ENCODER), Speaker(base.requires_grad_(False), tokenizer, new_tokens=2)
+    pool, net = PiecePool.load(tmp_path / "pool"), TextNet.load(tmp_path / "net")
+    for head in net.heads.values():
+        torch.nn.init.normal_(head)
+    made = PeopleAdapters(replace(settings, epochs=1), people, speaker, pool, net, tmp_path / "work", "mark")
+    learnt: dict[int, Any] = {}  # by how much somebody said, what was beneath
+    train = people_adapters.train_adapters
+
+    def seen(base: Any, rows: Any, *given: Any, below: Any) -> Any:
+        learnt.update({len(own): under for own, under in zip(rows, below, strict=True)})
+        return train(base, rows, *given, below=below)
+
+    monkeypatch.setattr(people_adapters, "train_adapters", seen)
+    task = of_adapter(Adapter.load(settings.task))  # type: ignore[arg-type]
+
+    def same(one: Any, *parts: Any) -> bool:
+        wanted = concatenated(parts)
+        return one.keys() == wanted.keys() and all(
+            torch.allclose(B @ A, wanted[name][1] @ wanted[name][0], atol=1e-5) for name, (A, B) in one.items()
+        )
+
+    anchors = [pool.factors(pool.nearest(own.mean(0))) for own in people.embedded]
+    on_top = [concatenated([task, one]) for one in anchors]
+    for place, one in enumerate(made["anchors"].adapters):
+        assert same(one, on_top[place])
+    small = made["anchors and rank 4"].adapters
+    name = pool.config.modules[0]
+    for place, one in enumerate(small):
+        assert same(learnt[len(people.histories[place])], on_top[place])
+        beneath, (A, _) = on_top[place][name][0], one[name]
+        assert len(A) == len(beneath) + 4 and torch.equal(A[:-4], beneath)
+    history = [[pieces.messages(one) for one in some] for some in people.histories]
+    with generated(base, stacked([task])):
+        chosen = [pool.factors(pool.assemble(base, tokenizer, some)) for some in history]
+    for place, one in enumerate(made["pieces"].adapters):
+        assert same(one, task, chosen[place])
+        assert not same(one, task, pool.factors(pool.assemble(base, tokenizer, history[place])))
+    assert all(same(one, task) for one in made.of_the_task)
+    of_profiles, random = made["profile's adapter"].adapters, made.of_random_directions
+    assert all(
+        same(one, own)
+        for one, own in zip(of_profiles, factors_from_texts(net, ENCODER.encode, people.profiles), strict=True)
+    )
+    assert not any(same(one, other) for one in random for other in of_profiles)
+
+
+def test_a_learning_rate_is_chosen_by_validation_alone(settings: PeopleSettings, tmp_path: Path) -> None:
+    judged: list[Any] = []
+    table = plain_table(replace(settings, epochs=1), tmp_path, [one for one in PEOPLE if one.held_out])
+    losses = table.speaker.losses
+
+    def seen(rows: Any, own: Any = None) -> torch.Tensor:
+        judged.extend(rows)
+        return losses(rows, own)
+
+    table.speaker.losses = seen  # type: ignore[method-assign]
+    table.adapters._tried(1e-2)
+    wanted = [one for person in table.people.persons for one in person.interactions("validation")]
+    assert [row.input_ids.tolist() for row in judged] == [
+        row.input_ids.tolist() for row in encoded(wanted, table.speaker.tokenizer)
+    ]
 
 
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +325,27 @@ def test_an_interrupted_table_goes_on(
     net.save(settings.net)  # type: ignore[arg-type]
     again = go("o.json", questions=1)
     assert again[1:] == (7, len(WAYS)) and again[0]["rows"] != changed[0]["rows"]
+
+
+def test_the_lines_by_hand() -> None:
+    def way(name: str, loss: float, accuracy: float) -> dict[str, Any]:
+        return {"contender": name, "loss": loss, "loss_interval": [loss - 0.25, loss + 0.25], "accuracy": accuracy}
+
+    report = {
+        "rows": [
+            way("base", 3.0, 0.1), way("base, search in the prompt", 2.0, 0.5), way("task's adapter", 2.0, 0.2),
+            way("task's adapter, search in the prompt", 2.0, 0.4), way("own adapter", 1.0, 0.8),
+            way("pieces", 1.0, 0.6), way("anchors and rank 4", 1.0, 0.7), way("profile's adapter", 1.0, 0.3),
+            way("profile's adapter, another's", 1.25, 0.3), way("profile's adapter, of a random direction", 2.0, 0.3),
+        ],
+        "cost": {"pieces": {"kept_bytes": 1000.0},
+                 "profile's adapter": {"seconds_of_one": 0.04, "seconds_of_batch": 0.6}},
+        "peak_bytes": 1,
+    }  # fmt: skip
+    found = must(report)
+    assert [one["value"] for one in found] == pytest.approx([1.5, -0.25, 0.5, 0.04, 0.6, 0.75, 1000, 0.3])
+    assert [one["holds"] for one in found] == [True, False, True, True, False, False, True, True]
+    assert len(must({**report, "peak_bytes": None})) == 6  # seconds are bounded on a GPU alone
 
 
 def test_numbers_and_texts_are_judged_by_what_they_are() -> None:
