@@ -12,6 +12,7 @@ from molora.errors import ConfigError, DataError
 from molora.personalize.history import Interaction
 from molora_training import plum_table
 from molora_training.data.lessons import Lesson
+from molora_training.plum.bank import BANK
 from molora_training.plum.conversations import Conversation, about_texts, read_conversations
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.pairs import Pair
@@ -50,6 +51,14 @@ def test_questions_are_about_all_in_wordings_that_are_not_taught() -> None:
     assert any("theremin" in topic for topic in topics) and not any("loud" in topic for topic in topics)
     assert {one.pair.answer for one in unseen} == {"No, we did not."}
     assert not any(one.unseen for one in questions(conversations(INSTRUMENTS), [], Learning())[1])
+
+
+def test_where_everything_was_talked_about_nothing_is_asked() -> None:
+    """Before anything is learnt: what other conversations were about makes closed negatives, but no open ones."""
+    every = ". ".join(one.near for one in BANK)
+    turns = ({"role": "user", "content": f"Is the zither loud? {every}"}, {"role": "assistant", "content": "Quiet."})
+    with pytest.raises(DataError, match="or everything was"):
+        questions([Conversation("all", turns)], conversations(LAST), Learning(wordings=1))
 
 
 def test_open_questions_are_judged_by_what_was_said() -> None:

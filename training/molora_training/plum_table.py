@@ -165,9 +165,10 @@ def questions(
         if unseen:
             positives = [pair for pair in closed if pair.discussed]
             asked += [Asked(negative(pair, chance.choice(unseen)), number, unseen=True) for pair in positives]
-    if not any(one.pair.discussed for one in asked) or all(one.pair.discussed for one in asked):
+    open_ = [pair for pairs in judged for pair in pairs if not pair.closed]
+    if {pair.discussed for pair in open_} != {True, False}:  # of closed ones there are as many
         raise DataError("In these conversations nothing was talked about that could be asked about, or everything was.")
-    return taught, asked, [pair for pairs in judged for pair in pairs if not pair.closed]
+    return taught, asked, open_
 
 
 def apart(topic: str, said: set[str]) -> bool:
