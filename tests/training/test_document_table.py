@@ -16,6 +16,7 @@ from molora_training.data import Example, write_examples
 from molora_training.data.lessons import Lesson, of_kind, write_lessons
 from molora_training.document_table import Table, exact, f1, rouge_l
 from molora_training.hypernet.facts import JUDGED
+from molora_training.hypernet.lessons import Needles
 from tests.unit.spoken import make_spoken
 from tests.unit.test_internalize import make_net
 
@@ -77,13 +78,20 @@ def test_the_share_is_from_the_higher_floor_to_the_higher_ceiling() -> None:
             for name, value in found.items()
         ]
         + [{"kind": "words", "contender": document_table.OVER, "f1_interval": [-0.1, 0.5]}],
-        "needles": [{"times": times, "recall at rank 8": 1.0} for times in (1, 4, 16)],
-        "unrelated": {"base": 2.0, "adapter": 2.0},
+        "needles": [{"times": times, "recall": 1.0, "recall at rank 8": 0.9} for times in (1, 4, 16)],
+        "unrelated": {"base": 2.0, "adapter": 2.1},
         "cost": {"seconds": 0.1},
     }
     *shares, over = [line for line in document_table.must(report) if line["name"].startswith("passages")]
     assert [line["value"] for line in shares] == pytest.approx([0.75, 0.75]) and len(shares) == 2
     assert over["value"] == -0.1 and not over["holds"] and all(line["holds"] for line in shares)
+    others = [line for line in document_table.must(report) if not line["name"].startswith("passages")]
+    assert [(line["value"], line["bar"], line["holds"]) for line in others] == [
+        (0.9, 0.95, False), (0.9, 0.8, True), (pytest.approx(0.05), 0.03, False), (0.1, 5.0, True)
+    ]  # fmt: skip
+    on_gpu = document_table.must({**report, "cost": {"seconds": 0.2, "peak_bytes": 1.0}})
+    assert (on_gpu[-1]["bar"], on_gpu[-1]["holds"]) == (0.15, False)
+    assert {line["bar"] for line in shares} == {0.75}
     report["rows"][4]["f1"] = 0.1  # type: ignore[index]
     report["rows"][5]["f1"] = 0.2  # type: ignore[index]
     shares = [line for line in document_table.must(report) if line["name"].startswith("passages")]
@@ -184,6 +192,22 @@ def test_each_contender_is_what_it_is_called(tmp_path: Path, monkeypatch: pytest
         assert (
             every["adapter of the text"].prompt(lesson, "Which?") == "Which?" == every["base"].prompt(lesson, "Which?")
         )
+
+
+def test_a_needle_is_found_where_its_number_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole adapters say the number and cut ones another, as who would be asked both shows."""
+    model = make_spoken(tmp_path)
+    table = Table(model.base, model.tokenizer, make_net(model.base, rank=9))
+    lessons = Needles((64, 64), seed=1, count=2).of_length(64)
+
+    def answers(prompts: Any, own: Any) -> list[str]:
+        assert prompts == [lesson.questions[0][0] for lesson in lessons]
+        whole = all(len(A) > document_table.CUT for one in own for A, _ in one.values())
+        return [lesson.questions[0][1] if whole or not place else "x" for place, lesson in enumerate(lessons)]
+
+    monkeypatch.setattr(table.speaker, "answers", answers)
+    found = table.recall(64, 2)
+    assert (found["recall"], found["recall at rank 8"]) == (1.0, 0.5) and found["rank"] > document_table.CUT
 
 
 @torch.no_grad()
