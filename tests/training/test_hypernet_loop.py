@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from molora_training.hypernet import loop as loop_module
 from molora_training.hypernet.loop import Loop, LoopSettings
 from molora_training.processes import Processes
 
@@ -42,6 +43,16 @@ def test_what_validated_best_is_left(tmp_path: Path) -> None:
     assert [step for step, _ in found["validation"]] == [2, 4, 6, 8, 10, 12]
     loop.done()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_process_takes_away_what_another_has_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    read, wait = loop_module.load_file, Processes.wait
+    monkeypatch.setattr(loop_module, "load_file", lambda file: done.append("read") or read(file))
+    monkeypatch.setattr(Processes, "wait", lambda own: done.append("wait") or wait(own))
+    loop, _ = make(tmp_path, [])
+    loop.run()
+    assert done[-2:] == ["read", "wait"] and loop.best_file.is_file()
 
 
 def test_it_is_left_also_where_the_training_went_on_later(tmp_path: Path) -> None:

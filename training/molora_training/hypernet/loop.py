@@ -125,6 +125,7 @@ class Loop:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(best[name])
+        self.processes.wait()  # or one takes the checkpoint away before another has read it
         return {**counters, "best": self._best(counters)}
 
     def done(self) -> None:
