@@ -15,7 +15,7 @@ import torch
 from molora.adapter import Adapter
 from molora.base import load_base
 from molora.cli import app
-from molora.errors import ConfigError, DataError
+from molora.errors import ConfigError, DataError, HypernetError
 from molora.factors import concatenated, of_adapter
 from molora.personalize import embeddings
 from molora.personalize.from_text import factors_from_texts
@@ -359,6 +359,12 @@ def test_numbers_and_texts_are_judged_by_what_they_are() -> None:
 def test_what_does_not_fit(settings: PeopleSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on top of the task's adapter"):
         run(replace(settings, task=None), ENCODER, tmp_path / "o.json", "x")
+    file = tmp_path / "net" / "hypernet.json"
+    made_for = file.read_text()
+    file.write_text(json.dumps({**json.loads(made_for), "base": "somebody/of-the-same-sizes"}))
+    with pytest.raises(HypernetError, match="trained for somebody/of-the-same-sizes, not for"):
+        run(settings, ENCODER, tmp_path / "o.json", "x")
+    file.write_text(made_for)
     with pytest.raises(ConfigError, match="found must be a whole number from 1"):
         replace(settings, found=0)
     monkeypatch.setattr(people_table, "read_people", lambda name, folder: PEOPLE[:3])

@@ -75,7 +75,7 @@ def run(settings: PeopleSettings, encoder: Encoder, out: Path, command: str, enc
     name = pool.config.base if pool is not None else DEFAULT_BASE
     base, tokenizer = load_base(name, dtype=torch.bfloat16 if cuda else torch.float32)  # which is faster on a CPU
     base.to("cuda" if cuda else "cpu").requires_grad_(False).eval()
-    net = None if settings.net is None else TextNet.load(settings.net, base)
+    net = None if settings.net is None else TextNet.load(settings.net, base, name)
     people, speaker = People(persons, encoder), Speaker(base, tokenizer, settings.batch, settings.new_tokens)
     work, mark = out.parent / f".{out.stem}", _mark(settings, persons, apart, name, encoder_name)
     adapters = PeopleAdapters(settings, people, speaker, pool, net, work, mark)
