@@ -228,6 +228,20 @@ def test_it_learns_to_tell_texts_apart(settings: DocumentHypernetSettings) -> No
     assert not (settings.work / "state.safetensors").exists()
 
 
+@pytest.mark.parametrize("what", ["gold", "distil"])
+def test_the_loss_that_is_learnt_by_decides(
+    settings: DocumentHypernetSettings, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse = iter((0.0, 1.0))
+    other = {"gold": "distil", "distil": "gold"}[what]
+    monkeypatch.setattr(
+        document, "validate", lambda *_: {what: (value := next(worse)), other: 1 - value, "right": value}
+    )
+    weights = DocumentLoss(**{"gold": 0.0, "l1": 0.0, what: 1.0})
+    loop = LoopSettings(steps=4, learning_rate=1e-2, checkpoint_every=2)
+    assert train(replace(settings, loop=loop, loss=weights))["best_step"] == 2
+
+
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(settings: DocumentHypernetSettings) -> None:
     short = replace(settings, loop=LoopSettings(steps=8, checkpoint_every=4))
 

@@ -155,7 +155,7 @@ def test_one_passage_has_no_other_to_be_compared_with(tmp_path: Path) -> None:
 
 def test_each_contender_is_what_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_spoken(tmp_path)
-    table = Table(model.base, model.tokenizer, make_net(model.base))
+    table = Table(model.base, model.tokenizer, make_net(model.base, rank=9))
     every: dict[str, document_table.Contender] = {}
 
     def scores(one: document_table.Contender, _: Any) -> dict[str, torch.Tensor]:

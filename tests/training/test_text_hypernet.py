@@ -14,14 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from molora.adapter import Adapter
+from molora.base import load_base
 from molora.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, NonFiniteError
 from molora.personalize.from_text import adapters_from_texts
+from molora.personalize.generated import generated
 from molora.personalize.text_net import WEIGHTS_FILE, TextNet
+from molora_training.data import IGNORED
 from molora_training.hypernet import text as trainer
 from molora_training.hypernet.loop import LoopSettings
 from molora_training.hypernet.text import train
 from molora_training.hypernet.text_groups import Group, draw, judged, read_groups
 from molora_training.hypernet.text_settings import GroupFiles, NetShape, TextHypernetSettings
+from molora_training.processes import Processes
 from molora_training.settings import load_settings
 from tests.conftest import write_adapter
 from tests.unit.spoken import make_spoken
@@ -143,6 +147,45 @@ def test_resumed_equals_uninterrupted(settings: TextHypernetSettings) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("held_out", [("cy", "dee"), ()], ids=["some held out", "nobody"])
+def test_what_those_held_out_say_decides_where_there_are_some(
+    settings: TextHypernetSettings, held_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse = iter((0.0, 1.0))  # of those held out; what is learnt from gets better
+    figures = {"held_out/shuffled": 0.0, "trained/shuffled": 0.0}
+    monkeypatch.setattr(
+        trainer._Run,
+        "validate",
+        lambda _: {**figures, "held_out/right": (value := next(worse)), "trained/right": 1.0 - value},
+    )
+    data = dataclasses.replace(settings.data, held_out=held_out)
+    found = train(dataclasses.replace(settings, data=data), encoder=encoder)
+    assert found["best_step"] == (3 if held_out else 6)
+
+
+def test_the_loss_is_a_mean_over_all_answer_tokens_of_a_step(settings: TextHypernetSettings) -> None:
+    write_group(settings.data.folder, "bob", "a much longer refusal than that", ["bob refuses", "he refuses"])
+    settings = dataclasses.replace(settings, net=dataclasses.replace(settings.net, dropout=0.0))
+    base, tokenizer = load_base(settings.base, dtype=torch.float32)
+    base.requires_grad_(False)
+    groups = read_groups(settings.data, tokenizer, encoder)
+    run = trainer._Run(settings, base, 0, groups, Processes())
+    for parameter in (*run.net.heads.values(), *run.net.bias_B.values()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    found = run.loss(0)["loss"]
+    drawn = draw(groups.trained, settings.groups, settings.conversations, random.Random("0/0"))
+    total, count = torch.zeros(()), 0
+    for group, embedding, rows in drawn:
+        assert any(torch.equal(embedding, one) for one in group.embeddings)
+        with torch.no_grad(), generated(base, run.net(embedding[None])):
+            for row in rows:
+                wanted = row.labels[1:]
+                logits = base(row.input_ids[None]).logits[0, :-1]
+                total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+                count += int((wanted != IGNORED).sum())
+    torch.testing.assert_close(found, total / count, rtol=1e-4, atol=1e-5)
+
+
 def test_a_base_in_bfloat16(settings: TextHypernetSettings) -> None:
     metrics = train(longer(settings, 20, dtype="bfloat16"), encoder=encoder)
     found = metrics["validation"]
@@ -225,7 +268,10 @@ def test_controls_have_texts_that_are_wrong(settings: TextHypernetSettings) -> N
     assert right is not None and shuffled is not None and noise is not None
     assert torch.equal(right.sign()[:, 0], torch.tensor([1.0, 1, -1, -1]))
     assert torch.equal(shuffled.sign()[:, 0], torch.tensor([-1.0, -1, 1, 1]))
+    # Each text of a group in turn.
+    assert torch.equal(right, torch.cat([group.embeddings for group in groups.held_out]))
     torch.testing.assert_close(noise.norm(dim=1), torch.ones(4))
+    assert torch.cosine_similarity(noise, right).abs().max() < 0.95
     assert found.embeddings["none"] is None
     alone = read_groups(dataclasses.replace(settings.data, held_out=("cy",)), tokenizer, encoder)
     assert [group.name for group in alone.others(alone.held_out[0])] == ["ann", "bob", "dee"]
