@@ -240,7 +240,7 @@ class DocumentNet(nn.Module):
         """What :meth:`save` wrote.
 
         Raises:
-            HypernetError: there is none, or it is damaged or of another kind.
+            HypernetError: there is none, or it is damaged or of another kind, or holds NaN or infinite values.
         """
         folder = Path(folder)
         try:
@@ -248,8 +248,11 @@ class DocumentNet(nn.Module):
             kind = about.pop("kind")
             if kind != KIND:
                 raise HypernetError(f"The hypernetwork at {folder} makes adapters of a {kind}, not of a document.")
-            net = cls(DocumentNetConfig(**about))
-            net.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            # Nothing is allocated by what the settings say: sizes are compared first.
+            with torch.device("meta"):
+                net = cls(DocumentNetConfig(**about))
+            weights = load_file(folder / WEIGHTS_FILE)
+            net.load_state_dict(weights, assign=True)
         except FileNotFoundError as error:
             raise HypernetError(
                 f"There is no hypernetwork at {folder}: it holds no {Path(error.filename or '').name}. "
@@ -259,6 +262,8 @@ class DocumentNet(nn.Module):
             if isinstance(error, HypernetError):
                 raise
             raise HypernetError(f"The hypernetwork at {folder} is damaged: {error}") from error
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+            raise HypernetError(f"The hypernetwork at {folder} holds NaN or infinite values.")
         return net.to(dtype).eval()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from molora import MoLoRAModel, Router
 from molora.adapter import Adapter
@@ -180,8 +181,15 @@ def test_a_saved_network_is_the_same_and_made_for_one_base(model: MoLoRAModel, s
     (saved_net / "hypernet.json").write_text(json.dumps({**about, "kind": "profile"}))
     with pytest.raises(HypernetError, match="makes adapters of a profile"):
         DocumentNet.load(saved_net)
-    (saved_net / "hypernet.json").write_text(json.dumps({**about, "rank": 3}))
-    with pytest.raises(HypernetError, match="is damaged"):
+    for wrong in ({"rank": 3}, {"rank": 10**9}):  # of the second nothing is allocated
+        (saved_net / "hypernet.json").write_text(json.dumps({**about, **wrong}))
+        with pytest.raises(HypernetError, match="(?s)is damaged.*size mismatch"):
+            DocumentNet.load(saved_net)
+    (saved_net / "hypernet.json").write_text(json.dumps(about))
+    weights = load_file(saved_net / "hypernet.safetensors")
+    weights["latents"][0, 0] = torch.inf
+    save_file(weights, saved_net / "hypernet.safetensors")
+    with pytest.raises(HypernetError, match="holds NaN or infinite values"):
         DocumentNet.load(saved_net)
 
 
