@@ -68,6 +68,23 @@ def test_gates_learn_and_the_adapter_stays(model: Any, tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.base.parameters())
 
 
+def test_what_is_beneath_acts_while_gates_learn(model: Any, tmp_path: Path) -> None:
+    """As if it were in the base's own weights."""
+    adapter = of_adapter(Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["q_proj"])))
+    task = of_adapter(Adapter.load(write_adapter(model.base, tmp_path / "task", 2, target_modules=["v_proj"])))
+    how = Schedule(learning_rate=1e-2, epochs=2, batch_tokens=128)
+    (alone,) = train_gates(model.base, [adapter], [rows(model)], 0, how)
+    (found,) = train_gates(model.base, [adapter], [rows(model)], 0, how, task)
+    merged = copy.deepcopy(model.base)
+    with torch.no_grad():
+        for name, (A, B) in task.items():
+            merged.get_submodule(name).weight += B @ A
+    (wanted,) = train_gates(merged, [adapter], [rows(model)], 0, how)
+    for name, gate in found.items():
+        torch.testing.assert_close(gate, wanted[name], rtol=1e-2, atol=1e-3)
+    assert any(not torch.allclose(gate, alone[name], rtol=1e-2, atol=1e-3) for name, gate in found.items())
+
+
 def test_gates_close_for_an_adapter_that_does_harm(model: Any, tmp_path: Path) -> None:
     """By the sign of x . g: on the inputs of its own text little of it acts in the end."""
     adapter = Adapter.load(write_adapter(model.base, tmp_path / "ada", 1, target_modules=["down_proj"], lora_alpha=64))

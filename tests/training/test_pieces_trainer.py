@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from molora import MoLoRAModel
 from molora.adapter import Adapter
@@ -23,7 +24,7 @@ from molora.personalize.pieces import Assembled, PiecePool, PoolConfig
 from molora.versions import Versions
 from molora_training import pieces
 from molora_training.data.read_people import Asked, Person
-from molora_training.pieces import PiecesSettings, choose_sharers, pool_of, train
+from molora_training.pieces import PiecesSettings, choose_sharers, history_rows, pool_of, train
 from tests.unit.spoken import make_spoken, save_spoken
 
 
@@ -95,7 +96,19 @@ def test_a_pool_is_the_sharers_adapters_and_goes_on_where_it_was(
             delta = pool.B[module][number] @ pool.A[module][number]
             wanted = weights.scale * weights.B.float() @ weights.A.float()
             torch.testing.assert_close(delta, wanted, rtol=2e-2, atol=1e-4)
-            assert pool.gates[module][number].any()
+        gates = load_file(settings.work / "gates" / f"{name}.safetensors")
+        for module, gate in gates.items():
+            assert gate.any() and torch.equal(pool.gates[module][number], gate.bfloat16().float())
+
+
+def test_nothing_but_the_history_is_learnt(settings: PiecesSettings) -> None:
+    tokenizer = make_spoken(settings.data / "again").tokenizer
+    splits = ("train", "test", "validation")
+    asked = [replace(one, split=splits[n % 3]) for n, one in enumerate(PEOPLE[0].asked)]  # type: ignore[arg-type]
+    rows = history_rows(replace(PEOPLE[0], asked=tuple(asked)), tokenizer, 1024)
+    said = ["blue 0", "blue 3", "blue 6"]
+    for row, answer in zip(rows, said, strict=True):
+        assert tokenizer.decode(row.labels[row.labels >= 0]).startswith(answer)  # type: ignore[union-attr]
 
 
 def test_a_task_without_an_adapter_is_named(settings: PiecesSettings, tmp_path: Path) -> None:
@@ -103,11 +116,17 @@ def test_a_task_without_an_adapter_is_named(settings: PiecesSettings, tmp_path: 
         train(replace(settings, task=tmp_path / "nowhere"), by_colour)
 
 
-def test_pieces_on_top_of_what_the_task_is(settings: PiecesSettings, tmp_path: Path, capsys: Any) -> None:
+def test_pieces_on_top_of_what_the_task_is(
+    settings: PiecesSettings, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The adapter of the task acts while the pieces learn and while a user's are chosen, and is asked for."""
     plain = PiecePool.load(train(settings, by_colour) and settings.out)
     task = tmp_path / "adapters" / "math"
+    beneath: list[Any] = []
+    gates = pieces.train_gates
+    monkeypatch.setattr(pieces, "train_gates", lambda *given: beneath.append(given[-1]) or gates(*given))
     train(replace(settings, out=tmp_path / "above", task=task), by_colour)
+    assert [set(one) for one in beneath] == [set(of_adapter(Adapter.load(task)))]
     above = PiecePool.load(tmp_path / "above")
     assert above.config.beneath == hashlib.sha256((task / "adapter_model.safetensors").read_bytes()).hexdigest()
     name = above.config.modules[0]
