@@ -1,8 +1,10 @@
 """The table of what an adapter knows of many conversations, on a tiny base with a few of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +12,15 @@ import torch
 
 from molora.errors import ConfigError, DataError
 from molora.personalize.history import Interaction
+from molora.personalize.retrieval import Retriever
 from molora_training import plum_table
 from molora_training.data.lessons import Lesson
 from molora_training.plum.bank import BANK
 from molora_training.plum.conversations import Conversation, about_texts, read_conversations
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.pairs import Pair
-from molora_training.plum_table import Asked, by_age, open_row, prompt_of, questions, row, run
+from molora_training.plum.topics import exchanges
+from molora_training.plum_table import Asked, _answers, by_age, must, open_row, prompt_of, questions, row, run
 from tests.unit.spoken import make_spoken, save_spoken
 
 INSTRUMENTS = ("zither", "lyre", "bassoon", "ocarina", "theremin")
@@ -86,6 +90,52 @@ def test_shares_by_hand() -> None:
     assert row("x", [True, True], [asked(True, 0), asked(False, 0)])["negatives_unseen"] is None
     ages = by_age([True, False, True, True, False, True], some, 2)
     assert ages == [{"group": 0, "positives": 0.5}, {"group": 1, "positives": 1.0}]
+
+
+def test_both_kinds_count_as_much_and_intervals_are_over_conversations() -> None:
+    """Of two conversations the one with many questions has them all wrong."""
+    some = [asked(True, 0), asked(False, 0), *[asked(True, 1)] * 6, asked(False, 1)]
+    found = row("x", [True, False, *[False] * 6, True], some)
+    assert (found["positives"], found["negatives"]) == (pytest.approx(1 / 7), 0.5)
+    assert found["accuracy"] == pytest.approx((1 / 7 + 0.5) / 2)
+    assert found["accuracy_interval"] == [0.0, 1.0]  # of two that are drawn both may be the same
+
+
+def test_the_lines_by_hand() -> None:
+    shares = {"base": (0.5, 0.1), "adapter": (0.8, 0.3), "search": (0.9, 0.5), "adapter and search": (0.95, 0.6)}
+    rows = [{"contender": name, "accuracy": a, "open_positives": b} for name, (a, b) in shares.items()]
+    found = must({"rows": rows})
+    assert [one["value"] for one in found] == pytest.approx([0.8, 0.1, 0.05, -0.2])
+    assert [one["holds"] for one in found] == [False, False, True, False]
+
+
+def test_each_way_has_what_it_is_called_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    past, acts = conversations(INSTRUMENTS), [True]
+    search = Retriever([one for each in past for one in exchanges(each.messages)])
+    question = "Is the zither loud?"
+    pairs = [Pair(question, "Yes", "zither", closed, True) for closed in (True, False)]
+    heard: list[tuple[bool, str]] = []
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        acts[0] = False
+        yield
+        acts[0] = True
+
+    def hear(prompts: list[str]) -> list[Any]:
+        heard.extend((acts[0], prompt) for prompt in prompts)
+        return prompts
+
+    learner: Any = SimpleNamespace(model=None, tokenizer=None, off=off, says_yes=hear)
+    monkeypatch.setattr(plum_table, "Speaker", lambda *_: SimpleNamespace(answers=hear))
+    shown = "Of our earlier conversations:\n\nIs the zither loud?\nA zither is quiet.\n\nIs the zither loud?"
+    for way, wanted in (
+        ("base", (False, question)), ("adapter", (True, question)), ("search", (False, shown)),
+        ("adapter and search", (True, shown)),
+    ):  # fmt: skip
+        heard.clear()
+        _answers(learner, way, search, 1, pairs[:1], pairs[1:])
+        assert heard == [wanted] * 2
 
 
 def test_what_is_found_stands_before_the_question() -> None:
@@ -162,6 +212,7 @@ def test_an_interrupted_table_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert held["o.json"].keys() == held["whole.json"].keys()
     assert all(torch.equal(value, held["whole.json"][name]) for name, value in held["o.json"].items())
     assert any(value.any() for name, value in held["o.json"].items() if "lora_B" in name)
+    assert all(torch.equal(value, value.bfloat16().float()) for value in held["o.json"].values())  # as it is kept
     assert report == json.loads((tmp_path / "o.json").read_text())
     assert go("o.json") == report and calls == []
     # Nothing is used of other settings, or of other conversations.
