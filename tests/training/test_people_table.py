@@ -97,7 +97,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeopleSettings:
 WAYS = [
     "base", "base, profile in the prompt", "base, search in the prompt", "task's adapter",
     "task's adapter, search in the prompt", "own adapter", "own adapter, another's",
-    "own adapter, search in the prompt", "pieces", "pieces, another's", "anchors", "anchors and rank 4",
+    "own adapter, search in the prompt", "pieces", "pieces, another's",
+    "pieces, weights fitted", "pieces, weights fitted, another's", "anchors", "anchors and rank 4",
     "anchors and rank 4, another's", "profile's adapter", "profile's adapter, another's",
     "profile's adapter, of a random direction", "profile's adapter, search in the prompt",
 ]  # fmt: skip
@@ -125,7 +126,7 @@ def test_the_command_writes_every_row_and_line(
     assert 0 < cost["pieces"]["kept_bytes"] < 2048 < cost["own adapter"]["adapter_bytes"]
     assert {"seconds_of_one", "seconds_of_batch"} <= set(cost["profile's adapter"])
     assert [one["name"].split(":")[0] for one in report["must"]] == [
-        *["profile's adapter"] * 3, "pieces", "pieces", "anchors and rank 4"
+        *["profile's adapter"] * 3, *["pieces, weights fitted"] * 2, "anchors and rank 4"
     ]  # fmt: skip
 
 
@@ -308,7 +309,7 @@ def test_an_interrupted_table_goes_on(
     assert whole[1:] == (7, len(WAYS)) and list(tmp_path.glob(".whole/*.safetensors*")) == []
     assert go("o.json", train_stops=4) == (None, 4, 0)  # in the second rate
     assert go("o.json", ask_stops=7) == (None, 5, 7)  # which alone is trained again
-    assert not (tmp_path / "o.json").is_file() and len(list(tmp_path.glob(".o/*.safetensors"))) == 4
+    assert not (tmp_path / "o.json").is_file() and len(list(tmp_path.glob(".o/*.safetensors"))) == 5
     report, trained, asked = go("o.json")
     assert (trained, asked) == (0, len(WAYS) - 6)
     assert without_times(report) == without_times(whole[0])

@@ -7,9 +7,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from molora.personalize.retrieval import Encoder, Retriever, text_of
 from molora.personalize.text_net import TextNet
 from molora_training.data import Encoded, Example, encode_within
 from molora_training.data.read_people import Person
+from molora_training.fitting import fit_weights, steepest
 from molora_training.parts import Part, keep_tensors, kept_tensors
 from molora_training.people_settings import PeopleSettings
 from molora_training.pieces import history_rows, messages
@@ -36,7 +38,9 @@ MOST = 1536  # tokens of a conversation
 BATCH = 64  # people whose adapters are made in one forward, where that is timed
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 OWN, PIECES, ANCHORS, SMALL = "own adapter", "pieces", "anchors", "anchors and rank 4"
+FITTED = "pieces, weights fitted"
 PROFILES = "profile's adapter"
+Learnt = TypeVar("Learnt", Factors, Assembled)
 
 
 class People:
@@ -93,6 +97,7 @@ class PeopleAdapters:
         self.ways: dict[str, Callable[[], Made]] = {OWN: self._own}
         if pool is not None:
             self.ways[PIECES] = partial(self._pieces, pool)
+            self.ways[FITTED] = partial(self._fitted, pool)
             self.ways[ANCHORS] = partial(self._anchors, pool)
             self.ways[SMALL] = partial(self._on_top, pool)
         if net is not None:
@@ -139,18 +144,36 @@ class PeopleAdapters:
         return _tensors(made), {"loss": float(sums[0] / sums[1]) if rows else 0.0}
 
     def _pieces(self, pool: PiecePool) -> Made:
-        kept, about = self._kept("pieces", partial(self._choices, pool))
-        count = len(self.people.persons)
-        chosen = [Assembled(kept[f"{place}/places"], kept[f"{place}/weights"]) for place in range(count)]
-        return self._put_together(pool, chosen, about["seconds"])
+        """Chosen and weighed by gates, in one reading of a history."""
 
-    def _choices(self, pool: PiecePool) -> tuple[dict[str, Tensor], Part]:
-        found: dict[str, Tensor] = {}
-        with generated(self.base, stacked([] if self.task is None else [self.task], self.base.device)):
-            for place, some in enumerate(self.people.histories):
-                chosen = pool.assemble(self.base, self.tokenizer, [messages(one) for one in some])
-                found |= {f"{place}/places": chosen.places, f"{place}/weights": chosen.weights}
-        return found, {}
+        def choose() -> list[Assembled]:
+            with generated(self.base, stacked([] if self.task is None else [self.task], self.base.device)):
+                return [
+                    pool.assemble(self.base, self.tokenizer, [messages(one) for one in some])
+                    for some in self.people.histories
+                ]
+
+        return self._put_together(pool, *self._chosen("pieces", choose))
+
+    def _fitted(self, pool: PiecePool) -> Made:
+        """Chosen by the slopes of a history's loss, and weighed by learning from it."""
+
+        def fit(_: Sequence[int], rows: list[list[Encoded]]) -> list[Assembled]:
+            begun = [steepest(self.base, pool, some, self.speaker.pad, self.task) for some in rows]
+            return fit_weights(self.base, pool, begun, rows, self.speaker.pad, below=self.task)
+
+        return self._put_together(pool, *self._chosen("fitted", lambda: self._side_by_side(fit, "weights of pieces")))
+
+    def _chosen(self, name: str, choose: Callable[[], list[Assembled]]) -> tuple[list[Assembled], float]:
+        """Of each person what was chosen, now or before, and the seconds that it took."""
+
+        def make() -> tuple[dict[str, Tensor], Part]:
+            parts = [(place, asdict(one)) for place, one in enumerate(choose())]
+            return {f"{place}/{part}": tensor for place, one in parts for part, tensor in one.items()}, {}
+
+        kept, about = self._kept(name, make)
+        places = range(len(self.people.persons))
+        return [Assembled(kept[f"{one}/places"], kept[f"{one}/weights"]) for one in places], about["seconds"]
 
     def _anchors(self, pool: PiecePool) -> Made:
         started = self._now()
@@ -187,19 +210,26 @@ class PeopleAdapters:
 
     def _trained(self, how: Schedule, below: Sequence[Factors] = (), rank: int = 8) -> list[Factors]:
         """Of each person on their own history, above the task's adapter and what else is below."""
-        settings = self.settings
         modules = module_names(self.base, TARGETS)
+
+        def train(some: Sequence[int], rows: list[list[Encoded]]) -> list[Factors]:
+            under = self._above([below[place] for place in some]) if below else [] if self.task is None else [self.task]
+            return train_adapters(self.base, rows, self.speaker.pad, how, modules, rank, below=under)
+
+        return self._side_by_side(train, how.batch_tokens, "own adapters")
+
+    def _side_by_side(
+        self, learn: Callable[[Sequence[int], list[list[Encoded]]], list[Learnt]], batch_tokens: int, shown: str
+    ) -> list[Learnt]:
+        """What people learn from their histories, each in batches of so many tokens, in their order: some at once, those
+        with as long a history."""
         rows = [history_rows(one, self.tokenizer, MOST) for one in self.people.persons]
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-        found: dict[int, Factors] = {}
-        at_once = max(1, settings.at_once * settings.batch_tokens // how.batch_tokens)  # as many tokens in a step
-        for first in tqdm(range(0, len(order), at_once), desc="own adapters"):
+        at_once = max(1, self.settings.at_once * self.settings.batch_tokens // batch_tokens)  # as many tokens in a step
+        found: dict[int, Learnt] = {}
+        for first in tqdm(range(0, len(order), at_once), desc=shown):
             some = order[first : first + at_once]
-            under = self._above([below[place] for place in some]) if below else [] if self.task is None else [self.task]
-            made = train_adapters(
-                self.base, [rows[place] for place in some], self.speaker.pad, how, modules, rank, below=under
-            )
-            found |= dict(zip(some, made, strict=True))
+            found |= dict(zip(some, learn(some, [rows[place] for place in some]), strict=True))
         return [found[place] for place in range(len(rows))]
 
     def _kept(self, name: str, make: Callable[[], tuple[dict[str, Tensor], Part]]) -> tuple[dict[str, Tensor], Part]:

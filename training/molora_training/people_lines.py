@@ -23,9 +23,11 @@ def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             lines.append(line("seconds for an adapter from a profile", cost[profile]["seconds_of_one"], 0.05, "lower"))
             lines.append(line("seconds for 64 of them", cost[profile]["seconds_of_batch"], 0.5, "lower"))
     if "pieces" in rows:
-        share = rows["pieces"][metric] / max(rows["own adapter"][metric], 1e-9)
-        lines.append(line(f"pieces: {metric} as a share of the own adapter's", share, 0.99, "higher"))
-        lines.append(line("pieces: bytes kept of a person", cost["pieces"]["kept_bytes"], KEPT, "lower"))
+        fitted = "pieces, weights fitted"
+        share, of_gates = (rows[way][metric] / max(rows["own adapter"][metric], 1e-9) for way in (fitted, "pieces"))
+        told = f"chosen and weighed by gates, as in the paper: {of_gates:.3f}"
+        lines.append(line(f"{fitted}: {metric} as a share of the own adapter's", share, 0.99, "higher", told))
+        lines.append(line(f"{fitted}: bytes kept of a person", cost[fitted]["kept_bytes"], KEPT, "lower"))
         search = [name for name in ("base", "task's adapter") if f"{name}, search in the prompt" in rows][-1]
         gain = rows["anchors and rank 4"][metric] - rows[f"{search}, search in the prompt"][metric]
         lines.append(line(f"anchors and rank 4: {metric} above {search} with a search", gain, 0.0, "higher"))

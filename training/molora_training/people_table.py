@@ -26,7 +26,18 @@ from molora_training.data.read_people import Person
 from molora_training.evaluate import bootstrap
 from molora_training.lamp import accuracy, mae, rouge, stars
 from molora_training.parts import Part, drop_tensors, file_name, finished, mark_of
-from molora_training.people_adapters import ANCHORS, MOST, OWN, PIECES, PROFILES, SMALL, People, PeopleAdapters, encoded
+from molora_training.people_adapters import (
+    ANCHORS,
+    FITTED,
+    MOST,
+    OWN,
+    PIECES,
+    PROFILES,
+    SMALL,
+    People,
+    PeopleAdapters,
+    encoded,
+)
 from molora_training.people_lines import must
 from molora_training.people_settings import PeopleSettings
 from molora_training.report import heading, machine, write_report
@@ -161,7 +172,7 @@ class PeopleTable:
             ]
         found += [*self._pair(OWN), self._searching(OWN)]
         if PIECES in self.adapters.ways:
-            found += [*self._pair(PIECES), self._pair(ANCHORS)[0], *self._pair(SMALL)]
+            found += [*self._pair(PIECES), *self._pair(FITTED), self._pair(ANCHORS)[0], *self._pair(SMALL)]
         if PROFILES in self.adapters.ways:
             anyhow = Contender(
                 f"{PROFILES}, of a random direction", self._plain, lambda: self.adapters.of_random_directions
