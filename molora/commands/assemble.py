@@ -11,7 +11,8 @@ from molora.commands.common import ChangedModelOption, Dtype, JsonOption, extra,
 if TYPE_CHECKING:
     from molora import MoLoRAModel
     from molora.factors import Factors
-    from molora.personalize.pieces import PiecePool
+    from molora.personalize.pieces import Assembled, PiecePool
+    from molora_training.data import Encoded
 
 
 def assemble(
@@ -23,8 +24,11 @@ def assemble(
     pool: Annotated[Path, typer.Option(metavar="FOLDER", help="Pieces, from `molora train pieces`.")],
     model: ChangedModelOption,
     way: Annotated[
-        Literal["pieces", "anchors"],
-        typer.Option(help="pieces: chosen module by module; anchors: whole adapters of the nearest histories, merged."),
+        Literal["pieces", "fitted", "anchors"],
+        typer.Option(
+            help="pieces: chosen module by module; fitted: by the loss of the answers, with weights that are learnt; "
+            "anchors: whole adapters of the nearest histories, merged."
+        ),
     ] = "pieces",
     top: Annotated[
         int | None,
@@ -50,7 +54,7 @@ def assemble(
     as_json: JsonOption = False,
 ) -> None:
     """Put a user's adapter together from others', by one reading of the user's history. Nothing is trained, but for
-    --on-top.
+    --on-top and the few hundred weights of --way fitted.
 
     In: a history, a pool of pieces, a saved MoLoRA of the pool's base. Out: an adapter in the saved MoLoRA, an ordinary
     PEFT folder; what was there under that name stays as an earlier version. A user without a history gets no adapter.
@@ -83,6 +87,8 @@ def assemble(
                 raise HypernetError(f"The pool {pool} has no embeddings of histories: train one that has.")
             encoder = SentenceEncoder(pieces.config.encoder)
             chosen = pieces.nearest(encoder.encode([text_of(one) for one in said]).mean(0), top or ANCHORS)
+        elif way == "fitted":
+            chosen = _fitted(loaded, below, pieces, turns, top or TOP)
         else:
             with generated(loaded.base, stacked(below, loaded.base.device)):
                 chosen = pieces.assemble(loaded.base, loaded.tokenizer, turns, top or TOP)
@@ -138,14 +144,32 @@ def _below(model: "MoLoRAModel", beneath: str | None, pool: "PiecePool") -> "lis
     return [of_adapter(adapter)]
 
 
+def _fitted(
+    model: "MoLoRAModel", below: "list[Factors]", pool: "PiecePool", turns: list[list[dict[str, str]]], top: int
+) -> "Assembled":
+    with extra("train"):
+        from molora_training.fitting import fit_weights, steepest
+
+        pool.check(model.base)
+        rows, pad = _rows(model, turns)
+        beneath = below[0] if below else None
+        begun = steepest(model.base, pool, rows, pad, beneath, top)
+        return fit_weights(model.base, pool, [begun], [rows], pad, below=beneath)[0]
+
+
 def _trained(
     model: "MoLoRAModel", below: "Factors", modules: list[str], turns: list[list[dict[str, str]]], rank: int
 ) -> "Factors":
     with extra("train"):
-        from molora_training.data import encode
         from molora_training.side_by_side import ON_TOP, train_adapters
 
-        tokenizer: Any = model.tokenizer
-        rows = [encode(messages, tokenizer, ["user"], ["user"]) for messages in turns]
-        pad = int(tokenizer.pad_token_id or 0)
+        rows, pad = _rows(model, turns)
         return train_adapters(model.base, [rows], pad, ON_TOP, modules, rank, below=[below])[0]
+
+
+def _rows(model: "MoLoRAModel", turns: list[list[dict[str, str]]]) -> "tuple[list[Encoded], int]":
+    """A history as trainings read it, and what pads it."""
+    from molora_training.data import encode
+
+    tokenizer: Any = model.tokenizer
+    return [encode(messages, tokenizer, ["user"], ["user"]) for messages in turns], int(tokenizer.pad_token_id or 0)

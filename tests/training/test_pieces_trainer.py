@@ -23,7 +23,9 @@ from molora.personalize.history import Interaction
 from molora.personalize.pieces import Assembled, PiecePool, PoolConfig
 from molora.versions import Versions
 from molora_training import pieces
+from molora_training.data import encode
 from molora_training.data.read_people import Asked, Person
+from molora_training.fitting import fit_weights, steepest
 from molora_training.pieces import PiecesSettings, choose_sharers, history_rows, pool_of, train
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -149,6 +151,16 @@ def test_pieces_on_top_of_what_the_task_is(
     assert torch.equal(kept.places, wanted.places)
     torch.testing.assert_close(kept.weights, wanted.weights, rtol=1e-2, atol=1e-3)
     assert not torch.equal(kept.weights, above.assemble(base, tokenizer, [turns]).weights)
+    app([*line, "--beneath", "domain/math", "--way", "fitted", "--top", "1"], standalone_mode=False)
+    base, tokenizer = load_base(settings.base, dtype=torch.bfloat16)
+    base.requires_grad_(False)
+    rows, below = [encode(turns, tokenizer, ["user"], ["user"])], of_adapter(Adapter.load(task))
+    begun = steepest(base, above, rows, 0, below, top=1)
+    (fitted,) = fit_weights(base, above, [begun], [rows], 0, below=below)
+    kept = Assembled.load(tmp_path / "zoe.pieces")
+    assert torch.equal(kept.places, fitted.places) and kept.weights.any()
+    torch.testing.assert_close(kept.weights, fitted.weights, rtol=5e-2, atol=5e-3)
+    assert Versions(tmp_path / "model", "user", "zoe")[2].data["made_from"] == "fitted"
 
 
 def test_what_does_not_fit(settings: PiecesSettings, monkeypatch: pytest.MonkeyPatch) -> None:
