@@ -153,8 +153,8 @@ def _fitted(
         pool.check(model.base)
         rows, pad = _rows(model, turns)
         beneath = below[0] if below else None
-        begun = steepest(model.base, pool, rows, pad, beneath, top)
-        return fit_weights(model.base, pool, [begun], [rows], pad, below=beneath)[0]
+        begun = steepest(model.base, pool, [rows], pad, beneath, top)
+        return fit_weights(model.base, pool, begun, [rows], pad, below=beneath)[0]
 
 
 def _trained(

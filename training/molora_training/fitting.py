@@ -26,39 +26,43 @@ FIT = Schedule(learning_rate=5e-2, epochs=2, batch_tokens=512)
 def steepest(
     base: Any,
     pool: PiecePool,
-    rows: Sequence[Encoded],
+    rows: Sequence[Sequence[Encoded]],
     pad_id: int,
     below: Factors | None = None,
     top: int = TOP,
     batch_tokens: int = FIT.batch_tokens,
-) -> Assembled:
-    """Of each module the pieces by whose weight, at zero, the loss of a person's answers changes most; weights of zero.
+) -> list[Assembled]:
+    """Of each person and module the pieces by whose weight, at zero, the loss of the answers changes most; weights of
+    zero.
 
     Args:
         base: frozen, on any device.
-        rows: the person's conversations.
+        rows: conversations of each person.
         pad_id: of the tokenizer.
         below: what acts beneath the pieces.
         top: pieces of each module.
         batch_tokens: padded ones in one forward.
     """
-    device, everyone = base.device, torch.arange(pool.config.sharers).expand(len(pool.config.modules), -1)
-    pieces = _unweighted(pool, [everyone], device)
-    weights = {name: torch.zeros(1, pool.config.sharers, device=device, requires_grad=True) for name in pieces}
+    device, modules, sharers = base.device, pool.config.modules, pool.config.sharers
+    pieces = _unweighted(pool, [torch.arange(sharers).expand(len(modules), -1)], device)
     beneath = stacked([] if below is None else [below], device)
     losses = TokenLosses(base)
-    for indices in plan_steps([row.input_ids.numel() for row in rows], batch_tokens, 1, 0):
-        batch = collate([rows[index] for index in indices], pad_id).to(device)
-        labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        with generated(base, beneath), generated(base, _weighed(pieces, weights)):
-            each = losses(
-                lambda b=batch: base(b.input_ids, attention_mask=b.attention_mask, use_cache=False),  # type: ignore[misc]
-                labels,
-            )
-        each.sum().backward()
-    slopes = torch.stack([weights[name].grad[0] for name in pool.config.modules]).cpu()  # type: ignore[index]
-    places = slopes.abs().topk(min(top, pool.config.sharers)).indices
-    return Assembled(places.to(torch.int16), torch.zeros(places.shape, dtype=torch.float16))
+    found = []
+    for some in rows:
+        weights = {name: torch.zeros(1, sharers, device=device, requires_grad=True) for name in modules}
+        for indices in plan_steps([row.input_ids.numel() for row in some], batch_tokens, 1, 0):
+            batch = collate([some[index] for index in indices], pad_id).to(device)
+            labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+            with generated(base, beneath), generated(base, _weighed(pieces, weights)):
+                each = losses(
+                    lambda b=batch: base(b.input_ids, attention_mask=b.attention_mask, use_cache=False),  # type: ignore[misc]
+                    labels,
+                )
+            each.sum().backward()
+        slopes = torch.cat([weights[name].grad for name in modules]).cpu()  # type: ignore[misc]
+        places = slopes.abs().topk(min(top, sharers)).indices
+        found.append(Assembled(places.to(torch.int16), torch.zeros(places.shape, dtype=torch.float16)))
+    return found
 
 
 def fit_weights(

@@ -159,7 +159,7 @@ class PeopleAdapters:
         """Chosen by the slopes of a history's loss, and weighed by learning from it."""
 
         def fit(_: Sequence[int], rows: list[list[Encoded]]) -> list[Assembled]:
-            begun = [steepest(self.base, pool, some, self.speaker.pad, self.task) for some in rows]
+            begun = steepest(self.base, pool, rows, self.speaker.pad, self.task)
             return fit_weights(self.base, pool, begun, rows, self.speaker.pad, below=self.task)
 
         return self._put_together(pool, *self._chosen("fitted", lambda: self._side_by_side(fit, "weights of pieces")))
