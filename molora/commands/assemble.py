@@ -26,7 +26,7 @@ def assemble(
     way: Annotated[
         Literal["pieces", "fitted", "anchors"],
         typer.Option(
-            help="pieces: chosen module by module; fitted: by the loss of the answers, with weights that are learnt; "
+            help="pieces: chosen module by module; fitted: drawn by chance, with weights that are learnt; "
             "anchors: whole adapters of the nearest histories, merged."
         ),
     ] = "pieces",
@@ -148,13 +148,12 @@ def _fitted(
     model: "MoLoRAModel", below: "list[Factors]", pool: "PiecePool", turns: list[list[dict[str, str]]], top: int
 ) -> "Assembled":
     with extra("train"):
-        from molora_training.fitting import fit_weights, steepest
+        from molora_training.fitting import drawn, fit_weights
 
         pool.check(model.base)
         rows, pad = _rows(model, turns)
         beneath = below[0] if below else None
-        begun = steepest(model.base, pool, [rows], pad, beneath, top)
-        return fit_weights(model.base, pool, begun, [rows], pad, below=beneath)[0]
+        return fit_weights(model.base, pool, [drawn(pool, top)], [rows], pad, below=beneath)[0]
 
 
 def _trained(

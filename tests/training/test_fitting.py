@@ -13,7 +13,7 @@ from molora.personalize.generated import generated, stacked
 from molora.personalize.pieces import Assembled, PiecePool
 from molora_training.batches import plan_steps
 from molora_training.data import Encoded, encode
-from molora_training.fitting import fit_weights, steepest
+from molora_training.fitting import drawn, fit_weights
 from molora_training.schedule import warm_cosine
 from molora_training.side_by_side import Schedule
 from tests.unit.spoken import make_spoken
@@ -87,18 +87,14 @@ def test_the_weights_are_those_of_plain_autograd(model: Any) -> None:
     assert float((found.weights - begin.weights).abs().max()) > 0.1 and torch.equal(found.places, begin.places)
 
 
-def test_the_steepest_pieces_are_chosen(model: Any) -> None:
-    pool, below, some = make_pool(model.base), under(), rows(model)
-    other, found = steepest(model.base, pool, [some[:1], some], 0, below, top=2, batch_tokens=64)
-    everyone = begun([list(range(5))] * len(MODULES))
-    weights = torch.zeros(len(MODULES), 5, dtype=torch.float64, requires_grad=True)
-    sum(summed_loss(model, pool, below, everyone, weights, row)[0] for row in some).backward()
-    assert weights.grad is not None
-    for places, slopes in zip(found.places.tolist(), weights.grad.abs().tolist(), strict=True):
-        assert places == sorted(range(5), key=lambda place: -slopes[place])[:2]
-    assert len({tuple(one) for one in found.places.tolist()}) > 1 and not found.weights.any()
-    assert not torch.equal(other.places, found.places)  # who says something else
-    assert steepest(model.base, pool, [some], 0, below, top=9)[0].places.shape == (len(MODULES), 5)
+def test_pieces_are_drawn_for_each_module_apart_and_none_twice(model: Any) -> None:
+    pool = make_pool(model.base)
+    found = drawn(pool, 3)
+    assert found.places.shape == (len(MODULES), 3) and not found.weights.any()
+    assert all(len(set(one)) == 3 and set(one) <= set(range(5)) for one in found.places.tolist())
+    assert len({tuple(one) for one in found.places.tolist()}) > 1
+    assert torch.equal(drawn(pool, 3).places, found.places)
+    assert drawn(pool, 9).places.shape == (len(MODULES), 5)
 
 
 def test_nobody_learns_from_another(model: Any) -> None:

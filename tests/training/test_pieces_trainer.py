@@ -25,7 +25,7 @@ from molora.versions import Versions
 from molora_training import pieces
 from molora_training.data import encode
 from molora_training.data.read_people import Asked, Person
-from molora_training.fitting import fit_weights, steepest
+from molora_training.fitting import drawn, fit_weights
 from molora_training.pieces import PiecesSettings, choose_sharers, history_rows, pool_of, train
 from tests.unit.spoken import make_spoken, save_spoken
 
@@ -155,8 +155,7 @@ def test_pieces_on_top_of_what_the_task_is(
     base, tokenizer = load_base(settings.base, dtype=torch.bfloat16)
     base.requires_grad_(False)
     rows, below = [encode(turns, tokenizer, ["user"], ["user"])], of_adapter(Adapter.load(task))
-    begun = steepest(base, above, [rows], 0, below, top=1)
-    (fitted,) = fit_weights(base, above, begun, [rows], 0, below=below)
+    (fitted,) = fit_weights(base, above, [drawn(above, 1)], [rows], 0, below=below)
     kept = Assembled.load(tmp_path / "zoe.pieces")
     assert torch.equal(kept.places, fitted.places) and kept.weights.any()
     torch.testing.assert_close(kept.weights, fitted.weights, rtol=5e-2, atol=5e-3)

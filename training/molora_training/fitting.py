@@ -1,7 +1,7 @@
-"""Pieces by what a person's history says of them: the slope of its loss chooses, and its loss sets the weights.
+"""Pieces whose weights a person's history teaches.
 
-The gates choose by what enters a module, which is much the same for all who ask the same kind of thing; the answers are
-what people differ in, and only a loss sees them.
+The gates choose and weigh by what enters a module, which is much the same for all who ask the same kind of thing; the
+answers are what people differ in, and only a loss sees them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,54 +15,17 @@ from torch import Tensor, nn
 from molora.factors import Factors
 from molora.personalize.generated import Generated, generated, stacked
 from molora.personalize.pieces import TOP, Assembled, PiecePool
-from molora_training.batches import plan_steps
-from molora_training.data import IGNORED, Encoded, collate
+from molora_training.data import Encoded
 from molora_training.side_by_side import Schedule, learn, picked
-from molora_training.token_losses import TokenLosses
 
-FIT = Schedule(learning_rate=5e-2, epochs=2, batch_tokens=512)
+FIT = Schedule(learning_rate=0.15, epochs=2, batch_tokens=512)
 
 
-def steepest(
-    base: Any,
-    pool: PiecePool,
-    rows: Sequence[Sequence[Encoded]],
-    pad_id: int,
-    below: Factors | None = None,
-    top: int = TOP,
-    batch_tokens: int = FIT.batch_tokens,
-) -> list[Assembled]:
-    """Of each person and module the pieces by whose weight, at zero, the loss of the answers changes most; weights of
-    zero.
-
-    Args:
-        base: frozen, on any device.
-        rows: conversations of each person.
-        pad_id: of the tokenizer.
-        below: what acts beneath the pieces.
-        top: pieces of each module.
-        batch_tokens: padded ones in one forward.
-    """
-    device, modules, sharers = base.device, pool.config.modules, pool.config.sharers
-    pieces = _unweighted(pool, [torch.arange(sharers).expand(len(modules), -1)], device)
-    beneath = stacked([] if below is None else [below], device)
-    losses = TokenLosses(base)
-    found = []
-    for some in rows:
-        weights = {name: torch.zeros(1, sharers, device=device, requires_grad=True) for name in modules}
-        for indices in plan_steps([row.input_ids.numel() for row in some], batch_tokens, 1, 0):
-            batch = collate([some[index] for index in indices], pad_id).to(device)
-            labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-            with generated(base, beneath), generated(base, _weighed(pieces, weights)):
-                each = losses(
-                    lambda b=batch: base(b.input_ids, attention_mask=b.attention_mask, use_cache=False),  # type: ignore[misc]
-                    labels,
-                )
-            each.sum().backward()
-        slopes = torch.cat([weights[name].grad for name in modules]).cpu()  # type: ignore[misc]
-        places = slopes.abs().topk(min(top, sharers)).indices
-        found.append(Assembled(places.to(torch.int16), torch.zeros(places.shape, dtype=torch.float16)))
-    return found
+def drawn(pool: PiecePool, top: int = TOP, seed: int = 0) -> Assembled:
+    """Pieces by chance, others in each module, with weights of zero: what fitted weights begin with, whoever asks."""
+    chance, sharers = torch.Generator().manual_seed(seed), pool.config.sharers
+    places = torch.stack([torch.randperm(sharers, generator=chance)[:top] for _ in pool.config.modules])
+    return Assembled(places.to(torch.int16), torch.zeros(places.shape, dtype=torch.float16))
 
 
 def fit_weights(

@@ -27,7 +27,7 @@ from molora.personalize.retrieval import Encoder, Retriever, text_of
 from molora.personalize.text_net import TextNet
 from molora_training.data import Encoded, Example, encode_within
 from molora_training.data.read_people import Person
-from molora_training.fitting import fit_weights, steepest
+from molora_training.fitting import drawn, fit_weights
 from molora_training.parts import Part, keep_tensors, kept_tensors
 from molora_training.people_settings import PeopleSettings
 from molora_training.pieces import history_rows, messages
@@ -156,10 +156,10 @@ class PeopleAdapters:
         return self._put_together(pool, *self._chosen("pieces", choose))
 
     def _fitted(self, pool: PiecePool) -> Made:
-        """Chosen by the slopes of a history's loss, and weighed by learning from it."""
+        """Drawn by chance, and weighed by learning from a history."""
 
         def fit(_: Sequence[int], rows: list[list[Encoded]]) -> list[Assembled]:
-            begun = steepest(self.base, pool, rows, self.speaker.pad, self.task)
+            begun = [drawn(pool)] * len(rows)
             return fit_weights(self.base, pool, begun, rows, self.speaker.pad, below=self.task)
 
         return self._put_together(pool, *self._chosen("fitted", lambda: self._side_by_side(fit, "weights of pieces")))
