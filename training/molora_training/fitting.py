@@ -21,9 +21,9 @@ from molora_training.side_by_side import Schedule, learn, picked
 FIT = Schedule(learning_rate=0.15, epochs=2, batch_tokens=512)
 
 
-def drawn(pool: PiecePool, top: int = TOP, seed: int = 0) -> Assembled:
+def drawn(pool: PiecePool, top: int = TOP) -> Assembled:
     """Pieces by chance, others in each module, with weights of zero: what fitted weights begin with, whoever asks."""
-    chance, sharers = torch.Generator().manual_seed(seed), pool.config.sharers
+    chance, sharers = torch.Generator().manual_seed(0), pool.config.sharers
     places = torch.stack([torch.randperm(sharers, generator=chance)[:top] for _ in pool.config.modules])
     return Assembled(places.to(torch.int16), torch.zeros(places.shape, dtype=torch.float16))
 
