@@ -336,16 +336,18 @@ def test_the_lines_by_hand() -> None:
         "rows": [
             way("base", 3.0, 0.1), way("base, search in the prompt", 2.0, 0.5), way("task's adapter", 2.0, 0.2),
             way("task's adapter, search in the prompt", 2.0, 0.4), way("own adapter", 1.0, 0.8),
-            way("pieces", 1.0, 0.6), way("anchors and rank 4", 1.0, 0.7), way("profile's adapter", 1.0, 0.3),
+            way("pieces", 1.0, 0.4), way("pieces, weights fitted", 1.0, 0.6), way("anchors and rank 4", 1.0, 0.7),
+            way("profile's adapter", 1.0, 0.3),
             way("profile's adapter, another's", 1.25, 0.3), way("profile's adapter, of a random direction", 2.0, 0.3),
         ],
-        "cost": {"pieces": {"kept_bytes": 1000.0},
+        "cost": {"pieces": {"kept_bytes": 1500.0}, "pieces, weights fitted": {"kept_bytes": 1000.0},
                  "profile's adapter": {"seconds_of_one": 0.04, "seconds_of_batch": 0.6}},
         "peak_bytes": 1,
     }  # fmt: skip
     found = must(report)
     assert [one["value"] for one in found] == pytest.approx([1.5, -0.25, 0.5, 0.04, 0.6, 0.75, 1000, 0.3])
     assert [one["holds"] for one in found] == [True, False, True, True, False, False, True, True]
+    assert found[5]["note"].endswith("as in the paper: 0.500")
     assert len(must({**report, "peak_bytes": None})) == 6  # seconds are bounded on a GPU alone
 
 

@@ -27,7 +27,7 @@ from molora.personalize.retrieval import Encoder, Retriever, text_of
 from molora.personalize.text_net import TextNet
 from molora_training.data import Encoded, Example, encode_within
 from molora_training.data.read_people import Person
-from molora_training.fitting import drawn, fit_weights
+from molora_training.fitting import FIT, drawn, fit_weights
 from molora_training.parts import Part, keep_tensors, kept_tensors
 from molora_training.people_settings import PeopleSettings
 from molora_training.pieces import history_rows, messages
@@ -162,7 +162,9 @@ class PeopleAdapters:
             begun = [drawn(pool)] * len(rows)
             return fit_weights(self.base, pool, begun, rows, self.speaker.pad, below=self.task)
 
-        return self._put_together(pool, *self._chosen("fitted", lambda: self._side_by_side(fit, "weights of pieces")))
+        return self._put_together(
+            pool, *self._chosen("fitted", lambda: self._side_by_side(fit, FIT.batch_tokens, "weights of pieces"))
+        )
 
     def _chosen(self, name: str, choose: Callable[[], list[Assembled]]) -> tuple[list[Assembled], float]:
         """Of each person what was chosen, now or before, and the seconds that it took."""
@@ -221,8 +223,8 @@ class PeopleAdapters:
     def _side_by_side(
         self, learn: Callable[[Sequence[int], list[list[Encoded]]], list[Learnt]], batch_tokens: int, shown: str
     ) -> list[Learnt]:
-        """What people learn from their histories, each in batches of so many tokens, in their order: some at once, those
-        with as long a history."""
+        """What people learn from their histories, each in batches of so many tokens, in their order: some at once,
+        those with as long a history."""
         rows = [history_rows(one, self.tokenizer, MOST) for one in self.people.persons]
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         at_once = max(1, self.settings.at_once * self.settings.batch_tokens // batch_tokens)  # as many tokens in a step
