@@ -11,6 +11,7 @@ import torch
 from molora import MoLoRAModel, RouterConfig, Stack, StackLayer
 from molora.cli import app
 from molora.errors import ConfigError
+from molora_training import merge_table
 from molora_training.data import Example, write_examples
 from molora_training.evaluate import losses
 from molora_training.merge_table import MergeTable, MergeTableSettings, as_lists, from_lists, must, row, run
@@ -80,6 +81,89 @@ def test_short_answers_are_those_of_the_stack_itself(saved: Path, tmp_path: Path
     own = alone["losses"]["math"]
     made = {"losses": {"math": {**own, "exact": own["asked"]}}}
     assert row("made", ["math"], made, base, alone)["short_answers"] == 1.0
+
+
+def test_what_is_kept_is_a_mean_over_adapters_each_beside_its_own_bounds(saved: Path, tmp_path: Path) -> None:
+    def part(**losses: float) -> dict[str, Any]:
+        return {"losses": {name: own_part(loss) for name, loss in losses.items()}}
+
+    def own_part(loss: float) -> dict[str, list[float]]:
+        return {**like, "loss": [loss] * len(like["loss"])}
+
+    model = MoLoRAModel.from_pretrained(saved, dtype=torch.float32).eval()
+    table = MergeTable(model, MergeTableSettings(saved, data=tmp_path / "data"))
+    like = as_lists({"math": table._losses("math", None)})["math"]
+    base, alone = part(math=4.0, code=10.0), part(math=2.0, code=0.0)
+    found = row("half and none", ["math", "code"], part(math=3.0, code=10.0), base, alone)  # 1/2 and 0
+    assert found["gain_kept"] == pytest.approx(0.25) and found["gain_kept_interval"] == pytest.approx([0.25, 0.25])
+    assert row("whole", ["math"], part(math=2.0), base, alone)["gain_kept"] == pytest.approx(1.0)
+
+
+def test_a_soup_is_held_against_the_best_other_merge() -> None:
+    def one(way: str, kept: float, **more: float) -> dict[str, Any]:
+        return {"adapters": 2, "way": way, "gain_kept": kept, **more}
+
+    rows = [
+        one("routed by token", 0.99), one("knots, 0.5 kept", 0.7, bytes=1), one("cat, 1/n each", 0.5, bytes=1),
+        one("LoRA Soups, CAT", 0.6, bytes=1),
+    ]  # fmt: skip
+    (found,) = must(rows)
+    assert found["value"] == pytest.approx(-0.1) and not found["holds"] and found["note"] == "knots, 0.5 kept"
+
+
+def test_each_way_is_made_of_its_adapters_and_weights(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MoLoRAModel.from_pretrained(saved, dtype=torch.float32).eval()
+    table = MergeTable(model, MergeTableSettings(saved, data=tmp_path / "data", densities=(0.5,), soup_steps=2))
+    ways = {way.title: way for way in table.ways(2)}
+    merges, soups, routed = [], [], []
+
+    class Stop(Exception):
+        pass
+
+    def merging(paths: Any, out: Path, method: str, *, weights: Any, density: float, **_: Any) -> Any:
+        merges.append((list(paths), method, weights, density))
+        raise Stop
+
+    def souping(base: Any, paths: Any, rows: Any, *_: Any, **__: Any) -> Any:
+        soups.append((list(paths), rows))
+        raise Stop
+
+    monkeypatch.setattr(merge_table, "merge", merging)
+    monkeypatch.setattr(merge_table, "train_soup", souping)
+    for way in ways.values():
+        if way.title != "routed by token":
+            with pytest.raises(Stop):
+                way.measure()
+    half = {"cat, 1/n each", "svd to rank 16, 1/n each", "linear"} | {
+        title for title in ways if title.startswith(("dare_linear", "magnitude_prune"))
+    }
+    others = [title for title in ways if title not in ("routed by token", "LoRA Soups, CAT")]
+    for title, (names, method, weights, density) in zip(others, merges, strict=True):
+        assert names == ["math", "code"] and weights == [0.5 if title in half else 1.0] * 2
+        assert title.startswith(method) and density == (0.5 if "kept" in title else 1.0)
+    ((names, rows),) = soups
+    assert names == ["math", "code"] and rows == [*table.train["math"], *table.train["code"]]
+
+    def resolving(selection: Any) -> Any:
+        routed.append(selection)
+        raise Stop
+
+    monkeypatch.setattr(model, "_resolve", resolving)
+    with pytest.raises(Stop):
+        ways["routed by token"].measure()
+    assert routed == [{"domain": ["math", "code"]}]
+
+
+def test_each_adapter_is_asked_about_its_own_text(saved: Path, tmp_path: Path) -> None:
+    model = MoLoRAModel.from_pretrained(saved, dtype=torch.float32).eval()
+    table = MergeTable(model, MergeTableSettings(saved, data=tmp_path / "data"))
+    alone = table.bounds()[1].measure()["losses"]
+    for name in SAYS:
+        expected = losses(model, table.test[name], {"domain": name}, 1)
+        assert alone[name]["loss"] == pytest.approx(expected.loss.flatten().tolist(), rel=1e-5)
+    assert len({tuple(one["loss"]) for one in alone.values()}) == len(SAYS)
 
 
 def test_losses_are_kept_to_the_last_bit(saved: Path, tmp_path: Path) -> None:
