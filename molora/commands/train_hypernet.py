@@ -25,15 +25,15 @@ def doc(
 ) -> None:
     """Train the network that makes adapters of documents; the base stays frozen.
 
-    In: nothing (task: needle, a number hidden in made-up filler, or, of a share `facts`, other facts), or passages with questions (task: passages, from
-    `molora train data passages`). Out: a folder for `molora internalize --hypernet`, with metrics.json; checkpoints and
-    curves in runs/. An interrupted training goes on when the same line is given again. A second training goes on from
-    the first one's folder (`start`), with longer texts or passages.
+    In: nothing (task: needle, a number hidden in made-up filler, or, of a share `facts`, other facts), or passages with
+    questions (task: passages, from `molora train data passages`). Out: a folder for `molora internalize --hypernet`,
+    with metrics.json; checkpoints and curves in runs/. An interrupted training goes on when the same line is given
+    again. A second training goes on from the first one's folder (`start`), with longer texts or passages.
 
     Settings: out, task, tokens, grow, facts, data, name, questions, gaps, needles, apart, texts, validation, base,
-    start, net.modules, net.rank, net.width, net.latents, net.blocks, net.heads, net.exit, net.chunk, loss.gold, loss.distil,
-    loss.l1, loss.keep, loss.sparse, loss.apart, loop.steps, loop.learning_rate, loop.weight_decay, loop.warmup,
-    loop.checkpoint_every, loop.seed, dtype.
+    start, net.modules, net.rank, net.width, net.latents, net.blocks, net.heads, net.exit, net.chunk, loss.gold,
+    loss.distil, loss.l1, loss.keep, loss.sparse, loss.apart, loop.steps, loop.learning_rate, loop.weight_decay,
+    loop.warmup, loop.checkpoint_every, loop.seed, dtype.
 
     Example: molora train hypernet doc out=document-net loop.steps=10000
 
