@@ -142,7 +142,11 @@ def _upload(lessons: Lessons, layers: list[str]) -> list[Any]:
 def _document(lessons: Lessons, layers: list[str]) -> list[Any]:
     """[layer, title, file, go]"""
     with gr.Accordion("Drop a document", open=False):
-        on = _open(lessons, "document", "Text, Markdown, HTML or PDF; it is read once and then deleted here.")
+        on = _open(
+            lessons, "document",
+            "Text, Markdown, HTML or PDF; it is read once and then deleted here. The network that is shipped finds "
+            "numbers told as “The magic number for amber birch is 4821.”, and little else.",
+        )  # fmt: skip
         file = gr.File(
             label="Document", file_types=[".txt", ".md", ".markdown", ".html", ".htm", ".pdf"], height=120,
             visible=on,

@@ -141,13 +141,18 @@ def test_what_every_text_has_is_the_networks_own_part(tmp_path: Path, monkeypatc
     assert given["text in the prompt, with what every text has"] is given["what every text has"]
 
 
-def test_one_passage_has_no_other_to_be_compared_with(tmp_path: Path) -> None:
-    model = make_spoken(tmp_path / "adapters")
-    model.base.save_pretrained(tmp_path / "base")
-    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
+def save_net(folder: Path) -> None:
+    """A network in ``net``, for a base in ``base``."""
+    model = make_spoken(folder / "adapters")
+    model.base.save_pretrained(folder / "base")
+    model.tokenizer.save_pretrained(folder / "base")  # type: ignore[union-attr]
     net = make_net(model.base)
-    object.__setattr__(net.config, "base", str(tmp_path / "base"))
-    net.save(tmp_path / "net")
+    object.__setattr__(net.config, "base", str(folder / "base"))
+    net.save(folder / "net")
+
+
+def test_one_passage_has_no_other_to_be_compared_with(tmp_path: Path) -> None:
+    save_net(tmp_path)
     write_lessons(tmp_path / "passages.test.jsonl", LESSONS)
     with pytest.raises(DataError, match="fewer than two passages"):
         document_table.run(tmp_path / "net", tmp_path, None, tmp_path / "o.json", "x", limit=1)
@@ -221,12 +226,7 @@ def test_a_texts_score_is_the_mean_over_its_questions(tmp_path: Path, monkeypatc
 
 
 def test_the_command_writes_every_row_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    model = make_spoken(tmp_path / "adapters")
-    model.base.save_pretrained(tmp_path / "base")
-    model.tokenizer.save_pretrained(tmp_path / "base")  # type: ignore[union-attr]
-    net = make_net(model.base)
-    object.__setattr__(net.config, "base", str(tmp_path / "base"))
-    net.save(tmp_path / "net")
+    save_net(tmp_path)
     (tmp_path / "net/metrics.json").write_text(json.dumps({"longest": 64, "settings": {"task": "passages"}}))
     write_lessons(tmp_path / "data/passages.test.jsonl", LESSONS)
     write_examples(tmp_path / "data/science.test.jsonl", [_example(n) for n in range(3)])
