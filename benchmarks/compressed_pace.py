@@ -3,7 +3,8 @@
     python -m benchmarks.compressed_pace --adapters 1000 --batch 1 8 64
 
 The adapters are random, in all linear modules of the starter's base: what they hold changes no time. Beside them stand
-as many ordinary ones as have the same bytes, which is fewer.
+as many ordinary ones as have the same bytes, which is fewer. All kinds take turns, and what counts is the median over
+the turns of a kind's pace over that of one ordinary adapter in the same turn.
 """
 
 import argparse
@@ -33,8 +34,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--basis", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
-    parser.add_argument("--times", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--turns", type=int, default=5, help="of which the median counts")
     parser.add_argument("--out", type=Path, help="where the figures go, too")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,28 +50,30 @@ def main() -> None:
         f"{fit} ordinary adapters": [ordinary(sizes, given.rank, seed) for seed in range(fit)],
         f"{given.adapters} compressed adapters": many,
     }
+    models = {kind: model_with(copy.deepcopy(base), tokenizer, adapters, device) for kind, adapters in kinds.items()}
     rows: list[dict[str, Any]] = []
-    for kind, adapters in kinds.items():
-        stack = Stack([StackLayer(LAYER, default=None)])
-        model = MoLoRAModel.from_base(copy.deepcopy(base), stack, tokenizer=tokenizer).to(device)
-        names = [f"a{number}" for number in range(len(adapters))]
-        for name, adapter in zip(names, adapters, strict=True):
-            model.stack[LAYER].adapters[name] = adapter.path
-            model._put(f"{LAYER}/{name}", model.adapted.pack(adapter))
-        model._refresh()
-        if names:
-            check_that_it_acts(model, names[-1])
-        for batch in given.batch:
-            ids = torch.randint(3, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
-            # Far from each other, as those of users are.
-            chosen = [{LAYER: names[row * len(names) // batch]} if names else {} for row in range(batch)]
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "selection": chosen}
-            paces = [batch * _pace(model.generate, inputs, given.tokens) for _ in range(given.times + 1)][1:]
-            rows.append({"kind": kind, "batch": batch, "tokens a second": round(statistics.median(paces), 1)})
-            rows[-1]["bytes of adapters"] = total_bytes(adapters)
+    for batch in given.batch:
+        inputs = {kind: inputs_for(model, batch) for kind, model in models.items()}
+        for kind, model in models.items():  # captures its steps
+            _pace(model.generate, inputs[kind], 8)
+        turns = [
+            {kind: batch * _pace(model.generate, inputs[kind], given.tokens) for kind, model in models.items()}
+            for _ in range(given.turns)
+        ]
+        for kind, adapters in kinds.items():
+            rows.append(
+                {
+                    "kind": kind,
+                    "batch": batch,
+                    "tokens a second": round(statistics.median(turn[kind] for turn in turns), 1),
+                    "of one adapter's": [round(turn[kind] / turn[ONE], 4) for turn in turns],
+                    "bytes of adapters": total_bytes(adapters),
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
     if given.out:
-        settings = f"--adapters {given.adapters} --rank {given.rank} --basis {given.basis}"
+        settings = f"--adapters {given.adapters} --rank {given.rank} --basis {given.basis} --tokens {given.tokens} "
+        settings += f"--turns {given.turns} --batch {' '.join(map(str, given.batch))}"
         about = heading(
             f"python -m benchmarks.compressed_pace {settings}", f"prompts of {PROMPT} tokens, answers of {given.tokens}"
         )
@@ -80,13 +83,33 @@ def main() -> None:
 def must(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What Compress then Serve (arXiv 2407.00066) reports: four fifths of one adapter's pace."""
     largest = max(row["batch"] for row in rows)
-    paces = {row["kind"]: row["tokens a second"] for row in rows if row["batch"] == largest}
-    share = paces[next(kind for kind in paces if kind.endswith("compressed adapters"))] / paces[ONE]
+    row = next(row for row in rows if row["batch"] == largest and row["kind"].endswith("compressed adapters"))
+    share = statistics.median(row["of one adapter's"])
     return [
         line(
             "pace with all compressed adapters, of that with one ordinary one", share, 0.8, "higher", f"batch {largest}"
         )
     ]
+
+
+def model_with(base: Any, tokenizer: Any, adapters: list[Adapter], device: str) -> MoLoRAModel:
+    stack = Stack([StackLayer(LAYER, default=None)])
+    model = MoLoRAModel.from_base(base, stack, tokenizer=tokenizer).to(device)
+    for number, adapter in enumerate(adapters):
+        model.stack[LAYER].adapters[f"a{number}"] = adapter.path
+        model._put(f"{LAYER}/a{number}", model.adapted.pack(adapter))
+    model._refresh()
+    if adapters:
+        check_that_it_acts(model, f"a{len(adapters) - 1}")
+    return model
+
+
+def inputs_for(model: MoLoRAModel, batch: int) -> dict[str, Any]:
+    """Prompts of other tokens, their adapters far from each other, as those of users are."""
+    ids = torch.randint(3, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
+    names = list(model.stack[LAYER].adapters)
+    chosen = [{LAYER: names[row * len(names) // batch]} if names else {} for row in range(batch)]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "selection": chosen}
 
 
 def check_that_it_acts(model: MoLoRAModel, name: str) -> None:
