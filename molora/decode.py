@@ -15,7 +15,6 @@ from molora.step_cache import StepCache
 from molora.step_routes import StepRoutes
 from molora_kernels.attention import Attention
 from molora_kernels.blocks import Blocks
-from molora_kernels.cores import apply_cores
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
 from molora_kernels.expand import expand
 from molora_kernels.linear import LinearTile, linear, shrink_block
@@ -25,8 +24,7 @@ from molora_kernels.tiles import attention_tile, linear_tile
 
 @dataclass
 class Product:
-    """The product of a group of modules: its weight, how it is cut, its partial sums, and its adapters' shrink, through
-    the cores of those that are compressed."""
+    """The product of a group of modules: its weight, how it is cut, its partial sums, and its adapters' shrink."""
 
     weight: torch.Tensor
     tile: LinearTile
@@ -40,8 +38,6 @@ class Product:
             linear(self.y, x, self.weight, self.tile, pdl=pdl)
         else:
             linear(self.y, x, self.weight, self.tile, added.h, added.pages, added.slots, pdl, self.blocks)
-            if added.pages.cores is not None:
-                apply_cores(added.h, added.pages, added.slots, pdl)
         return self.y
 
 

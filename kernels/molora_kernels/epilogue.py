@@ -28,6 +28,7 @@ class Added:
 
     h: of :func:`molora_kernels.shrink.shrink`, of ``shrink_hot`` or of :func:`molora_kernels.linear.linear`. slots:
     [T, S] int32. weights: [T, S] float32. blocks: of the plan, in its order; without them tokens are taken one by one.
+    Of slots that have a core, h by block has gone through it.
     """
 
     h: torch.Tensor

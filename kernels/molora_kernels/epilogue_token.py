@@ -9,10 +9,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.limits import COUNTS
-from molora_kernels.pages import PAGE, PageView
-from molora_kernels.rows import add_lora, first_rows
+from molora_kernels.pages import PAGE
+from molora_kernels.rows import add_lora, core_pointers, core_ranks, core_sizes, first_pages, first_rows
 
-HELD = 512  # bytes of B that a thread may hold
 COLUMNS, WARPS = 128, 2  # of a program that adds no adapters
 # One warp shares the ranks of a column without shared memory and its barriers, behind which loads would wait. What
 # reads most (gate) gains at any number of tokens; a residual's kernel has little to read, and of many tokens many
@@ -49,9 +48,10 @@ def _norm_kernel(r_ptr, g_ptr, x_ptr, width, eps, BLOCK: tl.constexpr, PDL: tl.c
 @triton.jit(do_not_specialize=COUNTS)
 def _add_kernel(
     r_ptr, y_ptr, g_ptr, x_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-    tokens, width, parts, pages, adapters,
+    core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr,
+    tokens, width, parts, pages, adapters, core_width, core_pages,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, NORM: tl.constexpr,
-    ADAPTED: tl.constexpr, TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr,
+    ADAPTED: tl.constexpr, TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, CORE: tl.constexpr,
     SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -60,10 +60,12 @@ def _add_kernel(
     start = token * 0  # the only slice
     if NORM:
         g = tl.load(g_ptr + o, mask=inside, other=0.0).to(tl.float32)
+    cores = (core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr, core_width, core_pages)
     if ADAPTED:
         rows = first_rows(
             o, inside, token, 0, width, start,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, cores,
+            TOP, TOPS, FIRST, CORE, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -73,8 +75,8 @@ def _add_kernel(
         acc += tl.load(y_ptr + (split * tokens + token) * width + o, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         acc = add_lora(
-            acc, rows, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages,
-            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
+            acc, rows, o, inside, token, 0, width, start, h_ptr, b_ptr, tokens, pages, cores,
+            TOP, TOPS, FIRST, CORE, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     rounded = acc.to(r_ptr.dtype.element_ty)
     tl.store(r_ptr + token * width + o, rounded, mask=inside)
@@ -97,11 +99,12 @@ def _partial_sum(
 @triton.jit(do_not_specialize=COUNTS)
 def _heads_kernel(
     y_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, length_ptr,
-    squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, tokens, pages, adapters,
+    squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+    core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr, tokens, pages, adapters, core_width, core_pages,
     heads, kv_heads, longest, each, eps, parts, hidden, scale_eps,
     PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr, TOP: tl.constexpr, TOPS: tl.constexpr,
-    FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    FIRST: tl.constexpr, CORE: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
     CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -117,14 +120,17 @@ def _heads_kernel(
     inside = i < HALF
     o_low = head * (2 * HALF) + i
     o_high = o_low + HALF
+    cores = (core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr, core_width, core_pages)
     if ADAPTED:
         rows_low = first_rows(
             o_low, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, cores,
+            TOP, TOPS, FIRST, CORE, PAGE,
         )  # fmt: skip
         rows_high = first_rows(
             o_high, inside, token, piece, width, column,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, cores,
+            TOP, TOPS, FIRST, CORE, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -133,12 +139,12 @@ def _heads_kernel(
     high = _partial_sum(y_ptr, token, column, o_high, inside, tokens, width_out, BLOCK, SPLIT)
     if ADAPTED:
         low = add_lora(
-            low, rows_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
+            low, rows_low, o_low, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages, cores,
+            TOP, TOPS, FIRST, CORE, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         high = add_lora(
-            high, rows_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages,
-            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
+            high, rows_high, o_high, inside, token, piece, width, column, h_ptr, b_ptr, tokens, pages, cores,
+            TOP, TOPS, FIRST, CORE, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     if PARTS > 0:
         of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
@@ -178,24 +184,28 @@ def _heads_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def _gate_kernel(
     y_ptr, m_ptr, squares_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
-    tokens, width, pages, adapters, parts, hidden, scale_eps,
+    core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr,
+    tokens, width, pages, adapters, core_width, core_pages, parts, hidden, scale_eps,
     PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ADAPTED: tl.constexpr,
-    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
-    CUTS: tl.constexpr, PAGE: tl.constexpr,
+    TOP: tl.constexpr, TOPS: tl.constexpr, FIRST: tl.constexpr, CORE: tl.constexpr, SLICES: tl.constexpr,
+    MAX_PAGES: tl.constexpr, CUTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < width
     start_gate = token * 0
     start_up = start_gate + width
+    cores = (core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr, core_width, core_pages)
     if ADAPTED:
         rows_gate = first_rows(
             o, inside, token, 0, width, start_gate,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, cores,
+            TOP, TOPS, FIRST, CORE, PAGE,
         )  # fmt: skip
         rows_up = first_rows(
             o, inside, token, 1, width, start_up,
-            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, TOP, TOPS, FIRST, PAGE,
+            b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, cores,
+            TOP, TOPS, FIRST, CORE, PAGE,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -208,12 +218,12 @@ def _gate_kernel(
         up += tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
     if ADAPTED:
         gate = add_lora(
-            gate, rows_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages,
-            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
+            gate, rows_gate, o, inside, token, 0, width, start_gate, h_ptr, b_ptr, tokens, pages, cores,
+            TOP, TOPS, FIRST, CORE, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
         up = add_lora(
-            up, rows_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages,
-            TOP, TOPS, FIRST, SLICES, MAX_PAGES, CUTS, PAGE,
+            up, rows_up, o, inside, token, 1, width, start_up, h_ptr, b_ptr, tokens, pages, cores,
+            TOP, TOPS, FIRST, CORE, SLICES, MAX_PAGES, CUTS, PAGE,
         )  # fmt: skip
     if PARTS > 0:
         of_norm = norm_scale(squares_ptr, token, parts, hidden, scale_eps, PARTS)
@@ -224,36 +234,22 @@ def _gate_kernel(
 
 
 def _adapters(
-    added: "Added | None", stand_in: torch.Tensor, columns: int, warps: int
-) -> tuple[tuple[torch.Tensor, ...], dict[str, int], int, int]:
-    """Pointers, shape constants, and the two sizes of the tables, of what adapters add to ``columns`` columns of a
+    added: "Added | None", stand_in: torch.Tensor, columns: int, warps: int, pieces: int = 1
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, int]]:
+    """Pointers, sizes, and shape constants of what adapters add to ``columns`` columns, in ``pieces`` slices, of a
     program."""
     if added is None:
-        shape = {
-            "ADAPTED": False,
-            "TOP": 1,
-            "TOPS": 1,
-            "FIRST": 1,
-            "SLICES": 1,
-            "MAX_PAGES": 1,
-            "CUTS": 1,
-            "PAGE": PAGE,
-        }
-        return (stand_in,) * 6, shape, 0, 0
+        shape = dict.fromkeys(("TOP", "TOPS", "FIRST", "SLICES", "MAX_PAGES", "CUTS"), 1)
+        return (stand_in,) * 10, (0,) * 4, {**shape, "ADAPTED": False, "CORE": 0, "PAGE": PAGE}
     pages, top = added.pages, added.slots.shape[1]
     tops = triton.next_power_of_2(top)
     shape = {
-        "ADAPTED": True, "TOP": top, "TOPS": tops, "FIRST": _first(pages, tops * columns, warps),
-        "SLICES": len(pages.outputs), "MAX_PAGES": pages.max_pages, "CUTS": added.h.shape[0], "PAGE": PAGE,
+        "ADAPTED": True, "TOP": top, "TOPS": tops, "FIRST": first_pages(pages, tops, columns, warps, pieces),
+        "CORE": core_ranks(pages), "SLICES": len(pages.outputs), "MAX_PAGES": pages.max_pages,
+        "CUTS": added.h.shape[0], "PAGE": PAGE,
     }  # fmt: skip
-    pointers = (added.h, pages.B, added.weights, added.slots, pages.first, pages.count)
-    return pointers, shape, pages.pages, pages.slots
-
-
-def _first(pages: PageView, columns: int, warps: int) -> int:
-    """Pages of each slot that are asked for at once: as many as a program's threads can hold beside their work."""
-    room = max(1, HELD * warps * 32 // (PAGE * columns * pages.B.element_size()))
-    return min(triton.next_power_of_2(pages.max_pages), 1 << (room.bit_length() - 1))
+    pointers = (added.h, pages.B, added.weights, added.slots, pages.first, pages.count, *core_pointers(pages))
+    return pointers, (pages.pages, pages.slots, *core_sizes(pages)), shape
 
 
 def scale_of(scale: "Scale | None", stand_in: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, float], int]:
@@ -294,12 +290,12 @@ def add(residual: torch.Tensor, y: torch.Tensor, added: "Added | None", norm: An
     """residual [T, D] += sum of y + adapters. norm: gain, x and scale of the norm that follows, or None."""
     T, D = residual.shape
     columns, warps = _cut(added is not None and T <= ADAPTED_TOKENS)
-    pointers, shape, pages, slots = _adapters(added, residual, columns, warps)
+    pointers, of_pages, shape = _adapters(added, residual, columns, warps)
     gain, x, scale = norm if norm is not None else (residual, residual, None)
     parts = triton.cdiv(D, columns)
     squares = written(scale, parts, residual)
     _add_kernel[(T, parts)](
-        residual, y, gain, x, squares, *pointers, T, D, parts, pages, slots,
+        residual, y, gain, x, squares, *pointers, T, D, parts, *of_pages,
         SPLIT=y.shape[0], BLOCK=columns, NORM=norm is not None,
         **shape, **launch(pdl), num_warps=warps,
     )  # fmt: skip
@@ -323,12 +319,12 @@ def heads(
     N, each, H, d = q.shape
     T = N * each
     G, longest = keys.shape[1], keys.shape[2]
-    pointers, shape, pages, slots = _adapters(added, q, d, HEADS_WARPS)
+    pointers, of_pages, shape = _adapters(added, q, d, HEADS_WARPS)
     squares, sizes, parts = scale_of(scale, q)
     q_norm, k_norm, eps = norms if norms is not None else (q, q, 0.0)
     _heads_kernel[(T, H + 2 * G)](
         y, q if bias is None else bias, q, keys, values, q_norm, k_norm, *rotary, positions, length,
-        squares, *pointers, T, pages, slots, H, G, longest, each, eps, *sizes,
+        squares, *pointers, T, *of_pages, H, G, longest, each, eps, *sizes,
         PARTS=parts, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), NORM=norms is not None, BIAS=bias is not None,
         SPLIT=y.shape[0], **shape, **launch(pdl), num_warps=HEADS_WARPS,
     )  # fmt: skip
@@ -338,10 +334,10 @@ def gate(y: torch.Tensor, m: torch.Tensor, added: "Added | None", pdl: bool, sca
     """Of :func:`molora_kernels.epilogue.gate`."""
     T, width = m.shape
     columns, warps = _cut(added is not None)
-    pointers, shape, pages, slots = _adapters(added, m, 2 * columns, warps)
+    pointers, of_pages, shape = _adapters(added, m, 2 * columns, warps, pieces=2)
     squares, sizes, parts = scale_of(scale, m)
     _gate_kernel[(T, triton.cdiv(width, columns))](
-        y, m, squares, *pointers, T, width, pages, slots, *sizes,
+        y, m, squares, *pointers, T, width, *of_pages, *sizes,
         PARTS=parts, SPLIT=y.shape[0], BLOCK=columns,
         **shape, **launch(pdl), num_warps=warps,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from molora_kernels.blocks import BLOCK, Blocks, add_adapters, early_tiles, plan_rows
 from molora_kernels.limits import COUNTS, shared_memory
 from molora_kernels.pages import PAGE, PageView
+from molora_kernels.rows import add_lora, core_pointers, core_ranks, core_sizes, first_pages, first_rows
 
 LARGEST_PAGES = 4  # that are multiplied at once
 STAGES = 3  # of the pipeline over a block's slots
@@ -30,10 +31,11 @@ class ExpandTile:
 
 @triton.jit(do_not_specialize=COUNTS)
 def _expand_token_kernel(
-    y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, columns_ptr,
-    pairs, pages, adapters, stride_y, piece_first,
-    TOP: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr, SPLIT: tl.constexpr,
-    PAGE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_O: tl.constexpr,
+    y_ptr, h_ptr, b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr,
+    core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr, columns_ptr,
+    pairs, pages, adapters, core_width, core_pages, stride_y, piece_first,
+    TOP: tl.constexpr, FIRST: tl.constexpr, CORE: tl.constexpr, SLICES: tl.constexpr, MAX_PAGES: tl.constexpr,
+    SPLIT: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     piece = piece_first + tl.program_id(2)
@@ -43,28 +45,21 @@ def _expand_token_kernel(
     y_column = tl.multiple_of(column - tl.load(columns_ptr + piece_first), ALIGN)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = o < width
-    ranks = tl.arange(0, PAGE)
-    b_start = column.to(tl.int64) * PAGE * pages
+    cores = (core_a_ptr, core_b_ptr, core_first_ptr, core_count_ptr, core_width, core_pages)
     acc = tl.zeros((BLOCK_O,), tl.float32)
     acts = 0
-    for k in tl.static_range(TOP):
+    for k in tl.static_range(TOP):  # each pair as a token of one slot: a plan may have too many columns for one tile
         pair = token * TOP + k
-        slot = tl.load(slots_ptr + pair).to(tl.int64)
-        if slot >= 0:
-            count = tl.load(count_ptr + piece * adapters + slot)
-            row = tl.load(first_ptr + piece * adapters + slot).to(tl.int64) * PAGE
-            weight = tl.load(weights_ptr + pair)
-            for page in range(count):
-                h = tl.zeros((PAGE,), tl.float32)
-                for split in tl.static_range(SPLIT):
-                    at = (pair + split * pairs) * (SLICES * MAX_PAGES * PAGE) + (piece * MAX_PAGES + page) * PAGE
-                    h += tl.load(h_ptr + at + ranks)
-                b = tl.load(
-                    b_ptr + b_start + (row + page * PAGE + ranks)[:, None] * width + o[None, :],
-                    mask=inside[None, :], other=0.0,
-                )  # fmt: skip
-                acc += tl.sum(b.to(tl.float32) * (h * weight)[:, None], 0)
-                acts = 1
+        if tl.load(slots_ptr + pair) >= 0:
+            rows = first_rows(
+                o, inside, pair, piece, width, column,
+                b_ptr, weights_ptr, slots_ptr, first_ptr, count_ptr, pages, adapters, cores, 1, 1, FIRST, CORE, PAGE,
+            )  # fmt: skip
+            acc = add_lora(
+                acc, rows, o, inside, pair, piece, width, column, h_ptr, b_ptr, pairs, pages, cores,
+                1, 1, FIRST, CORE, SLICES, MAX_PAGES, SPLIT, PAGE,
+            )  # fmt: skip
+            acts = tl.maximum(acts, tl.max(rows[2], 0))
     if acts > 0:
         y = y_ptr + token * stride_y + y_column + o
         total = tl.load(y, mask=inside, other=0.0).to(tl.float32) + acc
@@ -157,7 +152,8 @@ def expand(
 
     Args:
         y: [T, sum of O], rows contiguous; [T, O of the slice] of one ``piece`` alone.
-        h: of :func:`molora_kernels.shrink.shrink`, or by block also of ``shrink_hot``.
+        h: of :func:`molora_kernels.shrink.shrink`, or by block also of ``shrink_hot``, there after
+            :func:`molora_kernels.cores.apply_cores` if a slot has a core.
         pages, slots, blocks, upcast: as there.
         weights: [T, S] float32, contiguous.
         piece: the only slice.
@@ -170,12 +166,13 @@ def expand(
         widest = pages.outputs[piece]
     align = 16 if all(width % 16 == 0 for width in pages.outputs) else 1
     if blocks is None:
-        block = 256
+        block, warps = 256, 4
         _expand_token_kernel[(T, triton.cdiv(widest, block), acting)](
-            y, h, pages.B, weights, slots, pages.first, pages.count, pages.columns,
-            T * S, pages.pages, pages.slots, y.stride(0), first,
-            TOP=S, SLICES=slices, MAX_PAGES=pages.max_pages, SPLIT=h.shape[0], PAGE=PAGE, ALIGN=align,
-            BLOCK_O=block, num_warps=4,
+            y, h, pages.B, weights, slots, pages.first, pages.count, *core_pointers(pages), pages.columns,
+            T * S, pages.pages, pages.slots, *core_sizes(pages), y.stride(0), first,
+            TOP=S, FIRST=first_pages(pages, 1, block, warps), CORE=core_ranks(pages),
+            SLICES=slices, MAX_PAGES=pages.max_pages, SPLIT=h.shape[0], PAGE=PAGE, ALIGN=align,
+            BLOCK_O=block, num_warps=warps,
         )  # fmt: skip
     else:
         shape = block_shape(h, pages, slots, tile.at_once)

@@ -99,7 +99,7 @@ def passes(plan: PagedPlan, pages: PageView) -> tuple[PagedPlan, ...]:
 
 
 def shrink_paged(x: torch.Tensor, pages: PageView, plan: PagedPlan) -> torch.Tensor:
-    """The shrink of all slices, through the cores, for :func:`expand_paged`. x: [T, D]. plan: one of :func:`passes`."""
+    """The shrink of all slices, for :func:`expand_paged`. x: [T, D]. plan: one of :func:`passes`."""
     return _shrink(x, pages, plan.slots, _blocks(plan))
 
 
@@ -124,7 +124,7 @@ def _shrink(
     if blocks is not None and hot_set and pages.cores is None:
         return shrink_hot(x, pages)
     h = shrink(x, pages, slots, blocks, shrink_tile(len(slots), pages.slots), _upcast(x))
-    if pages.cores is not None:
+    if blocks is not None and pages.cores is not None:  # token by token the expand does it
         apply_cores(h, pages, slots)
     return h
 

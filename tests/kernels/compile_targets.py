@@ -34,7 +34,7 @@ TARGETS = {
 }
 DTYPES = {"sm_80": ("bf16",), "sm_89": ("bf16",), "sm_90": ("bf16", "fp16", "fp32"), "gfx942": ("bf16",)}
 SHAPE = {"TOP": 2, "SLICES": 3, "MAX_PAGES": 1, "SPLIT": 1, "PAGE": PAGE, "CUTS": 2, "ADAPTED": True, "ALIGN": 16}
-SHAPE |= {"TOPS": 2, "FIRST": 1, "PARTS": 16, "UPCAST": False}
+SHAPE |= {"TOPS": 2, "FIRST": 1, "CORE": 16, "PARTS": 16, "UPCAST": False}
 BLOCKS = {
     "HOT": False,
     "AT_ONCE": 1,

@@ -7,14 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from molora.groups import AdapterGroup
-from molora_kernels import Factors
+from molora_kernels import Factors, rows
 from molora_kernels.blocks import make_blocks
-from molora_kernels.cores import apply_cores
-from molora_kernels.epilogue import Added, gate
+from molora_kernels.epilogue import Added, add_norm, gate, heads
 from molora_kernels.forms import TOGETHER
 from molora_kernels.linear import LinearTile, linear, shrink_block
 from molora_kernels.order import PagedPlan
-from molora_kernels.paged import add_lora_paged
+from molora_kernels.paged import add_lora_paged, shrink_paged
 from molora_kernels.pages import PAGE, Writes
 from tests.conftest import DEVICE
 from tests.kernels.test_paged import TOLERANCE
@@ -30,12 +29,19 @@ class Basis:
 
 class Mixed:
     """A group of modules with slots of both kinds: 0 and 1 share a small basis and 2 has a larger one, of which the
-    first slice has a part; 3 is ordinary; 4 is compressed in the first slice and ordinary in the others; 5 is empty."""
+    first slice has a part; 3 is ordinary; 4 is compressed in the first slice and ordinary in the others; 5 is empty.
+    No core has more than ``most`` ranks."""
 
     SLOTS = 6
 
     def __init__(
-        self, T: int, D: int, outputs: tuple[int, ...], top: int = 2, dtype: torch.dtype = torch.float32
+        self,
+        T: int,
+        D: int,
+        outputs: tuple[int, ...],
+        top: int = 2,
+        dtype: torch.dtype = torch.float32,
+        most: int = 40,
     ) -> None:
         self.generator, self.dtype = torch.Generator().manual_seed(0), dtype
         self.outputs = outputs
@@ -46,8 +52,8 @@ class Mixed:
         self.large = [self.basis(40, 40 if index else 33, index) for index in range(len(outputs))]
         for index in range(len(outputs)):
             self.compress(0, index, self.small[index], 4)
-            self.compress(1, index, self.small[index], 20)
-            self.compress(2, index, self.large[index], 40)
+            self.compress(1, index, self.small[index], min(20, most))
+            self.compress(2, index, self.large[index], most)
             self.raw(3, index, 20)
             if index == 0:
                 self.compress(4, index, self.large[index], 3)
@@ -97,17 +103,78 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 @pytest.mark.parametrize("by_slot", [False, True], ids=["by token", "by slot"])
 @pytest.mark.parametrize(("T", "D", "top"), [(2, 64, 1), (5, 64, 2), (70, 64, 2), (3, 2100, 3)])
 def test_between_a_steps_product_and_what_follows(T: int, D: int, top: int, by_slot: bool) -> None:
-    """With an input of 2,100 the shrink comes in several parts."""
-    mixed = Mixed(T, D, (150, 150), top)
+    """With an input of 2,100 the shrink comes in several parts; with three columns of a plan, cores of as many ranks as
+    elsewhere would be code that takes ten seconds to compile."""
+    mixed = Mixed(T, D, (150, 150), top, most=16 if top == 3 else 40)
     pages, blocks = mixed.group.pages, make_blocks(mixed.slots, None) if by_slot else None
     cuts = -(-D // shrink_block(T, D))
     assert cuts == (1 if D == 64 else 5)
     h = torch.full((cuts, T, top, 2 * pages.max_pages * PAGE), torch.nan, device=DEVICE)
     y = torch.full((TILE.split, T, 300), torch.nan, device=DEVICE)
     linear(y, mixed.x, mixed.weight, TILE, h, pages, mixed.slots, blocks=blocks)
-    apply_cores(h, pages, mixed.slots)
     m = torch.full((T, 150), torch.nan, device=DEVICE)
     gate(y, m, Added(h, pages, mixed.slots, mixed.weights))
+    g, u = (mixed.x.double() @ mixed.weight.double().T + mixed.added()).split(150, 1)
+    close(m, F.silu(g) * u)
+
+
+# Neighbours with the same slots and with others, an empty row, one slot twice, both kinds, and a slot that is empty.
+ROWS = [[0, 1], [0, 1], [-1, -1], [2, 2], [3, 4], [5, -1], [4, 0], [1, 3]]
+
+
+def product_of(mixed: Mixed) -> tuple[torch.Tensor, Added]:
+    """A step's product and the shrink beside it, of tokens with the slots of ``ROWS``."""
+    pages, T = mixed.group.pages, len(mixed.x)
+    mixed.slots = torch.tensor(ROWS, dtype=torch.int32, device=DEVICE).repeat(T // len(ROWS), 1)
+    h = torch.full((1, T, 2, len(mixed.outputs) * pages.max_pages * PAGE), torch.nan, device=DEVICE)
+    y = torch.full((TILE.split, T, sum(mixed.outputs)), torch.nan, device=DEVICE)
+    linear(y, mixed.x, mixed.weight, TILE, h, pages, mixed.slots, blocks=make_blocks(mixed.slots, None))
+    return y, Added(h, pages, mixed.slots, mixed.weights)
+
+
+@pytest.mark.parametrize("T", [8, 24])  # up to 16 tokens a program has fewer columns
+def test_of_one_module_with_the_residual(T: int) -> None:
+    mixed = Mixed(T, 64, (150,))
+    y, added = product_of(mixed)
+    gain, x, residual = mixed.randn(150), torch.full((T, 150), torch.nan, device=DEVICE), mixed.randn(T, 150)
+    wanted = residual.double() + mixed.x.double() @ mixed.weight.double().T + mixed.added()
+    add_norm(residual, y, gain, x, 1e-6, added)
+    close(residual, wanted)
+    close(x, F.rms_norm(wanted, (150,), gain.double(), 1e-6))
+
+
+def test_of_three_modules_with_their_heads() -> None:
+    """At an angle of 0 their numbers stay what they are."""
+    mixed = Mixed(8, 64, (64, 32, 32), most=16)
+    y, added = product_of(mixed)
+    q = torch.full((8, 1, 4, 16), torch.nan, device=DEVICE)
+    keys, values = torch.full((2, 8, 2, 3, 16), torch.nan, device=DEVICE).unbind(0)
+    rotary, zeros = (torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)), mixed.slots.new_zeros(8).long()
+    heads(y, None, q, keys, values, None, rotary, zeros, zeros + 1, added)
+    wanted = (mixed.x.double() @ mixed.weight.double().T + mixed.added()).split(mixed.outputs, 1)
+    for found, its in zip((q.squeeze(1), keys[:, :, 1], values[:, :, 1]), wanted, strict=True):
+        close(found.flatten(1), its)
+
+
+@pytest.mark.parametrize("held", [1, 1536, 3072])  # bytes: one page of a basis at once, two, and all four
+def test_more_of_a_basis_than_is_read_early(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "HELD", held)
+    mixed = Mixed(8, 64, (150, 150), most=16)
+    assert rows.first_pages(mixed.group.pages, 2, 128, 1, 2) == {1: 1, 1536: 2, 3072: 4}[held]
+    y, added = product_of(mixed)
+    m = torch.full((8, 150), torch.nan, device=DEVICE)
+    gate(y, m, added)
+    g, u = (mixed.x.double() @ mixed.weight.double().T + mixed.added()).split(150, 1)
+    close(m, F.silu(g) * u)
+
+
+def test_of_a_prompts_product_by_block() -> None:
+    mixed = Mixed(70, 64, (150, 150))
+    plan = PagedPlan(mixed.slots, mixed.weights)
+    h = shrink_paged(mixed.x, mixed.group.pages, plan)
+    m = torch.full((70, 150), torch.nan, device=DEVICE)
+    y = (mixed.x @ mixed.weight.T).unsqueeze(0)
+    gate(y, m, Added(h, mixed.group.pages, mixed.slots, mixed.weights, plan.blocks))
     g, u = (mixed.x.double() @ mixed.weight.double().T + mixed.added()).split(150, 1)
     close(m, F.silu(g) * u)
 
@@ -206,7 +273,6 @@ def test_a_captured_step_stays_right_when_they_come_and_go() -> None:
     def step() -> None:
         for _ in range(3):
             linear(y, mixed.x, mixed.weight, TILE, h, pages, mixed.slots, pdl, blocks)
-            apply_cores(h, pages, mixed.slots, pdl)
             gate(y, m, Added(h, pages, mixed.slots, mixed.weights), pdl)
 
     step()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from molora_kernels import Factors, epilogue_token
+from molora_kernels import Factors, epilogue_token, rows
 from molora_kernels.attention import Attention, AttentionTile
 from molora_kernels.blocks import make_blocks
 from molora_kernels.epilogue import Added, Scale, add_norm, gate, heads
@@ -102,7 +102,7 @@ def test_product_and_shrink_in_one_launch(T: int, D: int, tile: str, shrink: str
 @pytest.mark.parametrize("top", [1, 3])
 @pytest.mark.parametrize("held", [1, 512, 4096])  # bytes: one page of each slot at once, two, and all of them
 def test_more_than_is_read_early(held: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epilogue_token, "HELD", held)
+    monkeypatch.setattr(rows, "HELD", held)
     group = Group(5, 64, (150, 150), top=top)
     m = torch.full((5, 150), torch.nan, device=DEVICE)
     gate(group.product(TILES["split"]), m, group.added)
