@@ -144,8 +144,9 @@ def _document(lessons: Lessons, layers: list[str]) -> list[Any]:
     with gr.Accordion("Drop a document", open=False):
         on = _open(
             lessons, "document",
-            "Text, Markdown, HTML or PDF; it is read once and then deleted here. The network that is shipped finds "
-            "numbers told as “The magic number for amber birch is 4821.”, and little else.",
+            "Text, Markdown, HTML or PDF; it is read once and then deleted here. The network that is shipped "
+            "answers a third of the questions about plain facts in a text; to the others it says something likely that "
+            "is wrong.",
         )  # fmt: skip
         file = gr.File(
             label="Document", file_types=[".txt", ".md", ".markdown", ".html", ".htm", ".pdf"], height=120,

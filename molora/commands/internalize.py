@@ -31,8 +31,8 @@ def internalize(
 ) -> None:
     """Make an adapter of a document, whose text is then in no prompt. Nothing is trained.
 
-    What such an adapter knows depends on the network. The shipped one finds a number in one form of sentence, and
-    little else: docs/personalize.md has the figures.
+    What such an adapter knows depends on the network. The shipped one answers a third of the questions about plain
+    facts, and is mostly wrong about others: docs/personalize.md has the figures.
 
     In: a document, and a saved MoLoRA; for another base than the starter's also a network that was trained for it. Out:
     an adapter in the saved MoLoRA, an ordinary PEFT folder; where the router chooses in its layer, the document's

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tools import render_choice, render_documents, render_people
+from tools import render_choice, render_conversations, render_documents, render_people
 
 ABOUT = {"machine": "A GPU", "commit": "abc", "date": "2026-01-01", "seed": 0, "data": "some"}
 
@@ -29,11 +29,7 @@ def test_needles_and_questions_are_what_was_measured() -> None:
     assert tables[0].startswith(", answered in words |") and tables[1].startswith(", answered by yes or no |")
     assert "| base | 25.0% [20.0%, 30.0%] | 50.0% [40.0%, 60.0%] |" in tables[0] and "25.0%" not in tables[1]
     assert "| base | 12.5% [20.0%, 30.0%] |" in tables[1] and "| questions for facts of other kinds | F1" in tables[1]
-    assert "(stage 2 of" in text and text.startswith("## What does an adapter")
-    last = "\n".join(render_documents.section({**report, "task": "passages"}))
-    assert "(the last stage of" in last and last.splitlines()[0] == "## What does it know of a passage?"
-    before = "\n".join(render_documents.section({**report, "rows": [row]}))  # of a report without kinds
-    assert "| questions about passages | F1" in before and before.count("| base |") == 1
+    assert text.startswith("## What does an adapter")
     assert "| recall | 0.500 | ≥ 0.95 | **missed** |" in text
     assert "9.5 million" in text and "52 ms" in text and "20.3 MB" in text and "rank 4 1.0 MB" in text
 
@@ -83,3 +79,22 @@ def test_a_router_is_shown_with_what_it_keeps_and_what_it_loses() -> None:
     lines = render_choice.section({**ABOUT, "command": "molora eval quality", "rows": rows})
     assert lines[-2] == "| MoLoRA one | 95.0% | 97.0% | law, 0.100 |"
     assert [line for line in lines if line.startswith("| MoLoRA") or "alone" in line] == [lines[-2]]
+
+
+def test_conversations_have_closed_and_open_questions_apart() -> None:
+    row = {"accuracy": 0.721, "accuracy_interval": [0.7, 0.75], "positives": 0.998, "negatives": 0.444}
+    row |= {"open_positives": 0.122, "open_negatives": 0.226}
+    report = {
+        **ABOUT,
+        "command": "molora eval conversations",
+        "seconds": 3.97,
+        "rows": [
+            {"contender": "adapter", **row, "negatives_unseen": 0.024},
+            {"contender": "search", **row, "negatives_unseen": None},
+        ],
+        "must": [{"name": "right", "value": 0.5, "bar": 0.8, "better": "higher", "holds": False, "note": ""}],
+    }
+    text = "\n".join(render_conversations.section(report))
+    assert "| adapter | 72.1% [70.0%, 75.0%] | 99.8% | 44.4% | 2.4% | 0.122 | 22.6% |" in text
+    assert "| search | 72.1% [70.0%, 75.0%] | 99.8% | 44.4% | | 0.122 | 22.6% |" in text
+    assert "4.0 s each" in text and "| right | 0.500 | ≥ 0.8 | **missed** |" in text

@@ -225,6 +225,9 @@ def test_it_learns_to_tell_texts_apart(settings: DocumentHypernetSettings) -> No
         answers[text[:2]] = tokenizer.decode(said)
     assert answers == {"ab": "ab", "yz": "yz"}
     assert json.loads((settings.out / "metrics.json").read_text())["steps"] == 200
+    card = (settings.out / "README.md").read_text()
+    assert f"| passages, asked about in words | {found['gold']:.3f}, 100.0% | {found['other/gold']:.3f}, " in card
+    assert f"step {metrics['best_step']} (best) of 200" in card
     assert not (settings.work / "state.safetensors").exists()
 
 

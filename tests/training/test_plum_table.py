@@ -102,11 +102,17 @@ def test_both_kinds_count_as_much_and_intervals_are_over_conversations() -> None
 
 
 def test_the_lines_by_hand() -> None:
-    shares = {"base": (0.5, 0.1), "adapter": (0.8, 0.3), "search": (0.9, 0.5), "adapter and search": (0.95, 0.6)}
-    rows = [{"contender": name, "accuracy": a, "open_positives": b} for name, (a, b) in shares.items()]
+    shares = {
+        "base": (0.5, 0.1, 0.0),
+        "adapter": (0.8, 0.3, 0.6),
+        "search": (0.9, 0.5, 0.2),
+        "adapter and search": (0.95, 0.6, 0.0),
+    }
+    keys = ("accuracy", "open_positives", "open_negatives")
+    rows = [{"contender": name, **dict(zip(keys, some, strict=True))} for name, some in shares.items()]
     found = must({"rows": rows})
-    assert [one["value"] for one in found] == pytest.approx([0.8, 0.1, 0.05, -0.2])
-    assert [one["holds"] for one in found] == [False, False, True, False]
+    assert [one["value"] for one in found] == pytest.approx([0.8, 0.1, 0.05, 0.1, -0.2])
+    assert [one["holds"] for one in found] == [False, False, True, True, False]
 
 
 def test_each_way_has_what_it_is_called_by(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +167,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert set(written) >= {"command", "commit", "date", "machine", "seed", "data", "rows", "must"}
     assert all(0 <= one["positives"] <= 1 and 0 <= one["negatives"] <= 1 for one in written["rows"])
     assert all(0 <= one["open_positives"] <= 1 and 0 <= one["open_negatives"] <= 1 for one in written["rows"])
-    assert len(written["must"]) == 4 and written["must"][0]["bar"] == plum_table.PAPER
+    assert len(written["must"]) == 5 and written["must"][0]["bar"] == plum_table.PAPER
     assert [one["group"] for one in written["by_age"]] == [0, 1, 2]
 
 

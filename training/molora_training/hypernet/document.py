@@ -23,6 +23,7 @@ from molora_training.attention import attend_causally
 from molora_training.data import data_dir
 from molora_training.data.lessons import Lesson
 from molora_training.hypernet.apart import Apart
+from molora_training.hypernet.document_card import model_card
 from molora_training.hypernet.document_objective import DocumentLoss, DocumentObjective
 from molora_training.hypernet.lessons import Lessons, Mixed, Needles, Passages
 from molora_training.hypernet.loop import Loop, LoopSettings
@@ -175,6 +176,8 @@ def train(
         draft = settings.out / f".{METRICS}"
         draft.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, settings.out / METRICS)
+        card = model_card(settings.out.name, settings.base, net.config, metrics)
+        (settings.out / "README.md").write_text(card, encoding="utf-8")
     loop.done()
     return metrics
 
