@@ -141,17 +141,25 @@ class TestPairs:
 
 class TestNegatives:
     def test_the_bank(self) -> None:
-        assert len(BANK) >= 150 and len({one.name for one in BANK}) == len(BANK)
-        assert 30 < sum(one.held_out for one in BANK) < len(BANK) / 2
-        assert all(bank_stems().values())
+        assert len({one.name for one in BANK}) == len(BANK) and all(bank_stems().values())
+        for everyday, most in ((True, 150), (False, 1500)):
+            some = [one for one in BANK if one.everyday == everyday]
+            assert len(some) >= most and len(some) / 6 < sum(one.held_out for one in some) < len(some) / 3
+
+    def test_everyday_ones_and_others_come_by_turns(self) -> None:
+        everyday = {one.name: one.everyday for one in BANK}
+        for held_out in (False, True):
+            found = augment(TREE, (), Random(0), held_out=held_out)
+            kinds = [everyday[pair.topic] for pair in found if not pair.discussed]
+            assert kinds == [True, False] * (len(kinds) // 2) and kinds
 
     @pytest.mark.parametrize("held_out", [False, True])
     def test_none_is_about_what_was_discussed(self, held_out: bool, tmp_path: Path) -> None:
-        for number, one in enumerate(BANK):
+        for number, one in enumerate(BANK[::9]):
             chat = said(f"Tell me about {one.name}, but also about my zither.", "Here is something about both.")
             write_discussed(tmp_path / f"{number}.json", discussed(chat))
             for known in (discussed(chat), read_discussed(tmp_path / f"{number}.json")):
-                assert one.name not in undiscussed(known, held_out)
+                assert one not in undiscussed(known, held_out)
                 for pair in augment(ZITHER, known, Random(number), held_out=held_out):
                     assert pair.discussed or not stems(pair.topic) & stems(one.name)
             assert all(
@@ -162,7 +170,7 @@ class TestNegatives:
     def test_what_is_near_counts_and_so_does_a_question_without_an_answer(self) -> None:
         chat = [*ZITHER, {"role": "user", "content": "Where does the owl of my puppies sleep?"}]
         left = [*undiscussed(discussed(chat), False), *undiscussed(discussed(chat), True)]
-        assert not {"watching birds", "training a puppy", "sleeping badly"} & set(left)
+        assert not {"watching birds", "training a puppy", "sleeping badly"} & {one.name for one in left}
 
     def test_who_talked_about_everything_gets_none(self) -> None:
         known = frozenset(hashed(one) for some in bank_stems().values() for one in some)
@@ -172,7 +180,9 @@ class TestNegatives:
     def test_a_wording_keeps_words_that_are_the_topics_too(self, topic: str) -> None:
         def asked(about: str, held_out: bool) -> list[Pair]:
             chat = said(f"Which {about}?", f"The {about}.")
-            found = augment(chat, (), Random(0), held_out=held_out, wordings=6)
+            # Of the bank the same is left, whatever is talked about.
+            known = {hashed(stem(one)) for one in ("zither", "conversations", "subject", "point")}
+            found = augment(chat, known, Random(0), held_out=held_out, wordings=6)
             assert {pair.topic for pair in found if pair.discussed} == {about}
             return [pair for pair in found if not pair.discussed]
 
@@ -185,8 +195,9 @@ class TestNegatives:
             )
 
     def test_a_small_bank_is_gone_through_again(self) -> None:
-        left = next(one for one in BANK if not one.held_out)
+        left = next(one for one in BANK if one.name == "judo")  # no other is made of its words alone
         known = {hashed(one) for some in bank_stems().values() for one in some - bank_stems()[left.name]}
+        assert undiscussed(known, False) == [left]
         found = [pair for pair in augment(ZITHER, known, Random(0)) if not pair.discussed]
         assert len(found) == 2 * 3 * 2 and {pair.topic for pair in found} == {left.name}
 

@@ -1,14 +1,18 @@
-"""Everyday topics that most people have not talked about: of those that nobody did, negatives are made.
+"""Topics that a person has most likely not talked about: of those that were not talked about, negatives are made.
 
-Behind each one stand words that are near to it. Who has said one of them may well have talked about it, so the topic is
-left out then, too.
+Everyday ones are written by hand, and behind each stand words that are near to it: who has said one of them may well
+have talked about it, so the topic is left out then, too. The others are what texts and conversations are about
+(tools/draw_topics.py). They look like what a conversation is found to be about: beside everyday ones alone, an adapter
+learns to tell the two apart, and takes whatever is not everyday for discussed.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from molora_training.data.text import stable_fraction
 
 HELD_OUT = 0.25  # of all: they are for tests, and nothing is trained on them
+DRAWN = Path(__file__).with_name("topics.txt")  # a topic a line
 
 _TOPICS = """\
 baking bread: bread bake dough sourdough yeast loaf flour oven
@@ -212,11 +216,12 @@ magic tricks: magic trick
 
 
 @dataclass(frozen=True)
-class Everyday:
-    """A topic of the bank, and the words that stand for it and for what is near to it."""
+class Topic:
+    """One of the bank, the words that stand for it and for what is near to it, and whether it is an everyday one."""
 
     name: str
     near: str
+    everyday: bool
 
     @property
     def held_out(self) -> bool:
@@ -224,6 +229,7 @@ class Everyday:
         return stable_fraction(f"plum:{self.name}") < HELD_OUT
 
 
-BANK: tuple[Everyday, ...] = tuple(
-    Everyday(name, f"{name} {near}") for name, near in (line.split(": ", 1) for line in _TOPICS.splitlines())
+BANK: tuple[Topic, ...] = (
+    *(Topic(name, f"{name} {near}", True) for name, near in (line.split(": ", 1) for line in _TOPICS.splitlines())),
+    *(Topic(line, line, False) for line in DRAWN.read_text(encoding="utf-8").splitlines()),
 )

@@ -11,7 +11,7 @@ from random import Random
 from molora.errors import ConfigError
 from molora.personalize.history import Interaction
 from molora_training.data.text import collapse, sentences
-from molora_training.plum.bank import BANK
+from molora_training.plum.bank import BANK, Topic
 from molora_training.plum.topics import bank_stems, discussed, exchanges, hashed, stems, topics
 
 YES, NO = "Yes", "No"
@@ -95,10 +95,10 @@ def augment(
     return [*positives, *negatives]
 
 
-def undiscussed(known: Collection[str], held_out: bool) -> list[str]:
-    """The topics of the bank of which no word, nor one that is near, is among ``known``."""
+def undiscussed(known: Collection[str], held_out: bool) -> list[Topic]:
+    """Those of the bank of which no word, nor one that is near, is among ``known``."""
     return [
-        one.name
+        one
         for one in BANK
         if one.held_out == held_out and not any(hashed(each) in known for each in bank_stems()[one.name])
     ]
@@ -112,11 +112,14 @@ def negative(of: Pair, topic: str) -> Pair:
     return Pair(wording.format(topic), answer, topic, of.closed, False)
 
 
-def _negatives(positives: Sequence[Pair], left: Sequence[str], chance: Random) -> Iterator[Pair]:
-    order: list[str] = []
-    for pair in positives:
-        order = order or chance.sample(left, len(left))
-        yield negative(pair, order.pop())
+def _negatives(positives: Sequence[Pair], left: Sequence[Topic], chance: Random) -> Iterator[Pair]:
+    """Of everyday topics and of others by turns."""
+    kinds = [some for everyday in (True, False) if (some := [one for one in left if one.everyday == everyday])]
+    orders: list[list[Topic]] = [[] for _ in kinds]
+    for number, pair in enumerate(positives):
+        turn = number % len(kinds)
+        orders[turn] = orders[turn] or chance.sample(kinds[turn], len(kinds[turn]))
+        yield negative(pair, orders[turn].pop().name)
 
 
 def _drawn(taught: Sequence[str], apart: Sequence[str], chance: Random, held_out: bool, count: int) -> Sequence[str]:
