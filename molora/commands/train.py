@@ -249,7 +249,6 @@ def manners(
     base: Annotated[
         str | None, typer.Option(help="The model that answers. Default: the starter's.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write manners of speaking with descriptions, from which a network learns to make adapters of descriptions.
@@ -263,7 +262,7 @@ def manners(
         from molora.base import DEFAULT_BASE
         from molora_training.manners import write_manners
 
-        counts = write_manners(out, limit, base or DEFAULT_BASE, seed)
+        counts = write_manners(out, limit, base or DEFAULT_BASE)
     report_data({name: {"examples": {"train": count}} for name, count in counts.items()}, out, as_json)
 
 

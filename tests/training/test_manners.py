@@ -14,6 +14,7 @@ from molora_training.data import Example, read_examples, write_examples
 from molora_training.hypernet.text_groups import read_groups
 from molora_training.hypernet.text_settings import GroupFiles
 from molora_training.manners import IN_OTHER_WORDS, Manner, answers_file, read_manners, write_manners
+from molora_training.speaker import Speaker
 from tests.unit.spoken import make_spoken
 from tests.unit.test_cli import run
 
@@ -94,17 +95,18 @@ def test_the_groups_are_what_a_network_learns_from(tmp_path: Path) -> None:
 def test_the_base_answers_the_everyday_questions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_spoken(tmp_path)
     questions = [(f"ask-{place}", f"How do I do {place}?") for place in range(70)]
-    asked: list[list[dict[str, str]]] = []
+    asked: list[str] = []
 
-    def answer(base: object, tokenizer: object, prompts: list[list[dict[str, str]]], tries: int) -> list[list[str]]:
+    def answers(speaker: Speaker, prompts: list[str]) -> list[str]:
+        assert speaker.base is model.base
         asked.extend(prompts)
-        return [[f"{ANSWER}<|im_end|>and more"] for _ in prompts]
+        return [f" {ANSWER}\n" for _ in prompts]
 
     monkeypatch.setattr(manners, "load_base", lambda *_, **__: (model.base, model.tokenizer))
     monkeypatch.setattr(manners, "read_questions", lambda _: questions)
-    monkeypatch.setattr(manners, "answer", answer)
+    monkeypatch.setattr(Speaker, "answers", answers)
     counts = write_manners(tmp_path / "manners")
-    assert [prompt[0]["content"] for prompt in asked] == [question for _, question in questions]
+    assert asked == [question for _, question in questions]
     assert {row.messages[-1]["content"] for row in read_examples(answers_file(tmp_path / "manners", DEFAULT_BASE))} == {
         ANSWER
     }

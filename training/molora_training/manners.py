@@ -23,13 +23,14 @@ from molora_training.data import Example, data_dir, read_examples, write_example
 from molora_training.data.items import split_of
 from molora_training.data.read_general import read_questions
 from molora_training.hypernet.text_groups import HELD_OUT_FILE, TEXTS, TRAIN, VALIDATION
-from molora_training.personas import answer
 from molora_training.settings import from_mapping
+from molora_training.speaker import Speaker
 
 CONFIG = Path(__file__).parent / "configs" / "manners.yaml"
 IN_OTHER_WORDS = "-in-other-words"
 HELD_OUT = 2  # descriptions of a manner
 _MOST_WORDS = 60
+_TOKENS = 96  # of an answer
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _MARKUP = re.compile(r"^\s*(?:[-*#>]+|\d+[.)])\s*|\*\*|`")
 
@@ -92,15 +93,13 @@ def read_manners(file: Path = CONFIG) -> dict[str, Manner]:
     return manners
 
 
-def write_manners(
-    out: Path, limit: int = 1000, base: str = DEFAULT_BASE, seed: int = 0, file: Path = CONFIG
-) -> dict[str, int]:
+def write_manners(out: Path, limit: int = 1000, base: str = DEFAULT_BASE, file: Path = CONFIG) -> dict[str, int]:
     """Writes the groups of all manners, for :func:`molora_training.hypernet.text.train`.
 
     Args:
         out: folder of the groups, and of the base's answers without a manner, which are kept if they are there.
         limit: conversations of a manner to learn from, at most; each manner has others.
-        base: the model that answers. seed: of its sampling.
+        base: the model that answers.
         file: the manners.
 
     Returns:
@@ -110,7 +109,7 @@ def write_manners(
     out.mkdir(parents=True, exist_ok=True)
     answers = answers_file(out, base)
     if not answers.is_file():
-        write_examples(answers, _answered(base, seed))
+        write_examples(answers, _answered(base))
     rows = [row for row in read_examples(answers) if _sentences(row.messages[-1]["content"])]
     counts, held_out = {}, []
     for name, manner in manners.items():
@@ -134,21 +133,20 @@ def answers_file(folder: Path, base: str) -> Path:
     return folder / f"answers-{base.strip('/').replace('/', '--')}.jsonl"
 
 
-def _answered(base: str, seed: int) -> list[Example]:
-    """The base's answers to everyday questions, also those that it did not bring to an end."""
+def _answered(base: str) -> list[Example]:
+    """The base's likeliest answers to everyday questions, also those that it did not bring to an end. What it would
+    have said anyway has not to be learnt, so that the manner is: of sampled ones a network learnt the words."""
     from tqdm.auto import tqdm
 
     cuda = torch.cuda.is_available()
     model, tokenizer = load_base(base, device_map="cuda" if cuda else None)
     questions, size = read_questions(data_dir()), 512 if cuda else 64
-    torch.manual_seed(seed)
+    speaker = Speaker(model, tokenizer, size, _TOKENS)
     found = []
     for start in tqdm(range(0, len(questions), size), desc="plain answers"):
         some = questions[start : start + size]
-        prompts = [[{"role": "user", "content": question}] for _, question in some]
-        for (id_, question), (text,) in zip(some, answer(model, tokenizer, prompts, tries=1), strict=True):
-            said = text.split("<|im_end|>")[0].strip()
-            turns = ({"role": "user", "content": question}, {"role": "assistant", "content": said})
+        for (id_, question), said in zip(some, speaker.answers([question for _, question in some]), strict=True):
+            turns = ({"role": "user", "content": question}, {"role": "assistant", "content": said.strip()})
             found.append(Example(id_, "plain", split_of(id_), turns))
     return found
 
