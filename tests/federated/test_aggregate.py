@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from molora.errors import ConfigError, UpdateError
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
-from molora_training.federated.lora import Lora, distance, read_bytes
+from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
 from tests.conftest import make_base
 
 SIZES = {"tall": (40, 12), "wide": (9, 33), "square": (16, 16)}  # out, in
@@ -150,6 +150,13 @@ def test_the_distance_is_that_of_dense_deltas(ranks: tuple[int, int]) -> None:
     expected = sum(float(np.square(dense(one, name) - dense(other, name)).sum()) for name in SIZES) ** 0.5
     assert distance(one, other) == pytest.approx(expected, rel=1e-9)
     assert distance(one, one) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_distance_of_factors_is_that_of_their_entries() -> None:
+    one, other = factors(3, 1), factors(3, 2, scale=0.7)
+    pairs = [(dense_factor(one, name, k), dense_factor(other, name, k)) for name in SIZES for k in range(2)]
+    expected = sum(float(np.square(x - y).sum()) for x, y in pairs) ** 0.5
+    assert factor_distance(one, other) == pytest.approx(expected, rel=1e-9) and factor_distance(one, one) == 0
 
 
 def test_bytes_come_back_as_they_were() -> None:

@@ -108,6 +108,21 @@ def test_a_huge_update_does_not_move_the_round(settings: FederateSettings, clien
     assert report.norm < 10 * max(row["norm"] for row in report.clients.values())
 
 
+@pytest.mark.parametrize("how", ["shared", "factors", "flexlora"])
+def test_a_delta_as_usual_of_wild_factors_does_no_harm(
+    settings: FederateSettings, clients: dict[str, Client], how: Any
+) -> None:
+    """Where B is added up apart from A, a tiny A beside a huge B is refused; elsewhere it is what it says."""
+    own = Federation.open(replace(settings, aggregate=how))
+    own.close(answers(own, clients))  # at first B is zero, and so is what it changes
+    told = {name: client.train(own.order(name, RANKS[name])) for name, client in clients.items()}
+    wild = Lora({name: (1e-6 * a, 1e6 * b) for name, (a, b) in told["dan"].lora.pairs.items()}, 2.0)
+    told["dan"] = replace(told["dan"], lora=wild)
+    report = own.close({name: one.to_bytes() for name, one in told.items()})
+    assert report.norm < 10 * own.reports[0].norm
+    assert "median" in report.refused["dan"] if how != "flexlora" else not report.refused
+
+
 def test_too_few_updates_change_nothing(settings: FederateSettings, clients: dict[str, Client]) -> None:
     own = Federation.open(settings)
     before = own.lora

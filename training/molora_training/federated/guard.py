@@ -6,7 +6,7 @@ It sees single updates, so it cannot guard a round whose updates come masked (se
 import hashlib
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,7 @@ class Asked:
 class Update:
     """An update that may be taken.
 
-    norm: of what changed, the Frobenius norm of the difference of deltas. digest: of its tensors. moments: of a row.
+    norm: of what changed, as the guard measures it. digest: of its tensors. moments: of a row.
     """
 
     factors: Lora
@@ -53,11 +53,14 @@ class Guard:
         max_examples: that a client may say it learnt from.
         max_norm: times the round's median that an update may change.
         seen: digests of all updates that were taken before.
+        measure: how far an update is from what was sent, in what the server adds up: deltas, or factors. A tiny A
+            beside a huge B is an ordinary delta, and ruins a sum of B alone.
     """
 
     max_examples: int
     max_norm: float
     seen: set[str] = field(default_factory=set)
+    measure: Callable[[Lora, Lora], float] = distance
 
     def read(self, message: bytes, asked: Asked) -> Update:
         """One client's answer by itself.
@@ -81,7 +84,7 @@ class Guard:
         if digest in self.seen:
             raise UpdateError("the same tensors came before: a replay")
         factors = Lora.from_tensors(tensors, scale)
-        norm = distance(factors, asked.sent)
+        norm = self.measure(factors, asked.sent)
         if not math.isfinite(norm):
             raise UpdateError("what it changes has no finite norm")
         moments = tensors.get(row.MESSAGE)

@@ -119,5 +119,11 @@ def distance(one: Lora, other: Lora) -> float:
     return math.sqrt(max(total, 0.0)) if not math.isnan(total) else math.inf
 
 
+def factor_distance(one: Lora, other: Lora) -> float:
+    """Frobenius norm of the difference of their factors, of the same ranks, over all modules."""
+    pairs = [(x, y) for name, own in one.pairs.items() for x, y in zip(own, other.pairs[name], strict=True)]
+    return math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in pairs))
+
+
 def _whole(number: float) -> int | float:
     return int(number) if number == int(number) else number

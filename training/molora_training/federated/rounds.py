@@ -26,7 +26,7 @@ from molora_training.federated.aggregate import DeltaSum, mean_of_factors, share
 from molora_training.federated.changes import b_sum, beside, from_vector
 from molora_training.federated.client import Order, clipped
 from molora_training.federated.guard import Asked, Guard, Update
-from molora_training.federated.lora import Lora, distance, read_bytes
+from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
 from molora_training.federated.private import Private
 from molora_training.federated.settings import SCALE, FederateSettings
 
@@ -38,7 +38,8 @@ TRIES = 3  # of a round that too few answer
 class RoundReport:
     """A round that is over.
 
-    clients: of those that were taken what they said and cost: examples, norm of the change, bytes, seconds, memory.
+    clients: of those that were taken what they said and cost: examples, norm of the change
+        (of deltas, or of factors where those are added up), bytes, seconds, memory.
     refused, absent: why. seconds: of the whole round. noise: the standard deviation on each entry of the mean.
     """
 
@@ -95,7 +96,8 @@ class Federation:
                 remove_folder(folder / str(number))
             rounds = []
         limits = settings.limits
-        guard = Guard(limits.max_examples, limits.max_norm)
+        measure = factor_distance if settings.aggregate in ("factors", "shared") else distance
+        guard = Guard(limits.max_examples, limits.max_norm, measure=measure)
         reader, moments = b"", torch.zeros(0)
         if settings.router is not None:
             router = check_samples(load_saved(settings.router).router)
