@@ -123,6 +123,16 @@ def test_a_delta_as_usual_of_wild_factors_does_no_harm(
     assert "median" in report.refused["dan"] if how != "flexlora" else not report.refused
 
 
+@pytest.mark.parametrize("lie", ["x", 10**400, -1, float("nan"), float("inf"), None], ids=lambda lie: repr(lie)[:5])
+def test_a_lie_about_cost_is_left_out(settings: FederateSettings, clients: dict[str, Client], lie: Any) -> None:
+    own = Federation.open(settings)
+    told = answers(own, clients)
+    tensors, about, scale = read_bytes(told["dan"])
+    told["dan"] = Lora.from_tensors(tensors, scale).to_bytes({**about, "usage": {"seconds": lie, "cpu_seconds": 2}})
+    row = own.close(told).clients["dan"]
+    assert "seconds" not in row and row["cpu_seconds"] == 2
+
+
 def test_too_few_updates_change_nothing(settings: FederateSettings, clients: dict[str, Client]) -> None:
     own = Federation.open(settings)
     before = own.lora
@@ -225,6 +235,8 @@ def test_a_round_of_which_the_mean_alone_is_known(settings: FederateSettings, cl
         after = Lora.from_tensors(tensors, scale)
         vectors.append(b_vector(own.lora.slice(RANKS[name]), after, 8))
     own.close(told)
+    for name in told:
+        other.order(name, RANKS[name])
     report = other.close_sum(torch.stack(vectors).mean(0), {name: {} for name in told})
     assert distance(own.lora, other.lora) < 1e-5 and report.norm == pytest.approx(own.reports[0].norm, rel=1e-4)
     with pytest.raises(FederationError, match="not finite"):

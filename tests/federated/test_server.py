@@ -178,6 +178,23 @@ def test_a_masked_round_has_the_mean_of_an_open_one(settings: FederateSettings, 
     assert {name: row["rank"] for name, row in own.reports[0].clients.items()} == RANKS
 
 
+@pytest.mark.parametrize("lie", ["x", b"x", -1.0])
+def test_a_masked_lie_about_cost_is_left_out(settings: FederateSettings, folder: Path, lie: Any) -> None:
+    own, grid = Federation.open(replace(settings, aggregate="shared", privacy=MASKED)), make_grid(folder, secure=True)
+
+    def lies(reply: Message) -> Message:
+        if "fitres.metrics" in reply.content.config_records:
+            reply.content.config_records["fitres.metrics"]["seconds"] = lie
+            reply.content.config_records["fitres.metrics"]["bytes_down"] = lie
+        return reply
+
+    grid.twists = {NODES["ada"]: lies}
+    losses = serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    told = report(own, losses, "command", 1.0)["clients"]
+    assert "seconds" not in told["ada"] and told["bob"]["seconds"] > 0
+    assert told["ada"]["rank"] == 2 and told["ada"]["bytes_down"] > 1000 and "bytes_up" not in told["ada"]
+
+
 def test_a_masked_round_has_the_mean_of_the_rows_moments(settings: FederateSettings, folder: Path) -> None:
     router = with_samples(folder / "model", settings.out.with_name("model"))
     settings = replace(settings, aggregate="shared", privacy=MASKED, router=router)

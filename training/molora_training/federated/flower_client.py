@@ -73,17 +73,15 @@ def client_app(find: Callable[[Context], Who]) -> ClientApp:
 
     @app.train(mods=[masked])
     def train(message: Message, context: Context) -> Message:
-        who = find(context)
         order = messages.to_order(message.content)
-        learnt = _client(who).train(order)
+        learnt = _client(find(context)).train(order)
         if messages.ORDER in message.content.config_records:
             return Message(messages.of_answer(learnt.to_bytes()), reply_to=message)
         before, _, about = read_order(order)
-        figures = {"client": who.name, "rank": before.rank, **asdict(learnt.usage)}
         vector = b_vector(before, learnt.lora, about["rank"])
         if learnt.moments is not None:
             vector = torch.cat([vector, row.to_vector(learnt.moments, about["clip"])])
-        return Message(messages.fit_of_vector(vector, figures), reply_to=message)
+        return Message(messages.fit_of_vector(vector, asdict(learnt.usage)), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

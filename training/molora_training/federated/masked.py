@@ -86,7 +86,7 @@ class _Asking(FedAvg):
         self, server_round: int, results: list[tuple[Any, FitRes]], failures: Any
     ) -> tuple[Parameters | None, dict[str, Any]]:
         for node, told in results:
-            self.clients[node.node_id] = {**told.metrics, "bytes_down": self.orders[node.node_id].nbytes}
+            self.clients[node.node_id] = told.metrics
             (vector,) = parameters_to_ndarrays(told.parameters)  # of all of them the same: their mean
             self.mean = torch.from_numpy(vector).float()
         return None, {}

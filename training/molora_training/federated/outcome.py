@@ -185,7 +185,8 @@ def _devices(federation: Federation) -> dict[str, dict[str, Any]]:
             own["rounds"] += 1
             own["rank"] = row.get("rank")
             for key in ("bytes_up", "bytes_down", "seconds", "cpu_seconds"):
-                own[key] = round(own.get(key, 0) + row.get(key, 0), 3)
+                if key in row:  # what went up masked is not counted
+                    own[key] = round(own.get(key, 0) + row[key], 3)
             own["peak_bytes"] = max(own.get("peak_bytes", 0), row.get("peak_bytes", 0))
         for key, names in (("refused", one.refused), ("absent", one.absent)):
             for name in names:

@@ -32,6 +32,7 @@ from molora_training.federated.settings import SCALE, FederateSettings
 
 BEFORE, BLANK = "before.json", "blank"
 TRIES = 3  # of a round that too few answer
+_MOST_COST = 1e18  # seconds or bytes that are believed
 
 
 @dataclass
@@ -205,7 +206,7 @@ class Federation:
         Args:
             mean: float32 [entries of B and of a row's moments], each client weighing the same, in the order of
                 :func:`~molora_training.federated.changes.b_vector`.
-            clients: of those in it, by name, with what it cost them.
+            clients: of those in it, by name, what they tell of its cost.
         """
         self._enough(len(clients), {})
         if not bool(torch.isfinite(mean).all()):
@@ -223,7 +224,11 @@ class Federation:
             self.lora = self.private.step({name: len(clients) * b for name, b in change.items()}, list(clients))
         else:
             self.lora = Lora({n: (a, b + change[n]) for n, (a, b) in self.lora.pairs.items()}, self.lora.scale)
-        return self._end(before, dict(clients), {}, clients, seconds)
+        rows = {
+            client: {"rank": self.asked[client].sent.rank, "bytes_down": self.down[client], **_usage(told)}
+            for client, told in clients.items()
+        }
+        return self._end(before, rows, {}, clients, seconds)
 
     def result(self) -> Lora:
         """The adapter as it stands: with `stack` all that was summed, and the factors that learn now."""
@@ -396,8 +401,8 @@ def _fresh(like: Lora, seed: int) -> Lora:
 
 
 def _usage(told: Any) -> dict[str, float]:
-    """What a client says it cost, as far as it is figures."""
-    names = ("seconds", "cpu_seconds", "peak_bytes")
-    if not isinstance(told, dict):
+    """What a client says it cost, as far as it may be that."""
+    if not isinstance(told, Mapping):
         return {}
-    return {name: float(told[name]) for name in names if isinstance(told.get(name), int | float)}
+    found = {name: told.get(name) for name in ("seconds", "cpu_seconds", "peak_bytes")}
+    return {name: float(one) for name, one in found.items() if isinstance(one, int | float) and 0 <= one < _MOST_COST}
