@@ -167,6 +167,19 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     assert distance(again.result(), whole.result()) < 1e-3 * sum(one.norm for one in whole.reports)
 
 
+def test_what_a_training_begins_with_is_of_its_own_settings(
+    settings: FederateSettings, clients: dict[str, Client]
+) -> None:
+    """Not what another one, which was killed in its first round or is begun anew, began with in the same place."""
+    whole = Federation.open(replace(settings, seed=5, out=settings.out.with_name("whole"))).lora
+    small = replace(settings, ranks=(2,))
+    assert Federation.open(small).lora.rank == 2
+    own = Federation.open(replace(settings, seed=5))
+    assert all(torch.equal(a, whole.pairs[name][0]) for name, (a, _) in own.lora.pairs.items())
+    own.close(answers(own, clients))
+    assert Federation.open(small, resume=False).lora.rank == Lora.from_folder(own.blank).rank == 2
+
+
 def test_another_trainings_state_is_not_taken(settings: FederateSettings, clients: dict[str, Client]) -> None:
     own = Federation.open(settings)
     own.close(answers(own, clients))

@@ -377,8 +377,9 @@ def _begun(settings: FederateSettings, folder: Path) -> tuple[dict[str, Any], Lo
     place = settings.start
     if place is None:
         place = folder / BLANK
-        if not place.is_dir():
-            blank(settings.base, settings.rank, place, settings.seed)
+        if place.is_dir():  # of a training that finished no round, or that is begun anew: its settings may be others
+            remove_folder(place)
+        blank(settings.base, settings.rank, place, settings.seed)
     lora = Lora.from_folder(place)
     config = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = settings.base
