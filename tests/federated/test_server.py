@@ -261,6 +261,21 @@ def test_a_client_that_answers_masked_alone_is_not_tricked(settings: FederateSet
     assert "answers masked only" in seen.of("failed")[0]["why"]
 
 
+@pytest.mark.parametrize("kind", ["evaluate", "train", "train.default"])
+@pytest.mark.parametrize("promised", [False, True])
+def test_nothing_of_a_masked_client_comes_in_the_open(
+    settings: FederateSettings, folder: Path, kind: str, promised: bool
+) -> None:
+    """Neither loss nor update, whatever type of message asks for it, and with SecAgg+ as if it were."""
+    own, grid, seen = Federation.open(settings), make_grid(folder, secure=True), Watched()
+    fleet = Fleet(grid, 1.0, seen)  # type: ignore[arg-type]
+    fleet.look()
+    content = messages.of_order(own.trial() if kind == "evaluate" else own.order("ada", 2))
+    if promised:
+        content.config_records[RECORD_KEY_CONFIGS] = ConfigRecord({Key.STAGE: "collect_masked_vectors"})
+    assert list(fleet.ask({NODES["ada"]: content}, kind)) == [] and len(seen.of("failed")) == 1
+
+
 @pytest.mark.parametrize("content", [RecordDict(), RecordDict({"answer": ConfigRecord({"update": 7})})])
 def test_an_answer_of_another_form_is_refused(settings: FederateSettings, content: RecordDict) -> None:
     assert messages.to_answer(content) == b""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from flwr.app import Context, Message
+from flwr.app.message_type import MessageType
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
@@ -17,6 +18,8 @@ from molora.errors import ConfigError, FederationError
 from molora_training.federated import messages, row
 from molora_training.federated.changes import b_vector
 from molora_training.federated.client import Base, Client, read_order
+
+Answer = Callable[[Message, Context], Message]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Who:
         data: its conversations.
         rank: that it can afford.
         base: folder or Hub id of the base here.
-        secure: it answers masked, or not at all.
+        secure: it answers masked, or not at all, and tells no losses.
     """
 
     name: str
@@ -57,9 +60,13 @@ def of_node(context: Context) -> Who:
 def client_app(find: Callable[[Context], Who]) -> ClientApp:
     """The app of clients that ``find`` describes by their context."""
 
-    def masked(message: Message, context: Context, answer: Callable[[Message, Context], Message]) -> Message:
-        if RECORD_KEY_CONFIGS in message.content.config_records:
+    def masked(message: Message, context: Context, answer: Answer) -> Message:
+        # Of another type, such as "train.default", SecAgg+ lets a message through, and the answer is not masked.
+        if message.metadata.message_type == MessageType.TRAIN and RECORD_KEY_CONFIGS in message.content.config_records:
             return secaggplus_mod(message, context, answer)
+        return in_the_open(message, context, answer)
+
+    def in_the_open(message: Message, context: Context, answer: Answer) -> Message:
         if find(context).secure:
             raise FederationError(f"{find(context).name} answers masked only, and was asked without SecAgg+.")
         return answer(message, context)
@@ -83,7 +90,7 @@ def client_app(find: Callable[[Context], Who]) -> ClientApp:
             vector = torch.cat([vector, row.to_vector(learnt.moments, about["clip"])])
         return Message(messages.fit_of_vector(vector, asdict(learnt.usage)), reply_to=message)
 
-    @app.evaluate()
+    @app.evaluate(mods=[in_the_open])
     def evaluate(message: Message, context: Context) -> Message:
         found = _client(find(context)).evaluate(messages.to_order(message.content))
         return Message(messages.of_figures(found), reply_to=message)
