@@ -12,8 +12,8 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 
 from molora.errors import ConfigError, FederationError
-from molora_training.federated import flower_server, messages, row
-from molora_training.federated.client import Base, Client
+from molora_training.federated import flower_server, masked, messages, row
+from molora_training.federated.client import Base, Client, Order
 from molora_training.federated.flower_client import Who, client_app, of_node
 from molora_training.federated.flower_server import Fleet, serve
 from molora_training.federated.lora import Lora, distance, read_bytes
@@ -238,19 +238,63 @@ def test_what_the_server_gets_of_one_client_is_noise(settings: FederateSettings,
     assert float((even - theory).abs().max()) < 1.95 / len(even) ** 0.5
 
 
-def test_a_masked_round_is_that_of_those_who_stay(settings: FederateSettings, folder: Path) -> None:
+def step(key: str) -> Any:
+    """Whether a reply is that of the step of SecAgg+ in which a client sends ``key``."""
+    return lambda reply: key in reply.content.config_records.get(RECORD_KEY_CONFIGS, {})
+
+
+@pytest.mark.parametrize("when", [Key.PUBLIC_KEY_1, Key.DESTINATION_LIST, Key.MASKED_PARAMETERS])
+def test_a_masked_round_is_that_of_those_who_stay(settings: FederateSettings, folder: Path, when: str) -> None:
+    """One leaves before it sent its keys, before it shared them out, or after it learnt; once at the first try."""
     settings = replace(settings, aggregate="shared", privacy=MASKED, limits=LimitSettings(seconds=3.0, fewest=2))
-    own, grid = Federation.open(settings), make_grid(folder, secure=True)
-
-    def dies(reply: Message) -> Message | None:
-        return None if "fitres.num_examples" in reply.content.metric_records else reply
-
-    grid.twists = {NODES["cyd"]: dies}
-    serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    own, grid, seen, is_then = Federation.open(settings), make_grid(folder, secure=True), Watched(), step(when)
+    grid.twists = {NODES["cyd"]: lambda reply: None if is_then(reply) else reply}
+    serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
     (told,) = own.reports
-    assert sorted(told.clients) == ["ada", "bob", "dan"] and told.absent == ["cyd"]
+    assert sorted(told.clients) == ["ada", "bob", "dan"] and told.absent == ["cyd"] and not seen.of("again")
     clear = alone(settings, folder, ["ada", "bob", "dan"])
     assert distance(own.lora, clear.lora) < 1e-3 * told.norm
+
+
+def test_who_left_after_its_vector_is_part_of_the_sum(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, aggregate="shared", privacy=MASKED, limits=LimitSettings(seconds=3.0, fewest=2))
+    own, grid, is_last = Federation.open(settings), make_grid(folder, secure=True), step(Key.SHARE_LIST)
+    grid.twists = {NODES["cyd"]: lambda reply: None if is_last(reply) else reply}
+    serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    (told,) = own.reports
+    assert sorted(told.clients) == sorted(ANSWERS) and told.absent == []
+    assert distance(own.lora, alone(settings, folder, list(ANSWERS)).lora) < 1e-3 * told.norm
+
+
+@pytest.mark.parametrize("key", [Key.PUBLIC_KEY_1, Key.CIPHERTEXT_LIST, Key.MASKED_PARAMETERS, Key.NODE_ID_LIST])
+def test_who_breaks_the_protocol_ends_a_round_not_the_server(
+    settings: FederateSettings, folder: Path, key: str
+) -> None:
+    settings = replace(settings, aggregate="shared", privacy=MASKED, limits=LimitSettings(seconds=1.0))
+    own, grid, seen, tries = Federation.open(settings), make_grid(folder, secure=True), Watched(), []
+
+    def breaks(reply: Message) -> Message:
+        if step(key)(reply) and not tries:
+            tries.append(reply.content.config_records[RECORD_KEY_CONFIGS].pop(key))
+        return reply
+
+    grid.twists = {NODES["ada"]: breaks}
+    serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
+    assert "masked sum of round 1 failed" in seen.of("again")[0]["why"] and own.over
+
+
+def test_too_few_for_a_masked_sum_are_told(settings: FederateSettings, folder: Path) -> None:
+    """Cohorts of one client each."""
+    how = replace(MASKED, epsilon=1000.0, cohorts=4)
+    own, grid = Federation.open(replace(settings, aggregate="shared", privacy=how)), make_grid(folder, secure=True)
+    with pytest.raises(FederationError, match="asks 1 clients for a masked sum, which is of 2 to 1023"):
+        serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+
+
+def test_so_many_that_a_masked_sum_wraps_around_are_told(settings: FederateSettings, folder: Path) -> None:
+    own, grid = Federation.open(replace(settings, aggregate="shared", privacy=MASKED)), make_grid(folder)
+    with pytest.raises(FederationError, match="asks 1024 clients"):
+        masked.mean(grid, grid.context(), own, dict.fromkeys(range(1024), Order(b"")))  # type: ignore[arg-type]
 
 
 def test_a_client_that_answers_masked_alone_is_not_tricked(settings: FederateSettings, folder: Path) -> None:
