@@ -16,6 +16,7 @@ from molora_training.federated import row
 from molora_training.federated.lora import Lora, distance, read_bytes
 
 FEWEST = 3  # updates of a round that have a median
+_MOST = 1e30  # norm of a change; float32 holds 3e38, and what is made of the changes has to fit
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Guard:
             raise UpdateError("the same tensors came before: a replay")
         factors = Lora.from_tensors(tensors, scale)
         norm = self.measure(factors, asked.sent)
-        if not math.isfinite(norm):
-            raise UpdateError("what it changes has no finite norm")
+        if not norm <= _MOST:
+            raise UpdateError(f"what it changes has a norm of {norm:.3g}, of which nothing finite can be made")
         moments = tensors.get(row.MESSAGE)
         if moments is not None:
             row.check_moments(moments)
