@@ -21,6 +21,8 @@ from molora_training.federated.rounds import Federation, state_folder
 from molora_training.federated.settings import FederateSettings, LimitSettings, LocalSettings, PrivacySettings
 from tests.federated.parties import ANSWERS, RANKS, make_settings
 
+OFF = (float("nan"), float("inf"), 0.0)
+
 
 @pytest.fixture
 def settings(folder: Path, tmp_path: Path) -> FederateSettings:
@@ -303,6 +305,11 @@ def test_what_is_wrong_is_said(settings: FederateSettings, clients: dict[str, Cl
         (lambda: LimitSettings(seconds=0), "limits"),
         (lambda: PrivacySettings(epsilon=-1.0), "epsilon"),
         (lambda: PrivacySettings(delta=1.0), "delta"),
+        *((lambda off=off: LocalSettings(learning_rate=off), "local") for off in OFF),
+        *((lambda off=off: LimitSettings(seconds=off), "limits") for off in OFF),
+        *((lambda off=off: PrivacySettings(epsilon=off), "epsilon") for off in OFF),
+        *((lambda off=off: PrivacySettings(clip=off), "clip") for off in OFF),
+        (lambda: LimitSettings(max_norm=float("nan")), "limits"),
         (lambda: FederateSettings(privacy=PrivacySettings(epsilon=8.0)), "aggregate: shared"),
         (lambda: FederateSettings(privacy=PrivacySettings(secure=True)), "aggregate: shared"),
     ],

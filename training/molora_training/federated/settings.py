@@ -1,6 +1,7 @@
 """What a federated training is told: one YAML file for the server; each client gets its part with an order."""
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +33,8 @@ class LocalSettings:
     judged: int = 16
 
     def __post_init__(self) -> None:
-        if (
-            min(self.examples, self.epochs, self.batch_tokens, self.max_length, self.judged) < 1
-            or self.learning_rate <= 0
-        ):
+        counts = self.examples, self.epochs, self.batch_tokens, self.max_length, self.judged
+        if min(counts) < 1 or not 0 < self.learning_rate < inf:
             raise ConfigError("The settings under local must be positive.")
 
 
@@ -58,7 +57,7 @@ class LimitSettings:
     max_forgetting: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0 or self.fewest < 1 or self.max_examples < 1 or self.max_norm < 1:
+        if not 0 < self.seconds < inf or self.fewest < 1 or self.max_examples < 1 or not self.max_norm >= 1:
             raise ConfigError("limits: seconds and max_examples must be positive, fewest and max_norm 1 or more.")
 
 
@@ -81,9 +80,9 @@ class PrivacySettings:
     secure: bool = False
 
     def __post_init__(self) -> None:
-        if self.epsilon is not None and self.epsilon <= 0:
-            raise ConfigError("privacy.epsilon must be positive.")
-        if not 0 < self.delta < 1 or self.clip <= 0 or self.cohorts < 1:
+        if self.epsilon is not None and not 0 < self.epsilon < inf:
+            raise ConfigError("privacy.epsilon must be positive, and none for no noise.")
+        if not 0 < self.delta < 1 or not 0 < self.clip < inf or self.cohorts < 1:
             raise ConfigError("privacy: delta lies between 0 and 1, clip and cohorts are positive.")
 
     @property
