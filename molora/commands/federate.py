@@ -69,7 +69,7 @@ def run(
 
     Settings: data, clients, out, base, start, ranks, rounds, aggregate (flexlora, changes, stack, factors, shared),
     local (method, examples, epochs, learning_rate, batch_tokens, max_length, judged), limits (seconds, fewest,
-    max_examples, max_norm, max_forgetting), privacy (epsilon, delta, clip, cohorts, secure), router (a saved MoLoRA
+    max_norm, max_forgetting), privacy (epsilon, delta, clip, cohorts, secure), router (a saved MoLoRA
     whose router gets a row for the adapter), seed.
 
     Example: molora federate run data=chats rounds=5 ranks=[4,16] local.examples=32

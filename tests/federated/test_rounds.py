@@ -135,6 +135,16 @@ def test_a_lie_about_cost_is_left_out(settings: FederateSettings, clients: dict[
     assert "seconds" not in row and row["cpu_seconds"] == 2
 
 
+def test_nobody_weighs_more_than_it_was_asked_to_learn_from(
+    settings: FederateSettings, clients: dict[str, Client]
+) -> None:
+    own = Federation.open(settings)
+    told = answers(own, clients)
+    tensors, about, scale = read_bytes(told["dan"])
+    told["dan"] = Lora.from_tensors(tensors, scale).to_bytes({**about, "examples": 13})  # of twelve
+    assert "1 to 12 are believed" in own.close(told).refused["dan"]
+
+
 def test_too_few_updates_change_nothing(settings: FederateSettings, clients: dict[str, Client]) -> None:
     own = Federation.open(settings)
     before = own.lora

@@ -51,7 +51,7 @@ class Guard:
     """Checks updates of one training.
 
     Args:
-        max_examples: that a client may say it learnt from.
+        max_examples: that a client was asked to learn from; so many it may say.
         max_norm: times the round's median that an update may change.
         seen: digests of all updates that were taken before.
         measure: how far an update is from what was sent, in what the server adds up: deltas, or factors. A tiny A

@@ -96,9 +96,8 @@ class Federation:
             for number in rounds:
                 remove_folder(folder / str(number))
             rounds = []
-        limits = settings.limits
         measure = factor_distance if settings.aggregate in ("factors", "shared") else distance
-        guard = Guard(limits.max_examples, limits.max_norm, measure=measure)
+        guard = Guard(settings.local.examples, settings.limits.max_norm, measure=measure)
         reader, moments = b"", torch.zeros(0)
         if settings.router is not None:
             router = check_samples(load_saved(settings.router).router)

@@ -45,20 +45,18 @@ class LimitSettings:
     Args:
         seconds: after which a round ends with those who have answered.
         fewest: updates of which a round makes anything; with fewer it is tried again, up to three times.
-        max_examples: that a client may say it learnt from.
         max_norm: times the median of the round that a client's adapter may change.
         max_forgetting: how much the loss on general conversations may grow, as a share.
     """
 
     seconds: float = 600.0
     fewest: int = 2
-    max_examples: int = 1000
     max_norm: float = 10.0
     max_forgetting: float = 0.02
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < inf or self.fewest < 1 or self.max_examples < 1 or not self.max_norm >= 1:
-            raise ConfigError("limits: seconds and max_examples must be positive, fewest and max_norm 1 or more.")
+        if not 0 < self.seconds < inf or self.fewest < 1 or not self.max_norm >= 1:
+            raise ConfigError("limits: seconds must be positive, fewest and max_norm 1 or more.")
 
 
 @dataclass(frozen=True)

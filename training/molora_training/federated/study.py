@@ -192,7 +192,7 @@ def _settings(settings: StudySettings, name: str, seed: int, out: Path) -> Feder
         privacy = PrivacySettings(epsilon=PRIVATE[name], clip=settings.clip, cohorts=settings.cohorts)
     return FederateSettings(
         out=out / "adapter", base=settings.base, ranks=settings.ranks if mixed else (top,), rounds=settings.rounds,
-        aggregate=aggregate, local=how, limits=LimitSettings(fewest=1, max_examples=10**6), privacy=privacy, seed=seed,
+        aggregate=aggregate, local=how, limits=LimitSettings(fewest=1), privacy=privacy, seed=seed,
     )  # fmt: skip
 
 
