@@ -115,6 +115,14 @@ def test_what_serves_is_the_sum_and_the_trees_noise(known: None) -> None:
     assert own.noise == pytest.approx(1.5 * 0.5 / 5)
 
 
+def test_the_noise_that_is_told_is_that_of_a_round(known: None) -> None:
+    """Also where cohorts outnumber the clients, and a round is expected to have half of one."""
+    own = Private.begin(HOW, 8, lora())
+    found = entries(own.step(changes(0.0), own.cohort(["a", "b"]))).double()
+    assert own.expected == 0.5
+    assert float(found.std()) == pytest.approx(own.noise, rel=4 * math.sqrt(1 / 20_000))
+
+
 def test_a_client_has_one_turn_in_a_tree(known: None) -> None:
     own = Private.begin(HOW, 8, lora())
     clients = [f"c{number}" for number in range(10)]

@@ -60,7 +60,7 @@ class Private:
     @property
     def noise(self) -> float:
         """Standard deviation of the noise of one node, on an entry of the mean."""
-        return self.noise_tree.std / max(self.expected, 1.0)
+        return self.noise_tree.std / self.expected
 
     def cohort(self, clients: Sequence[str]) -> list[str]:
         """Those whose turn it is: of those that had none in this tree an even part for each round that is left."""
