@@ -88,6 +88,22 @@ def on_training(twist: Any) -> Any:
     return lambda reply: twist(reply) if messages.ANSWER in reply.content.config_records else reply
 
 
+@pytest.mark.parametrize("lie", [float("nan"), float("inf"), -1.0, "x", [1.0]], ids=str)
+def test_a_loss_that_is_none_is_not_believed(settings: FederateSettings, folder: Path, lie: Any) -> None:
+    own, grid, seen = Federation.open(settings), make_grid(folder), Watched()
+
+    def lies(reply: Message) -> Message:
+        record: Any = reply.content.config_records.get(messages.ABOUT, {})
+        if "loss" in record:
+            record["loss"] = lie
+        return reply
+
+    grid.twists = {NODES["ada"]: lies}
+    losses = serve(grid, grid.context(), own, seen)  # type: ignore[arg-type]
+    assert sorted(losses["before"]) == sorted(losses["after"]) == ["bob", "cyd", "dan"]
+    assert seen.of("trial")[-1]["loss"] > 0
+
+
 def crash(_: Message) -> Message:
     raise RuntimeError("out of memory")
 

@@ -1,5 +1,6 @@
 """The server's side in Flower: who is asked, and when a round ends (:mod:`molora_training.federated.rounds`)."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -128,10 +129,10 @@ def _trial(fleet: Fleet, federation: Federation, when: str) -> dict[str, dict[st
     order = messages.of_order(federation.trial())
     found: dict[str, dict[str, float]] = {}
     for node, content in fleet.ask({fleet.nodes[client]: order for client in fleet.look()}, MessageType.EVALUATE):
-        told = messages.to_figures(content)
-        wanted = ("loss", "tokens", "conversations")
-        if all(isinstance(told.get(name), int | float) for name in wanted):
-            found[fleet.named[node]] = {name: float(told[name]) for name in wanted}
+        figures = messages.to_figures(content)
+        told: dict[str, Any] = {name: figures.get(name) for name in ("loss", "tokens", "conversations")}
+        if all(isinstance(one, int | float) and 0 <= one < math.inf for one in told.values()):
+            found[fleet.named[node]] = {name: float(one) for name, one in told.items()}
     tokens = sum(one["tokens"] for one in found.values())
     fleet.watch("trial", {"when": when, "loss": sum(one["loss"] for one in found.values()) / max(1.0, tokens)})
     return found
