@@ -281,6 +281,8 @@ def test_private_rounds_are_kept_on_disk_and_go_on(
         turn = own.cohort(sorted(clients))
         report = own.close({name: clients[name].train(own.order(name, RANKS[name])).to_bytes() for name in turn})
         assert report.round == number and len(report.clients) == 2 and report.noise == pytest.approx(0.1 * 0.5 / 2)
+        cost = {"name", "rank", "bytes_down", "bytes_up", "seconds", "cpu_seconds", "peak_bytes"}
+        assert all(row.keys() == cost for row in report.clients.values())  # no norm, which no noise covers
         taken += turn
     assert sorted(taken[:2] + taken[2:4]) == sorted(taken[4:]) == sorted(clients)
     assert Federation.open(settings).over

@@ -39,9 +39,9 @@ _MOST_COST = 1e18  # seconds or bytes that are believed
 class RoundReport:
     """A round that is over.
 
-    clients: of those that were taken what they said and cost: examples, norm of the change
-        (of deltas, or of factors where those are added up), bytes, seconds, memory.
-    refused, absent: why. seconds: of the whole round. noise: the standard deviation on each entry of the mean.
+    clients: of those that were taken what they said and cost: examples and norm of the change (of deltas, or of
+        factors where those are added up), but with privacy, which does not cover them; bytes, seconds, memory.
+    refused, absent: why. seconds: of the whole round. noise: of a tree's node, see :class:`Private`.
     """
 
     round: int
@@ -176,8 +176,7 @@ class Federation:
             client: {
                 "name": str(about[client].get("client", ""))[:64],
                 "rank": one.factors.rank,
-                "examples": one.examples,
-                "norm": one.norm,
+                **({"examples": one.examples, "norm": one.norm} if self.private is None else {}),
                 "bytes_down": self.down[client],
                 "bytes_up": len(answers[client]),
                 **_usage(about[client].get("usage")),
