@@ -12,7 +12,7 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 
 from molora.errors import ConfigError, FederationError
-from molora_training.federated import flower_server, masked, messages, row
+from molora_training.federated import flower_app, flower_server, masked, messages, row
 from molora_training.federated.client import Base, Client, Order
 from molora_training.federated.flower_client import Who, client_app, of_node
 from molora_training.federated.flower_server import Fleet, serve
@@ -176,6 +176,12 @@ def test_nobody_takes_anothers_name(settings: FederateSettings, folder: Path) ->
     fleet.look()
     grid.gone = {NODES["cyd"]}
     assert fleet.look() == ["ada", "bob", "dan"]
+
+
+def test_a_name_cannot_steer_the_servers_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"round": 1, "clients": {}, "absent": [], "refused": {"\x1b[2Jeve": "NaN"}, "seconds": 1.0}
+    flower_app._log("closed", told)
+    assert "eve refused: NaN" in (out := capsys.readouterr().out) and "\x1b" not in out
 
 
 MASKED = PrivacySettings(clip=0.5, secure=True)

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from molora._version import __version__
 from molora.atomic import new_folder
+from molora.colors import printable
 from molora.errors import ConfigError
 from molora_training.federated import outcome
 from molora_training.federated.flower_client import client_app as make_client_app
@@ -93,6 +94,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _log(what: str, told: Any) -> None:
     if what == "closed":
-        print(closed_line(told), *(f"{client} refused: {why}" for client, why in told["refused"].items()), flush=True)
+        refused = [printable(f"{client} refused: {why}") for client, why in told["refused"].items()]
+        print(closed_line(told), *refused, flush=True)
     elif what not in ("answer", "round"):
         print(what, json.dumps(told, default=str), flush=True)
