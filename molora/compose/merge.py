@@ -20,6 +20,8 @@ from molora.compose.source import Source
 from molora.errors import AdapterError, AdapterMismatchError, ConfigError, NonFiniteError
 from molora.factors import write_factors
 
+_CANCELLED = 1e-14  # of the factors' norms: a sum below is what rounding leaves of deltas that cancel
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -215,7 +217,11 @@ def _norms(parts: Sequence[LoRAWeights], weights: Sequence[float], A: Tensor, B:
     size = len(all_A)
     r_in = torch.linalg.qr(torch.cat([all_A, A.double()]).T, mode="r").R
     r_out = torch.linalg.qr(torch.cat([all_B, -B.double()], 1), mode="r").R
-    return float((r_out @ r_in.T).norm()), float((r_out[:, :size] @ r_in[:, :size].T).norm())
+    difference, whole = float((r_out @ r_in.T).norm()), float((r_out[:, :size] @ r_in[:, :size].T).norm())
+    most = float(r_out.norm() * r_in.norm())
+    if whole > _CANCELLED * most:
+        return difference, whole
+    return (difference if difference > torch.finfo(torch.float32).eps * most else 0.0), 0.0
 
 
 def _ratio(difference: float, whole: float) -> float:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import shutil
 import threading
 import warnings
 import weakref
@@ -375,6 +376,13 @@ class TestMerge:
         report = MergeReport(Path(), "svd", {"a": (0.0, 0.0), "b": (3.0, 4.0), "c": (1.0, 0.0)}, {}, {}, 0.0, 0)
         assert report.errors == {"a": 0.0, "b": 0.75, "c": math.inf}
         assert report.error == pytest.approx(10**0.5 / 4)
+
+    @pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties_svd", "knots"])
+    def test_what_cancels_is_nothing(self, alike: dict[str, Path], tmp_path: Path, method: Method) -> None:
+        """What rounding leaves of it is no sum of which a part could be lost."""
+        same = shutil.copytree(alike["a"], tmp_path / "same")
+        report = merge({"a": alike["a"], "same": same}, tmp_path / "made", method, weights=[0.3, -0.3], density=1.0)
+        assert report.error == 0.0 and set(report.errors.values()) == {0.0}
 
     def test_a_missing_module_counts_as_zero(self, base: Any, alike: dict[str, Path], tmp_path: Path) -> None:
         few = write_adapter(base, tmp_path / "few", 9, target_modules=["q_proj"])
