@@ -87,15 +87,15 @@ class Manifest:
             made = cls(
                 str(found["base"]), int(found["basis"]), found["dtype"], float(found["most_error"]), clusters, adapters
             )
-            if made.dtype not in DTYPES:
-                raise ValueError(f"dtype is {made.dtype!r}")
+            if made.dtype not in DTYPES or made.basis < 1 or not made.most_error >= 0:
+                raise ValueError(f"dtype is {made.dtype!r}, basis {made.basis}, most_error {made.most_error}")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise AdapterNotFoundError(
                 f"There is no compressed store at {folder}: make one with `molora compress`."
             ) from error
         except AdapterFormatError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterFormatError(
                 f"{file} is damaged ({error}): make the store anew with `molora compress`."
             ) from error
