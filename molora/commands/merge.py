@@ -101,6 +101,7 @@ def merge(
                 "errors": {name: _finite(error) for name, error in report.errors.items()},
                 "ranks": report.ranks,
                 "filled": report.filled,
+                "left_out": report.left_out,
                 "seconds": round(report.seconds, 3),
                 "bytes": report.bytes,
             }
@@ -185,6 +186,8 @@ def _print(report: "MergeReport", layers: Mapping[str, float]) -> None:
         console.print(Text(text, style="yellow"), soft_wrap=True)
     for name, modules in report.filled.items():
         console.print(Text(f"{name} has nothing in {len(modules)} modules and counted as zero there."), soft_wrap=True)
+    for name in report.left_out:
+        console.print(Text(f"{name} brings weights of the base too: they are not in the result."), soft_wrap=True)
     ranks = ", ".join(map(str, sorted(set(report.ranks.values()))))
     line = f"{report.folder}: {len(report.ranks)} modules, rank {ranks}, {report.bytes / 1e6:.2f} MB"
     console.print(Text(f"{line}, in {report.seconds:.1f} s"), soft_wrap=True)

@@ -28,7 +28,9 @@ class MergeReport:
     """What was written, and how far it is from the weighted sum of the deltas. Mappings are by module, but for one.
 
     norms: Frobenius norms of the difference, as it is written, and of the sum. filled: by adapter the modules that it
-    lacks, where it counted as zero. bytes: of the weights' file.
+    lacks, where it counted as zero. bytes: of the weights' file. left_out: adapters that bring weights of the base too,
+    as PEFT writes them beside LoRA on a head: those are not merged, and MoLoRA runs such an adapter only on a base that
+    has the same.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class MergeReport:
     filled: Mapping[str, list[str]]
     seconds: float
     bytes: int
+    left_out: Sequence[str] = ()
 
     @property
     def errors(self) -> dict[str, float]:
@@ -117,6 +120,7 @@ def merge(
         {name: own for name, own in lacking.items() if own},
         perf_counter() - started,
         (out / WEIGHTS_FILE).stat().st_size,
+        [name for name, source in sources.items() if not source.whole],
     )
 
 

@@ -397,6 +397,20 @@ class TestMerge:
         B = merge_utils.ties([own[name].B, torch.zeros_like(own[name].B)], shares, 0.5)
         assert distance(dense(tmp_path / "made")[name], B.double() @ A.double()) < 1e-5
 
+    def test_weights_of_the_base_are_told(
+        self, run: Callable[..., Any], alike: dict[str, Path], tmp_path: Path
+    ) -> None:
+        """PEFT writes them beside LoRA on a head; who merged does not know whether they are the base's."""
+        keep_only(alike["b"], tmp_path / "head", "")
+        file = tmp_path / "head" / "adapter_model.safetensors"
+        save_file(load_file(file) | {"base_model.model.lm_head.base_layer.weight": torch.ones(99, 32)}, file)
+        report = merge({"a": alike["a"], "head": tmp_path / "head"}, tmp_path / "made")
+        assert list(report.left_out) == ["head"]
+        merge({"a": alike["a"], "b": alike["b"]}, tmp_path / "same")
+        assert written(tmp_path / "made") == written(tmp_path / "same")
+        line = [alike["a"], tmp_path / "head", "--out", tmp_path / "told"]
+        assert f"{tmp_path / 'head'} brings weights of the base too: they are not in" in run(*line).stdout
+
     @pytest.mark.parametrize("method", ["cat", "ties_svd", "dare_ties", "knots"])
     def test_modules_side_by_side(
         self, alike: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
