@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from molora import MoLoRAModel, Stack, StackLayer
+from molora import MoLoRAModel, Stack, StackLayer, factors
 from molora.adapter import Adapter
 from molora.cli import app
 from molora.errors import ConfigError, DataError, NonFiniteError
@@ -171,7 +171,7 @@ def test_a_failure_leaves_what_was_there(two: dict[str, Path], tmp_path: Path, m
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(soup, "save_file", fail)
+    monkeypatch.setattr(factors, "save_file", fail)
     with pytest.raises(OSError, match="full"):
         train_soup(make_base(), two, ROWS, out, 0, steps=1)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

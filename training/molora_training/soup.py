@@ -5,8 +5,6 @@ mixed set; what comes out is an ordinary PEFT adapter of the sum of the ranks.
 """
 
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from molora.adapter import PREFIX, WEIGHTS_FILE, Adapter
+from molora.adapter import Adapter
 from molora.checks import check_fits
 from molora.errors import ConfigError, DataError, NonFiniteError
+from molora.factors import write_factors
 from molora_training.attention import attend_causally
 from molora_training.batches import plan_steps, rounded
 from molora_training.captured import CapturedSteps
+from molora_training.checkpoint import place_folder
 from molora_training.data import IGNORED, Batch, Encoded, collate
 from molora_training.schedule import warm_cosine
 
@@ -49,7 +47,7 @@ def train_soup(
         base: the loaded base; it is as before afterwards.
         adapters: name -> PEFT folder; their ranks and modules may differ.
         rows: what the alphas are trained on.
-        out: the folder.
+        out: the folder; one that is there is replaced.
         pad_id: token that fills up batches.
         steps: 0 writes the plain mean of the adapters.
         learning_rate: the highest one; an alpha moves by about as much in a step.
@@ -197,24 +195,12 @@ def _factors(adapters: Sequence[Adapter], module: str) -> tuple[Tensor, Tensor, 
 
 def _write(adapters: Sequence[Adapter], modules: Sequence[str], alphas: Tensor, out: Path) -> None:
     """Writes the PEFT folder; alphas [modules, N] float64."""
-    tensors, ranks = {}, {}
+    factors = {}
     for name, alpha in zip(modules, alphas, strict=True):
         A, B, owners = _factors(adapters, name)
-        ranks[name] = len(owners)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.float().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = (B * alpha[owners]).float().contiguous()
-    most = max(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != most}
-    first = adapters[0].config
-    config = LoraConfig(
-        r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(modules),
-        task_type="CAUSAL_LM", inference_mode=True, fan_in_fan_out=bool(first.get("fan_in_fan_out")),
-        base_model_name_or_path=first.get("base_model_name_or_path"),
-    )  # fmt: skip
+        factors[name] = A, B * alpha[owners]
+    base_name = str(adapters[0].config.get("base_model_name_or_path") or "")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as draft:
-        folder = Path(draft) / "soup"
-        config.save_pretrained(str(folder))
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(folder, out)
+        write_factors(Path(draft) / "soup", factors, base_name, dtype=torch.float32)
+        place_folder(Path(draft) / "soup", out)
