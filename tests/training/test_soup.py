@@ -206,5 +206,7 @@ def test_the_command_says_what_it_brought(tmp_path: Path, capsys: pytest.Capture
     assert losses["soup"] < losses["even weights"] - 0.01
     assert json.loads((tmp_path / "soup/metrics.json").read_text())["validation"] == losses
     assert Adapter.load(tmp_path / "soup").ranks == [8]
+    with pytest.raises(ConfigError, match="cannot be called 'soup'"):
+        app(["train", "soup", *given, f"adapters.soup={tmp_path / 'adapters' / 'math'}"], standalone_mode=False)
     with pytest.raises(ConfigError, match="is there already"):
         app(["train", "soup", *given], standalone_mode=False)

@@ -18,6 +18,8 @@ from molora_training.soup import train_soup
 from molora_training.speaker import Speaker
 
 METRICS = "metrics.json"
+_BASE, _EVEN, _SOUP = "base", "even weights", "soup"
+_OTHERS = {_BASE, _EVEN, _SOUP}  # whose losses stand beside the adapters'
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class SoupSettings:
     dtype: Literal["bfloat16", "float32"] = field(default="bfloat16")
 
     def __post_init__(self) -> None:
+        taken = _OTHERS & self.adapters.keys()
+        if taken:
+            raise ConfigError(f"An adapter cannot be called {min(taken)!r} here: metrics.json has that beside it.")
         if self.out.exists():
             raise ConfigError(f"{self.out} is there already: nothing was trained. Choose another folder.")
 
@@ -98,10 +103,10 @@ def _losses(base: Any, tokenizer: Any, settings: SoupSettings, rows: Sequence[En
     own = [of_adapter(Adapter.load(folder)) for folder in settings.adapters.values()]
     even = concatenated([{name: (A, B / len(own)) for name, (A, B) in one.items()} for one in own])
     contenders: dict[str, Factors] = {
-        "base": {},
+        _BASE: {},
         **dict(zip(settings.adapters, own, strict=True)),
-        "even weights": even,
-        "soup": of_adapter(Adapter.load(settings.out)),
+        _EVEN: even,
+        _SOUP: of_adapter(Adapter.load(settings.out)),
     }
     speaker = Speaker(base.eval(), tokenizer, batch=16)
     found = {}
