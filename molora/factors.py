@@ -32,21 +32,26 @@ def concatenated(parts: Sequence[Factors]) -> Factors:
     }
 
 
-def cut(factors: Factors, rank: int) -> Factors:
-    """The deltas of ``rank`` that are nearest in the Frobenius norm (Eckart and Young); those that have less stay.
+def nearest(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The delta of ``rank`` that is nearest to B A in the Frobenius norm (Eckart and Young); one that has less stays.
 
     The singular values are those of a matrix of the factors' rank: the delta itself is never made.
     """
+    if len(A) <= rank:
+        return A, B
+    q_in, r_in = torch.linalg.qr(A.T)  # A = r_in^T q_in^T
+    q_out, r_out = torch.linalg.qr(B)
+    left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    root = values[:rank].sqrt()
+    return root.unsqueeze(1) * (right[:rank] @ q_in.T), (q_out @ left[:, :rank]) * root
+
+
+def cut(factors: Factors, rank: int) -> Factors:
+    """The nearest deltas of ``rank``, found in float32."""
     found = {}
     for name, (A, B) in factors.items():
-        if len(A) > rank:
-            q_in, r_in = torch.linalg.qr(A.float().T)  # A = r_in^T q_in^T
-            q_out, r_out = torch.linalg.qr(B.float())
-            left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-            root = values[:rank].sqrt()
-            B = ((q_out @ left[:, :rank]) * root).to(B)
-            A = (root.unsqueeze(1) * (right[:rank] @ q_in.T)).to(A)
-        found[name] = (A, B)
+        near, far = nearest(A.float(), B.float(), rank)
+        found[name] = near.to(A), far.to(B)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from molora.adapter import WEIGHTS_FILE, LoRAWeights
 from molora.compose.methods import OF_FACTORS, Method, merged, weighted_sum
-from molora.compose.source import Source
+from molora.compose.source import Source, short
 from molora.errors import AdapterError, AdapterMismatchError, ConfigError, NonFiniteError
 from molora.factors import write_factors
 
@@ -195,7 +195,7 @@ def _check_sources(sources: Mapping[str, Source], method: str) -> str:
     base, namer = "", ""
     seen: dict[str, tuple[str, tuple[int, int, int]]] = {}
     for name, source in sources.items():
-        if base and source.base and PurePath(base).name.lower() != PurePath(source.base).name.lower():
+        if base and source.base and short(base) != short(source.base):
             raise AdapterMismatchError(
                 f"The adapters are for different bases: {namer} for {base}, and {name} for {source.base}."
             )

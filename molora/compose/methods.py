@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from molora.adapter import LoRAWeights
+from molora.factors import nearest
 
 Method = Literal[
     "cat", "svd", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
@@ -83,19 +84,9 @@ def weighted_sum(
     )
 
 
-def nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The delta of ``rank`` that is nearest to B A in the Frobenius norm, without making B A; float64 in and out."""
-    if len(A) <= rank:
-        return A, B
-    q_in, r_in = torch.linalg.qr(A.T)  # A = r_in^T q_in^T
-    q_out, r_out = torch.linalg.qr(B)
-    left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    root = values[:rank].sqrt()
-    return root.unsqueeze(1) * (right[:rank] @ q_in.T), (q_out @ left[:, :rank]) * root
-
-
 def nearest_of_delta(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same of a matrix that has no factors, [out, in] float32: by the eigenvectors of its smaller Gram matrix.
+    """The delta of ``rank`` that is nearest to one without factors, [out, in] float32: by the eigenvectors of its
+    smaller Gram matrix.
 
     float32 finds them well enough where much is cut away; elsewhere float64 does, in twice the time.
     """
