@@ -178,6 +178,24 @@ def test_nobody_takes_anothers_name(settings: FederateSettings, folder: Path) ->
     assert fleet.look() == ["ada", "bob", "dan"]
 
 
+def test_who_never_says_who_it_is_is_waited_for_once(settings: FederateSettings, folder: Path) -> None:
+    settings = replace(settings, rounds=2, limits=LimitSettings(seconds=1.5))
+    own, grid = Federation.open(settings), make_grid(folder)
+    grid.twists = {NODES["dan"]: lambda _: None}
+    serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
+    asked = [one.metadata.dst_node_id for one in grid.sent if one.metadata.message_type == "query"]
+    assert sorted(asked) == sorted(NODES.values()) and sorted(own.reports[1].clients) == ["ada", "bob", "cyd"]
+
+
+def test_a_name_is_free_when_its_owner_is_gone(folder: Path) -> None:
+    """A client that was started anew is another node, which comes before the first is known to be gone."""
+    grid, seen = LocalGrid(client_app(lambda _: Who("ada", str(folder / "data" / "ada.jsonl"))), 2), Watched()
+    fleet = Fleet(grid, 1.0, seen)  # type: ignore[arg-type]
+    assert fleet.look() == ["ada"] and fleet.nodes["ada"] == 1 and len(seen.of("refused")) == 1
+    grid.gone = {1}
+    assert fleet.look() == ["ada"] and fleet.nodes["ada"] == 2
+
+
 def test_a_name_cannot_steer_the_servers_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     told = {"round": 1, "clients": {}, "absent": [], "refused": {"\x1b[2Jeve": "NaN"}, "seconds": 1.0}
     flower_app._log("closed", told)

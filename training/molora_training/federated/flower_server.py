@@ -23,7 +23,8 @@ Watch = Callable[[str, Mapping[str, Any]], None]
 class Fleet:
     """The clients that are there, by the names that they give themselves.
 
-    nodes: Flower's id of each. ranks: what each can afford.
+    nodes: Flower's id of each. ranks: what each can afford. silent: nodes that did not say in time who they are, and
+    are not waited for again; one that is started anew has another id.
     """
 
     grid: Grid
@@ -32,12 +33,15 @@ class Fleet:
     nodes: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     named: dict[int, str] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
 
     def look(self) -> list[str]:
         """Those that are there now; new ones are asked who they are."""
         there = set(self.grid.get_node_ids())
-        new = sorted(there - self.named.keys())
-        for node, content in self.ask({node: RecordDict() for node in new}, MessageType.QUERY):
+        new = there - self.named.keys() - self.silent
+        self.silent |= new
+        for node, content in self.ask({node: RecordDict() for node in sorted(new)}, MessageType.QUERY):
+            self.silent.discard(node)
             told = messages.to_figures(content)
             name, rank = str(told.get("name", ""))[:64], told.get("rank", 1)
             taken = self.nodes.get(name)
