@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,5 +119,15 @@ def test_an_interrupted_writing_leaves_what_was_there(
         with pytest.raises(OSError, match="full"):
             write(own, out)
     assert (out / "adapter_model.safetensors").read_bytes() == before
-    write(own, out)
+    seen: list[bool] = []
+    rmtree = shutil.rmtree
+
+    def watched(place: Path, *_: Any, **__: Any) -> None:
+        seen.append(out.is_dir())
+        rmtree(place)
+
+    with monkeypatch.context() as patch:  # nor is it gone while the old one is taken away
+        patch.setattr("shutil.rmtree", watched)
+        write(own, out)
+    assert seen and all(seen)
     assert [one.name for one in out.parent.iterdir()] == ["adapter"]

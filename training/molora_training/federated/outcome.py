@@ -1,7 +1,6 @@
 """What comes of a federated training: a PEFT folder, or a version of a saved MoLoRA's adapter that passes its gate."""
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -14,6 +13,7 @@ from molora.atomic import PARTIAL, remove_folder
 from molora.errors import FederationError
 from molora.saved import load
 from molora.versions import Versions
+from molora_training.checkpoint import place_folder
 from molora_training.continual.chance import by_chance
 from molora_training.continual.edits import NewRow, check_samples, too_much_taken
 from molora_training.continual.memory import Memory
@@ -139,11 +139,8 @@ def write(federation: Federation, out: Path) -> None:
     draft = out.with_name(f"{PARTIAL}{out.name}")
     if draft.exists():  # of a writing that was interrupted
         remove_folder(draft)
-    draft.parent.mkdir(parents=True, exist_ok=True)
     federation.result().save(draft, federation.config)
-    if out.exists():
-        remove_folder(out)
-    os.replace(draft, out)
+    place_folder(draft, out)
 
 
 def change_of(before: Losses, after: Losses) -> Change | None:
