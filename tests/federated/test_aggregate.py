@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from molora.adapter import Adapter
 from molora.errors import ConfigError, UpdateError
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
 from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
@@ -164,6 +165,14 @@ def test_bytes_come_back_as_they_were() -> None:
     assert about == {"round": 4, "client": "ada"} and scale == 2.0
     back = Lora.from_tensors(tensors, scale)
     assert all(torch.equal(x, y) for n in SIZES for x, y in zip(back.pairs[n], factors(3, 1).pairs[n], strict=True))
+
+
+def test_modules_are_in_the_order_of_their_names(adapters: dict[str, Path]) -> None:
+    """safetensors gives them in another one each time, and what is drawn is drawn for a place."""
+    names = [f"layers.{number}" for number in range(12)]
+    message = factors(2, 1, sizes=dict.fromkeys(reversed(names), (3, 4))).to_bytes({})
+    assert list(Lora.from_tensors(*read_bytes(message)[::2]).pairs) == sorted(names)
+    assert list(Lora.from_folder(adapters["math"]).pairs) == sorted(Adapter.load(adapters["math"]).modules)
 
 
 @pytest.mark.parametrize("message", [b"", b"\x80\x04pickle", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"])

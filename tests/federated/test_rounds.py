@@ -192,6 +192,19 @@ def test_what_a_training_begins_with_is_of_its_own_settings(
     assert Federation.open(small, resume=False).lora.rank == Lora.from_folder(own.blank).rank == 2
 
 
+@pytest.mark.parametrize("method", ["backprop", "forward"])
+def test_a_seed_is_a_training(settings: FederateSettings, clients: dict[str, Client], method: Any) -> None:
+    """To the rounding of sums; also of ranks that are drawn anew, and of directions."""
+    local = replace(settings.local, method=method, learning_rate=1e-3)
+    settings = replace(settings, local=local, aggregate="stack", rounds=2)
+    one, other, third = (
+        finished(replace(settings, out=settings.out.with_name(f"seed{number}"), seed=number // 2), clients)
+        for number in range(3)
+    )
+    assert distance(one.result(), other.result()) < 1e-3 * distance(one.result(), third.result())
+    assert all(torch.equal(a, other.lora.pairs[name][0]) for name, (a, _) in one.lora.pairs.items())
+
+
 def test_another_trainings_state_is_not_taken(settings: FederateSettings, clients: dict[str, Client]) -> None:
     own = Federation.open(settings)
     own.close(answers(own, clients))

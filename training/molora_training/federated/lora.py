@@ -48,8 +48,8 @@ class Lora:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], scale: float) -> "Lora":
-        """Of what :meth:`tensors` gave."""
-        names = [name.removesuffix(_ENDS[0]) for name in tensors if name.endswith(_ENDS[0])]
+        """Of what :meth:`tensors` gave, in the order of the names: safetensors come in any, and seeds are by place."""
+        names = sorted(name.removesuffix(_ENDS[0]) for name in tensors if name.endswith(_ENDS[0]))
         pairs = {name.removeprefix(PREFIX): (tensors[name + _ENDS[0]], tensors[name + _ENDS[1]]) for name in names}
         return cls(pairs, scale)
 
@@ -65,7 +65,7 @@ class Lora:
             AdapterError: it cannot be read. UnsupportedAdapterError: its ranks or scales differ by module.
         """
         adapter = Adapter.load(folder)
-        weights = {name: one for name, one in adapter.modules.items() if isinstance(one, LoRAWeights)}
+        weights = {name: one for name, one in sorted(adapter.modules.items()) if isinstance(one, LoRAWeights)}
         scales = {one.scale for one in weights.values()}
         if len(adapter.ranks) > 1 or len(scales) > 1:
             raise UnsupportedAdapterError(f"The adapter at {folder} has ranks or scales that differ by module.")
