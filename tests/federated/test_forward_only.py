@@ -3,14 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from molora.errors import NonFiniteError
 from molora_training.federated import forward_only
+from molora_training.federated.changes import b_vector
+from molora_training.federated.client import Client
 from molora_training.federated.forward_only import alike, direction, gradient
-from molora_training.federated.lora import Lora
+from molora_training.federated.lora import Lora, read_bytes
+from molora_training.federated.rounds import Federation
+from molora_training.federated.settings import LocalSettings
+from tests.federated.parties import make_settings
 
 SIZE = 30
 MATRIX = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1)).double()
@@ -75,6 +81,19 @@ def test_the_order_of_entries_is_kept(frozen_a: bool) -> None:
     assert len(theta) == (8 + 12 if frozen_a else 6 + 8 + 10 + 12)
     back = forward_only._unflat(theta, one, frozen_a)
     assert all(torch.equal(x, y) for n in one.pairs for x, y in zip(one.pairs[n], back.pairs[n], strict=True))
+
+
+def test_clients_look_along_directions_of_their_own(folder: Path, tmp_path: Path, clients: dict[str, Client]) -> None:
+    """Two with the same text: what they change has no more in common than the gradient does."""
+    how = LocalSettings(method="forward", examples=100, learning_rate=1e-3, batch_tokens=4096, max_length=64)
+    own = Federation.open(make_settings(folder, tmp_path / "out", local=how))
+    one, other = (Client(name, clients["ada"].base, clients["ada"].rows) for name in ("one", "other"))
+    steps = []
+    for client in (one, other, one):
+        before = Lora.from_tensors(*read_bytes((order := own.order(client.name, 2)).factors)[::2])
+        steps.append(b_vector(before, client.train(order).lora, 2))
+    alike = [float(torch.cosine_similarity(steps[0], step, 0)) for step in steps[1:]]
+    assert abs(alike[0]) < 0.5 and alike[1] == pytest.approx(1, abs=1e-3)
 
 
 CHILD = """

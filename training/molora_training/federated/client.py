@@ -1,6 +1,7 @@
 """A client: its conversations, and its answers to the server's orders. Factors and figures leave it, and no text."""
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -112,13 +113,16 @@ class Client:
         lora, below, about = read_order(order)
         how = from_mapping(LocalSettings, about["local"])
         with measured() as usage:
-            rows = local.drawn(self._rows(how.max_length)[0], how.examples, f"{about['seed']}/{self.name}")
+            own = f"{about['seed']}/{self.name}"
+            rows = local.drawn(self._rows(how.max_length)[0], how.examples, own)
             if not rows:
                 raise DataError(f"{self.name} has no conversation of up to {how.max_length} tokens to learn from.")
             model, pad = self.base.model, self.base.pad_id
             attend_causally(model, rounded(how.max_length))
-            way = forward_only.train if how.method == "forward" else local.train
-            learnt = way(model, pad, lora, rows, how, about["seed"], about["frozen_a"], below)
+            way, seed = local.train, about["seed"]
+            if how.method == "forward":  # directions that others do not look along: the same ones tell all of them less
+                way, seed = forward_only.train, random.Random(own).getrandbits(32)
+            learnt = way(model, pad, lora, rows, how, seed, about["frozen_a"], below)
             if about["clip"] is not None:
                 learnt = clipped(lora, learnt, about["clip"])
             read = None
