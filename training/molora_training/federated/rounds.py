@@ -29,10 +29,10 @@ from molora_training.federated.guard import Asked, Guard, Update
 from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
 from molora_training.federated.private import Private
 from molora_training.federated.settings import SCALE, FederateSettings
+from molora_training.federated.usage import believed
 
 BEFORE, BLANK = "before.json", "blank"
 TRIES = 3  # of a round that too few answer
-_MOST_COST = 1e18  # seconds or bytes that are believed
 
 
 @dataclass
@@ -179,7 +179,7 @@ class Federation:
                 **({"examples": one.examples, "norm": one.norm} if self.private is None else {}),
                 "bytes_down": self.down[client],
                 "bytes_up": len(answers[client]),
-                **_usage(about[client].get("usage")),
+                **believed(about[client].get("usage")),
             }
             for client, one in taken.items()
         }
@@ -223,7 +223,7 @@ class Federation:
         else:
             self.lora = Lora({n: (a, b + change[n]) for n, (a, b) in self.lora.pairs.items()}, self.lora.scale)
         rows = {
-            client: {"rank": self.asked[client].sent.rank, "bytes_down": self.down[client], **_usage(told)}
+            client: {"rank": self.asked[client].sent.rank, "bytes_down": self.down[client], **believed(told)}
             for client, told in clients.items()
         }
         return self._end(before, rows, {}, clients, seconds)
@@ -397,11 +397,3 @@ def _fresh(like: Lora, seed: int) -> Lora:
     """Factors that do nothing yet: A drawn anew, B zeros."""
     empty = DeltaSum({n: (a.double()[:1] * 0, b.double()[:, :1] * 0) for n, (a, b) in like.pairs.items()})
     return empty.cut(like.rank, like.scale, seed)
-
-
-def _usage(told: Any) -> dict[str, float]:
-    """What a client says it cost, as far as it may be that."""
-    if not isinstance(told, Mapping):
-        return {}
-    found = {name: told.get(name) for name in ("seconds", "cpu_seconds", "peak_bytes")}
-    return {name: float(one) for name, one in found.items() if isinstance(one, int | float) and 0 <= one < _MOST_COST}

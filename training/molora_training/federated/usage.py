@@ -3,12 +3,15 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+_MOST = 1e18  # seconds or bytes that are believed
 
 
 @dataclass
@@ -33,6 +36,14 @@ def measured() -> Iterator[Usage]:
         found.seconds = round(time.monotonic() - began, 3)
         found.cpu_seconds = round(time.process_time() - cpu, 3)
         found.peak_bytes = peak_bytes()
+
+
+def believed(told: Any) -> dict[str, float]:
+    """What a client says it cost, as far as it may be that."""
+    if not isinstance(told, Mapping):
+        return {}
+    found = {name: told.get(name) for name in ("seconds", "cpu_seconds", "peak_bytes")}
+    return {name: float(one) for name, one in found.items() if isinstance(one, int | float) and 0 <= one < _MOST}
 
 
 def peak_bytes() -> int:
