@@ -11,6 +11,7 @@ from peft import PeftModel
 from molora.adapter import Adapter
 from molora.errors import ConfigError, UpdateError
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
+from molora_training.federated.changes import beside
 from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
 from tests.conftest import make_base
 
@@ -110,6 +111,22 @@ def test_ranks_that_the_sum_lacks_can_still_learn() -> None:
         a, b = cut.pairs[name]
         assert torch.equal(b[:, 2:], torch.zeros_like(b[:, 2:])) and bool((a[2:].norm(dim=1) > 0).all())
         assert np.allclose(dense(cut, name), dense(factors(2, 1), name), atol=1e-5)
+
+
+def test_what_can_still_learn_is_drawn_for_each_module_and_seed() -> None:
+    one = factors(1, 1, sizes={"q": (8, 16), "v": (8, 16)})
+    drawn = [total([(one, 1.0)]).cut(5, 2.0, seed).pairs[name][0][1:] for seed in (3, 4) for name in ("q", "v")]
+    for place, rows in enumerate(drawn):
+        assert 0.5 / 16**0.5 < float(rows.abs().max()) <= 1 / 16**0.5  # kaiming_uniform_ with a = sqrt(5)
+        assert not any(torch.equal(rows, other) for other in drawn[:place])
+    assert torch.equal(total([(one, 1.0)]).cut(5, 2.0, 3).pairs["q"][0][1:], drawn[0])
+
+
+def test_ranks_that_nobody_of_a_round_has_stay() -> None:
+    before, mean = factors(5, 1), factors(2, 2)
+    for name, (a, b) in beside(mean, before).pairs.items():
+        assert torch.equal(a[:2], mean.pairs[name][0]) and torch.equal(a[2:], before.pairs[name][0][2:])
+        assert torch.equal(b[:, :2], mean.pairs[name][1]) and torch.equal(b[:, 2:], before.pairs[name][1][:, 2:])
 
 
 def test_the_mean_of_factors_has_cross_terms() -> None:

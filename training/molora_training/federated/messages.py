@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ConfigRecord, RecordDict
 from flwr.common import Code, FitIns, FitRes, Parameters, Status, ndarrays_to_parameters
@@ -56,5 +55,5 @@ def fit_of_order(order: Order) -> FitIns:
 
 def fit_of_vector(vector: torch.Tensor, figures: dict[str, Any]) -> RecordDict:
     """What is to be masked: float64 [entries of B and of a row's moments]. Each client weighs the same."""
-    parameters = ndarrays_to_parameters([vector.double().numpy().astype(np.float64)])
+    parameters = ndarrays_to_parameters([vector.double().numpy()])
     return compat.fitres_to_recorddict(FitRes(Status(Code.OK, ""), parameters, 1, figures), keep_input=True)
