@@ -13,7 +13,7 @@ from molora.errors import ConfigError, UpdateError
 from molora_training.federated.aggregate import DeltaSum, mean_of_factors, shares
 from molora_training.federated.changes import beside
 from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
-from tests.conftest import make_base
+from tests.conftest import make_base, write_adapter
 
 SIZES = {"tall": (40, 12), "wide": (9, 33), "square": (16, 16)}  # out, in
 
@@ -208,6 +208,13 @@ def test_a_folder_is_one_that_peft_reads(adapters: dict[str, Path], tmp_path: Pa
     assert module.scaling["default"] == read.scale == 2.0
     assert torch.equal(module.lora_A["default"].weight, a[:2])
     assert torch.equal(module.lora_B["default"].weight, b[:, :2])
+
+
+def test_rslora_is_written_as_the_scale_that_it_has(tmp_path: Path) -> None:
+    place = write_adapter(make_base(), tmp_path / "root", 1, r=4, lora_alpha=8, use_rslora=True)
+    read = Lora.from_folder(place)
+    read.slice(2).save(tmp_path / "two", json.loads((place / "adapter_config.json").read_text()))
+    assert read.scale == 4 and {one.scale for one in Adapter.load(tmp_path / "two").modules.values()} == {4}
 
 
 def test_a_stack_has_the_ranks_that_each_module_needs(adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -237,7 +237,9 @@ def test_the_loss_is_what_the_base_says(settings: FederateSettings, clients: dic
     assert one[0] == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, row.labels[1:], ignore_index=-100, reduction="sum")), rel=1e-4
     )
-    assert told["conversations"] == len(client._rows(64)[1]) and told["tokens"] == one[1] * told["conversations"]
+    few = Federation.open(replace(settings, out=settings.out.with_name("few"), local=replace(settings.local, judged=2)))
+    assert client.evaluate(few.trial())["conversations"] == 2
+    assert told["conversations"] == len(client._rows(64)[1]) > 2 and told["tokens"] == one[1] * told["conversations"]
 
 
 def test_what_is_held_out_is_never_learnt(clients: dict[str, Client]) -> None:

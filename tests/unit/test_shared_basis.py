@@ -4,8 +4,10 @@ import copy
 import gc
 import hashlib
 import json
+import time
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -442,6 +444,33 @@ def test_one_comes_later_and_one_goes(tmp_path: Path) -> None:
     for gone in (lambda: store.remove("a7"), lambda: store.factors("a7"), lambda: store.error("a7")):
         with pytest.raises(AdapterNotFoundError, match="has no adapter 'a7'; it has: a0, a1"):
             gone()
+
+
+def test_two_writers_do_not_lose_each_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = family(tmp_path, 0, 4)
+    compress({name: every[name] for name in ("a0", "a1")}, tmp_path / "store", basis=6)
+    keep = store_module.keep
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.2)  # so that one reads store.json before the other one writes it, were they let
+        return keep(*given)
+
+    monkeypatch.setattr(store_module, "keep", slow)
+    with ThreadPoolExecutor(2) as pool:
+        stores = [CompressedStore.load(tmp_path / "store") for _ in range(2)]
+        list(pool.map(lambda store, name: store.add(name, every[name]), stores, ("a2", "a3")))
+    assert sorted(CompressedStore.load(tmp_path / "store").names) == sorted(every)
+
+
+def test_who_shares_nothing_is_kept_whole_whatever_may_be_lost(tmp_path: Path) -> None:
+    compress(family(tmp_path, 0, 2), tmp_path / "store", basis=6, most_error=1)
+    store = CompressedStore.load(tmp_path / "store")
+    A, B = of_adapter(Adapter.load(tmp_path / "a0"))[Q]
+    write_factors(tmp_path / "other", {"model.layers.2.mlp.up_proj": (A, B)}, "", dtype=torch.float32)
+    left = tmp_path / "store" / "cores" / "other.safetensors"
+    left.touch()  # of an interruption
+    assert store.add("other", tmp_path / "other") == 1.0 and store.raw == ["other"] and not left.exists()
+    assert far(products(store.factors("other")), source_products(tmp_path / "other")) < 1e-6
 
 
 def test_what_comes_later_may_have_other_modules(tmp_path: Path) -> None:
