@@ -446,6 +446,18 @@ def test_one_comes_later_and_one_goes(tmp_path: Path) -> None:
             gone()
 
 
+def test_adapters_of_one_shape_have_their_own_scales(tmp_path: Path) -> None:
+    """What adapters are alike in is kept once for all of them."""
+    sources = family(tmp_path, 0, 2)
+    file = sources["a1"] / "adapter_config.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "lora_alpha": 3 * about["lora_alpha"]}))
+    compress(sources, tmp_path / "store", basis=6, dtype=torch.float32)
+    store = CompressedStore.load(tmp_path / "store")
+    for name, path in sources.items():
+        assert far(products(store.factors(name)), source_products(path)) < 1e-5
+
+
 def test_two_writers_do_not_lose_each_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = family(tmp_path, 0, 4)
     compress({name: every[name] for name in ("a0", "a1")}, tmp_path / "store", basis=6)
