@@ -71,6 +71,24 @@ def test_a_round_is_the_weighted_sum_of_deltas(settings: FederateSettings, clien
     assert distance(own.lora, expected) < 1e-5 * distance(expected, Federation.open(settings, resume=False).lora)
 
 
+def test_a_round_of_changes_adds_what_each_changed_of_its_slice(
+    settings: FederateSettings, clients: dict[str, Client]
+) -> None:
+    own = Federation.open(replace(settings, aggregate="changes"))
+    own.close(answers(own, clients))
+    total, told = DeltaSum(), answers(own, clients)
+    total.add(own.lora, 1.0)
+    for name, message in told.items():
+        total.add(Lora.from_tensors(*read_bytes(message)[::2]), 1 / 4)
+        total.add(own.lora.slice(RANKS[name]), -1 / 4)
+    expected = total.cut(8, 2.0)
+    assert own.close(told).norm > 0 and distance(own.lora, expected) < 1e-4 * own.reports[1].norm
+
+
+def test_the_servers_rank_is_the_largest_in_whatever_turn() -> None:
+    assert FederateSettings(ranks=(4, 32, 8)).rank == 32
+
+
 @pytest.mark.parametrize("how", ["flexlora", "changes", "factors", "shared", "stack"])
 def test_the_rest_is_aggregated_as_if_they_were_alone(
     settings: FederateSettings, clients: dict[str, Client], how: Any
@@ -303,6 +321,43 @@ def test_private_rounds_are_kept_on_disk_and_go_on(
     assert Federation.open(settings).over
     with pytest.raises(FederationError, match="other settings"):
         Federation.open(replace(settings, rounds=5))  # its noise was chosen for four
+
+
+def test_a_masked_sum_gets_its_noise(settings: FederateSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of who came, times their number, over the number that is expected."""
+    monkeypatch.setattr(private, "noise_multiplier", lambda *_: 0.0)
+    how = PrivacySettings(epsilon=8.0, clip=0.5, secure=True)
+    own = Federation.open(replace(settings, aggregate="shared", privacy=how))
+    before, turn = own.lora, own.cohort(sorted(ANSWERS))
+    for name in turn:
+        own.order(name, RANKS[name])
+    mean = torch.linspace(-1, 1, sum(b.numel() for _, b in before.pairs.values()))
+    own.close_sum(mean, {name: {} for name in turn[:3]})
+    for name, change in from_vector(mean, before).items():
+        assert torch.allclose(own.lora.pairs[name][1], before.pairs[name][1] + 0.75 * change, atol=1e-6)
+
+
+def test_who_does_not_clip_is_clipped(
+    settings: FederateSettings, clients: dict[str, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The promise of epsilon does not rest on what clients say; nor is A what they say."""
+    monkeypatch.setattr(private, "noise_multiplier", lambda *_: 0.0)
+    how = PrivacySettings(epsilon=8.0, clip=0.5)
+    own = Federation.open(replace(settings, aggregate="shared", privacy=how))
+    turn, before = own.cohort(sorted(clients)), own.lora
+    learnt = {name: clients[name].train(own.order(name, RANKS[name])) for name in turn}
+    wild = Lora({name: (a + 1, b + 1e3) for name, (a, b) in learnt["dan"].lora.pairs.items()}, 2.0)
+    told = {name: one.to_bytes() for name, one in {**learnt, "dan": replace(learnt["dan"], lora=wild)}.items()}
+    assert sorted(own.close(told).clients) == sorted(clients)  # whose update is taken does not hang on the others'
+    honest = from_vector(
+        sum((b_vector(before.slice(RANKS[n]), learnt[n].lora, 8) for n in ("bob", "cyd")), torch.zeros(()))
+        + b_vector(before.slice(2), learnt["ada"].lora, 8),
+        before,
+    )
+    changed = {name: 4 * (b - before.pairs[name][1]) - honest[name] for name, (_, b) in own.lora.pairs.items()}
+    norm = sum(float(one.double().square().sum()) for one in changed.values()) ** 0.5
+    assert norm == pytest.approx(0.5, rel=1e-3)
+    assert all(torch.equal(a, before.pairs[name][0]) for name, (a, _) in own.lora.pairs.items())
 
 
 def test_a_client_cannot_have_more_than_the_servers_rank(settings: FederateSettings) -> None:

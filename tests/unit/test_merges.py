@@ -140,6 +140,7 @@ class TestMethods:
             assert torch.equal(kept.abs().flatten().sort(descending=True).values[: len(order)], order)
             assert int((kept != 0).sum()) == int((order != 0).sum())
             assert torch.equal(kept[kept != 0], coarse[kept != 0])
+        assert combined([torch.ones(2)], [1.0], "magnitude_prune", 0.5, torch.Generator()).tolist() == [1, 0]
         assert not combined([coarse.clone()], [1.0], "ties", 1e-6, torch.Generator()).any()
 
     def test_what_is_not_finite_is_not_pruned_away(self) -> None:
