@@ -209,7 +209,8 @@ def test_a_masked_round_has_the_mean_of_an_open_one(settings: FederateSettings, 
     settings = replace(settings, aggregate="shared", privacy=MASKED)
     own, grid = Federation.open(settings), make_grid(folder, secure=True)
     losses = serve(grid, grid.context(), own, Watched())  # type: ignore[arg-type]
-    assert losses == {"before": {}, "after": {}}  # nobody is asked for a loss
+    assert losses == {"before": {}, "after": {}}
+    assert "evaluate" not in {one.metadata.message_type for one in grid.sent}  # nobody is asked for a loss
     clear = alone(settings, folder, list(ANSWERS))
     entries = sum(b.numel() for _, b in own.lora.pairs.values())
     # An entry is rounded by a level of 2 clip / 2^22 at most, in each of four updates.
