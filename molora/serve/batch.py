@@ -46,6 +46,7 @@ class Batch:
         self.steps = RowSteps(model, self.rows)
         self.running: list[Ticket] = []  # by row
         self.reading: list[Ticket] = []  # their rows are those after theirs
+        self.again: list[Ticket] = []  # were under way, and are to begin anew
         self.prompt_tokens = self.tokens = 0  # since the start
         on_gpu = model.device.type == "cuda"
         self.tells_later = on_gpu  # while the device is at work
@@ -65,17 +66,15 @@ class Batch:
         """Whether one more can begin."""
         return len(self.tickets) < self.rows.count
 
-    def begin(self, ticket: Ticket) -> list[Ticket]:
-        """Gives it the row after the others, with as much of its prompt as is known. Returns as :meth:`read`."""
+    def begin(self, ticket: Ticket) -> None:
+        """Gives it the row after the others, with as much of its prompt as is known."""
         with self.model.routing.lock:
-            # First: what is wrong with this one may not lose those that are to begin again.
             ticket.selection = dict(self.model.find(torch.tensor([ticket.request.ids]), ticket.selection))
-            again = self._router_changed()
+            self._router_changed()
             ticket.reader = self.rows.reader(len(self.tickets))
             self.reading.append(ticket)
             ticket.acting = self.prefixes.acting(self.model._resolve(ticket.selection))
             self.prefixes.fill(ticket.reader, ticket.ids, ticket.acting)
-        return again
 
     def group(self, most: int) -> list[Ticket]:
         """The first of those that are being read, and as many after it as can be read with it in one forward: from one
@@ -92,9 +91,8 @@ class Batch:
             found.append(ticket)
         return found
 
-    def read_together(self, group: Sequence[Ticket]) -> list[Ticket]:
-        """All of the prompts of :meth:`group` but their last tokens, which are for the next step. Returns as
-        :meth:`read`."""
+    def read_together(self, group: Sequence[Ticket]) -> None:
+        """All of the prompts of :meth:`group` but their last tokens, which are for the next step."""
         model, first = self.model, len(self.running)
         past, lengths = min(map(_read, group)), [len(ticket.ids) - 1 for ticket in group]
         device, longest = model.device, max(lengths)
@@ -102,8 +100,8 @@ class Batch:
         places = torch.arange(longest, device=device)
         mask = (places < torch.tensor(lengths, device=device).unsqueeze(1)).long()
         with model.routing.active(lambda: model._resolve([ticket.selection for ticket in group])):
-            if again := self._router_changed():
-                return again
+            if self._router_changed():
+                return
             readers = [ticket.reader for ticket in group if ticket.reader is not None]
             for reader in readers:
                 reader.back(past)
@@ -120,7 +118,6 @@ class Batch:
             self.rows.apart(joint, readers, lengths)
             for ticket in group:
                 self._is_read(ticket, ticket.ids[:-1])
-        return []
 
     def _is_read(self, ticket: Ticket, ids: list[int]) -> None:
         """The first of those that are being read has come to its end, after ``ids``: it runs."""
@@ -134,12 +131,8 @@ class Batch:
         ticket.reader, ticket.acting = None, None
         self.running.append(self.reading.pop(0))
 
-    def read(self, most: int) -> list[Ticket]:
-        """A piece of up to ``most`` tokens of the first prompt that is being read; after the last, its first token.
-
-        Returns:
-            Those that have to begin again: see :meth:`_router_changed`.
-        """
+    def read(self, most: int) -> None:
+        """A piece of up to ``most`` tokens of the first prompt that is being read; after the last, its first token."""
         ticket = self.reading[0]
         assert ticket.reader is not None
         model, done = self.model, ticket.reader.length
@@ -147,8 +140,8 @@ class Batch:
         ids = torch.tensor([piece], device=model.device)
         positions = torch.arange(done, done + len(piece), device=model.device).unsqueeze(0)
         with model.routing.active(lambda: model._resolve(ticket.selection)):
-            if again := self._router_changed():
-                return again
+            if self._router_changed():
+                return
             with self.steps.reading(ticket.reader):
                 output = model.base(
                     input_ids=ids,
@@ -159,17 +152,16 @@ class Batch:
                 )
             route = self._route(0, -1) if ticket.request.routes else ()
             if ticket.unread:
-                return []
+                return
             self._is_read(ticket, ticket.ids)
         self._take([ticket], choose(output.logits[:, -1], [ticket.sampler]), [route])
-        return []
 
-    def step(self) -> list[Ticket]:
-        """One more token of each running sequence. Returns as :meth:`read`."""
+    def step(self) -> None:
+        """One more token of each running sequence."""
         model, running = self.model, list(self.running)
         with model.routing.active(self._resolve):
-            if again := self._router_changed():
-                return again
+            if self._router_changed():
+                return
             tokens = [ticket.ids[-1] for ticket in running]
             logits = self.steps(self._resolve(), tokens)
             if logits is None:
@@ -177,7 +169,6 @@ class Batch:
             routes = [self._route(row, 0) if one.request.routes else () for row, one in enumerate(running)]
         self.say()
         self._take(running, choose(logits, [ticket.sampler for ticket in running]), routes)
-        return []
 
     def say(self) -> None:
         """Tells of the last step's tokens, as far as that has not been done."""
@@ -234,23 +225,24 @@ class Batch:
             found = self._resolved = (layers, list(self.running), chosen)
         return found[2]
 
-    def _router_changed(self) -> list[Ticket]:
-        """Those under way, if the router is another one than that which read what the rows hold, or was trained or got
-        other rows since. They have left, and their texts are to be read anew."""
+    def _router_changed(self) -> bool:
+        """Whether anything was under way, and the router is another one than that which read what the rows hold, or was
+        trained or got other rows since. What was under way has left then, and its texts are to be read ``again``."""
         router = self.model.router
         weights = [*router.parameters(), *router.buffers()] if router is not None else []
         known = self._router
         if known is not None and known[0] is router and len(known[1]) == len(weights):
             pairs = zip(known[1], weights, strict=True)
             if all(old is new and version == new._version for (old, version), new in pairs):
-                return []
+                return False
         self._router = (router, [(weight, weight._version) for weight in weights])
         self.prefixes.clear()
         self.steps.forget()
-        again = self.clear() if known is not None else []
-        for ticket in again:
+        gone = self.clear() if known is not None else []
+        for ticket in gone:
             ticket.reader = None
-        return again
+        self.again += gone
+        return bool(gone)
 
     def _route(self, row: int, place: int) -> tuple[tuple[str, str | None, float], ...]:
         routing = self.model.routing

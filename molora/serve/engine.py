@@ -273,22 +273,23 @@ class Engine:
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._wake:
             waiting = self._turns.drop(lambda ticket: True)
-        for ticket in [*self._batch.clear(), *waiting]:
+        again, self._batch.again = self._batch.again, []
+        for ticket in [*self._batch.clear(), *again, *waiting]:
             if not ticket.finished:
                 self._finish(ticket, reason, error)
 
-    def _guarded(self, tickets: list[Ticket], work: Callable[[], list[Ticket]]) -> None:
+    def _guarded(self, tickets: list[Ticket], work: Callable[[], None]) -> None:
         """Runs a part of a turn; what fails in it ends its requests and no others."""
         try:
             with torch.no_grad():
-                again = work()
+                work()
         except Exception as error:  # whatever it is, other requests go on
             for ticket in tickets:
                 if ticket in self._batch.tickets:
                     self._batch.leave(ticket, "error", error)
                 elif not ticket.finished:
                     self._finish(ticket, "error", error)
-            return
+        again, self._batch.again = self._batch.again, []
         with self._wake:
             for ticket in reversed(again):
                 self._turns.add(ticket.request.user, ticket, first=True)

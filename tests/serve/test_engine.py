@@ -406,7 +406,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     read = Batch.read_together
 
-    def together(batch: Batch, group: Sequence[Ticket]) -> list[Ticket]:
+    def together(batch: Batch, group: Sequence[Ticket]) -> None:
         assert group[0].reader is not None
         found.append((len(group), min(ticket.reader.length for ticket in group if ticket.reader is not None)))
         return read(batch, group)
@@ -492,7 +492,7 @@ def test_a_warm_engine_has_run_all_sizes_and_begins_from_zero(
 ) -> None:
     found, sizes, step = watched(monkeypatch), [], Batch.step
 
-    def counted(batch: Batch) -> list[Ticket]:
+    def counted(batch: Batch) -> None:
         sizes.append(len(batch.running))
         return step(batch)
 
@@ -606,4 +606,20 @@ def test_one_that_cannot_be_told_loses_no_other(
     bad = engine.change([], change)
     pieces, end = bad.all()
     assert not pieces and isinstance(end.error, SelectionError) and "'third' has no key" in str(end.error)
+    assert len(running.tokens_left()) == 59
+
+
+def test_one_whose_adapter_has_gone_meanwhile_loses_no_other(model: MoLoRAModel, engines: Any) -> None:
+    """With the adapter goes its row of the router, so that all others begin again in the same moment."""
+    engine = engines(model)
+    running = Heard(engine, greedy([5, 6, 7], {"domain": None}, 60))
+    running.next()
+
+    def change() -> Heard:
+        late = Heard(engine, greedy([5, 6], {"domain": "math"}, 4))
+        model.remove_adapter("domain", "math")
+        return late
+
+    pieces, end = engine.change([], change).all()
+    assert not pieces and isinstance(end.error, SelectionError) and "no adapter 'math'" in str(end.error)
     assert len(running.tokens_left()) == 59
