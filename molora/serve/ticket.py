@@ -75,8 +75,16 @@ class Ticket:
         """Tells of the last token, if that has not been done."""
         if self.untold is not None:
             (one, route, silent), self.untold = self.untold, None
-            text = "" if silent else self.text.add(one.token)
+            text = "" if silent else self._text(lambda: self.text.add(one.token))
             self.tell(Piece(one.token, text, one.logprob, one.likeliest, route))
+
+    def _text(self, made: Callable[[], str]) -> str:
+        """What a tokenizer makes of a token; one that it does not know may raise anything, and ends this request."""
+        try:
+            return made()
+        except Exception as error:
+            self.failed = error
+            return ""
 
     def tell(self, event: Event) -> None:
         try:
@@ -90,9 +98,11 @@ class Ticket:
             for pool, read in self.reads:
                 pool.release(read)
         self.say()
+        rest = self._text(self.text.rest)
         self.finished = True
-        error = error or self.failed
-        self.tell(Finished(reason, len(self.request.ids), self.tokens, self.text.rest(), error))
+        if self.failed is not None:
+            reason, error = "error", error or self.failed
+        self.tell(Finished(reason, len(self.request.ids), self.tokens, rest, error))
 
 
 def names_in(choice: Choice) -> list[str]:

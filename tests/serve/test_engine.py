@@ -288,6 +288,33 @@ def test_a_broken_adapter_ends_its_own_request(model: MoLoRAModel, adapters: Any
     assert other.tokens() == expected
 
 
+def test_a_token_that_has_no_text_ends_its_own_request(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may know more tokens than its tokenizer does, which then may raise anything."""
+    expected = alone(model, [5, 6, 7], {"domain": "math"}, 12)
+    engine, add, given = engines(model), Text.add, threading.Event()
+
+    def told(text: Text, token: int) -> str:
+        if text is bad.ticket.text and given.is_set():
+            raise KeyError(token)
+        given.set()
+        return add(text, token)
+
+    with held(engine):
+        bad = Heard(engine, greedy([5, 6], None, 12))
+        last = Heard(engine, greedy([5, 6], None, 1))
+        other = Heard(engine, greedy([5, 6, 7], {"domain": "math"}, 12))
+        monkeypatch.setattr(Text, "add", told)
+    _, end = bad.all()
+    assert end.reason == "error" and isinstance(end.error, KeyError) and end.tokens < 12
+    assert len(last.tokens()) == 1 and other.tokens() == expected
+    monkeypatch.setattr(Text, "rest", lambda text: {}["no"])  # at the end, too
+    assert Heard(engine, greedy([5, 6], None, 3)).all()[1].reason == "error"
+    monkeypatch.undo()
+    assert engine.runs and len(Heard(engine, greedy([5, 6], None, 3)).tokens()) == 3
+
+
 def test_a_fault_of_the_engine_keeps_nobody_waiting(model: MoLoRAModel, engines: Any, monkeypatch: Any) -> None:
     engine = engines(model, rows=1)
     held = Held(engine)
