@@ -194,13 +194,15 @@ class Batch:
         """Lets go of all that is under way, and returns it."""
         self.say()
         tickets = self.tickets
+        for row in range(len(tickets)):
+            self.rows.wipe(row)
         self.running, self.reading = [], []
         return tickets
 
     def leave(self, ticket: Ticket, reason: FinishReason, error: Exception | None = None) -> None:
         """Ends a sequence; the last running one takes its row, and those that are being read the rows after it."""
         row = self.tickets.index(ticket)
-        if error is not None:
+        if reason not in ("stop", "length"):  # what it was read by may give no finite numbers, and was not seen to
             self.rows.wipe(row)
         if ticket in self.reading:
             self.reading.remove(ticket)

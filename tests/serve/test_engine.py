@@ -99,6 +99,13 @@ def alone(model: MoLoRAModel, ids: Sequence[int], selection: Any, tokens: int) -
     return found[0, len(ids) :].tolist()
 
 
+def begun(engine: Engine, ids: Sequence[int], selection: Any, tokens: int = 5, tell: Any = print) -> Ticket:
+    """A request that is to be given to the engine's batch itself."""
+    one = greedy(list(ids), selection, tokens)
+    sampler, text = Sampler.of(one.sampling, one.ids, DEVICE), Text(engine.model.tokenizer, ())
+    return Ticket(one, tell, None, sampler, text, list(ids), tokens, dict(selection))
+
+
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
     chance = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 50, (count,), generator=chance).tolist()
@@ -415,6 +422,34 @@ def test_what_a_broken_adapter_left_in_a_row_harms_nobody(model: MoLoRAModel, en
     assert [one.tokens() for one in both] == expected
 
 
+@pytest.mark.parametrize("how", ["cancelled", "timeout", "another router"])
+def test_what_a_broken_adapter_left_half_read_harms_nobody(model: MoLoRAModel, how: str) -> None:
+    """It is found to be broken at its first token only, which never came."""
+    short, long = [5, 6, 7], list(range(5, 35))
+    expected = [alone(model, ids, {"domain": "math"}, tokens) for ids, tokens in ((short, 40), (long, 6))]
+    engine = Engine(model, rows=2, longest=96)
+    batch, broken = engine._batch, begun(engine, range(5, 30), {"domain": {"code": 1e38}})
+    with torch.no_grad():
+        batch.begin(broken)
+        batch.read(20)
+        assert batch.reading == [broken] and not all(
+            part[..., :20, :].isfinite().all() for part in batch.rows._parts(slice(0, 1))
+        )
+        if how == "another router":
+            model.set_router(copy.deepcopy(model.router))
+            batch.read(5)
+            assert batch.again == [broken] and not batch.tickets
+            batch.again.clear()  # it was cancelled meanwhile
+        else:
+            batch.leave(broken, "cancelled" if how == "cancelled" else "timeout")
+    engine.start()
+    first = Heard(engine, greedy(short, {"domain": "math"}, 40))  # in the row of the broken one, read alone
+    first.next()
+    assert Heard(engine, greedy(long, {"domain": "math"}, 6)).tokens() == expected[1]  # steps look as far as this
+    assert first.tokens_left() == expected[0][1:]
+    engine.close()
+
+
 @contextmanager
 def held(engine: Engine) -> Iterator[None]:
     """What is submitted within begins at once."""
@@ -560,16 +595,13 @@ def test_what_fails_while_read_together_ends_and_the_next_go_on(
 def test_those_that_are_being_read_move_up_when_others_leave(model: MoLoRAModel) -> None:
     texts = [[5, 6, 7], list(range(5, 25)), [9, 8, 7, 6], list(range(30, 38))]
     expected = [alone(model, ids, {"domain": "auto"}, 5) for ids in texts]
-    batch = Engine(model, rows=4, longest=96)._batch
+    engine = Engine(model, rows=4, longest=96)
+    batch = engine._batch
     batch.reads_again = False  # else, as on a GPU, what was read a piece of is read once more with the others
     heard: list[list[Any]] = [[] for _ in texts]
     tickets = [
-        Ticket(
-            one := greedy(ids, {"domain": "auto"}, 5), events.append, None, Sampler.of(one.sampling, ids, DEVICE),
-            Text(model.tokenizer, ()), list(ids), 5, {"domain": "auto"},
-        )
-        for ids, events in zip(texts, heard, strict=True)
-    ]  # fmt: skip
+        begun(engine, ids, {"domain": "auto"}, tell=events.append) for ids, events in zip(texts, heard, strict=True)
+    ]
     running, half, gone, last = tickets
     with torch.no_grad():
         batch.begin(running)
