@@ -16,6 +16,9 @@ from transformers import (
 
 from molora.serve.requests import Sampling
 
+_LEAST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is all that has a chance, and logits divided by it are no numbers in the end."""
+
 
 @dataclass
 class Chosen:
@@ -64,9 +67,14 @@ class Sampler:
         return scores.index_add(0, tokens, changes)
 
     @property
+    def draws(self) -> bool:
+        """Whether it may be another token than the likeliest."""
+        return self.sampling.temperature >= _LEAST_TEMPERATURE
+
+    @property
     def needs_scores(self) -> bool:
         """Whether the likeliest token is not all that is asked for."""
-        return self.sampling.temperature > 0 or self.sampling.logprobs is not None or self.changes
+        return self.draws or self.sampling.logprobs is not None or self.changes
 
     @property
     def changes(self) -> bool:
@@ -88,14 +96,17 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Chosen]:
         raw = scores = logits.float().masked_fill(~sound.unsqueeze(-1), 0.0)
     if any(one.changes for one in samplers):
         scores = torch.stack([one.changed(row) for one, row in zip(samplers, raw, strict=True)])
-        tokens = scores.argmax(-1)
+        best, tokens = scores.max(-1)
+        sound = sound & best.isfinite()
+        scores = scores.masked_fill(~sound.unsqueeze(-1), 0.0)
     groups: dict[tuple[float, int, float, float], list[int]] = {}
     for row, one in enumerate(samplers):
-        if one.sampling.temperature > 0:
+        if one.draws:
             how = one.sampling
             groups.setdefault((how.temperature, how.top_k, how.top_p, how.min_p), []).append(row)
     for how_all, rows in groups.items():
         here = scores if len(rows) == len(scores) else scores[rows]
+        here = here - here.max(-1, keepdim=True).values  # or one divided by the temperature might be infinite
         shares = _warpers(*how_all)(None, here).softmax(-1)  # warpers read no ids
         for place, row in enumerate(rows):
             tokens[row] = torch.multinomial(shares[place], 1, generator=samplers[row].chance)[0]
