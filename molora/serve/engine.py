@@ -64,7 +64,7 @@ class Engine:
         rows: sequences that run at once.
         longest: most tokens of a sequence, prompt and answer.
         chunk: tokens of prompts that are read between two steps; None: 256, on a GPU 1,024.
-        waiting: requests that may wait.
+        waiting: requests that may wait; as many as there are rows always may.
         pools: layers whose adapters come when they are asked for.
         prefix_bytes: of beginnings of prompts that are kept, so that they are not read again.
 
@@ -84,7 +84,8 @@ class Engine:
         prefix_bytes: int = 1 << 28,
     ) -> None:
         most = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-        self.model, self.longest, self.most_waiting = model, min(longest, most), waiting
+        self.model, self.longest = model, min(longest, most)
+        self.most_waiting = max(waiting, rows)  # those that begin in the next turn wait, too
         self.chunk = chunk or (_CHUNK_ON_GPU if model.device.type == "cuda" else _CHUNK)
         self.pools = {pool.layer: pool for pool in pools}
         if pools:  # before anything is captured

@@ -559,7 +559,7 @@ def test_a_warm_engine_has_run_all_sizes_and_begins_from_zero(
         return step(batch)
 
     monkeypatch.setattr(Batch, "step", counted)
-    engine = engines(model, rows=6, longest=256, chunk=192)
+    engine = engines(model, rows=6, longest=256, chunk=192, waiting=4)  # of fewer than there are rows
     assert warm(engine) > 0
     assert set(sizes) == {1, 2, 4, 6} and [many for many, _ in found] == [2, 4, 6]
     stats = engine.stats()
