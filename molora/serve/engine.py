@@ -147,6 +147,8 @@ class Engine:
             if len(self._turns) >= self.most_waiting:
                 after = max(1.0, len(self._turns) * self._pace)
                 raise BusyError(f"{len(self._turns)} requests wait already. Ask again in {after:.0f} s.", after)
+            if not (self._turns or self._batch.tickets):
+                self._ended_at = time.monotonic()  # the time in which nobody asked is no request's
             self._turns.add(request.user, ticket)
             self._requests += 1
             if wanted and self._readers is not None:

@@ -3,6 +3,7 @@
 import copy
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,6 +230,24 @@ def test_too_many_are_told_to_come_back(model: MoLoRAModel, engines: Any) -> Non
     assert caught.value.retry_after_s >= 1
     held.free()
     assert [len(one.tokens()) for one in waiting] == [3, 3]
+
+
+def test_nobody_is_told_to_wait_for_the_time_in_which_nobody_asked(
+    model: MoLoRAModel, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, passed = engines(model, rows=1, waiting=100), 0.0
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed)
+    for _ in range(20):
+        Heard(engine, greedy([5, 6], None, 1)).tokens()
+        passed += 600
+    held = Held(engine)
+    waiting = [Heard(engine, greedy([5, 6], None, 1)) for _ in range(100)]
+    with pytest.raises(BusyError) as caught:
+        engine.submit(greedy([5, 6], None, 3), print)
+    assert 1 <= caught.value.retry_after_s < 100
+    held.free()
+    assert [len(one.tokens()) for one in waiting] == [1] * 100
 
 
 class Held:
