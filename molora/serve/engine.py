@@ -24,7 +24,7 @@ from molora.serve.requests import Event, FinishReason, Request
 from molora.serve.sampling import Sampler
 from molora.serve.text import Text
 from molora.serve.ticket import Ticket, names_in
-from molora.serve.turns import Turns
+from molora.serve.turns import MOST_OVERTAKEN, Turns
 
 log = logging.getLogger("molora.serve")
 
@@ -360,6 +360,8 @@ class Engine:
 
         def ready(ticket: Ticket) -> bool:
             waits = ticket.coming or ticket.failed is not None or ticket in passed
+            if ticket.reads and not ticket.leased:
+                waits = waits or any(one.overtaken >= MOST_OVERTAKEN for one in passed)
             return not waits and not any(self._touches(change, ticket) for change in self._changes)
 
         while True:
@@ -368,6 +370,9 @@ class Engine:
             if ticket is None or ticket.lease():
                 break
             passed.append(ticket)
+        if ticket is not None and ticket.reads:
+            for one in passed:
+                one.overtaken += 1
         with self._wake:
             for one in reversed(passed):
                 self._turns.add(one.request.user, one, first=True)

@@ -90,6 +90,8 @@ class Pool:
         self.staying: frozenset[str] = frozenset()
         """Names that are pinned by whoever shares the store: see :meth:`keep`."""
         self._made, self._prefix = 0, secrets.token_hex(8)  # nobody can name or guess a slot
+        self.leases = 0
+        """Of all adapters."""
         self._lock = threading.Lock()
         self._counts = {"live": 0, "host": 0, "read": 0, "evicted": 0, "dropped": 0}  # in the order of PoolStats
 
@@ -151,11 +153,13 @@ class Pool:
             return None
         self._counts[at] += 1
         live.leases += 1
+        self.leases += 1
         return live.slot
 
     def release(self, read: Read) -> None:
         """Nothing of this request needs it any more; it stays until its room is needed."""
         self._live[read.key].leases -= 1
+        self.leases -= 1
 
     def pin(self, read: Read) -> None:
         """Keeps an adapter live whether or not it is asked for, and each newer version once that is asked for.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from molora.serve.costs import Costs
-from molora.serve.turns import Turns
+from molora.serve.turns import MOST_OVERTAKEN, Turns
 
 READERS = 4  # threads of a replica that bring adapters, as in the engine
 HOST_BYTES = 1 << 30  # of adapters that were read and are kept, as in the pool
@@ -34,6 +34,7 @@ class Asked:
     last: float = 0.0
     done: float | None = None
     refused: bool = False
+    overtaken: int = 0  # while there was no room for its adapter
 
     def over(self, now: float) -> bool:
         """Whether it was answered or refused by then."""
@@ -181,9 +182,17 @@ class Replica:
     def _next(self) -> Asked | None:
         """As the engine's: the next one in turn whose adapter has come and finds room."""
         passed: list[Asked] = []
-        while (asked := self.turns.take(lambda one: one.ready <= self.clock and one not in passed)) is not None:
+
+        def ready(asked: Asked) -> bool:
+            if any(one.overtaken >= MOST_OVERTAKEN for one in passed):
+                return False
+            return asked.ready <= self.clock and asked not in passed
+
+        while (asked := self.turns.take(ready)) is not None:
             if (takes := self.adapters.lease(asked.user)) is not None:
                 self._spend(takes)
+                for one in passed:
+                    one.overtaken += 1
                 break
             passed.append(asked)
         for one in reversed(passed):

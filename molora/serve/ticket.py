@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from molora.errors import RequestError
 from molora.selection import Choice, Selection
 from molora.serve.pool import Pool, Read
 from molora.serve.prefixes import Acting
@@ -27,6 +28,7 @@ class Ticket:
     coming: bool = False  # adapters are being read for it
     reads: list[tuple[Pool, Read]] = field(default_factory=list)
     leased: bool = False
+    overtaken: int = 0  # by others with adapters, while there was no room for its own
     failed: Exception | None = None
     cancelled: bool = False
     reader: RowReader | None = None
@@ -63,6 +65,8 @@ class Ticket:
             except Exception as error:  # of this request alone
                 slot, self.failed = None, error
             if slot is None:
+                if pool.leases == sum(other is pool for other, _ in self.reads[:place]):  # nobody will give one back
+                    self.failed = self.failed or RequestError("Pinned adapters leave no room for this request's.")
                 for other, earlier in self.reads[:place]:
                     other.release(earlier)
                 return False

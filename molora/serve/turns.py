@@ -6,6 +6,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+MOST_OVERTAKEN = 16
+"""So many with adapters begin before one for whose adapter there is no room; then they wait until it has begun."""
+
 
 class Turns(Generic[T]):
     """Queues by user."""

@@ -9,10 +9,12 @@ import pytest
 from molora import MoLoRAModel
 from molora.errors import AdapterMismatchError, AdapterNotFoundError, BusyError, RequestError, StackError
 from molora.serve.pool import Pool
+from molora.serve.requests import Event, Finished
+from molora.serve.turns import MOST_OVERTAKEN
 from tests.conftest import make_base, write_adapter
 from tests.parity.test_equalities import make_routed
 from tests.serve.live import until
-from tests.serve.test_engine import Heard, Held, alone, endless, engines, greedy  # noqa: F401 - a fixture
+from tests.serve.test_engine import Heard, Held, alone, endless, engines, greedy, held  # noqa: F401 - a fixture
 
 
 class Users:
@@ -187,6 +189,39 @@ def test_ten_requests_at_once_for_one_that_is_not_there_yet(model: MoLoRAModel, 
         model.add_adapter("user", "now", users.at[f"u{n % 2}"][1])
         assert found == alone(model, [5, 6, n + 7], {"domain": None, "user": "now"}, 5)
         model.remove_adapter("user", "now")
+
+
+def test_a_crowd_keeps_nobody_from_the_only_place(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    engine = engines(model, rows=2, pools=[Pool(model, "user", users.find, most=1)])
+    order: list[str] = []
+
+    def ask(user: str, tokens: int) -> None:
+        def tell(event: Event) -> None:
+            if isinstance(event, Finished):
+                order.append(user if event.error is None else "an error")
+
+        engine.submit(greedy([5, 6], {"domain": None, "user": user}, tokens, user=user), tell)
+
+    with held(engine):
+        for number in range(60):
+            ask("u0", 10 if number else 5)  # so that never two of them end in the same step
+        ask("u1", 3)
+    assert until(lambda: len(order) == 61, 60)
+    assert sorted(order) == ["u0"] * 60 + ["u1"] and MOST_OVERTAKEN <= order.index("u1") <= MOST_OVERTAKEN + 2
+
+
+def test_more_than_pins_leave_room_for_is_told_at_once(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    pool = Pool(model, "user", users.find, most=3)
+    engine = engines(model, pools=[pool])
+    engine.change([], lambda: (pool.pin(pool.read("u0")), pool.pin(pool.read("u1"))))
+    running = Heard(engine, greedy([5, 6], {"domain": None, "user": "u4"}, 60))
+    running.next()
+    both = Heard(engine, greedy([5, 6], {"domain": None, "user": {"u2": 1.0, "u3": 0.5}}, 3))
+    one = Heard(engine, greedy([5, 6], {"domain": None, "user": "u2"}, 3))
+    assert len(running.tokens_left()) == 59  # until its end there might be room
+    end = both.all()[1]
+    assert isinstance(end.error, RequestError) and "no room" in str(end.error) and len(one.tokens()) == 3
+    assert pool.leases == 0
 
 
 def test_what_is_pinned_stays(model: MoLoRAModel, users: Users, base: Any, tmp_path: Path, engines: Any) -> None:  # noqa: F811

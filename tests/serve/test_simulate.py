@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from molora.cli import app
 from molora.errors import ConfigError, StackError
 from molora.serve import costs as measuring
+from molora.serve import engine as engine_module
+from molora.serve import simulated as simulated_module
 from molora.serve.costs import Costs, measure_costs, read_costs, write_costs
 from molora.serve.engine import Engine
 from molora.serve.forward import affinity
@@ -190,10 +192,16 @@ def test_who_asks_more_than_one_replica_can_answer_is_answered_by_several() -> N
 
 
 @pytest.mark.parametrize(
-    ("live", "longest"), [(2, 25), (4, 25), (4, 3)], ids=["too few live", "pieces of prompts", "prompts of one token"]
+    ("live", "longest", "overtaken"),
+    [(2, 25, 16), (1, 25, 3), (4, 25, 16), (4, 3, 16)],
+    ids=["too few live", "one live", "pieces of prompts", "prompts of one token"],
 )
-def test_its_forwards_are_the_engines(live: int, longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_forwards_are_the_engines(
+    live: int, longest: int, overtaken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All come at once: the same prompts are read in the same pieces and groups between steps of as many sequences."""
+    for module in (engine_module, simulated_module):
+        monkeypatch.setattr(module, "MOST_OVERTAKEN", overtaken)
     coming = arrivals(Traffic(40, rate=math.inf, users=6, zipf=0.5, prompt=(1, longest), answer=(1, 9), seed=10))
     assert _forwards_of_engine(coming, live, tmp_path, monkeypatch) == _forwards_on_paper(coming, live)
 
