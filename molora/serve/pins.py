@@ -30,7 +30,7 @@ class StoredPins:
         self._engine, self._store = engine, store
         try:
             self.look()
-        except StoreError as error:  # a server starts without its store, too
+        except (StoreError, OSError) as error:  # a server starts without its store, too
             log.error("The store's pins cannot be read: %s", error)
         self._polling = Polling("The store's pins cannot be read", self.look, every_s)
 

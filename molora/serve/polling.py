@@ -16,7 +16,7 @@ class Polling:
 
     Args:
         what: is named where a look fails; what was seen before goes on then.
-        look: raises a MoLoRAError where there is something that the operator should know.
+        look: raises a MoLoRAError where there is something that the operator should know. No error ends it.
         every_s: seconds between two looks, the first of which is that long away.
     """
 
@@ -37,3 +37,5 @@ class Polling:
                 self._look()
             except MoLoRAError as error:
                 log.error("%s: %s", self._what, error)
+            except Exception:  # such as a disk that is full: the next look may do better
+                log.exception("%s.", self._what)

@@ -58,13 +58,18 @@ def test_what_is_pinned_elsewhere_stays_here(engine: Engine, store: AdapterStore
     followed.close()
 
 
+@pytest.mark.parametrize("kind", [StoreError, OSError])
 def test_a_store_that_does_not_answer_keeps_nobody_from_starting(
-    engine: Engine, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: type[Exception],
+    engine: Engine,
+    store: AdapterStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store.pin("user", "u0")
 
     def fail(layer: str) -> list[str]:
-        raise StoreError("It does not answer.")
+        raise kind("It does not answer.")
 
     with monkeypatch.context() as broken, caplog.at_level(logging.ERROR, "molora.serve"):
         broken.setattr(store, "pinned", fail)
