@@ -11,13 +11,17 @@ PARTIAL = ".partial-"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in place of the one that is there."""
+    """Writes a file in place of the one that is there. After an error nothing is left."""
     draft = _draft(path)
-    with draft.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     _settle(path.parent)
 
 

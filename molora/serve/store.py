@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -274,9 +273,7 @@ class AdapterStore:
             for path in self._remote.copies():
                 files = (self._place.home / path).iterdir()
                 self._index.used(path, sum(file.stat().st_size for file in files))
-        for left in self._place.home.glob(f"{PARTIAL}*"):
-            if left.stat().st_mtime < time.time() - _LEFT_S:
-                shutil.rmtree(left, ignore_errors=True)
+        self._place.sweep(_LEFT_S)
         return Found(len(found), count)
 
     def _put(self, kind: Kind, layer: str, name: str, staged: Path, **facts: Any) -> StoredVersion:

@@ -4,7 +4,9 @@ Paths are of the store, "layer/name/version/file". Of a version, ``version.json`
 without it there is no such version.
 """
 
+import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import fsspec
 from filelock import FileLock
 
-from molora.atomic import new_folder, remove_folder, write_text
+from molora.atomic import PARTIAL, new_folder, remove_folder, write_text
 from molora.errors import ConfigError, StoreError
 
 ABOUT = "version.json"
@@ -68,6 +70,20 @@ class Folder:
                 for version in self.folders(f"{layer}/{name}"):
                     if (self.home / layer / name / version / ABOUT).is_file():
                         yield f"{layer}/{name}/{version}"
+
+    def sweep(self, older_s: float) -> None:
+        """Takes away what interruptions have left here longer ago than that."""
+        for folder, folders, files in os.walk(self.home):
+            for name in [name for name in (*folders, *files) if name.startswith(PARTIAL)]:
+                left = Path(folder, name)
+                with suppress(FileNotFoundError):  # whoever made it is done with it
+                    if left.stat().st_mtime > time.time() - older_s:
+                        continue
+                    if left.is_dir():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink()
+            folders[:] = [name for name in folders if not name.startswith(PARTIAL)]
 
     def send(self, staged: Path, path: str) -> None:
         """Makes the files of ``staged`` a version; then they are at ``home / path`` too."""

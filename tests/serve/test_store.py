@@ -2,9 +2,14 @@
 
 import json
 import multiprocessing
+import os
+import resource
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +22,7 @@ from safetensors.torch import save_file
 
 from molora import Adapter, Router, VocabularyRouter
 from molora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from molora.atomic import PARTIAL, write_text
 from molora.errors import (
     AdapterError,
     AdapterFormatError,
@@ -257,6 +263,25 @@ def test_listing_goes_in_pages_and_reindexing_finds_all(tmp_path: Path, folders:
     assert store.reindex() == (2000, 2000) and "u0000" not in store.names("user", limit=9000)
 
 
+def test_reindexing_takes_away_what_killed_processes_left(machine: Make, folders: list[Path]) -> None:
+    store = machine()
+    store.put("user", "ann", folders[0])
+    home = store._place.home
+    left = [home, home / "user", home / "user" / "ann", home / "_pins" / "user"]
+    for folder in left:
+        for age, name in ((2 * 24 * 3600, "old"), (3600, "new")):
+            made = [folder / f"{PARTIAL}{name}", folder / f"{PARTIAL}{name}-file"]
+            made[0].mkdir(parents=True)
+            (made[0] / ABOUT).write_text("{}")
+            made[1].write_text("half")
+            for one in made:
+                os.utime(one, (time.time() - age,) * 2)
+    assert store.reindex() == (1, 1)
+    there = sorted(path.name for path in home.rglob(f"{PARTIAL}*"))
+    assert there == [f"{PARTIAL}new"] * len(left) + [f"{PARTIAL}new-file"] * len(left)
+    assert_same(store.get("user", "ann"), folders[0])
+
+
 def test_another_machines_names_come_with_reindexing(machine: Make, folders: list[Path]) -> None:
     here, there = machine("one"), machine("two", index=None)
     for number, folder in enumerate(folders):
@@ -308,6 +333,25 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
         store.put("user", "ann", folder)
     assert store.names("user") == [] and not (tmp_path / "store" / "user").exists()
     assert list((tmp_path / "store").glob(".partial-*")) == []
+
+
+@contextmanager
+def full_disk(room_bytes: int = 200) -> Iterator[None]:
+    """No file can be longer within."""
+    before, signals = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signals)
+
+
+def test_a_file_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
+    write_text(tmp_path / "one.txt", "before")
+    with pytest.raises(OSError), full_disk():
+        write_text(tmp_path / "one.txt", "x" * 1000)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("one.txt", "before")]
 
 
 def test_a_pickle_or_no_folder_is_refused(tmp_path: Path, folders: list[Path]) -> None:
