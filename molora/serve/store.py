@@ -11,6 +11,7 @@ cached there. Of two who put or remove the same name at once from two machines, 
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,8 @@ from molora.serve.store_record import FILES, ROUTER_ENTRY, FileMark, Kind, Store
 from molora.serve.store_shelves import Shelves, path_of
 from molora.stack import ROUTERS, check_name
 from molora.vocabulary import VocabularyRouter
+
+log = logging.getLogger("molora.serve")
 
 IDLE_S = 600
 """A cached folder stays this long after it was handed out, so that whoever has its path can read it in peace."""
@@ -166,12 +169,12 @@ class AdapterStore:
         about = (self._shelves.copied(path) if version is None else None) or self._shelves.about(path)
         folder = self._place.home / path
         if self._remote:
-            self._index.used(path, about.size_bytes)  # before the look: from here on nobody evicts it
+            self._note(self._index.used, path, about.size_bytes)  # before the look: from here on nobody evicts it
         if path not in self._sound or not (folder / ABOUT).is_file():
             self._bring(about, folder)
             self._sound.add(path)
-            self._index.add(layer, name)
-            self._evict()
+            self._note(self._index.add, layer, name)
+            self._note(self._evict)
         return folder
 
     def finder(self, layer: str) -> Callable[[str], tuple[str, Path]]:
@@ -204,7 +207,7 @@ class AdapterStore:
         try:
             return self._shelves.current(layer, name)
         except (AdapterNotFoundError, RouterError):
-            self._index.drop(layer, name)  # removed by another machine
+            self._note(self._index.drop, layer, name)  # removed by another machine
             raise
 
     def set_current(self, layer: str, name: str, version: str) -> None:
@@ -292,11 +295,18 @@ class AdapterStore:
                 (staged / ABOUT).write_text(about.to_json(), encoding="utf-8")
                 self._place.send(staged, about.path)
             self._shelves.point(layer, name, about.version)
-            self._index.add(layer, name)
+            self._note(self._index.add, layer, name)
         if self._remote and there is None:
-            self._index.used(about.path, about.size_bytes)
-            self._evict()
+            self._note(self._index.used, about.path, about.size_bytes)
+            self._note(self._evict)
         return there or about
+
+    def _note(self, change: Callable[..., None], *given: Any) -> None:
+        """Changes the index, without which an adapter serves as well: ``reindex`` makes it anew."""
+        try:
+            change(*given)
+        except (StoreError, OSError) as error:
+            log.error("%s", error)
 
     def _bring(self, about: StoredVersion, folder: Path) -> None:
         """Makes sure that the files in ``folder`` are the right ones."""

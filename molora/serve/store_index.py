@@ -23,21 +23,21 @@ class Index:
         file: made if it is not there.
 
     Raises:
-        StoreError: it cannot be opened.
+        StoreError: it cannot be opened; and of all methods: it cannot be read or written.
     """
 
     def __init__(self, file: Path) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._file = threading.Lock(), file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(file, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
             _write_ahead(self._base)
             self._base.execute("PRAGMA synchronous=NORMAL")  # a loss of power may lose rows; reindex() finds them
-            with self._writing() as base:
-                for table in _TABLES:
-                    base.execute(table)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"The index {file} cannot be opened ({error}). Delete it, and call reindex().") from error
+        with self._writing() as base:
+            for table in _TABLES:
+                base.execute(table)
 
     def close(self) -> None:
         self._base.close()
@@ -52,8 +52,8 @@ class Index:
 
     def all(self) -> set[tuple[str, str]]:
         """(layer, name) of all."""
-        with self._lock:
-            return set(self._base.execute("SELECT layer, name FROM names"))
+        with self._reading() as base:
+            return set(base.execute("SELECT layer, name FROM names"))
 
     def change(self, gone: Iterable[tuple[str, str]], new: Iterable[tuple[str, str]]) -> None:
         with self._writing() as base:
@@ -64,12 +64,12 @@ class Index:
         """The next ``limit`` names behind ``after`` that begin with ``prefix``, in order."""
         end = prefix + "\x7f"  # names are ASCII letters, digits and "_.-": all sort before it
         query = "SELECT name FROM names WHERE layer = ? AND name >= ? AND name < ? AND name > ? ORDER BY name LIMIT ?"
-        with self._lock:
-            return [name for (name,) in self._base.execute(query, (layer, prefix, end, after, limit))]
+        with self._reading() as base:
+            return [name for (name,) in base.execute(query, (layer, prefix, end, after, limit))]
 
     def count(self) -> int:
-        with self._lock:
-            return self._base.execute("SELECT COUNT(*) FROM names").fetchone()[0]
+        with self._reading() as base:
+            return base.execute("SELECT COUNT(*) FROM names").fetchone()[0]
 
     def used(self, path: str, size_bytes: int) -> None:
         """Notes that a cached folder is handed out now."""
@@ -100,16 +100,28 @@ class Index:
             return removed
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One short transaction."""
+    def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._base.execute("BEGIN IMMEDIATE")
             try:
                 yield self._base
+            except sqlite3.Error as error:
+                raise StoreError(
+                    f"The index {self._file} cannot be used ({error}). Make room on its disk; or stop what uses it, "
+                    "delete it, and call reindex()."
+                ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One short transaction."""
+        with self._reading() as base:
+            base.execute("BEGIN IMMEDIATE")
+            try:
+                yield base
+                base.execute("COMMIT")
             except BaseException:
-                self._base.execute("ROLLBACK")
+                if base.in_transaction:  # some errors have ended it
+                    base.execute("ROLLBACK")
                 raise
-            self._base.execute("COMMIT")
 
 
 def _write_ahead(base: sqlite3.Connection) -> None:

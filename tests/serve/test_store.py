@@ -553,3 +553,33 @@ def test_many_open_a_new_index_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert not failed
+
+
+def test_a_broken_index_keeps_no_adapter_from_being_served(
+    machine: Make, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine("one").put("user", "ann", folders[0])
+    store = machine("two")
+    store._index._base.execute("DROP TABLE names")
+    store._index._base.execute("DROP TABLE cached")
+    assert_same(store.get("user", "ann"), folders[0])
+    assert_same(store.get("user", "ann"), folders[0])
+    with pytest.raises(AdapterNotFoundError):
+        store.get("user", "ben")
+    assert "no such table" in caplog.text and "call reindex" in caplog.text
+    for ask in (lambda: store.names("user"), store.reindex, lambda: store.put("user", "ben", folders[1])):
+        with pytest.raises(StoreError, match="no such table.*delete it"):
+            ask()
+
+
+def test_an_index_goes_on_after_its_disk_was_full(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index.sqlite")
+    index.add("user", "ann")
+    with full_disk((tmp_path / "index.sqlite-wal").stat().st_size):
+        for _ in range(2):
+            with pytest.raises(StoreError, match="Make room"):
+                index.add("user", "ben")
+        assert index.names("user", "", "", 9) == ["ann"]
+    index.add("user", "eve")
+    assert index.names("user", "", "", 9) == ["ann", "eve"]
+    index.close()
