@@ -123,7 +123,7 @@ class AdapterStore:
         if not all(file.is_file() for file in files):
             Adapter.load(source)  # says which is missing
         self._check_size(sum(file.stat().st_size for file in files), f"The adapter at {source}")
-        with tempfile.TemporaryDirectory(dir=self._place.home, prefix=PARTIAL) as made:
+        with self._place.writing(), tempfile.TemporaryDirectory(dir=self._place.home, prefix=PARTIAL) as made:
             staged = Path(made)
             for file in files:  # what is checked is the copy: the folder may be written to meanwhile
                 shutil.copyfile(file, staged / file.name)

@@ -35,23 +35,35 @@ class Folder:
     def locked(self) -> AbstractContextManager[object]:
         return self._lock
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What a disk says that is full, or may not be written to, is a StoreError."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self.home} cannot be written to ({error}). Make room, or see who may write.") from error
+
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError where there is none."""
         return (self.home / path).read_bytes()
 
     def write(self, path: str, text: str) -> None:
         """Replaces a file at once."""
-        write_text(self.home / path, text)
+        with self.writing():
+            write_text(self.home / path, text)
 
     def add(self, path: str, text: str) -> None:
         """As ``write``, and makes the folders that the file is to be in."""
-        (self.home / path).parent.mkdir(parents=True, exist_ok=True)
+        with self.writing():
+            (self.home / path).parent.mkdir(parents=True, exist_ok=True)
         self.write(path, text)
 
     def delete(self, path: str) -> None:
         """A file or a folder, if it is there."""
         place = self.home / path
-        with suppress(FileNotFoundError):
+        with self.writing(), suppress(FileNotFoundError):
             if place.is_dir():
                 remove_folder(place)
             else:
@@ -87,9 +99,10 @@ class Folder:
 
     def send(self, staged: Path, path: str) -> None:
         """Makes the files of ``staged`` a version; then they are at ``home / path`` too."""
-        if (self.home / path).is_dir():  # what was set aside
-            remove_folder(self.home / path)
-        settle(staged, self.home / path)
+        with self.writing():
+            if (self.home / path).is_dir():  # what was set aside
+                remove_folder(self.home / path)
+            settle(staged, self.home / path)
 
     def bring(self, path: str, files: Mapping[str, int]) -> None:
         """Makes a new copy at ``home / path``, of which ``files`` gives the bytes. Here there is none to make."""
@@ -151,7 +164,8 @@ class Remote(Folder):
         with self._reaching():
             for file in sorted(staged.iterdir(), key=lambda file: file.name == ABOUT):  # that one last
                 self._files.put_file(str(file), self._at(f"{path}/{file.name}"))
-        settle(staged, self.home / path)
+        with self.writing():
+            settle(staged, self.home / path)
 
     def bring(self, path: str, files: Mapping[str, int]) -> None:
         with self._reaching(), suppress(FileNotFoundError), _made(self.home / path) as draft:

@@ -354,6 +354,18 @@ def test_a_file_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("one.txt", "before")]
 
 
+def test_a_full_disk_is_an_error_of_the_store(machine: Make, folders: list[Path]) -> None:
+    store = machine()
+    before = store.put("user", "ann", folders[0])
+    with pytest.raises(StoreError, match="cannot be written to.*Make room"), full_disk():
+        store.put("user", "ann", folders[1])
+    assert store.versions("user", "ann") == [before]
+    assert_same(store.get("user", "ann"), folders[0])
+    assert not list(store._place.home.rglob(f"{PARTIAL}*"))
+    store.put("user", "ann", folders[1])
+    assert_same(store.get("user", "ann"), folders[1])
+
+
 def test_a_pickle_or_no_folder_is_refused(tmp_path: Path, folders: list[Path]) -> None:
     store = AdapterStore(tmp_path / "store")
     (folders[0] / WEIGHTS_FILE).rename(folders[0] / "adapter_model.bin")
