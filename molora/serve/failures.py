@@ -18,6 +18,8 @@ from molora.errors import (
     RequestError,
     SelectionError,
     StackError,
+    StoreError,
+    VersionError,
 )
 from molora.serve.names import UnknownNameError
 from molora.serve.protocol import complaint
@@ -59,6 +61,8 @@ def described(error: Exception) -> tuple[int, str, str | None]:
         log.error("%s", error)
         return 503, "The server's keys cannot be read at the moment.", "keys_unreadable"
     log.error("%s: %s", type(error).__name__, error)
+    if isinstance(error, StoreError | VersionError):  # its address and files are no client's business either
+        return 503, "The store of adapters cannot do this at the moment.", "store_unavailable"
     return 500, "The server made a mistake.", "internal_error"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import shutil
 import uuid
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from molora.serve.engine import Engine
     from molora.serve.pool import Pool, Read
     from molora.serve.store import AdapterStore
+
+log = logging.getLogger("molora.serve")
 
 MOST_CONFIG_BYTES = 1 << 20
 PageSize = Annotated[int, Query(ge=1, le=1000)]
@@ -108,7 +111,8 @@ class LiveAdapters:
             UnknownNameError: there is no such layer.
         """
         pool = self._engine.pools.get(layer)
-        own = [name for name in self.layer(layer).adapters if pool is None or not pool.owns(name)]
+        present = list(self.layer(layer).adapters)  # of which the engine's thread may add and remove some meanwhile
+        own = [name for name in present if pool is None or not pool.owns(name)]
         stored = (
             self._store.names(layer, limit=limit, after=after) if self._store is not None and pool is not None else []
         )
@@ -136,6 +140,9 @@ class LiveAdapters:
             read = await asyncio.to_thread(pool.read, name)
         except AdapterNotFoundError as error:
             raise UnknownNameError(f"Layer {layer!r} has no adapter {name!r}.") from error
+        except AdapterError as error:  # its words tell where it is kept
+            log.error("%s/%s cannot be pinned: %s", layer, name, error)
+            raise type(error)(f"{layer}/{name} cannot be used here as it is stored: see the server's log.") from error
         await asyncio.to_thread(self._pin, layer, pool, read)
 
     async def unpin(self, layer: str, name: str) -> None:
@@ -162,8 +169,10 @@ class LiveAdapters:
         """
         async with self._changing:
             if (store := self._stored(layer, name)) is not None:
-                await asyncio.to_thread(store.remove, layer, name)
-                return
+                try:
+                    return await asyncio.to_thread(store.remove, layer, name)
+                except AdapterNotFoundError as error:
+                    raise UnknownNameError(f"Layer {layer!r} has no adapter {name!r}.") from error
             if name not in self.layer(layer).adapters:
                 raise UnknownNameError(f"Layer {layer!r} has no adapter {name!r}.")
             label, model = f"{layer}/{name}", self._engine.model

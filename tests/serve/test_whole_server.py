@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from molora import MoLoRAModel
+from molora.errors import StoreError
 from molora.serve.app import build_app
 from molora.serve.engine import Engine
 from molora.serve.keys import Keys
@@ -148,6 +149,47 @@ def test_what_does_not_fit_is_not_stored(server: Server, tmp_path: Path) -> None
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 64}))
     assert server.upload("user/wide", write_adapter(other, tmp_path / "wide", 1)) == 400
     assert "wide" not in server.manage("GET", "user").json()["data"]
+
+
+def test_what_the_store_does_not_have_is_404_and_where_it_is_is_told_to_nobody(server: Server, tmp_path: Path) -> None:
+    missing = server.manage("DELETE", "user/nobody")
+    assert missing.status_code == 404 and "store" not in missing.text
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 64}))
+    server.store.put("user", "wrong", write_adapter(other, tmp_path / "wide", 1))  # past the server
+    wrong = server.manage("PUT", "user/wrong/pin")
+    assert wrong.status_code == 400 and "user/wrong" in wrong.text and str(server.root) not in wrong.text
+    assert server.manage("DELETE", "user/wrong").status_code == 204
+
+
+def test_a_store_that_fails_is_no_mistake_of_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **more: Any) -> Any:
+        raise StoreError("The store s3://a-bucket does not answer.")
+
+    for method in ("get", "put", "remove", "pinned"):
+        monkeypatch.setattr(server.store, method, fail)
+    parts = [("files", (name, (server.adapter(30) / name).read_bytes())) for name in FILES]
+    for answer in (
+        server.manage("GET", "user?pinned=true"),
+        server.manage("DELETE", "user/u0"),
+        server.manage("PUT", "user/u0/pin"),
+        server.manage("POST", "user/u0", files=parts),
+    ):
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "store_unavailable"
+        assert "bucket" not in answer.text
+    assert caplog.text.count("s3://a-bucket does not answer") == 4
+
+
+def test_names_are_listed_while_adapters_come_and_go(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, adapters = server.engine.pools["user"], server.model.stack["user"].adapters
+    owns, came = pool.owns, "came-meanwhile"
+    monkeypatch.setattr(pool, "owns", lambda name: bool(adapters.update({came: "x"})) or owns(name))
+    monkeypatch.setitem(adapters, "own", "x")
+    try:
+        assert "own" in server.manage("GET", "user").json()["data"]
+    finally:
+        adapters.pop(came)
 
 
 def test_streams_say_what_whole_answers_say(server: Server) -> None:
