@@ -1,0 +1,76 @@
+"""The door before several replicas, which are here in the same process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from molora.serve import forward
+from molora.serve.app import build_app
+from molora.serve.keys import Keys
+from tests.serve.asking import CHAT, error_of
+from tests.serve.fake_engine import FakeEngine
+
+
+class Replica:
+    """Answers all requests; keeps what it was handed."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.app = build_app(FakeEngine(), keys=keys)  # type: ignore[arg-type]
+        self.asked: list[tuple[str, bytes]] = []
+
+    def __call__(self, key: str, scope: Any, body: bytes) -> Any:
+        self.asked.append((scope["path"], body))
+        return Messages(forward.answer(self.app, scope, body))
+
+
+class Messages:
+    def __init__(self, told: Any) -> None:
+        self.told = told
+
+    def __aiter__(self) -> "Messages":
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self.told)
+
+    def cancel(self) -> None:
+        """The test has no time left when it ends."""
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path / "keys.json")
+
+
+@pytest.fixture
+def replica(keys: Keys) -> Replica:
+    return Replica(keys)
+
+
+@pytest.fixture
+def door(replica: Replica, keys: Keys) -> TestClient:
+    async def measured() -> dict[str, str]:
+        return {}
+
+    app = forward.build_door(
+        replica, measured, shared=("user",), fixed=lambda layer, name: layer == "domain", at_once=2, keys=keys
+    )
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def headers(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_what_a_key_may_not_upload_is_not_taken_in(door: TestClient, replica: Replica, keys: Keys) -> None:
+    use, manage = keys.create("use", ["use"]), keys.create("manage", ["manage"])
+    body = {"content": b"x" * 3_000_000, "headers": headers(use) | {"content-type": "multipart/form-data; boundary=b"}}
+    assert error_of(door.post("/v1/adapters/user/ada", **body), 403)
+    assert error_of(door.post("/v1/adapters/domain/law", **body), 403)  # as it says without the door, not 409
+    assert replica.asked == [("/v1/adapters/user/ada", b""), ("/v1/adapters/domain/law", b"")]
+    assert error_of(door.post("/v1/adapters/domain/law", headers=headers(manage)), 409)["code"] == "fixed_adapter"
+    error_of(door.post("/v1/adapters/user/ada", content=b"--b", headers=headers(manage)), 400)
+    assert replica.asked[2:] == [("/v1/adapters/user/ada", b"--b")]
+    assert door.post("/v1/chat/completions", json=CHAT, headers=headers(use)).status_code == 200
