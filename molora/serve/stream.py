@@ -124,9 +124,12 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for line in self._lines:
-            async with asyncio.timeout(pace.SLOW_S):
-                await send({"type": "http.response.body", "body": f"data: {line}\n\n".encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await self._tell(send, line, more=True)
+        await self._tell(send, "[DONE]", more=False)
+
+    async def _tell(self, send: Send, line: str, more: bool) -> None:
+        async with asyncio.timeout(pace.SLOW_S):
+            await send({"type": "http.response.body", "body": f"data: {line}\n\n".encode(), "more_body": more})
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

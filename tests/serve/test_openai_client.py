@@ -1,7 +1,9 @@
 """OpenAI's own client against the server behind a socket, and clients that leave or read slowly."""
 
+import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -10,6 +12,7 @@ import pytest
 from molora.serve import forward, pace
 from molora.serve.app import build_app
 from molora.serve.proxies import CutSlow
+from molora.serve.stream import EventStream
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.live import serving, unread, until
 
@@ -147,6 +150,23 @@ def test_a_slow_client_is_cut(engine, monkeypatch, reads, around):
         assert httpx.post(f"{address}/v1/completions", json={"model": "base", "prompt": "a"}).status_code == 200
         body = {"model": "base", "prompt": "a", "stream": True}
         assert "[DONE]" in httpx.post(f"{address}/v1/completions", json=body).text
+
+
+@pytest.mark.parametrize("last", ["data: x\n\n", "data: [DONE]\n\n"])
+def test_who_takes_no_more_is_cut_at_any_part(monkeypatch, last):
+    monkeypatch.setattr(pace, "SLOW_S", 0.05)
+    cancelled = []
+
+    async def lines():
+        yield "x"
+
+    async def forever(message=None):
+        if message is None or message.get("body") == last.encode():
+            await asyncio.Event().wait()
+
+    answer = EventStream(lines(), SimpleNamespace(cancel=lambda: cancelled.append(1)))
+    asyncio.run(asyncio.wait_for(answer({"type": "http"}, forever, forever), 10))
+    assert cancelled == [1]
 
 
 def test_others_are_answered_while_one_waits(address, engine):
