@@ -230,6 +230,8 @@ class Engine:
 
     def _bring(self, ticket: Ticket, wanted: list[tuple[Pool, str]]) -> None:
         """Runs in a thread of its own: a store may be slow."""
+        if ticket.finished:  # while others were brought
+            return
         try:
             ticket.reads = [(pool, pool.read(name)) for pool, name in wanted]
             for pool, read in ticket.reads:

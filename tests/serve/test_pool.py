@@ -90,6 +90,20 @@ def test_a_slow_store_holds_nobody_else(model: MoLoRAModel, users: Users, engine
     assert len(slow.tokens()) == 4
 
 
+def test_nothing_is_brought_for_who_has_left(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    users.gate = threading.Event()
+    engine = engines(model, pools=[Pool(model, "user", users.find)])
+    slow = [Heard(engine, greedy([5, 6], {"domain": None, "user": "u0"}, 4)) for _ in range(4)]  # all readers wait
+    gone = [Heard(engine, greedy([5, 6], {"domain": None, "user": f"u{n}"}, 4)) for n in (1, 2, 3)]
+    for one in gone:
+        one.ticket.cancel()
+        assert one.all()[1].reason == "cancelled"
+    last = Heard(engine, greedy([5, 6], {"domain": None, "user": "u4"}, 4))
+    users.gate.set()
+    assert [len(one.tokens()) for one in (*slow, last)] == [4] * 5
+    assert set(users.asked) == {"u0", "u4"}
+
+
 def test_what_cannot_be_used_is_an_error_of_its_request(
     model: MoLoRAModel,
     users: Users,
