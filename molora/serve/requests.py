@@ -12,6 +12,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "timeout", "err
 Route: TypeAlias = tuple[tuple[str, str | None, float], ...]
 """Of a token the layer, the adapter or None, and its weight, for each that may act."""
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024  # tokens of logit_bias: they are laid on in every step, for which all others wait
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Sampling:
             raise RequestError("top_p and max_tokens must be above 0.")
         if len(self.stop) > 16 or not all(self.stop):
             raise RequestError("stop takes up to 16 texts, none of them empty.")
-        if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
-            raise RequestError("Each logit_bias must be from -100 to 100.")
+        if len(self.logit_bias) > MOST_BIASES or not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise RequestError(f"logit_bias takes up to {MOST_BIASES} tokens, each from -100 to 100.")
 
 
 @dataclass(frozen=True)

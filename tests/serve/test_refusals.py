@@ -29,6 +29,7 @@ from tests.serve.fake_engine import FakeEngine
         ({"temperature": 10**400}, "temperature"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "up to 1024"),
         ({"stop": [""]}, "stop"),
         ({"top_logprobs": 2}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
