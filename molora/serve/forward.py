@@ -239,4 +239,6 @@ async def answer(app: ASGIApp, scope: Mapping[str, Any], body: bytes) -> AsyncGe
             yield message
     finally:
         job.cancel()
-        await asyncio.gather(job, return_exceptions=True)  # what it raises, it has answered already
+        [ended] = await asyncio.gather(job, return_exceptions=True)
+        if isinstance(ended, Exception):  # a fault of ours, which was answered already; no server is here to log it
+            log.error("A request was not answered to the end.", exc_info=ended)

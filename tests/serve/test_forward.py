@@ -60,6 +60,18 @@ def door(replica: Replica, keys: Keys) -> TestClient:
     return TestClient(app, raise_server_exceptions=False)
 
 
+def test_a_fault_of_a_replica_is_in_its_log(
+    door: TestClient, replica: Replica, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("a fault")
+
+    replica.app.get("/v1/fault")(fail)
+    answer = door.get("/v1/fault", headers=headers(keys.create("use", ["use"])))
+    assert error_of(answer, 500)["code"] == "internal_error" and "a fault" not in answer.text
+    assert "ZeroDivisionError: a fault" in caplog.text
+
+
 def headers(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
