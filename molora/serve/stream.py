@@ -41,17 +41,13 @@ class Answers:
         self._pace = Pace()
 
     async def submit(self, requests: Sequence[Request]) -> None:
-        """Gives them to the engine; all of them or none.
+        """Gives them to the engine.
 
         Raises:
-            RequestError, SelectionError, BusyError: as the engine does.
+            RequestError, SelectionError, BusyError: as the engine does. It may have begun some of them: cancel those.
         """
         self._open, self._heard_at = len(requests), [time.perf_counter()] * len(requests)
-        try:
-            await asyncio.to_thread(self._submit, requests)
-        except BaseException:
-            self.cancel()
-            raise
+        await asyncio.to_thread(self._submit, requests)
 
     def cancel(self) -> None:
         """Ends what is under way."""

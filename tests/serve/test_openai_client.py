@@ -11,8 +11,10 @@ import pytest
 
 from molora.serve import forward, pace
 from molora.serve.app import build_app
+from molora.serve.metrics import Metrics
 from molora.serve.proxies import CutSlow
-from molora.serve.stream import EventStream
+from molora.serve.requests import Request
+from molora.serve.stream import Answers, EventStream
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.live import serving, unread, until
 
@@ -167,6 +169,22 @@ def test_who_takes_no_more_is_cut_at_any_part(monkeypatch, last):
     answer = EventStream(lines(), SimpleNamespace(cancel=lambda: cancelled.append(1)))
     asyncio.run(asyncio.wait_for(answer({"type": "http"}, forever, forever), 10))
     assert cancelled == [1]
+
+
+def test_who_leaves_while_his_request_is_taken_leaves_nothing_running(engine):
+    submit, answers = engine.submit, []
+
+    async def ask():
+        answers.append(Answers(engine, Metrics(engine)))
+        await answers[0].submit([Request([5])] * 3)
+
+    def slow(request, tell):
+        answers[0].cancel()  # in the loop, while this thread is at it
+        return submit(request, tell)
+
+    engine.submit, engine.go = slow, threading.Semaphore(0)
+    asyncio.run(ask())
+    assert [ticket.cancelled.is_set() for ticket in engine.tickets] == [True]
 
 
 def test_others_are_answered_while_one_waits(address, engine):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import pytest
 
@@ -85,6 +86,19 @@ def test_errors_of_the_engine_have_their_status():
     assert broken["code"] == "engine_failure" and "secret" not in broken["message"]
     error_of(chat(client_of(FakeEngine(ending="cancelled"))), 503)
     error_of(chat(client_of(FakeEngine(ending="error", script="")), stream=True), 503)
+
+
+def test_who_is_told_to_come_back_has_nothing_running():
+    engine = FakeEngine(go=threading.Semaphore(0))
+    submit = engine.submit
+
+    def full(request, tell):
+        engine.busy = len(engine.tickets) == 2
+        return submit(request, tell)
+
+    engine.submit = full
+    error_of(chat(client_of(engine), n=3), 429)
+    assert [ticket.cancelled.is_set() for ticket in engine.tickets] == [True, True]
 
 
 def test_a_failure_within_a_stream_is_its_last_word():
