@@ -92,11 +92,12 @@ def test_a_change_of_adapters_or_router_is_seen(
     engines: Any,  # noqa: F811
 ) -> None:
     engine = engines(model, longest=250)
-    ask(engine, LONG, {"domain": "code"})
+    for selection in ({"domain": "code"}, {"domain": "auto"}, {"domain": ["code"]}):
+        ask(engine, LONG, selection)
     engine.change(["domain/code"], lambda: model.replace_adapter("domain", "code", adapters["math"]))
-    assert ask(engine, LONG, {"domain": "code"}) == alone(model, LONG, {"domain": "code"}, 8)
+    for selection in ({"domain": "code"}, {"domain": "auto"}, {"domain": ["code"]}):
+        assert ask(engine, LONG, selection) == alone(model, LONG, selection, 8)
     assert found(engine) == 0
-    ask(engine, LONG, {"domain": "auto"})
     router: Any = model.router
 
     @torch.no_grad()
