@@ -40,11 +40,10 @@ class _Block:
 
 @dataclass(frozen=True)
 class PrefixStats:
-    """Bytes held, and tokens of prompts that were found and looked for since the start."""
+    """Bytes held, and tokens of prompts that were found since the start."""
 
     held: int
     found: int
-    sought: int
 
 
 class Prefixes:
@@ -53,18 +52,17 @@ class Prefixes:
     def __init__(self, model: MoLoRAModel, most_bytes: int) -> None:
         self.model, self.most_bytes = model, most_bytes
         self._blocks: OrderedDict[tuple[Any, ...], _Block] = OrderedDict()
-        self._made = self._held = self._found = self._sought = 0
+        self._made = self._held = self._found = 0
 
     def clear(self) -> None:
         self._blocks.clear()
         self._held = 0
 
     def stats(self) -> PrefixStats:
-        return PrefixStats(self._held, self._found, self._sought)
+        return PrefixStats(self._held, self._found)
 
     def fill(self, reader: RowReader, ids: Sequence[int], acting: Acting) -> None:
         """Gives a new reader as much of ``ids`` as is known, but for the last token, whose logits are wanted."""
-        self._sought += len(ids)
         chain = [block for _, block in self._walk(ids, acting, len(ids) - 1) if block is not None]
         if not chain:
             return

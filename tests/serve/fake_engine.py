@@ -71,7 +71,7 @@ class FakeEngine:
     error: Exception = field(default_factory=lambda: ValueError("secret inside"))
     runs: bool = True
     pools: dict[str, Any] = field(default_factory=dict)
-    prefixes: Any = field(default_factory=lambda: SimpleNamespace(stats=lambda: PrefixStats(0, 0, 0)))
+    prefixes: Any = field(default_factory=lambda: SimpleNamespace(stats=lambda: PrefixStats(0, 0)))
 
     def __post_init__(self) -> None:
         if self.model is None:
