@@ -59,6 +59,7 @@ class PoolStats:
 class _Live:
     slot: str  # its name in the stack, which no caller ever sees
     leases: int = 0
+    found: str = ""  # where the last lease found it
 
 
 class Pool:
@@ -151,6 +152,7 @@ class Pool:
         live = self._enter(read)
         if live is None:
             return None
+        live.found = at
         self._counts[at] += 1
         live.leases += 1
         self.leases += 1
@@ -160,6 +162,11 @@ class Pool:
         """Nothing of this request needs it any more; it stays until its room is needed."""
         self._live[read.key].leases -= 1
         self.leases -= 1
+
+    def take_back(self, read: Read) -> None:
+        """As :meth:`release`, of the lease before: its request waits on, and is counted when it begins."""
+        self._counts[self._live[read.key].found] -= 1
+        self.release(read)
 
     def pin(self, read: Read) -> None:
         """Keeps an adapter live whether or not it is asked for, and each newer version once that is asked for.

@@ -68,7 +68,7 @@ class Ticket:
                 if pool.leases == sum(other is pool for other, _ in self.reads[:place]):  # nobody will give one back
                     self.failed = self.failed or RequestError("Pinned adapters leave no room for this request's.")
                 for other, earlier in self.reads[:place]:
-                    other.release(earlier)
+                    other.take_back(earlier)
                 return False
             names[pool.layer, read.name] = slot
         self.selection = renamed(self.request.selection or {}, names)

@@ -224,6 +224,20 @@ def test_a_crowd_keeps_nobody_from_the_only_place(model: MoLoRAModel, users: Use
     assert sorted(order) == ["u0"] * 60 + ["u1"] and MOST_OVERTAKEN <= order.index("u1") <= MOST_OVERTAKEN + 2
 
 
+def test_one_that_waits_for_room_is_counted_once(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    pool = Pool(model, "user", users.find, most=2)
+    engine = engines(model, pools=[pool])
+    running = [Heard(engine, greedy([5, 6], {"domain": None, "user": name}, 60)) for name in ("u1", "u2")]
+    both = Heard(engine, greedy([5, 6], {"domain": None, "user": {"u1": 1.0, "u3": 0.5}}, 3))
+    assert [len(one.tokens()) for one in (*running, both)] == [60, 60, 3]
+    stats = pool.stats()
+    assert (
+        stats.live_hits + stats.host_hits == 4
+        and pool.leases == 0
+        and not any(live.leases for live in pool._live.values())
+    )
+
+
 def test_more_than_pins_leave_room_for_is_told_at_once(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
     pool = Pool(model, "user", users.find, most=3)
     engine = engines(model, pools=[pool])
