@@ -1,5 +1,7 @@
 """Beginnings of prompts that are not read again: by whom they are shared, and that nothing changes by it."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,21 @@ def test_a_change_of_adapters_or_router_is_seen(
     engine.change([], lambda: model.set_router(make_routed(base, adapters, seed=11).router))
     assert ask(engine, LONG, {"domain": "auto"}) == alone(model, LONG, {"domain": "auto"}, 8)
     assert found(engine) == 0
+
+
+def test_what_is_known_by_its_address_stays_alive(model: MoLoRAModel, adapters: dict[str, Path], engines: Any) -> None:  # noqa: F811
+    """Or another adapter might come to have the same address."""
+    engine = engines(model, longest=250)
+    for selection in ({"domain": "code"}, {"domain": ["code"]}):
+        ask(engine, LONG, selection)
+        old = weakref.ref(model.adapters["domain/code"])
+        engine.change(["domain/code"], lambda: model.replace_adapter("domain", "code", adapters["math"]))
+        ask(engine, LONG[:9], None)
+        gc.collect()
+        assert old() is not None
+        engine.change([], engine.prefixes.clear)
+        gc.collect()
+        assert old() is None
 
 
 def test_there_is_an_end_to_what_is_kept(model: MoLoRAModel, engines: Any) -> None:  # noqa: F811

@@ -366,6 +366,19 @@ def test_a_full_disk_is_an_error_of_the_store(machine: Make, folders: list[Path]
     assert_same(store.get("user", "ann"), folders[1])
 
 
+def test_what_is_stored_is_what_was_checked(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = make_folder(tmp_path / "bad", 1, float("nan"))
+
+    def change(source: Path, target: Path) -> None:  # somebody writes to the folder meanwhile
+        target.write_bytes((bad / Path(source).name).read_bytes())
+
+    monkeypatch.setattr(shutil, "copyfile", change)
+    with pytest.raises(NonFiniteError):
+        AdapterStore(tmp_path / "store").put("user", "ann", folders[0])
+
+
 def test_a_pickle_or_no_folder_is_refused(tmp_path: Path, folders: list[Path]) -> None:
     store = AdapterStore(tmp_path / "store")
     (folders[0] / WEIGHTS_FILE).rename(folders[0] / "adapter_model.bin")
