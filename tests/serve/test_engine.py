@@ -25,6 +25,7 @@ from molora.serve.ticket import Ticket
 from molora.serve.warm import warm
 from tests.conftest import DEVICE, FAMILIES, make_base, write_adapter
 from tests.parity.test_equalities import ROUTED, make_routed
+from tests.serve.live import until
 from tests.unit.spoken import make_spoken
 from tests.unit.test_keyed import make_keyed, questions
 
@@ -378,6 +379,41 @@ def test_an_adapter_changes_for_whole_sequences(model: MoLoRAModel, adapters: di
         engine.change(["domain/code"], lambda: (_ for _ in ()).throw(ValueError("as it came")))
 
 
+@pytest.mark.parametrize(
+    ("choice", "waits"),
+    [
+        ({"domain": "auto"}, True),
+        ({"domain": ["code"]}, True),
+        ({"domain": {"math": 1.0, "code": 0.5}}, True),
+        ({}, True),  # by the layer's default
+        ({"domain": "math"}, False),
+        ({"domain": ["math"]}, False),
+        ({"domain": None}, False),
+    ],
+)
+def test_a_change_waits_for_those_that_it_may_act_on(model: MoLoRAModel, choice: Any, waits: bool) -> None:
+    engine, order = Engine(model, rows=2, longest=96), list[str]()
+    began, asked = threading.Event(), threading.Event()
+
+    def tell(event: Event) -> None:
+        began.set()
+        asked.wait(60)
+        if isinstance(event, Finished):
+            order.append("end")
+
+    engine.start()
+    engine.submit(greedy([5, 6, 7], choice, 20), tell)
+    assert began.wait(60)
+    change = threading.Thread(target=engine.change, args=(["domain/code"], lambda: order.append("change")))
+    change.start()
+    assert until(lambda: len(engine._changes) == 1)
+    asked.set()
+    change.join(60)
+    assert until(lambda: len(order) == 2)
+    engine.close()
+    assert order == (["end", "change"] if waits else ["change", "end"])
+
+
 def test_adapters_come_while_others_run(model: MoLoRAModel, adapters: dict[str, Path], engines: Any) -> None:
     expected = alone(model, [5, 6, 7], SELECTIONS[0], 40)
     engine = engines(model)
@@ -428,6 +464,22 @@ def test_closing_tells_everyone(model: MoLoRAModel) -> None:
     assert [one.all()[1].reason for one in heard] == ["cancelled"] * 3
     with pytest.raises(BusyError):
         engine.submit(greedy([5], None, 3), print)
+
+
+def test_closing_makes_what_was_to_be_changed(model: MoLoRAModel) -> None:
+    engine, made = Engine(model, rows=1, longest=96), list[int]()
+    engine.start()
+    held, heard = Held(engine, tokens=80), Heard(engine, greedy([5, 6], None, 80))
+    change = threading.Thread(target=engine.change, args=(["domain/code"], lambda: made.append(1)), daemon=True)
+    change.start()
+    assert until(lambda: len(engine._changes) == 1)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    assert until(lambda: engine._closing)
+    held.free()
+    closing.join(60)
+    change.join(60)
+    assert made == [1] and not change.is_alive() and heard.all()[1].reason == "cancelled"
 
 
 def test_what_a_broken_adapter_left_in_a_row_harms_nobody(model: MoLoRAModel, engines: Any) -> None:

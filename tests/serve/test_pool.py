@@ -90,6 +90,14 @@ def test_a_slow_store_holds_nobody_else(model: MoLoRAModel, users: Users, engine
     assert len(slow.tokens()) == 4
 
 
+def test_who_waits_for_a_store_alone_is_late_in_time(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
+    users.gate = threading.Event()
+    engine = engines(model, pools=[Pool(model, "user", users.find)])
+    late = Heard(engine, greedy([5, 6], {"domain": None, "user": "u0"}, 4, timeout_s=0.1))
+    assert late.all()[1].reason == "timeout"  # though nobody comes who would wake the engine
+    users.gate.set()
+
+
 def test_nothing_is_brought_for_who_has_left(model: MoLoRAModel, users: Users, engines: Any) -> None:  # noqa: F811
     users.gate = threading.Event()
     engine = engines(model, pools=[Pool(model, "user", users.find)])

@@ -38,6 +38,7 @@ from molora.serve import store as store_module
 from molora.serve.store import ROUTERS, AdapterStore
 from molora.serve.store_index import Index
 from molora.serve.store_places import ABOUT
+from molora.serve.store_record import FileMark, StoredVersion, content_version
 from tests.parity.test_equalities import make_routed
 from tests.serve.putting import EACH, assert_same, work
 
@@ -229,6 +230,16 @@ def test_a_record_that_points_elsewhere_or_is_newer_is_not_followed(machine: Mak
     files.pipe_file(path, json.dumps({**about, "format": 2}).encode())
     with pytest.raises(VersionError, match="update it"):
         machine("two").get("user", "ann")
+    other = {**about["files"], CONFIG_FILE: {**about["files"][CONFIG_FILE], "sha256": "0" * 64}}  # of another version
+    files.pipe_file(path, json.dumps({**about, "files": other}).encode())
+    with pytest.raises(VersionError, match="set aside"):
+        machine("four").get("user", "ann")
+    strange = {"../../../evil": FileMark(1, "0" * 64)}
+    made = StoredVersion("adapter", "user", "ann", content_version(strange), about["created"], strange)
+    files.makedirs(fsspec.url_to_fs(content(store, "ann", made.version, ""))[1], exist_ok=True)
+    files.pipe_file(fsspec.url_to_fs(content(store, "ann", made.version, ABOUT))[1], made.to_json().encode())
+    with pytest.raises(VersionError, match="set aside"):
+        machine("five").get("user", "ann", made.version)
     evil = {**about, "files": {**about["files"], "../../../evil": about["files"][CONFIG_FILE]}}
     files.pipe_file(path, json.dumps(evil).encode())
     with pytest.raises(VersionError, match="set aside"):
