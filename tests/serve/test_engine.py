@@ -305,6 +305,18 @@ def test_cancelled_and_late_ones_leave_and_others_go_on(model: MoLoRAModel, engi
     assert [one.tokens() for one in heard[1:]] == expected[1:]
 
 
+def test_whom_nobody_listens_to_ends(model: MoLoRAModel, engines: Any) -> None:
+    engine, told = engines(model), list[Event]()
+
+    def tell(event: Event) -> None:
+        told.append(event)
+        raise RuntimeError("the loop is closed")
+
+    ticket = engine.submit(greedy([5, 6], None, 80), tell)
+    assert until(lambda: ticket.finished) and ticket.tokens < 10
+    assert isinstance(told[-1], Finished) and told[-1].reason == "cancelled"
+
+
 def test_a_broken_adapter_ends_its_own_request(model: MoLoRAModel, adapters: Any, engines: Any) -> None:
     expected = alone(model, [5, 6, 7], {"domain": "math"}, 12)
     engine = engines(model)

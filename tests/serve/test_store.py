@@ -195,6 +195,25 @@ def test_what_is_removed_is_gone_everywhere(machine: Make, folders: list[Path]) 
     assert_same(there.get("user", "ann"), folders[0])
 
 
+def test_what_is_half_removed_is_not_there(machine: Make, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = machine("one")
+    version = store.put("user", "ann", folders[0]).version
+    delete = store._place.delete
+
+    def break_off(path: str) -> None:
+        if path.endswith(version):
+            raise StoreError("the line is cut")
+        delete(path)
+
+    monkeypatch.setattr(store._place, "delete", break_off)
+    with pytest.raises(StoreError, match="cut"):
+        store.remove("user", "ann")
+    for one in (store, machine("two")):
+        assert one.versions("user", "ann") == []
+        with pytest.raises(VersionError):
+            one.get("user", "ann", version)
+
+
 def test_a_damaged_file_is_set_aside_and_can_be_put_again(machine: Make, folders: list[Path]) -> None:
     made = [machine("one").put("user", "ann", folder).version for folder in folders[:2]]
     store = machine("two")
