@@ -1,5 +1,7 @@
 """The door before several replicas, which are here in the same process."""
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,45 @@ def test_what_a_key_may_not_upload_is_not_taken_in(door: TestClient, replica: Re
     error_of(door.post("/v1/adapters/user/ada", content=b"--b", headers=headers(manage)), 400)
     assert replica.asked[2:] == [("/v1/adapters/user/ada", b"--b")]
     assert door.post("/v1/chat/completions", json=CHAT, headers=headers(use)).status_code == 200
+
+
+class Broken:
+    """A replica that takes a request, says ``parts``, and is gone; without parts it never takes one."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts, self.cancelled = [{"type": "taken"}, *parts] if parts else [], 0
+
+    def __call__(self, key: str, scope: Any, body: bytes) -> "Broken":
+        return self
+
+    def __aiter__(self) -> "Broken":
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self.parts:
+            await asyncio.Event().wait()
+        if (part := self.parts.pop(0)) is None:
+            raise ConnectionError("secret inside")
+        return part
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+PART = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
+
+
+@pytest.mark.parametrize("parts", [[], [None], [START, PART, None]], ids=["not there", "gone", "gone within a stream"])
+def test_a_replica_that_is_gone_ends_its_requests_in_words(parts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "TAKEN_S", 0.1)
+    replica = Broken(parts)
+    app = forward.build_door(replica, dict, shared=(), fixed=lambda layer, name: False, at_once=2)  # type: ignore[arg-type]
+    answer = TestClient(app, raise_server_exceptions=False).post("/v1/chat/completions", json=CHAT)
+    assert replica.cancelled == 1 and "secret" not in answer.text
+    if len(parts) < 2:
+        assert error_of(answer, 503)["code"] == "engine_failure" and answer.headers["retry-after"] == "1"
+    else:
+        first, error, done = answer.text.strip().split("\n\n")
+        assert (first, done) == ("data: {}", "data: [DONE]")
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_failure"
