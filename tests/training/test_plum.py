@@ -214,6 +214,19 @@ class TestNegatives:
             with pytest.raises(DataError, match=r"discussed\.json is damaged"):
                 read_discussed(file)
 
+    def test_each_epoch_has_wordings_and_negatives_of_its_own(self) -> None:
+        chat = [Conversation("a", tuple(ZITHER))]
+        ((one,), apart), ((five,), again) = (
+            pairs_of(chat, frozenset(), Learning(epochs=epochs, wordings=1)) for epochs in (1, 5)
+        )
+        assert five[: len(one)] == one and len(five) == 5 * len(one) and again == apart
+        assert {pair.topic for pair in five if pair.discussed} == {pair.topic for pair in one if pair.discussed}
+        questions, negatives = (
+            [len({getattr(pair, what) for pair in some if pair.discussed == sign}) for some in (one, five)]
+            for what, sign in (("question", True), ("topic", False))
+        )
+        assert questions[1] > 2 * questions[0] and negatives[1] > 3 * negatives[0]
+
     def test_a_conversation_later_in_the_file_counts_too(self) -> None:
         chats = [Conversation("a", tuple(ZITHER)), Conversation("b", tuple(TREE))]
         for number, parts in enumerate(pairs_of(chats, frozenset(), Learning())):
@@ -281,10 +294,15 @@ def learner(base_folder: Path, **settings: Any) -> Learner:
     return Learner(base, tokenizer, base_folder.parent / "blank", chosen, str(base_folder))
 
 
+def once() -> list[Pair]:
+    """What a conversation is learnt by in one epoch."""
+    return augment(ZITHER, (), Random(0), wordings=2)
+
+
 class TestLearner:
     def test_yes_and_no_become_right(self, base_folder: Path) -> None:
         own = learner(base_folder, epochs=100)
-        ((pairs,), (apart,)) = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+        pairs, apart = once(), augment(ZITHER, (), Random(0), held_out=True)
         before, elsewhere = own.measure(pairs), own.measure(apart)
         assert before.right == 0.5 and before.loss > 5
         own.learn(pairs)
@@ -298,7 +316,7 @@ class TestLearner:
         measured = []
         for name in ("one", "other"):
             own = learner(base_folder, epochs=2)
-            (pairs,), (apart,) = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
+            pairs, apart = once(), augment(ZITHER, (), Random(0), held_out=True)
             own.learn(pairs)
             own.settle()
             own.write(tmp_path / name)
@@ -318,15 +336,13 @@ class TestLearner:
         for pull in (0.0, 1.0):
             own = learner(base_folder, epochs=4, pull=pull)
             before = {name: p.detach().clone() for name, p in own.parameters.items()}
-            (pairs,), _ = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
-            own.learn(pairs)
+            own.learn(once())
             moved.append(sum(float((p.detach() - before[name]).square().sum()) for name, p in own.parameters.items()))
         assert 0 < moved[1] < moved[0] / 2
 
     def test_a_batch_is_filled_up_with_what_counts_for_nothing(self, base_folder: Path) -> None:
         own = learner(base_folder, pull=0.1)
-        ((pairs, *_), _) = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
-        batch = padded([own._row(pair) for pair in pairs[:3]], own.pad_id, DEVICE)
+        batch = padded([own._row(pair) for pair in once()[:3]], own.pad_id, DEVICE)
         shape = filled_shape(*batch.input_ids.shape, 1024)
         assert shape[0] > 3 and shape[1] > batch.input_ids.shape[1]
         found = []
@@ -352,7 +368,7 @@ class TestLearner:
                     patch.setattr("molora_training.plum.learner.attending_causally", lambda *_: nullcontext(False))
                 own = learner(base_folder, epochs=6, pull=0.1)
                 for pairs in pairs_of(conversations, frozenset(), own.settings)[0]:
-                    own.learn(pairs)
+                    own.learn(pairs, epochs=1)
             assert (own._captured is not None) == captured
             if own._captured is not None:
                 assert own._captured.able and any(own._captured._steps.values())
@@ -361,11 +377,10 @@ class TestLearner:
 
     def test_a_loss_that_is_not_finite(self, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         own = learner(base_folder)
-        (pairs,), _ = pairs_of([Conversation("chat", tuple(ZITHER))], frozenset(), own.settings)
         with torch.no_grad():
             next(iter(own.parameters.values())).fill_(torch.inf)
         with pytest.raises(NonFiniteError, match="at step 1"):
-            own.learn(pairs)
+            own.learn(once())
 
     def test_yes_is_weighed_against_no_token_by_token(self, base_folder: Path) -> None:
         own = learner(base_folder)

@@ -104,7 +104,7 @@ def learn(settings: LearnSettings, command: str | None = None) -> Learnt:
 def pairs_of(
     conversations: Sequence[Conversation], known: frozenset[str], settings: Learning
 ) -> tuple[list[list[Pair]], list[list[Pair]]]:
-    """By conversation, pairs to learn and those to judge by.
+    """By conversation, pairs to learn, of all epochs, and those to judge by.
 
     Args:
         conversations: in their order.
@@ -114,8 +114,10 @@ def pairs_of(
     taught, apart = [], []
     for number, one in enumerate(conversations):
         chance = Random(f"{settings.seed}/{number}")
-        taught.append(augment(one.messages, every, chance, wordings=settings.wordings))
-        apart.append(augment(one.messages, every, chance, held_out=True))
+        rounds = [augment(one.messages, every, chance, wordings=settings.wordings) for _ in range(settings.epochs)]
+        taught.append([pair for pairs in rounds for pair in pairs])
+        judge = Random(f"{settings.seed}/{number}/judged")
+        apart.append(augment(one.messages, every, judge, held_out=True))
     return taught, apart
 
 
@@ -136,7 +138,7 @@ def _learn(
     start = Path(layer.adapters[settings.name]) if there else _begun(settings, versions, base_name)
     learner = _learner(settings, base_name, start)
     before = learner.measure(apart)
-    steps = sum(learner.learn(pairs) for pairs in taught if pairs)
+    steps = sum(learner.learn(pairs, epochs=1) for pairs in taught if pairs)
     learner.settle()
     after = learner.measure(apart)
     why = against(before, after)

@@ -43,7 +43,8 @@ class Learning:
     """How a conversation is learnt.
 
     Args:
-        learning_rate: its peak, of each conversation. epochs: passes over its pairs.
+        learning_rate: its peak, of each conversation. epochs: passes over its pairs; of a conversation each has
+            wordings and negatives of its own, for negatives that come again and again are learnt by heart.
         wordings: of each topic, open and closed ones each.
         pull: what the squared distance from the weights before the conversation costs, summed over all: since no
             conversation is kept, nothing else holds the adapter to what it learnt before.
@@ -118,14 +119,16 @@ class Learner:
         pairs: Sequence[Pair],
         on_step: Callable[[int, int], None] | None = None,
         steady: Steady | None = None,
+        epochs: int | None = None,
     ) -> int:
         """Some epochs over the pairs of one conversation.
 
         Args:
-            pairs: of the conversation.
+            pairs: of the conversation, of all epochs if ``epochs`` is 1.
             on_step: called before each step with the number of finished ones and that of all; an error of it ends the
                 learning.
             steady: conversations that are to be answered as the base answers them.
+            epochs: None: those of the settings.
 
         Returns:
             The number of steps.
@@ -135,7 +138,7 @@ class Learner:
         """
         settings = self.settings
         rows = [self._row(pair) for pair in pairs]
-        steps = plan_steps(_lengths(rows), settings.batch_tokens, settings.epochs, settings.seed)
+        steps = plan_steps(_lengths(rows), settings.batch_tokens, epochs or settings.epochs, settings.seed)
         own = list(self.parameters.values())
         with torch.no_grad():
             for then, now in zip(self._before, own, strict=True):
