@@ -10,6 +10,6 @@ out=${1:-runs/results}
 mkdir -p "$out"
 for stage in needle long facts passages; do
     [ -f "runs/document/$stage/metrics.json" ] || python3 -m molora train hypernet doc \
-        --config "$root/training/molora_training/configs/document-$stage.yaml"
+        --config "$(realpath --relative-to=. "$root/training/molora_training/configs/document-$stage.yaml")"
     [ "$stage" = needle ] || python3 -m molora eval documents "runs/document/$stage" --out "$out/documents-$stage.json"
 done

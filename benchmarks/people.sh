@@ -17,7 +17,7 @@ molora() { python3 -m molora "$@"; }
 data=$(python3 -c "from molora_training.data import data_dir; print(data_dir())")
 
 measure() {
-    local set=$1 here=runs/people/$1 configs=$root/training/molora_training/configs
+    local set=$1 here=runs/people/$1 configs=$(realpath --relative-to=. "$root/training/molora_training/configs")
     set -e
     mkdir -p "$here"
     [ -f "$here/task/metrics.json" ] || molora train adapter --config "$configs/task.yaml" "out=$here/task" \

@@ -11,7 +11,7 @@ export PYTHONPATH="$root:$root/kernels:$root/training:$root/demo${PYTHONPATH:+:$
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 out=${1:-runs/results} other=${2:-}
 mkdir -p "$out/log"
-configs=$root/training/molora_training/configs
+configs=$(realpath --relative-to=. "$root/training/molora_training/configs")  # as it is to stand in the results
 gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
 [ "$gpus" -gt 0 ] || { echo "No GPU is here." >&2; exit 1; }
 began=$SECONDS
