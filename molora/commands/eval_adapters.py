@@ -65,8 +65,8 @@ def people(
     search or a profile in the prompt: loss, accuracy or ROUGE with intervals over people, loss on unrelated text,
     seconds and bytes. What is finished is kept beside the file: an interrupted table goes on.
 
-    Settings: people, pool, net, task, data, general, limit, questions, found, learning_rates, epochs, batch_tokens,
-    at_once, batch, new_tokens, seed.
+    Settings: people, pool, net, task, data, general, limit, questions, found, learning_rates, fit_learning_rates,
+    epochs, batch_tokens, at_once, batch, new_tokens, seed.
 
     Example: molora eval people people=raters pool=pieces net=profile-net new_tokens=6
     """

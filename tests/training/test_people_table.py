@@ -28,7 +28,7 @@ from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.data import Example, read_examples, write_examples
 from molora_training.data.read_people import Asked, Person
 from molora_training.hypernet.text_settings import TextHypernetSettings
-from molora_training.people_adapters import People, PeopleAdapters, encoded
+from molora_training.people_adapters import OWN, People, PeopleAdapters, encoded
 from molora_training.people_lines import must
 from molora_training.people_settings import PeopleSettings
 from molora_training.people_table import PeopleTable, run
@@ -90,7 +90,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeopleSettings:
     write_examples(tmp_path / "science.test.jsonl", examples)
     return PeopleSettings(
         people="any", pool=tmp_path / "pool", net=tmp_path / "net", task=task, data=tmp_path, new_tokens=2,
-        learning_rates=(1e-6, 3e-2), epochs=12, batch_tokens=128, at_once=2,
+        learning_rates=(1e-6, 3e-2), fit_learning_rates=(1e-6, 0.15), epochs=12, batch_tokens=128, at_once=2,
     )  # fmt: skip
 
 
@@ -109,14 +109,16 @@ def test_the_command_writes_every_row_and_line(
 ) -> None:
     monkeypatch.setattr(embeddings, "SentenceEncoder", lambda name: ENCODER)
     given = [f"{name}={getattr(settings, name)}" for name in ("people", "pool", "net", "task", "data", "new_tokens")]
-    given += ["learning_rates=[1e-6,3e-2]", "epochs=12", "batch_tokens=128", "at_once=2"]
+    given += ["learning_rates=[1e-6,3e-2]", "fit_learning_rates=[1e-6,0.15]"]
+    given += ["epochs=12", "batch_tokens=128", "at_once=2"]
     app(["eval", "people", *given, "--out", str(tmp_path / "o.json"), "--json"], standalone_mode=False)
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "o.json").read_text())
     rows = {row["contender"]: row for row in report["rows"]}
     assert list(rows) == WAYS and report["people"] == 3
     assert all(row["loss_interval"][0] <= row["loss"] <= row["loss_interval"][1] for row in rows.values())
-    assert report["learning_rate"] == 3e-2  # that of the two which teaches anything
+    # Those of the two that teach anything.
+    assert report["learning_rates"] == {"own adapter": 3e-2, "pieces, weights fitted": 0.15}
     # Three people say one thing each, and always: it can be learnt, and another's adapter says the wrong one.
     assert rows["own adapter"]["loss"] < 0.2 * rows["task's adapter"]["loss"]
     assert rows["own adapter, another's"]["loss"] > 2.0 + rows["own adapter"]["loss"]
@@ -248,7 +250,8 @@ def test_adapters_are_made_of_what_they_are_called(
 
 def test_a_learning_rate_is_chosen_by_validation_alone(settings: PeopleSettings, tmp_path: Path) -> None:
     judged: list[Any] = []
-    table = plain_table(replace(settings, epochs=1), tmp_path, [one for one in PEOPLE if one.held_out])
+    one_rate = replace(settings, epochs=1, learning_rates=(1e-2,))
+    table = plain_table(one_rate, tmp_path, [one for one in PEOPLE if one.held_out])
     losses = table.speaker.losses
 
     def seen(rows: Any, own: Any = None) -> torch.Tensor:
@@ -256,7 +259,7 @@ def test_a_learning_rate_is_chosen_by_validation_alone(settings: PeopleSettings,
         return losses(rows, own)
 
     table.speaker.losses = seen  # type: ignore[method-assign]
-    table.adapters._tried(1e-2)
+    assert table.adapters[OWN].learning_rate == 1e-2
     wanted = [one for person in table.people.persons for one in person.interactions("validation")]
     assert [row.input_ids.tolist() for row in judged] == [
         row.input_ids.tolist() for row in encoded(wanted, table.speaker.tokenizer)
@@ -309,7 +312,7 @@ def test_an_interrupted_table_goes_on(
     assert whole[1:] == (7, len(WAYS)) and list(tmp_path.glob(".whole/*.safetensors*")) == []
     assert go("o.json", train_stops=4) == (None, 4, 0)  # in the second rate
     assert go("o.json", ask_stops=7) == (None, 5, 7)  # which alone is trained again
-    assert not (tmp_path / "o.json").is_file() and len(list(tmp_path.glob(".o/*.safetensors"))) == 5
+    assert not (tmp_path / "o.json").is_file() and len(list(tmp_path.glob(".o/*.safetensors"))) == 6
     report, trained, asked = go("o.json")
     assert (trained, asked) == (0, len(WAYS) - 6)
     assert without_times(report) == without_times(whole[0])

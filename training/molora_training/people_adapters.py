@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -126,22 +126,38 @@ class PeopleAdapters:
 
     def _own(self) -> Made:
         """Trained on each person's history alone, at the learning rate that is best on validation."""
-        tried = {rate: self._kept(f"own-{rate:g}", partial(self._tried, rate)) for rate in self.settings.learning_rates}
-        best = min(tried, key=lambda rate: float(tried[rate][1]["loss"]))
-        alone = _factors(tried[best][0])
-        seconds = sum(about["seconds"] for _, about in tried.values())
-        return Made(self._above(alone), self._cost(alone, seconds), best)
-
-    def _tried(self, rate: float) -> tuple[dict[str, Tensor], Part]:
         settings = self.settings
-        made = self._trained(Schedule(rate, settings.epochs, settings.batch_tokens, weight_decay=1e-2))
-        above = self._above(made)
+
+        def learn(rate: float) -> tuple[dict[str, Tensor], list[Factors]]:
+            made = self._trained(Schedule(rate, settings.epochs, settings.batch_tokens, weight_decay=1e-2))
+            return _tensors(made), made
+
+        kept, rate, seconds = self._best("own", settings.learning_rates, learn)
+        alone = _factors(kept)
+        return Made(self._above(alone), self._cost(alone, seconds), rate)
+
+    def _best(
+        self, name: str, rates: Sequence[float], learn: Callable[[float], tuple[dict[str, Tensor], list[Factors]]]
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """What is learnt at the rate that is best on validation, over all people; that rate; seconds of all rates."""
+
+        def make(rate: float) -> tuple[dict[str, Tensor], Part]:
+            tensors, alone = learn(rate)
+            return tensors, {"loss": self._judged(alone)}
+
+        tried = {rate: self._kept(f"{name}-{rate:g}", partial(make, rate)) for rate in rates}
+        best = min(tried, key=lambda rate: float(tried[rate][1]["loss"]))
+        return tried[best][0], best, sum(about["seconds"] for _, about in tried.values())
+
+    def _judged(self, alone: Sequence[Factors]) -> float:
+        """Nats of an answer's token on what people said that is for validation; 0.0 if that is nothing."""
+        above = self._above(alone)
         judged = [
             (place, one) for place, who in enumerate(self.people.persons) for one in who.interactions("validation")
         ]
         rows = encoded([one for _, one in judged], self.tokenizer)
         sums = self.speaker.losses(rows, [above[place] for place, _ in judged]).sum(0)
-        return _tensors(made), {"loss": float(sums[0] / sums[1]) if rows else 0.0}
+        return float(sums[0] / sums[1]) if rows else 0.0
 
     def _pieces(self, pool: PiecePool) -> Made:
         """Chosen and weighed by gates, in one reading of a history."""
@@ -153,39 +169,36 @@ class PeopleAdapters:
                     for some in self.people.histories
                 ]
 
-        return self._put_together(pool, *self._chosen("pieces", choose))
+        kept, about = self._kept("pieces", lambda: (_kept_of(choose()), {}))
+        return self._put_together(pool, _assembled(kept), about["seconds"])
 
     def _fitted(self, pool: PiecePool) -> Made:
-        """Drawn by chance, and weighed by learning from a history."""
+        """Drawn by chance, and weighed by learning from a history, at the learning rate that is best on validation."""
 
-        def fit(_: Sequence[int], rows: list[list[Encoded]]) -> list[Assembled]:
-            begun = [drawn(pool)] * len(rows)
-            return fit_weights(self.base, pool, begun, rows, self.speaker.pad, below=self.task)
+        def learn(rate: float) -> tuple[dict[str, Tensor], list[Factors]]:
+            how = replace(FIT, learning_rate=rate)
 
-        return self._put_together(
-            pool, *self._chosen("fitted", lambda: self._side_by_side(fit, FIT.batch_tokens, "weights of pieces"))
-        )
+            def fit(_: Sequence[int], rows: list[list[Encoded]]) -> list[Assembled]:
+                begun = [drawn(pool)] * len(rows)
+                return fit_weights(self.base, pool, begun, rows, self.speaker.pad, how, self.task)
 
-    def _chosen(self, name: str, choose: Callable[[], list[Assembled]]) -> tuple[list[Assembled], float]:
-        """Of each person what was chosen, now or before, and the seconds that it took."""
+            chosen = self._side_by_side(fit, how.batch_tokens, "weights of pieces")
+            return _kept_of(chosen), [pool.factors(one) for one in chosen]
 
-        def make() -> tuple[dict[str, Tensor], Part]:
-            parts = [(place, asdict(one)) for place, one in enumerate(choose())]
-            return {f"{place}/{part}": tensor for place, one in parts for part, tensor in one.items()}, {}
-
-        kept, about = self._kept(name, make)
-        places = range(len(self.people.persons))
-        return [Assembled(kept[f"{one}/places"], kept[f"{one}/weights"]) for one in places], about["seconds"]
+        kept, rate, seconds = self._best("fitted", self.settings.fit_learning_rates, learn)
+        return self._put_together(pool, _assembled(kept), seconds, rate)
 
     def _anchors(self, pool: PiecePool) -> Made:
         started = self._now()
         chosen = [pool.nearest(embedded.mean(0)) for embedded in self.people.embedded]
         return self._put_together(pool, chosen, self._now() - started)
 
-    def _put_together(self, pool: PiecePool, chosen: Sequence[Assembled], seconds: float) -> Made:
+    def _put_together(
+        self, pool: PiecePool, chosen: Sequence[Assembled], seconds: float, rate: float | None = None
+    ) -> Made:
         alone = [pool.factors(one) for one in chosen]
         kept = {"kept_bytes": float(max(len(one.to_bytes()) for one in chosen))}
-        return Made(self._above(alone), self._cost(alone, seconds) | kept)
+        return Made(self._above(alone), self._cost(alone, seconds) | kept, rate)
 
     def _on_top(self, pool: PiecePool) -> Made:
         """With an adapter of rank 4, trained on the history, beside the anchors."""
@@ -277,6 +290,16 @@ def _tensors(adapters: Sequence[Factors]) -> dict[str, Tensor]:
         for name, pair in one.items()
         for part, tensor in zip("AB", pair, strict=True)
     }
+
+
+def _kept_of(chosen: Sequence[Assembled]) -> dict[str, Tensor]:
+    parts = [(place, asdict(one)) for place, one in enumerate(chosen)]
+    return {f"{place}/{part}": tensor for place, one in parts for part, tensor in one.items()}
+
+
+def _assembled(tensors: dict[str, Tensor]) -> list[Assembled]:
+    """What :func:`_kept_of` made of them."""
+    return [Assembled(tensors[f"{one}/places"], tensors[f"{one}/weights"]) for one in range(len(tensors) // 2)]
 
 
 def _factors(tensors: dict[str, Tensor]) -> list[Factors]:

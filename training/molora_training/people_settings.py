@@ -19,7 +19,8 @@ class PeopleSettings:
         general: a domain that has nothing to do with the set.
         limit: people; 0: all. questions: of each, at most.
         found: interactions that a search puts into the prompt.
-        learning_rates: of a person's own adapter; the best on validation is taken.
+        learning_rates: of a person's own adapter; the best on validation is taken. fit_learning_rates: of weights of
+            pieces, likewise.
         epochs, batch_tokens: of those trainings. at_once: people in a step; fewer where each has more tokens in it.
         new_tokens: of an answer. batch: prompts at once.
     """
@@ -33,7 +34,8 @@ class PeopleSettings:
     limit: int = 0
     questions: int = 25
     found: int = 3
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 3e-3)
+    fit_learning_rates: tuple[float, ...] = (0.05, 0.15, 0.4)
     epochs: int = 2
     batch_tokens: int = 512
     at_once: int = 8
@@ -45,5 +47,6 @@ class PeopleSettings:
         for name in ("questions", "found", "epochs", "batch_tokens", "at_once", "new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a whole number from 1, not {getattr(self, name)}.")
-        if not self.learning_rates:
-            raise ConfigError("learning_rates names none.")
+        for name in ("learning_rates", "fit_learning_rates"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} names none.")

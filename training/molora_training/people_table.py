@@ -105,7 +105,7 @@ def run(settings: PeopleSettings, encoder: Encoder, out: Path, command: str, enc
         **heading(command, f"{settings.people}: {len(persons)} people held out, {len(table.asked)} test questions"),
         "seed": settings.seed,
         "people": len(persons),
-        "learning_rate": made[0]["learning_rate"],
+        "learning_rates": {way: rate for way, one in zip(ways, made, strict=True) if (rate := one["learning_rate"])},
         "rows": [one["row"] for one in asked],
         "unrelated": {one["row"]["contender"]: one["unrelated"] for one in asked if one["unrelated"] is not None},
         "cost": {way: one["cost"] for way, one in zip(ways, made, strict=True)},
