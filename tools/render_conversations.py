@@ -34,7 +34,8 @@ def section(report: Row) -> list[str]:
         "no text of them stays. *Closed*: whether something was discussed, yes and no as often, in wordings that were "
         "not learnt; brackets hold 95% bootstrap intervals over conversations. Of what was not discussed half are "
         "topics of a list, from a part that is for tests alone, half topics of other conversations. *Open*: what was "
-        "said. A search puts three exchanges into the prompt.",
+        f"said. A search by words{' and meaning' if report.get('encoder') else ''} puts three exchanges into the "
+        "prompt.",
         "",
         *table(heads, lines),
         "",

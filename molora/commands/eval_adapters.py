@@ -10,6 +10,11 @@ from molora.commands.common import JsonOption, extra, write_json
 from molora.commands.eval_studies import app, parse_share, show
 from molora.commands.training import ConfigOption, OverridesArgument, command_line
 
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FOLDER", help="Sentence embeddings of the search. Default: MiniLM.", show_default=False),
+]
+
 
 @app.command()
 def documents(
@@ -18,12 +23,7 @@ def documents(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/documents.json"),
     limit: Annotated[int, typer.Option(min=1, help="Passages of the test split, with questions of each kind.")] = 200,
     needles: Annotated[int, typer.Option(min=1, help="Texts of each length with a number hidden in them.")] = 64,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FOLDER", help="Sentence embeddings of the search. Default: MiniLM.", show_default=False
-        ),
-    ] = None,
+    encoder: EncoderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What does an adapter that was made of a document know of it?
@@ -103,6 +103,7 @@ def conversations(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go.")] = Path("runs/conversations.json"),
     base: Annotated[str | None, typer.Option(help="Folder or Hub id. Default: the starter's.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Conversations that are learnt, one by one.")] = 100,
+    encoder: EncoderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Does an adapter know what was talked about? Many conversations are learnt one by one, then asked about.
@@ -116,6 +117,7 @@ def conversations(
     """
     with extra("train"), extra("personalize"):
         from molora.base import DEFAULT_BASE
+        from molora.personalize.embeddings import DEFAULT_ENCODER, SentenceEncoder
         from molora_training.data import data_dir
         from molora_training.data.lessons import read_lessons
         from molora_training.plum.conversations import about_texts, read_conversations
@@ -127,7 +129,8 @@ def conversations(
             every = read_conversations(file, user)
         command = "molora eval conversations" + (f" {file.name} --user {user}" if file is not None else "")
         command += f" --count {count}" * (count != 100)
-        report = run(every, out, command, base or DEFAULT_BASE, count)
+        name = encoder or DEFAULT_ENCODER
+        report = run(every, out, command, SentenceEncoder(name), base or DEFAULT_BASE, count, encoder_name=name)
     if as_json:
         write_json(report)
         return

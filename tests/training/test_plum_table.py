@@ -46,7 +46,8 @@ def asked(discussed: bool, of: int, unseen: bool = False) -> Asked:
 def test_questions_are_about_all_in_wordings_that_are_not_taught() -> None:
     taught, found, open_ = questions(conversations(INSTRUMENTS[:3]), conversations(LAST), Learning(wordings=1))
     assert len(taught) == 3 and {one.of for one in found} == {0, 1, 2} and all(one.pair.closed for one in found)
-    assert open_ and not any(pair.closed for pair in open_) and {pair.discussed for pair in open_} == {True, False}
+    assert open_ and not any(one.pair.closed for one in open_) and {one.of for one in open_} == {0, 1, 2}
+    assert {one.pair.discussed for one in open_} == {True, False}
     seen = {pair.question.replace(pair.topic, "...") for pairs in taught for pair in pairs}
     assert seen.isdisjoint(one.pair.question.replace(one.pair.topic, "...") for one in found)
     unseen = [one for one in found if one.unseen]
@@ -66,7 +67,7 @@ def test_where_everything_was_talked_about_nothing_is_asked() -> None:
 
 
 def test_open_questions_are_judged_by_what_was_said() -> None:
-    asked = [Pair("q", "the cat sat", "cat", False, True), Pair("q", "none", "dog", False, False)] * 2
+    asked = [Asked(Pair("q", "the cat sat", "cat", False, True), 0), Asked(Pair("q", "", "dog", False, False), 0)] * 2
     found = open_row(["the cat", "We have not talked about it.", "no", "A dog!"], asked)
     assert found == {"open_positives": pytest.approx(0.4), "open_negatives": 0.5}
 
@@ -88,8 +89,12 @@ def test_shares_by_hand() -> None:
     low, high = found["accuracy_interval"]
     assert 0 <= low <= found["accuracy"] <= high <= 1
     assert row("x", [True, True], [asked(True, 0), asked(False, 0)])["negatives_unseen"] is None
-    ages = by_age([True, False, True, True, False, True], some, 2)
-    assert ages == [{"group": 0, "positives": 0.5}, {"group": 1, "positives": 1.0}]
+    told = [Asked(Pair("q", "the cat sat", "cat", False, positive), of) for of in (0, 1) for positive in (True, False)]
+    said = {"says_yes": [True, False, True, True, False, True], "told": ["the cat sat", "", "the dog sat", "the cat"]}
+    assert by_age(said, some, told, 2) == [
+        {"group": 0, "positives": 0.5, "open_positives": 1.0},
+        {"group": 1, "positives": 1.0, "open_positives": pytest.approx(2 / 3)},
+    ]
 
 
 def test_both_kinds_count_as_much_and_intervals_are_over_conversations() -> None:
@@ -119,7 +124,7 @@ def test_each_way_has_what_it_is_called_by(monkeypatch: pytest.MonkeyPatch) -> N
     past, acts = conversations(INSTRUMENTS), [True]
     search = Retriever([one for each in past for one in exchanges(each.messages)])
     question = "Is the zither loud?"
-    pairs = [Pair(question, "Yes", "zither", closed, True) for closed in (True, False)]
+    pairs = [Asked(Pair(question, "Yes", "zither", closed, True), 0) for closed in (True, False)]
     heard: list[tuple[bool, str]] = []
 
     @contextmanager

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from molora.base import DEFAULT_BASE, load_base
 from molora.errors import ConfigError, DataError
 from molora.personalize.history import Interaction
-from molora.personalize.retrieval import Retriever, text_of
+from molora.personalize.retrieval import Encoder, Retriever, text_of
 from molora_training.continual.growth import blank
 from molora_training.document_table import rouge_l
 from molora_training.evaluate import bootstrap
@@ -48,7 +48,7 @@ WAYS = {"base": (False, False), "adapter": (True, False), "search": (False, True
 
 @dataclass(frozen=True)
 class Asked:
-    """A closed question, the conversation that it came with, and whether its topic is of one that was not learnt."""
+    """A question, the conversation that it came with, and whether its topic is of one that was not learnt."""
 
     pair: Pair
     of: int
@@ -59,10 +59,12 @@ def run(
     every: Sequence[Conversation],
     out: Path,
     command: str,
+    encoder: Encoder | None = None,
     base: str = DEFAULT_BASE,
     count: int = COUNT,
     top: int = TOP,
     learning: Learning | None = None,
+    encoder_name: str = "",
 ) -> dict[str, Any]:
     """Learns one user's conversations, asks about all of them, and writes ``out``.
 
@@ -70,6 +72,7 @@ def run(
         every: conversations, in the order in which they were had.
         out: the report; what is finished lies in a hidden folder beside it, and is not done again.
         command: to be named in it.
+        encoder: of the search; None: it looks for words alone. encoder_name: as its users name it.
         base: folder or Hub id.
         count: how many are learnt; of those that follow nothing is.
         top: exchanges that the search finds for a question.
@@ -85,15 +88,15 @@ def run(
     taught, asked, open_ = questions(past, others, learning)
     work = out.parent / f".{out.stem}"
     said = [[one.messages for one in some] for some in (past, others)]
-    mark = mark_of([said, base, top, asdict(learning), machine()])
+    mark = mark_of([said, base, top, encoder_name, asdict(learning), machine()])
     learnt = cache(lambda: _learnt(base, taught, learning, work, mark))
-    search = Retriever([one for each in past for one in exchanges(each.messages)])
+    search = Retriever([one for each in past for one in exchanges(each.messages)], encoder)
 
     def make(index: int) -> Part:
         learner, seconds = learnt()
         if not index:
             return {"seconds": statistics.median(seconds)}
-        return _answers(learner, list(WAYS)[index - 1], search, top, [one.pair for one in asked], open_)
+        return _answers(learner, list(WAYS)[index - 1], search, top, asked, open_)
 
     kept = finished(work, ["learning", *map(file_name, WAYS)], mark, (0, 1), make)
     assert kept is not None  # for nobody else makes some
@@ -106,8 +109,9 @@ def run(
         ),
         "seed": learning.seed,
         "learning": asdict(learning),
+        "encoder": encoder_name,
         "rows": [{**row(name, one["says_yes"], asked), **open_row(one["told"], open_)} for name, one in found.items()],
-        "by_age": by_age(found["adapter"]["says_yes"], asked, len(past)),
+        "by_age": by_age(found["adapter"], asked, open_, len(past)),
         "seconds": kept[0]["seconds"],
     }
     report["must"] = must(report)
@@ -144,7 +148,7 @@ def _learnt(
 
 def questions(
     past: Sequence[Conversation], others: Sequence[Conversation], learning: Learning
-) -> tuple[list[list[Pair]], list[Asked], list[Pair]]:
+) -> tuple[list[list[Pair]], list[Asked], list[Asked]]:
     """What is learnt by conversation, and the closed and the open questions about all of them in wordings that are not.
 
     Args:
@@ -165,8 +169,8 @@ def questions(
         if unseen:
             positives = [pair for pair in closed if pair.discussed]
             asked += [Asked(negative(pair, chance.choice(unseen)), number, unseen=True) for pair in positives]
-    open_ = [pair for pairs in judged for pair in pairs if not pair.closed]
-    if {pair.discussed for pair in open_} != {True, False}:  # of closed ones there are as many
+    open_ = [Asked(pair, number) for number, pairs in enumerate(judged) for pair in pairs if not pair.closed]
+    if {one.pair.discussed for one in open_} != {True, False}:  # of closed ones there are as many
         raise DataError("In these conversations nothing was talked about that could be asked about, or everything was.")
     return taught, asked, open_
 
@@ -178,13 +182,13 @@ def apart(topic: str, said: set[str]) -> bool:
 
 
 def _answers(
-    learner: Learner, way: str, search: Retriever, top: int, closed: Sequence[Pair], open_: Sequence[Pair]
+    learner: Learner, way: str, search: Retriever, top: int, closed: Sequence[Asked], open_: Sequence[Asked]
 ) -> Part:
     """Whether one of WAYS says yes to each closed question, and what it says to each open one."""
     adapted, searched = WAYS[way]
     prompts, open_prompts = (
-        [prompt_of(one.question, search.top(one.question, top) if searched else []) for one in some]
-        for some in (closed, open_)
+        [prompt_of(question, search.top(question, top) if searched else []) for question in some]
+        for some in ([one.pair.question for one in each] for each in (closed, open_))
     )
     with nullcontext() if adapted else learner.off():
         # A small base leaves a GPU idle unless it is asked much at once.
@@ -193,10 +197,10 @@ def _answers(
         return {"says_yes": learner.says_yes(prompts), "told": told}
 
 
-def open_row(said: Sequence[str], asked: Sequence[Pair]) -> dict[str, float]:
+def open_row(said: Sequence[str], asked: Sequence[Asked]) -> dict[str, float]:
     """Of answers to open questions ROUGE-L to what was said where it was, and elsewhere the share that say that nothing
     was."""
-    pairs = list(zip(said, asked, strict=True))
+    pairs = [(text, one.pair) for text, one in zip(said, asked, strict=True)]
     return {
         "open_positives": statistics.mean(rouge_l(text, pair.answer) for text, pair in pairs if pair.discussed),
         "open_negatives": statistics.mean(float("not talked" in text) for text, pair in pairs if not pair.discussed),
@@ -242,13 +246,26 @@ def row(name: str, said: Sequence[bool], asked: Sequence[Asked]) -> dict[str, An
     }
 
 
-def by_age(said: Sequence[bool], asked: Sequence[Asked], count: int) -> list[dict[str, Any]]:
-    """The share of positives that are answered right, by when their conversation was, the oldest first."""
-    groups: dict[int, list[bool]] = {}
-    for yes, one in zip(said, asked, strict=True):
-        if one.pair.discussed:
-            groups.setdefault(one.of * AGES // max(count, AGES), []).append(yes)
-    return [{"group": group, "positives": statistics.mean(map(float, each))} for group, each in sorted(groups.items())]
+def by_age(found: Part, closed: Sequence[Asked], open_: Sequence[Asked], count: int) -> list[dict[str, Any]]:
+    """The share of closed positives that are answered right, and ROUGE-L of open ones, by when their conversation was,
+    the oldest first.
+
+    Args:
+        found: what was said to ``closed`` and ``open_``.
+        count: conversations.
+    """
+    groups: dict[int, dict[str, list[float]]] = {}
+    for name, asked, worth in (
+        ("positives", closed, map(float, found["says_yes"])),
+        ("open_positives", open_, map(rouge_l, found["told"], (one.pair.answer for one in open_))),
+    ):
+        for one, value in zip(asked, worth, strict=True):
+            if one.pair.discussed:
+                groups.setdefault(one.of * AGES // max(count, AGES), {}).setdefault(name, []).append(value)
+    return [
+        {"group": group, **{name: statistics.mean(some) for name, some in each.items()}}
+        for group, each in sorted(groups.items())
+    ]
 
 
 def must(report: Mapping[str, Any]) -> list[dict[str, Any]]:
