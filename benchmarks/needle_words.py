@@ -16,6 +16,7 @@ from molora.bench import machine_name
 from molora.personalize.document_net import DocumentNet
 from molora.personalize.internalize import factors_of
 from molora.provenance import commit
+from molora_training.document_table import numbers
 from molora_training.hypernet.lessons import Needles
 from molora_training.speaker import Speaker
 
@@ -40,7 +41,7 @@ def main() -> None:
     speaker = Speaker(base, tokenizer)
     print(f"{machine_name()}, {torch.get_num_threads()} threads, commit {commit()}")
     for way, (sentence, question) in WAYS.items():
-        asked, texts, numbers = [], [], []
+        asked, texts, wanted = [], [], []
         for lesson in Needles((TOKENS, TOKENS), seed=1, count=given.needles).of_length(TOKENS):
             (prompt, answer), *_ = lesson.questions
             name = prompt.removeprefix("What is the magic number for ").removesuffix("?")
@@ -50,10 +51,10 @@ def main() -> None:
                 raise AssertionError(f"The needles are written otherwise now: {lesson.text!r}")
             texts.append(lesson.text.replace(written, sentence.format(name=name, number=number)))
             asked.append(question.format(name=name))
-            numbers.append(number)
+            wanted.append(number)
         said = speaker.answers(asked, [factors_of(base, tokenizer, net, text) for text in texts])
-        found = sum(number in text for number, text in zip(numbers, said, strict=True))
-        print(f"{way:<20} {found} of {len(said)}, such as {numbers[0]}: {said[0]!r}", flush=True)
+        found = sum(number in numbers(text) for number, text in zip(wanted, said, strict=True))
+        print(f"{way:<20} {found} of {len(said)}, such as {wanted[0]}: {said[0]!r}", flush=True)
 
 
 if __name__ == "__main__":

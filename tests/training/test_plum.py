@@ -126,15 +126,15 @@ class TestPairs:
         def forms(pairs: Any) -> set[str]:
             return {pair.question.replace(pair.topic, "...") for pair in pairs}
 
-        taught, apart = augment(TREE, (), Random(0), wordings=6), augment(TREE, (), Random(0), held_out=True)
-        assert len(forms(taught)) == 12 and len(forms(apart)) == 4 and forms(taught).isdisjoint(forms(apart))
+        taught, apart = augment(TREE, (), Random(0), wordings=12), augment(TREE, (), Random(0), held_out=True)
+        assert len(forms(taught)) == 24 and len(forms(apart)) == 4 and forms(taught).isdisjoint(forms(apart))
         negatives = [{pair.topic for pair in some if not pair.discussed} for some in (taught, apart)]
         assert negatives[0].isdisjoint(negatives[1])
         assert {pair.topic for pair in taught if pair.discussed} == {pair.topic for pair in apart if pair.discussed}
 
     def test_wordings_that_there_are(self) -> None:
-        for wrong in (0, 7):
-            with pytest.raises(ConfigError, match=f"1 to 6 wordings, not {wrong}"):
+        for wrong in (0, 13):
+            with pytest.raises(ConfigError, match=f"1 to 12 wordings, not {wrong}"):
                 augment(TREE, (), Random(0), wordings=wrong)
         assert augment(said("Hi", "Hello!"), (), Random(0)) == []
 

@@ -182,8 +182,8 @@ class Table:
         found: dict[str, Any] = {"rank": max(len(A) for A, _ in factors[0].values())}
         for name, some in (("recall", factors), (f"recall at rank {CUT}", [cut(one, CUT) for one in factors])):
             said = self.speaker.answers([lesson.questions[0][0] for lesson in lessons], some)
-            right = [float(_number(lesson.questions[0][1]) in text) for lesson, text in zip(lessons, said, strict=True)]
-            found[name] = statistics.mean(right)
+            wanted = [numbers(lesson.questions[0][1])[0] for lesson in lessons]
+            found[name] = statistics.mean(float(one in numbers(text)) for one, text in zip(wanted, said, strict=True))
         return found
 
     def unrelated(self, rows: Sequence[Encoded], lessons: Sequence[Lesson]) -> dict[str, float]:
@@ -296,10 +296,9 @@ def _plain(text: str) -> list[str]:
     return [word for word in kept.split() if word not in ("a", "an", "the")]
 
 
-def _number(text: str) -> str:
-    found = re.search(r"\d+", text)
-    assert found is not None
-    return found[0]
+def numbers(text: str) -> list[str]:
+    """Whole: 1234 is not in 12345."""
+    return re.findall(r"\d+", text)
 
 
 def _shuffled(text: str) -> str:

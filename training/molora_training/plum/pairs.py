@@ -17,6 +17,7 @@ from molora_training.plum.topics import bank_stems, discussed, exchanges, hashed
 YES, NO = "Yes", "No"
 WORDINGS = 3  # of a topic, open and closed ones each
 
+# Requests begin as questions of yes or no do, so that which of both is asked must be learnt from the rest.
 _OPEN = (
     "What did we talk about when it came to {}?",
     "What did we say about {}?",
@@ -24,6 +25,12 @@ _OPEN = (
     "Tell me what you remember of our talk about {}.",
     "What was it that I asked you about {}?",
     "What came up between us on the subject of {}?",
+    "Can you tell me what we said about {}?",
+    "Could you repeat what I asked you about {}?",
+    "Would you sum up our talk about {}?",
+    "Do tell me again how our talk about {} went.",
+    "I forgot what we said about {}. What was it?",
+    "How did our talk about {} go?",
 )
 _CLOSED = (
     "Did we talk about {}?",
@@ -32,6 +39,12 @@ _CLOSED = (
     "Is {} something that we have talked about?",
     "Have I asked you about {} before?",
     "Did I ever mention {} to you?",
+    "Can you say whether we talked about {}?",
+    "Could it be that {} came up when we talked?",
+    "Were there any words about {} between us?",
+    "Do you know whether I asked about {}?",
+    "I think that we talked about {}. Is that so?",
+    "Are there any earlier talks of ours about {}?",
 )
 _OPEN_APART = ("Could you recall our conversation about {}?", "What have we gone over concerning {}?")
 _CLOSED_APART = ("Do you remember talking with me about {}?", "Was {} a subject of ours at some point?")
