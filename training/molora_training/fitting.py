@@ -18,7 +18,7 @@ from molora.personalize.pieces import TOP, Assembled, PiecePool
 from molora_training.data import Encoded
 from molora_training.side_by_side import Schedule, learn, picked
 
-FIT = Schedule(learning_rate=0.15, epochs=2, batch_tokens=512)
+FIT = Schedule(learning_rate=0.15, epochs=4, batch_tokens=512)
 
 
 def drawn(pool: PiecePool, top: int = TOP) -> Assembled:
