@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from molora_training.adapter_settings import AdapterTrainSettings
 from molora_training.continual import forget as module
 from molora_training.continual.forget import forget, speaks_of
 from molora_training.continual.memory import Memory, key
-from molora_training.continual.update import MEMORY, Change, UpdateSettings, update
+from molora_training.continual.update import MEMORY, WORK, Change, UpdateSettings, update
 from tests.training.test_update import chats, loss, rows_of, settings
 
 __all__ = ["settings"]
@@ -96,6 +97,8 @@ def test_killed_at_any_moment_it_can_be_done_again(
 
     monkeypatch.setattr(module.adapter, "train", train)
     monkeypatch.setattr(module, "Judge", lambda *_: lambda rows: Change(len(rows), 1.0, 2.0, 1.0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # of which nobody takes care after a kill
+    (tmp_path / "temporary").mkdir()
     whole, chance = tmp_path / "whole", random.Random(0)
     shutil.copytree(told.model, whole)
     mine, started, outcomes = Versions(told.model, "domain", "math"), time.monotonic(), set()
@@ -122,6 +125,8 @@ def test_killed_at_any_moment_it_can_be_done_again(
             forget(told, SECRET)
         assert not files_with(told.model, SECRET) and {1, mine.current} == {one.number for one in mine.all()}
         assert not list((told.model / mine.place).glob("*.safetensors"))
+        assert not (told.model / mine.place / WORK).exists()
+    assert not list((tmp_path / "temporary").iterdir())
     assert {(3, True), (4, False)} <= outcomes <= {(3, True), (4, True), (4, False)}
 
 

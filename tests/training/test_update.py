@@ -24,7 +24,7 @@ from molora.versions import Versions
 from molora_training.continual.invented import invent
 from molora_training.continual.memory import Memory, held_out, key
 from molora_training.continual.methods import METHODS, MethodName
-from molora_training.continual.update import MEMORY, UpdateSettings, update
+from molora_training.continual.update import MEMORY, WORK, UpdateSettings, update
 from tests.unit.spoken import make_spoken, save_spoken
 
 
@@ -120,6 +120,14 @@ def test_every_method_learns_and_goes_on(method: Any, settings: UpdateSettings) 
     states = [method] if method in ("elastic", "inflora", "sd-lora", "treelora") else []
     assert [file.stem for file in (settings.model / mine.place).glob("*.safetensors")] == states
     MoLoRAModel.from_pretrained(settings.model)
+
+
+def test_what_a_killed_update_left_of_a_text_is_taken_away(settings: UpdateSettings) -> None:
+    left = settings.model / Versions(settings.model, "domain", "math").place / WORK / "train.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text("zanzibar")
+    update(settings)
+    assert not left.parent.exists()
 
 
 def test_a_new_user_begins_with_an_update(settings: UpdateSettings) -> None:

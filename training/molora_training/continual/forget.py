@@ -7,7 +7,6 @@ never saw it.
 
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from molora_training.continual.update import (
     UpdateSettings,
     read_chats,
     training_settings,
+    working,
     write_chats,
 )
 
@@ -137,8 +137,8 @@ def _forget(
     base, served = str(saved.base), Path(saved.stack[settings.layer].adapters[settings.name])
     rest = memory.without(map(key, rows))
     first = versions.path(root)
-    with tempfile.TemporaryDirectory() as scratch:
-        work, made = Path(scratch), first
+    with working(settings.model / versions.place) as work:
+        made = first
         if rest.taught:
             write_chats(work / "train.jsonl", rest.taught, settings.name)
             write_chats(work / "validation.jsonl", rest.kept_apart or rest.taught, settings.name)

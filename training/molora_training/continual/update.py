@@ -9,7 +9,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from molora_training.data import Encoded, Example, encode_within, write_examples
 from molora_training.evaluate import losses
 
 MEMORY = "memory.jsonl"
+WORK = ".work"
 _LAYER = "update"
 
 
@@ -162,6 +164,19 @@ def update(settings: UpdateSettings, command: str | None = None) -> Updated:
         raise VersionError(f"Another update of {versions.label} is running.") from None
 
 
+@contextmanager
+def working(place: Path) -> Iterator[Path]:
+    """A folder beside an adapter's versions for what is learnt from, gone afterwards. What a killed call has left of it
+    goes before: in a place for all that is temporary, nobody would look after its text."""
+    work = place / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _check_name(settings: UpdateSettings, layer: StackLayer) -> None:
     """Raises VersionError: the adapter is not there, or is and was to be new."""
     there = settings.name in layer.adapters
@@ -209,8 +224,7 @@ def _update(
             f"update by. Of twenty or more that is about a fifth; one at least is needed, and one to learn."
         )
     replayed = [*memory.taught[: len(new)], *made_up(settings, base, served)]
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+    with working(settings.model / versions.place) as work:
         write_chats(work / "train.jsonl", [*new, *replayed], settings.name)
         write_chats(work / "validation.jsonl", [*apart, *memory.kept_apart], settings.name)
         state = settings.model / versions.place / f"{settings.method}.safetensors"
