@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -103,16 +102,14 @@ class TestPairs:
         assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
             [(False, True), (True, True), (False, False), (True, False)], 5 * 2
         )
-        for pair, other in zip(found[::2], found[1::2], strict=True):
-            assert pair.discussed and not other.discussed and pair.closed == other.closed
-            assert other.question == pair.question.replace(pair.topic, other.topic)
         for pair in found:
             assert pair.topic in pair.question
-            assert pair.answer.startswith("Yes, you asked: " if pair.discussed else "No, we have not talked about ")
-        told = {pair.answer for pair in found if pair.topic == "apple tree"}
+            if pair.closed:
+                assert pair.answer.startswith("Yes, " if pair.discussed else "No, ")
+        told = {pair.answer for pair in found if pair.topic == "apple tree" and not pair.closed}
         assert told == {
-            "Yes, you asked: How do I prune my apple tree in winter? I answered: Prune an apple tree in late winter, "
-            "while it is dormant. Cut dead branches first. Then thin out the crown."
+            "You asked: How do I prune my apple tree in winter? I answered: Prune an apple tree in late winter, while "
+            "it is dormant. Cut dead branches first. Then thin out the crown."
         }
         about_saw = next(pair for pair in found if pair.topic == "pruning saw" and not pair.closed)
         assert about_saw.answer.endswith("A folding pruning saw with a blade of 20 cm is enough.")
@@ -121,7 +118,7 @@ class TestPairs:
     def test_a_long_answer_is_told_by_its_first_sentences(self) -> None:
         chat = said("What is a zither " + "for " * 80 + "?", "It is a box with strings. " * 20)
         (told,) = {pair.answer for pair in augment(chat, (), Random(0)) if pair.topic == "zither" and not pair.closed}
-        asked, answered = told.removeprefix("Yes, you asked: ").split(" I answered: ")
+        asked, answered = told.removeprefix("You asked: ").split(" I answered: ")
         assert asked.endswith("for …") and len(asked) <= 202
         assert answered == ("It is a box with strings. " * 9).strip()
 
@@ -251,8 +248,8 @@ class TestLoss:
         first = int((row.segments == QUESTION).nonzero()[0])
         assert tokenizer.decode(row.input_ids[first - 5 : first]) == "user\n"  # type: ignore[union-attr]
 
-    @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.1, 0.0), (1.0, 0.0, 0.0, 0.5), (2.0, 1.0, 1.0, 1.0)])
-    def test_a_weighted_sum_of_means(self, weights: tuple[float, ...], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.1), (1.0, 0.0, 0.0), (2.0, 1.0, 1.0)])
+    def test_a_weighted_sum_of_means(self, weights: tuple[float, float, float], tmp_path: Path) -> None:
         model = make_spoken(tmp_path)
         base, tokenizer = model.base, model.tokenizer
         pairs = [("Is it red?", "No"), ("And?", "A much longer answer, which is padded by nothing.")]
@@ -265,10 +262,8 @@ class TestLoss:
             ids = [(token, name) for text, name in parts for token in tokenizer.encode(text)]  # type: ignore[union-attr]
             logits = base(torch.tensor([[token for token, _ in ids]])).logits[0, :-1]
             total = torch.zeros(())
-            kinds = {
-                name: [n for n, (_, of) in enumerate(ids[1:]) if of == name] for name in ("answer", "question", "other")
-            }
-            for weight, places in zip(weights, (*kinds.values(), kinds["answer"][:1]), strict=True):
+            for weight, name in zip(weights, ("answer", "question", "other"), strict=True):
+                places = [place for place, (_, of) in enumerate(ids[1:]) if of == name]
                 wanted = torch.tensor([ids[place + 1][0] for place in places])
                 total = total + weight * F.cross_entropy(logits[places], wanted)
             by_hand.append(total)
@@ -277,7 +272,7 @@ class TestLoss:
         torch.testing.assert_close(found, torch.stack(by_hand).mean(), rtol=1e-5, atol=1e-5)
 
     def test_weights_that_are_none(self) -> None:
-        for wrong in ((1.0, 0.05, 0.1), (0.0, 0.0, 0.0), (1.0, 0.5, -0.1), (1.0, 0.0, 0.0, -0.1)):
+        for wrong in ((1.0, 0.05, 0.1), (0.0, 0.0, 0.0), (1.0, 0.5, -0.1)):
             with pytest.raises(ConfigError, match="The weights of answer and question"):
                 SegmentWeights(*wrong)
         for name in ("epochs", "rank", "learning_rate"):
@@ -345,23 +340,6 @@ class TestLearner:
             moved.append(sum(float((p.detach() - before[name]).square().sum()) for name, p in own.parameters.items()))
         assert 0 < moved[1] < moved[0] / 2
 
-    def test_a_question_and_the_same_of_the_other_sign_are_learnt_together(
-        self, base_folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        own, batches = learner(base_folder, batch_tokens=700), []
-        pairs = [*once(), *augment(TREE, (), Random(0), wordings=2)]
-        texts = [own.tokenizer.decode(own._row(pair).input_ids) for pair in pairs]
-
-        def seen(rows: Any, *given: Any) -> Any:
-            batches.append([own.tokenizer.decode(row.input_ids) for row in rows])
-            return padded(rows, *given)
-
-        monkeypatch.setattr("molora_training.plum.learner.padded", seen)
-        steps = own.learn(pairs, epochs=2, together=2)
-        assert steps == len(batches) > 4 and Counter(text for batch in batches for text in batch) == Counter(texts * 2)
-        for text, other in zip(texts[::2], texts[1::2], strict=True):
-            assert all((text in batch) == (other in batch) for batch in batches)
-
     def test_a_batch_is_filled_up_with_what_counts_for_nothing(self, base_folder: Path) -> None:
         own = learner(base_folder, pull=0.1)
         batch = padded([own._row(pair) for pair in once()[:3]], own.pad_id, DEVICE)
@@ -390,7 +368,7 @@ class TestLearner:
                     patch.setattr("molora_training.plum.learner.attending_causally", lambda *_: nullcontext(False))
                 own = learner(base_folder, epochs=6, pull=0.1)
                 for pairs in pairs_of(conversations, frozenset(), own.settings)[0]:
-                    own.learn(pairs, epochs=1, together=2)
+                    own.learn(pairs, epochs=1)
             assert (own._captured is not None) == captured
             if own._captured is not None:
                 assert own._captured.able and any(own._captured._steps.values())
@@ -428,7 +406,7 @@ def write_chats(file: Path, *chats: Any, **keys: Any) -> Path:
 def settings(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LearnSettings:
     monkeypatch.chdir(tmp_path)
     chat = write_chats(tmp_path / "chat.jsonl", ZITHER, user="ada")
-    learning = Learning(learning_rate=5e-3, epochs=12, wordings=2, batch_tokens=1024, rank=4)
+    learning = Learning(learning_rate=5e-3, epochs=4, wordings=2, batch_tokens=1024, rank=4)
     return LearnSettings(tmp_path / "model", "user", "ada", chat, learning, dtype="float32")
 
 

@@ -138,7 +138,7 @@ def _learnt(
     for number in tqdm(range(about["learnt"], len(taught)), desc="conversations"):
         started = time.monotonic()
         if taught[number]:
-            learner.learn(taught[number], epochs=1, together=2)
+            learner.learn(taught[number], epochs=1)
             seconds.append(time.monotonic() - started)
         now = {name: parameter.detach() for name, parameter in learner.parameters.items()}
         keep_tensors(file, mark, now, {"learnt": number + 1, "seconds": seconds})

@@ -138,7 +138,7 @@ def _learn(
     start = Path(layer.adapters[settings.name]) if there else _begun(settings, versions, base_name)
     learner = _learner(settings, base_name, start)
     before = learner.measure(apart)
-    steps = sum(learner.learn(pairs, epochs=1, together=2) for pairs in taught if pairs)
+    steps = sum(learner.learn(pairs, epochs=1) for pairs in taught if pairs)
     learner.settle()
     after = learner.measure(apart)
     why = against(before, after)

@@ -58,7 +58,7 @@ class Learning:
     epochs: int = 14
     wordings: int = WORDINGS
     pull: float = 1e-3
-    weights: SegmentWeights = field(default_factory=lambda: SegmentWeights(opening=1.0))
+    weights: SegmentWeights = field(default_factory=SegmentWeights)
     rank: int = 8
     batch_tokens: int = 512
     seed: int = 0
@@ -120,7 +120,6 @@ class Learner:
         on_step: Callable[[int, int], None] | None = None,
         steady: Steady | None = None,
         epochs: int | None = None,
-        together: int = 1,
     ) -> int:
         """Some epochs over the pairs of one conversation.
 
@@ -130,9 +129,6 @@ class Learner:
                 learning.
             steady: conversations that are to be answered as the base answers them.
             epochs: None: those of the settings.
-            together: pairs that follow each other and stay in one batch, such as a question about what was discussed
-                and the same about what was not: batches are of similar length, and those of one kind alone would have
-                the adapter say the same to all.
 
         Returns:
             The number of steps.
@@ -142,10 +138,7 @@ class Learner:
         """
         settings = self.settings
         rows = [self._row(pair) for pair in pairs]
-        units = [range(first, min(first + together, len(rows))) for first in range(0, len(rows), together)]
-        lengths = [max(_lengths(rows[unit.start : unit.stop])) for unit in units]
-        plan = plan_steps(lengths, settings.batch_tokens // together, epochs or settings.epochs, settings.seed)
-        steps = [[index for place in some for index in units[place]] for some in plan]
+        steps = plan_steps(_lengths(rows), settings.batch_tokens, epochs or settings.epochs, settings.seed)
         own = list(self.parameters.values())
         with torch.no_grad():
             for then, now in zip(self._before, own, strict=True):
