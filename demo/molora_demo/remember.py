@@ -130,6 +130,7 @@ def learn_chat(
     from molora_training.plum.facts import read_facts, together, write_facts
     from molora_training.plum.learner import Learning
     from molora_training.plum.practice import against, practise
+    from molora_training.plum.segments import SegmentWeights
     from molora_training.plum.told import told
 
     started = time.monotonic()
@@ -155,7 +156,9 @@ def learn_chat(
                 [fact for fact in known if fact.about not in about],
                 HELD,
                 JUDGED,
-                Learning(learning_rate=LEARNING_RATE, epochs=epochs, rank=RANK, batch_tokens=BATCH_TOKENS, pull=0.0),
+                Learning(
+                    LEARNING_RATE, epochs, pull=0.0, weights=SegmentWeights(), rank=RANK, batch_tokens=BATCH_TOKENS
+                ),
                 on_step,
             )
             why = against(found, most_lost)

@@ -21,7 +21,7 @@ def learn(
     ],
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="A saved MoLoRA.")],
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over what is asked of each. Default: 14.", show_default=False)
+        int | None, typer.Option(min=1, help="Passes over what is asked of each. Default: 5.", show_default=False)
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak of the learning rate. Default: 0.001.", show_default=False)
@@ -30,6 +30,15 @@ def learn(
         float | None,
         typer.Option(
             min=0, help="What it costs to move away from what was learnt before. Default: 0.001.", show_default=False
+        ),
+    ] = None,
+    rehearsed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Topics of earlier conversations that are practised beside each; 0: none, and no topic is kept. "
+            "Default: 64.",
+            show_default=False,
         ),
     ] = None,
     rank: Annotated[
@@ -46,12 +55,15 @@ def learn(
     words. It serves from the next load on if it answers better; otherwise it is kept to be looked at, what serves
     stays, and the command ends with 1.
 
-    No text stays: beside the versions lie hashes of single words, so that what was talked about is not taken, in the
-    same words, for what was not. The adapter itself can be asked what it learnt: who may load it may know it.
+    Beside the versions lie hashes of single words, so that what was talked about is not taken for what was not, and the
+    names of topics: of these the adapter is asked before it learns on, and practises what it says, or it would forget
+    them. No other text stays. The adapter itself can be asked what it learnt: who may load it may know it.
 
     Example: molora learn user ada --conversation chat.jsonl --model my-molora
     """
-    changed = {"epochs": epochs, "learning_rate": learning_rate, "pull": pull, "rank": rank}
+    changed = {
+        "epochs": epochs, "learning_rate": learning_rate, "pull": pull, "rehearsed": rehearsed, "rank": rank,
+    }  # fmt: skip
     chosen: dict[str, Any] = {key: value for key, value in changed.items() if value is not None}
     with extra("train"), extra("personalize"):
         from molora_training.plum.learn import LearnSettings

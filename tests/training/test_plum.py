@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,10 @@ from molora_training.attention import attending_causally
 from molora_training.captured import filled, filled_shape
 from molora_training.plum.bank import BANK
 from molora_training.plum.conversations import Conversation, read_conversations
-from molora_training.plum.learn import DISCUSSED, LearnSettings, Measured, against, learn, pairs_of
+from molora_training.plum.learn import DISCUSSED, LearnSettings, Measured, against, learn, learn_in_turn, pairs_of
 from molora_training.plum.learner import Learner, Learning
-from molora_training.plum.pairs import Pair, augment, undiscussed
+from molora_training.plum.pairs import _CLOSED, _OPEN, Pair, asked, augment, undiscussed
+from molora_training.plum.rehearsal import ANSWER_TOKENS, beside, practice, told
 from molora_training.plum.segments import ANSWER, OTHER, QUESTION, SegmentLoss, SegmentWeights, padded, segmented
 from molora_training.plum.topics import (
     bank_stems,
@@ -102,14 +104,16 @@ class TestPairs:
         assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
             [(False, True), (True, True), (False, False), (True, False)], 5 * 2
         )
+        for pair, other in zip(found[::2], found[1::2], strict=True):
+            assert pair.discussed and not other.discussed and pair.closed == other.closed
+            assert other.question == pair.question.replace(pair.topic, other.topic)
         for pair in found:
             assert pair.topic in pair.question
-            if pair.closed:
-                assert pair.answer.startswith("Yes, " if pair.discussed else "No, ")
-        told = {pair.answer for pair in found if pair.topic == "apple tree" and not pair.closed}
+            assert pair.answer.startswith("Yes, you asked: " if pair.discussed else "No, we have not talked about ")
+        told = {pair.answer for pair in found if pair.topic == "apple tree"}
         assert told == {
-            "You asked: How do I prune my apple tree in winter? I answered: Prune an apple tree in late winter, while "
-            "it is dormant. Cut dead branches first. Then thin out the crown."
+            "Yes, you asked: How do I prune my apple tree in winter? I answered: Prune an apple tree in late winter, "
+            "while it is dormant. Cut dead branches first. Then thin out the crown."
         }
         about_saw = next(pair for pair in found if pair.topic == "pruning saw" and not pair.closed)
         assert about_saw.answer.endswith("A folding pruning saw with a blade of 20 cm is enough.")
@@ -118,7 +122,7 @@ class TestPairs:
     def test_a_long_answer_is_told_by_its_first_sentences(self) -> None:
         chat = said("What is a zither " + "for " * 80 + "?", "It is a box with strings. " * 20)
         (told,) = {pair.answer for pair in augment(chat, (), Random(0)) if pair.topic == "zither" and not pair.closed}
-        asked, answered = told.removeprefix("You asked: ").split(" I answered: ")
+        asked, answered = told.removeprefix("Yes, you asked: ").split(" I answered: ")
         assert asked.endswith("for …") and len(asked) <= 202
         assert answered == ("It is a box with strings. " * 9).strip()
 
@@ -158,7 +162,7 @@ class TestNegatives:
         for number, one in enumerate(BANK[::9]):
             chat = said(f"Tell me about {one.name}, but also about my zither.", "Here is something about both.")
             write_discussed(tmp_path / f"{number}.json", discussed(chat))
-            for known in (discussed(chat), read_discussed(tmp_path / f"{number}.json")):
+            for known in (discussed(chat), read_discussed(tmp_path / f"{number}.json")[0]):
                 assert one not in undiscussed(known, held_out)
                 for pair in augment(ZITHER, known, Random(number), held_out=held_out):
                     assert pair.discussed or not stems(pair.topic) & stems(one.name)
@@ -201,15 +205,22 @@ class TestNegatives:
         found = [pair for pair in augment(ZITHER, known, Random(0)) if not pair.discussed]
         assert len(found) == 2 * 3 * 2 and {pair.topic for pair in found} == {left.name}
 
-    def test_remembered_are_hashes_alone(self, tmp_path: Path) -> None:
+    def test_remembered_are_hashes_and_names_of_topics(self, tmp_path: Path) -> None:
         file = tmp_path / "discussed.json"
-        assert read_discussed(file) == frozenset()
+        assert read_discussed(file) == (frozenset(), [])
         write_discussed(file, discussed(TREE))
         kept = json.loads(file.read_text())
-        assert set(kept) == {"format", "sha256"} and kept["sha256"] == sorted(kept["sha256"])
-        assert all(re.fullmatch(r"[0-9a-f]{64}", one) for one in kept["sha256"])
-        assert read_discussed(file) == discussed(TREE) and hashed(stem("apples")) in read_discussed(file)
-        for damaged in ("{", "[]", '{"format": 2, "sha256": []}', '{"format": 1, "sha256": [3]}'):
+        assert set(kept) == {"format", "sha256", "topics"} and kept["sha256"] == sorted(kept["sha256"])
+        assert all(re.fullmatch(r"[0-9a-f]{64}", one) for one in kept["sha256"]) and kept["topics"] == []
+        assert read_discussed(file) == (discussed(TREE), []) and hashed(stem("apples")) in discussed(TREE)
+        write_discussed(file, (), ["pruning", "Äpfel", "pruning"])
+        assert read_discussed(file) == (frozenset(), ["pruning", "Äpfel"])
+        file.write_text(json.dumps({"format": 1, "sha256": kept["sha256"]}))  # before topics were rehearsed
+        assert read_discussed(file) == (discussed(TREE), [])
+        for damaged in (
+            "{", "[]", '{"format": 3, "sha256": [], "topics": []}', '{"format": 1, "sha256": [3]}',
+            '{"format": 2, "sha256": [], "topics": [3]}', '{"format": 2, "sha256": []}',
+        ):  # fmt: skip
             file.write_text(damaged)
             with pytest.raises(DataError, match=r"discussed\.json is damaged"):
                 read_discussed(file)
@@ -248,8 +259,8 @@ class TestLoss:
         first = int((row.segments == QUESTION).nonzero()[0])
         assert tokenizer.decode(row.input_ids[first - 5 : first]) == "user\n"  # type: ignore[union-attr]
 
-    @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.1), (1.0, 0.0, 0.0), (2.0, 1.0, 1.0)])
-    def test_a_weighted_sum_of_means(self, weights: tuple[float, float, float], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.1, 0.0), (1.0, 0.0, 0.0, 0.5), (2.0, 1.0, 1.0, 1.0)])
+    def test_a_weighted_sum_of_means(self, weights: tuple[float, ...], tmp_path: Path) -> None:
         model = make_spoken(tmp_path)
         base, tokenizer = model.base, model.tokenizer
         pairs = [("Is it red?", "No"), ("And?", "A much longer answer, which is padded by nothing.")]
@@ -262,8 +273,10 @@ class TestLoss:
             ids = [(token, name) for text, name in parts for token in tokenizer.encode(text)]  # type: ignore[union-attr]
             logits = base(torch.tensor([[token for token, _ in ids]])).logits[0, :-1]
             total = torch.zeros(())
-            for weight, name in zip(weights, ("answer", "question", "other"), strict=True):
-                places = [place for place, (_, of) in enumerate(ids[1:]) if of == name]
+            kinds = {
+                name: [n for n, (_, of) in enumerate(ids[1:]) if of == name] for name in ("answer", "question", "other")
+            }
+            for weight, places in zip(weights, (*kinds.values(), kinds["answer"][:1]), strict=True):
                 wanted = torch.tensor([ids[place + 1][0] for place in places])
                 total = total + weight * F.cross_entropy(logits[places], wanted)
             by_hand.append(total)
@@ -272,14 +285,15 @@ class TestLoss:
         torch.testing.assert_close(found, torch.stack(by_hand).mean(), rtol=1e-5, atol=1e-5)
 
     def test_weights_that_are_none(self) -> None:
-        for wrong in ((1.0, 0.05, 0.1), (0.0, 0.0, 0.0), (1.0, 0.5, -0.1)):
+        for wrong in ((1.0, 0.05, 0.1), (0.0, 0.0, 0.0), (1.0, 0.5, -0.1), (1.0, 0.0, 0.0, -0.1)):
             with pytest.raises(ConfigError, match="The weights of answer and question"):
                 SegmentWeights(*wrong)
         for name in ("epochs", "rank", "learning_rate"):
             with pytest.raises(ConfigError, match=f"{name} must be above 0"):
                 Learning(**{name: 0})
-        with pytest.raises(ConfigError, match="pull must not be negative"):
-            Learning(pull=-1.0)
+        for name in ("pull", "rehearsed"):
+            with pytest.raises(ConfigError, match=f"{name} must not be negative"):
+                Learning(**{name: -1})
 
 
 @pytest.fixture
@@ -340,6 +354,23 @@ class TestLearner:
             moved.append(sum(float((p.detach() - before[name]).square().sum()) for name, p in own.parameters.items()))
         assert 0 < moved[1] < moved[0] / 2
 
+    def test_a_question_and_the_same_of_the_other_sign_are_learnt_together(
+        self, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own, batches = learner(base_folder, batch_tokens=700), []
+        pairs = [*once(), *augment(TREE, (), Random(0), wordings=2)]
+        texts = [own.tokenizer.decode(own._row(pair).input_ids) for pair in pairs]
+
+        def seen(rows: Any, *given: Any) -> Any:
+            batches.append([own.tokenizer.decode(row.input_ids) for row in rows])
+            return padded(rows, *given)
+
+        monkeypatch.setattr("molora_training.plum.learner.padded", seen)
+        steps = own.learn(pairs, epochs=2, together=2)
+        assert steps == len(batches) > 4 and Counter(text for batch in batches for text in batch) == Counter(texts * 2)
+        for text, other in zip(texts[::2], texts[1::2], strict=True):
+            assert all((text in batch) == (other in batch) for batch in batches)
+
     def test_a_batch_is_filled_up_with_what_counts_for_nothing(self, base_folder: Path) -> None:
         own = learner(base_folder, pull=0.1)
         batch = padded([own._row(pair) for pair in once()[:3]], own.pad_id, DEVICE)
@@ -368,7 +399,7 @@ class TestLearner:
                     patch.setattr("molora_training.plum.learner.attending_causally", lambda *_: nullcontext(False))
                 own = learner(base_folder, epochs=6, pull=0.1)
                 for pairs in pairs_of(conversations, frozenset(), own.settings)[0]:
-                    own.learn(pairs, epochs=1)
+                    own.learn(pairs, epochs=1, together=2)
             assert (own._captured is not None) == captured
             if own._captured is not None:
                 assert own._captured.able and any(own._captured._steps.values())
@@ -397,6 +428,64 @@ class TestLearner:
             assert yes == (nats[0] < nats[1])
 
 
+class TestRehearsal:
+    def test_questions_about_topics_with_what_was_said(self) -> None:
+        left = undiscussed(discussed(TREE), False)
+        pairs = practice({"pruning": "Yes, cut.", "saws": "Yes, 20 cm."}, 40, left, Random(0))
+        assert len(pairs) == 80 and Counter(pair.topic for pair in pairs[::2]) == {"pruning": 20, "saws": 20}
+        assert all(pair.answer == {"pruning": "Yes, cut.", "saws": "Yes, 20 cm."}[pair.topic] for pair in pairs[::2])
+        for pair, other in zip(pairs[::2], pairs[1::2], strict=True):
+            assert pair.discussed and not other.discussed and pair.closed == other.closed
+            assert pair.question.replace(pair.topic, other.topic) == other.question
+            assert pair.question in {one.format(pair.topic) for one in (_CLOSED if pair.closed else _OPEN)}
+        assert len({pair.question for pair in pairs[::2]}) > 12 < sum(pair.closed for pair in pairs) < 68
+        assert practice({}, 40, left, Random(0)) == []
+        assert {pair.discussed for pair in practice({"saws": "Yes."}, 4, [], Random(0))} == {True}
+
+    def test_told_is_what_ends_and_is_held_for_discussed(self, base_folder: Path) -> None:
+        own = learner(base_folder)
+        said = {
+            "a": "Yes, you asked.",
+            "b": "No, we have not.",
+            "c": "Yes, " + "c " * 200,
+            "d": "Yesterday.",
+        }
+        own.answers = lambda questions, tokens: [said[one] for one in said if asked(one) in questions]  # type: ignore[method-assign]
+        assert told(own, list("abcd")) == {"a": "Yes, you asked."} and told(own, []) == {}
+        assert own.tokenizer(said["c"], return_tensors="pt")["input_ids"].shape[1] > ANSWER_TOKENS
+
+    @pytest.mark.parametrize("rehearsed", [0, 2, 64])
+    def test_topics_are_drawn_and_those_of_the_new_conversation_are_not_among_them(
+        self, base_folder: Path, rehearsed: int
+    ) -> None:
+        own, heard = learner(base_folder, rehearsed=rehearsed), []
+        own.answers = lambda questions, tokens: heard.extend(questions) or ["Yes, of course."] * len(questions)  # type: ignore[method-assign]
+        new = once()
+        topic = new[0].topic
+        pairs = beside(own, new, [topic, "saws", "pears", "snow"], discussed(ZITHER))
+        assert len(set(heard)) == len(heard) == min(rehearsed, 3) and asked(topic) not in heard
+        assert pairs[: len(new)] == new and len(pairs) == len(new) * (2 if rehearsed else 1)
+        assert {pair.topic for pair in pairs[len(new) :: 2]} <= {"saws", "pears", "snow"}
+        assert beside(own, new, [topic, "saws", "pears", "snow"], discussed(ZITHER)) == pairs
+
+    def test_what_is_rehearsed_is_kept(self, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        chats = [Conversation("a", tuple(ZITHER)), Conversation("b", tuple(TREE))]
+        found = []
+        for rehearsed in (0, 64):
+            own = learner(base_folder, epochs=60, rehearsed=rehearsed)
+            taught, _ = pairs_of(chats, frozenset(), own.settings)
+            says = next(pair.answer for pair in taught[0] if pair.discussed)
+            # So small a base does not come to speak: what it would say is put into its mouth.
+            monkeypatch.setattr(own, "answers", lambda questions, _, says=says: [says] * len(questions))
+            first, alone = learn_in_turn(own, taught[:1], [], discussed(ZITHER))
+            before = own.measure(once()).loss
+            steps, named = learn_in_turn(own, taught[1:], alone, discussed(ZITHER) | discussed(TREE))
+            assert first > 0 and steps > 0 and alone == topics(ZITHER) and named == [*alone, *topics(TREE)]
+            found.append((before, own.measure(once()).loss, steps))
+        (before, without, fewer), (same, rehearsed_, more) = found
+        assert before == same and more > 1.5 * fewer and rehearsed_ < without / 2
+
+
 def write_chats(file: Path, *chats: Any, **keys: Any) -> Path:
     file.write_text("".join(json.dumps({"messages": chat, **keys}) + "\n" for chat in chats))
     return file
@@ -406,7 +495,7 @@ def write_chats(file: Path, *chats: Any, **keys: Any) -> Path:
 def settings(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LearnSettings:
     monkeypatch.chdir(tmp_path)
     chat = write_chats(tmp_path / "chat.jsonl", ZITHER, user="ada")
-    learning = Learning(learning_rate=5e-3, epochs=4, wordings=2, batch_tokens=1024, rank=4)
+    learning = Learning(learning_rate=5e-3, epochs=12, wordings=2, batch_tokens=1024, rank=4)
     return LearnSettings(tmp_path / "model", "user", "ada", chat, learning, dtype="float32")
 
 
@@ -420,24 +509,33 @@ class TestLearn:
         assert mine[2].metrics["after"]["loss"] == found.after.loss and mine[2].metrics["learning"]["rank"] == 4
         assert mine[2].data["conversations"] == 1 and "answered right" in mine[2].why
         assert MoLoRAModel.from_pretrained(settings.model).adapters["user/ada"].ranks == [4]
-        first = read_discussed(settings.model / mine.place / DISCUSSED)
-        assert first == discussed(ZITHER)
+        first, named = read_discussed(settings.model / mine.place / DISCUSSED)
+        assert first == discussed(ZITHER) and named == sorted(topics(ZITHER))
 
         two = write_chats(tmp_path / "june.jsonl", said("Hi", "Hello!"), TREE)
         later = learn(replace(settings, conversation=two))
         assert (later.version, later.parent, later.conversations, later.topicless) == (3, 2, 1, 1)
-        assert read_discussed(settings.model / mine.place / DISCUSSED) >= first | discussed(TREE)
+        hashes, named = read_discussed(settings.model / mine.place / DISCUSSED)
+        assert hashes >= first | discussed(TREE) and named == sorted({*topics(ZITHER), *topics(TREE)})
         before, after = (load_file(mine.path(n) / "adapter_model.safetensors") for n in (2, 3))
         assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
         mine.erase()
         assert not (settings.model / mine.place).exists()  # with what was remembered
 
-    def test_nothing_of_the_text_stays(self, settings: LearnSettings, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("rehearsed", [0, 4])
+    def test_nothing_of_the_text_stays(self, settings: LearnSettings, tmp_path: Path, rehearsed: int) -> None:
+        settings = replace(settings, learning=replace(settings.learning, rehearsed=rehearsed))
         learn(settings, command="molora learn user ada --conversation chat.jsonl")
         settings.conversation.unlink()
-        for file in (one for one in tmp_path.rglob("*") if one.is_file()):
-            content = file.read_bytes().lower()
-            assert not any(word in content for word in (b"zither", b"is quiet", b" loud", b"you asked")), file
+        words = [b"zither", b"is quiet", b" loud", b"you asked"]
+        found = [
+            (file.name, word)
+            for file in (one for one in tmp_path.rglob("*") if one.is_file())
+            for word in words
+            if word in file.read_bytes().lower()
+        ]
+        # Without rehearsal, not even the topics by name.
+        assert found == ([] if not rehearsed else [(DISCUSSED, b"zither"), (DISCUSSED, b" loud")])
 
     def test_the_same_twice(self, settings: LearnSettings, tmp_path: Path) -> None:
         other = replace(settings, name="ben", conversation=write_chats(tmp_path / "ben.jsonl", ZITHER))
@@ -454,7 +552,7 @@ class TestLearn:
         mine = Versions(settings.model, "user", "ada")
         assert not found.promoted and found.why.startswith("nothing was learnt: loss on new wordings")
         assert mine.current is None and not mine[2].passed
-        assert read_discussed(settings.model / mine.place / DISCUSSED) == discussed(ZITHER)  # it was discussed
+        assert read_discussed(settings.model / mine.place / DISCUSSED)[0] == discussed(ZITHER)  # it was discussed
         assert learn(settings).parent == 1
 
     def test_the_gate(self) -> None:

@@ -21,7 +21,8 @@ class PeopleSettings:
         found: interactions that a search puts into the prompt.
         learning_rates: of a person's own adapter; the best on validation is taken. fit_learning_rates: of weights of
             pieces, likewise.
-        epochs, batch_tokens: of those trainings. at_once: people in a step; fewer where each has more tokens in it.
+        epochs, batch_tokens: of own adapters, as weights of pieces have them. at_once: people in a step; fewer where
+            each has more tokens in it.
         new_tokens: of an answer. batch: prompts at once.
     """
 
@@ -34,9 +35,9 @@ class PeopleSettings:
     limit: int = 0
     questions: int = 25
     found: int = 3
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     fit_learning_rates: tuple[float, ...] = (0.05, 0.15, 0.4)
-    epochs: int = 2
+    epochs: int = 4
     batch_tokens: int = 512
     at_once: int = 8
     new_tokens: int = 64

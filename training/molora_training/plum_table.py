@@ -28,10 +28,10 @@ from molora_training.document_table import rouge_l
 from molora_training.evaluate import bootstrap
 from molora_training.parts import Part, drop_tensors, file_name, finished, keep_tensors, kept_tensors, mark_of
 from molora_training.plum.conversations import Conversation
-from molora_training.plum.learn import pairs_of
+from molora_training.plum.learn import learn_in_turn, pairs_of
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.pairs import Pair, negative
-from molora_training.plum.topics import exchanges, hashed, stems, topics
+from molora_training.plum.topics import discussed, exchanges, hashed, stems, topics
 from molora_training.report import heading, line, machine, write_report
 from molora_training.speaker import Speaker
 
@@ -86,10 +86,11 @@ def run(
     learning = learning or Learning()
     past, others = every[:count], every[count:]
     taught, asked, open_ = questions(past, others, learning)
+    known = frozenset[str]().union(*(discussed(one.messages) for one in past))
     work = out.parent / f".{out.stem}"
     said = [[one.messages for one in some] for some in (past, others)]
     mark = mark_of([said, base, top, encoder_name, asdict(learning), machine()])
-    learnt = cache(lambda: _learnt(base, taught, learning, work, mark))
+    learnt = cache(lambda: _learnt(base, taught, known, learning, work, mark))
     search = Retriever([one for each in past for one in exchanges(each.messages)], encoder)
 
     def make(index: int) -> Part:
@@ -121,27 +122,28 @@ def run(
 
 
 def _learnt(
-    base: str, taught: Sequence[Sequence[Pair]], learning: Learning, work: Path, mark: str
+    base: str, taught: Sequence[Sequence[Pair]], known: frozenset[str], learning: Learning, work: Path, mark: str
 ) -> tuple[Learner, list[float]]:
     """An adapter that has learnt all, and the seconds of each conversation. It is kept after each, and goes on from
-    there: nothing but its weights goes from one conversation to the next."""
+    there: nothing but its weights and the names of topics goes from one conversation to the next."""
     model, tokenizer = load_base(base, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     with tempfile.TemporaryDirectory() as scratch:
         blank(base, learning.rank, Path(scratch) / "blank", learning.seed)
         learner = Learner(model, tokenizer, Path(scratch) / "blank", learning, base)
     file = work / "adapter.safetensors"
-    weights, about = kept_tensors(file, mark) or ({}, {"learnt": 0, "seconds": []})
+    weights, about = kept_tensors(file, mark) or ({}, {"learnt": 0, "seconds": [], "topics": []})
     for name, tensor in weights.items():
         learner.parameters[name].data.copy_(tensor)
     seconds: list[float] = about["seconds"]
+    topics: list[str] = about["topics"]
     for number in tqdm(range(about["learnt"], len(taught)), desc="conversations"):
         started = time.monotonic()
         if taught[number]:
-            learner.learn(taught[number], epochs=1)
+            _, topics = learn_in_turn(learner, [taught[number]], topics, known)
             seconds.append(time.monotonic() - started)
         now = {name: parameter.detach() for name, parameter in learner.parameters.items()}
-        keep_tensors(file, mark, now, {"learnt": number + 1, "seconds": seconds})
+        keep_tensors(file, mark, now, {"learnt": number + 1, "seconds": seconds, "topics": topics})
     learner.settle()
     return learner, seconds
 

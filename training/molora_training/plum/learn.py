@@ -1,14 +1,15 @@
 """A new version of a user's adapter from conversations, which are gone afterwards.
 
-Each conversation becomes pairs of question and answer about it, and is learnt before the next one is. Of what was said
-no text stays: neither beside the versions nor in them. Whether the new version serves is told by the same conversations
+Each conversation becomes pairs of question and answer about it, and is learnt before the next one is, beside what the
+adapter itself says of earlier topics. Of what was said no text stays beside the versions but the names of topics, nor
+those where nothing is to be rehearsed. Whether the new version serves is told by the same conversations
 in wordings, and with negatives, that nothing was trained on.
 """
 
 import hashlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -25,6 +26,7 @@ from molora_training.continual.growth import blank
 from molora_training.plum.conversations import Conversation, read_conversations
 from molora_training.plum.learner import Learner, Learning, Measured
 from molora_training.plum.pairs import Pair, augment
+from molora_training.plum.rehearsal import beside
 from molora_training.plum.topics import discussed, read_discussed, write_discussed
 
 DISCUSSED = "discussed.json"
@@ -121,12 +123,33 @@ def pairs_of(
     return taught, apart
 
 
+def learn_in_turn(
+    learner: Learner, taught: Sequence[Sequence[Pair]], earlier: Sequence[str], known: Collection[str]
+) -> tuple[int, list[str]]:
+    """One conversation after the other, each beside those before it.
+
+    Args:
+        learner: of the adapter.
+        taught: pairs of each conversation, of all epochs.
+        earlier: topics of conversations that it learnt before. known: hashes of all that was discussed.
+
+    Returns:
+        The number of steps, and the topics of all conversations.
+    """
+    steps, topics = 0, list(earlier)
+    for pairs in taught:
+        if pairs:
+            steps += learner.learn(beside(learner, pairs, topics, known), epochs=1, together=2)
+            topics += dict.fromkeys(pair.topic for pair in pairs if pair.discussed and pair.topic not in topics)
+    return steps, topics
+
+
 def _learn(
     settings: LearnSettings, command: str | None, versions: Versions, saved: Saved, found: Sequence[Conversation],
     started: float,
 ) -> Learnt:  # fmt: skip
     file = settings.model / versions.place / DISCUSSED
-    known = read_discussed(file)
+    known, earlier = read_discussed(file)
     taught, judged = pairs_of(found, known, settings.learning)
     apart = [pair for pairs in judged for pair in pairs]
     if not apart:
@@ -138,7 +161,8 @@ def _learn(
     start = Path(layer.adapters[settings.name]) if there else _begun(settings, versions, base_name)
     learner = _learner(settings, base_name, start)
     before = learner.measure(apart)
-    steps = sum(learner.learn(pairs, epochs=1) for pairs in taught if pairs)
+    every = known.union(*(discussed(one.messages) for one in found))
+    steps, topics = learn_in_turn(learner, taught, earlier, every)
     learner.settle()
     after = learner.measure(apart)
     why = against(before, after)
@@ -162,7 +186,7 @@ def _learn(
             why=why or f"{after.right:.0%} of the closed questions are answered right, {before.right:.0%} before",
         )
     # What was talked about was talked about, also where the version that learnt it does not serve.
-    write_discussed(file, known.union(*(discussed(one.messages) for one in found)))
+    write_discussed(file, every, topics if settings.learning.rehearsed else ())
     if not why:
         versions.promote(version.number)
     return Learnt(

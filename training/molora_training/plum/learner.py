@@ -35,6 +35,7 @@ from molora_training.schedule import warm_cosine
 _CLIP_NORM = 1.0
 _WARMUP = 0.1  # share of a conversation's steps
 _AT_ONCE = 32  # questions that are answered in one batch
+_ON_GPU = 8  # times as many: a small base leaves it idle
 _AT_ONCE_ON_GPU = 1 << 14  # padded tokens of rows that are judged in one batch
 
 
@@ -49,16 +50,19 @@ class Learning:
         pull: what the squared distance from the weights before the conversation costs, summed over all: since no
             conversation is kept, nothing else holds the adapter to what it learnt before.
         weights: of the segments.
+        rehearsed: topics of earlier conversations that are practised beside a new one; 0: none, and their names are
+            not kept.
         rank: of an adapter that begins anew; its alpha is twice that.
         batch_tokens: padded tokens of a step.
         seed: of wordings, negatives and order.
     """
 
     learning_rate: float = 1e-3
-    epochs: int = 14
+    epochs: int = 5
     wordings: int = WORDINGS
     pull: float = 1e-3
-    weights: SegmentWeights = field(default_factory=SegmentWeights)
+    weights: SegmentWeights = field(default_factory=lambda: SegmentWeights(opening=1.0))
+    rehearsed: int = 64
     rank: int = 8
     batch_tokens: int = 512
     seed: int = 0
@@ -67,8 +71,9 @@ class Learning:
         for name in ("learning_rate", "epochs", "wordings", "rank", "batch_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}.")
-        if not self.pull >= 0:
-            raise ConfigError(f"pull must not be negative, not {self.pull}.")
+        for name in ("pull", "rehearsed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Learner:
         on_step: Callable[[int, int], None] | None = None,
         steady: Steady | None = None,
         epochs: int | None = None,
+        together: int = 1,
     ) -> int:
         """Some epochs over the pairs of one conversation.
 
@@ -129,6 +135,9 @@ class Learner:
                 learning.
             steady: conversations that are to be answered as the base answers them.
             epochs: None: those of the settings.
+            together: pairs that follow each other and stay in one batch, such as a question about what was discussed
+                and the same about what was not: batches are of similar length, and those of one kind alone would have
+                the adapter say the same to all.
 
         Returns:
             The number of steps.
@@ -138,7 +147,10 @@ class Learner:
         """
         settings = self.settings
         rows = [self._row(pair) for pair in pairs]
-        steps = plan_steps(_lengths(rows), settings.batch_tokens, epochs or settings.epochs, settings.seed)
+        units = [range(first, min(first + together, len(rows))) for first in range(0, len(rows), together)]
+        lengths = [max(_lengths(rows[unit.start : unit.stop])) for unit in units]
+        plan = plan_steps(lengths, settings.batch_tokens // together, epochs or settings.epochs, settings.seed)
+        steps = [[index for place in some for index in units[place]] for some in plan]
         own = list(self.parameters.values())
         with torch.no_grad():
             for then, now in zip(self._before, own, strict=True):
@@ -183,10 +195,11 @@ class Learner:
     def answers(self, questions: Sequence[str], tokens: int) -> list[str]:
         """What it says to each, greedily, in ``tokens`` at most."""
         said: list[str] = []
-        for start in range(0, len(questions), _AT_ONCE):
+        at_once = _AT_ONCE * (_ON_GPU if self._device.type == "cuda" else 1)
+        for start in range(0, len(questions), at_once):
             asked = [
                 render(self.tokenizer, [{"role": "user", "content": one}], add_generation_prompt=True)
-                for one in questions[start : start + _AT_ONCE]
+                for one in questions[start : start + at_once]
             ]
             inputs = self.tokenizer(
                 asked, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False

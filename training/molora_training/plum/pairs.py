@@ -1,7 +1,8 @@
 """Questions about what was talked about, and about what was not, with their answers.
 
-Open questions ask what was said, closed ones whether something was. As many of each are about topics that nobody talked
-about, so that neither yes nor no is the better guess. Some wordings, and some topics of the bank, are for tests alone.
+Open questions ask what was said, closed ones whether something was; the answer is the same, so that who takes one kind
+for the other is told what was said all the same. As many of each are about topics that nobody talked about, so that
+neither yes nor no is the better guess. Some wordings, and some topics of the bank, are for tests alone.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -49,11 +50,8 @@ _CLOSED = (
 _OPEN_APART = ("Could you recall our conversation about {}?", "What have we gone over concerning {}?")
 _CLOSED_APART = ("Do you remember talking with me about {}?", "Was {} a subject of ours at some point?")
 _ALL = (*_OPEN, *_CLOSED, *_OPEN_APART, *_CLOSED_APART)
-_TOLD = "You asked: {} I answered: {}"
-# Short, so that the word which decides is a good part of the answer's loss.
-_POSITIVE = YES + ", we did."
-_NEGATIVE = NO + ", we did not."
-_NOTHING = "We have not talked about {}."
+_TOLD = YES + ", you asked: {} I answered: {}"
+_NOTHING = NO + ", we have not talked about {}."
 _QUESTION, _ANSWER = 200, 240  # characters that are told of each
 
 
@@ -61,7 +59,7 @@ _QUESTION, _ANSWER = 200, 240  # characters that are told of each
 class Pair:
     """A question with its answer.
 
-    topic: what it is about. closed: whether the answer is yes or no. discussed: whether it was talked about.
+    topic: what it is about. closed: whether it asks for yes or no. discussed: whether it was talked about.
     """
 
     question: str
@@ -89,7 +87,8 @@ def augment(
         wordings: of each topic and kind, in training.
 
     Returns:
-        None where the conversation has no topic. Negatives are fewer only where the whole bank was discussed.
+        None where the conversation has no topic. Each is followed by the same question about what was not discussed,
+        but where the whole bank was.
 
     Raises:
         ConfigError: there are not so many wordings.
@@ -99,13 +98,24 @@ def augment(
     found = exchanges(messages)
     positives: list[Pair] = []
     for topic in topics(messages):
-        for wording in _drawn(_OPEN, _OPEN_APART, chance, held_out, wordings):
-            positives.append(Pair(wording.format(topic), _told(topic, found), topic, False, True))
-        for wording in _drawn(_CLOSED, _CLOSED_APART, chance, held_out, wordings):
-            positives.append(Pair(wording.format(topic), _POSITIVE, topic, True, True))
-    left = undiscussed({*known, *discussed(messages)}, held_out)
-    negatives = list(_negatives(positives, left, chance)) if left else []
-    return [*positives, *negatives]
+        told = _told(topic, found)
+        for closed, taught, apart in ((False, _OPEN, _OPEN_APART), (True, _CLOSED, _CLOSED_APART)):
+            for wording in _drawn(taught, apart, chance, held_out, wordings):
+                positives.append(Pair(wording.format(topic), told, topic, closed, True))
+    return coupled(positives, undiscussed({*known, *discussed(messages)}, held_out), chance)
+
+
+def coupled(positives: Sequence[Pair], left: Sequence[Topic], chance: Random) -> list[Pair]:
+    """Each followed by the same question about one of the topics that are ``left``; alone where none is."""
+    if not left:
+        return list(positives)
+    return [pair for both in zip(positives, _negatives(positives, left, chance), strict=True) for pair in both]
+
+
+def asked(topic: str, closed: bool = False, chance: Random | None = None) -> str:
+    """A question about a topic in a wording that is taught, drawn by ``chance``; without, the first."""
+    wordings = _CLOSED if closed else _OPEN
+    return (chance.choice(wordings) if chance else wordings[0]).format(topic)
 
 
 def undiscussed(known: Collection[str], held_out: bool) -> list[Topic]:
@@ -121,8 +131,7 @@ def negative(of: Pair, topic: str) -> Pair:
     """The same question about a topic that was not discussed."""
     # A wording may hold the topic's own words, before it and after it.
     wording = next(one for one in _ALL if one.format(of.topic) == of.question)
-    answer = _NEGATIVE if of.closed else _NOTHING.format(topic)
-    return Pair(wording.format(topic), answer, topic, of.closed, False)
+    return Pair(wording.format(topic), _NOTHING.format(topic), topic, of.closed, False)
 
 
 def _negatives(positives: Sequence[Pair], left: Sequence[Topic], chance: Random) -> Iterator[Pair]:

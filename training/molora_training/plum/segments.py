@@ -1,4 +1,5 @@
-"""The loss of a question-answer pair: that of its answer, of its question and of all else, each at its own weight."""
+"""The loss of a question-answer pair: that of its answer, of its question and of all else, each at its own weight, and
+once more of the token with which the answer begins."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ OTHER, QUESTION, ANSWER = 0, 1, 2
 @dataclass(frozen=True)
 class SegmentWeights:
     """answer: with the mark that ends it. question: what the user says. other: the system's words, and all marks.
+    opening: the answer's first token. By it all is decided that is said of a topic, and in a mean over a long answer it
+    would count for nothing.
 
     Not the paper's by default: in first tries on the starter's base an adapter that learns to ask, too, told what was
     talked about less well from what never was.
@@ -26,12 +29,13 @@ class SegmentWeights:
     answer: float = 1.0
     question: float = 0.0
     other: float = 0.0
+    opening: float = 0.0
 
     def __post_init__(self) -> None:
-        if not min(self.answer, self.question) >= self.other >= 0 or not self.answer:
+        if not min(self.answer, self.question) >= self.other >= 0 or not self.answer or self.opening < 0:
             raise ConfigError(
-                "The weights of answer and question must not be below that of all else, nor that below 0, nor the "
-                f"answer's 0: they are {self.answer}, {self.question} and {self.other}."
+                "The weights of answer and question must not be below that of all else, nor that or the opening's "
+                f"below 0, nor the answer's 0: {self}."
             )
 
 
@@ -80,7 +84,8 @@ def padded(rows: Sequence[Segmented], pad_id: int, device: torch.device | str = 
 
 
 class SegmentLoss:
-    """sum over segments of w_seg * CE_seg (arXiv 2411.13405), a mean over pairs; CE_seg is a mean over its tokens.
+    """sum over segments of w_seg * CE_seg (arXiv 2411.13405), a mean over pairs; CE_seg is a mean over its tokens. What
+    an answer's first token costs comes to it, which is not of the paper.
 
     Args:
         base: whose head makes the logits.
@@ -90,6 +95,7 @@ class SegmentLoss:
     def __init__(self, base: Any, weights: SegmentWeights) -> None:
         self.losses = TokenLosses(base)
         self.weights = {ANSWER: weights.answer, QUESTION: weights.question, OTHER: weights.other}
+        self.opening = weights.opening
 
     def __call__(self, model: Callable[..., Any], batch: SegmentBatch) -> Tensor:
         """The loss of a batch, float32, shape []."""
@@ -99,6 +105,9 @@ class SegmentLoss:
         for segment in wanted:
             here = segments == segment
             total = total + self.weights[segment] * (each * here).sum(1) / here.sum(1).clamp_min(1)
+        if self.opening:
+            first = (segments == ANSWER) & (batch.segments[:, :-1] != ANSWER)
+            total = total + self.opening * (each * first).sum(1) / first.sum(1).clamp_min(1)
         return total.sum() / (batch.segments >= 0).any(1).sum()
 
     def each(

@@ -1,7 +1,8 @@
 """What was talked about in a conversation, told by its own words alone, and what of that is remembered.
 
-Remembered are hashes of stemmed words, never text. They hide nothing from who tries words one by one: who holds the
-file can ask it whether a word was talked about, as the adapter beside it can be asked.
+Remembered are hashes of stemmed words, and, where earlier conversations are to be rehearsed, the topics by name. The
+hashes hide nothing from who tries words one by one: who holds the file can ask it whether a word was talked about, as
+the adapter beside it can be asked.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from molora_training.plum.bank import BANK
 MOST = 5  # topics of a conversation
 LONGEST = 3  # words of a topic
 
-_FORMAT = 1
+_FORMAT = 2
 _SHORTEST_WORD = 3
 _ASKED = 2  # what the user's own words count
 _MORE_WORDS = 0.25  # by which share each further word makes a topic better
@@ -139,28 +140,30 @@ def hashed(stemmed: str) -> str:
     return hashlib.sha256(stemmed.encode()).hexdigest()
 
 
-def read_discussed(file: Path) -> frozenset[str]:
-    """The hashes of a file; none where there is none.
+def read_discussed(file: Path) -> tuple[frozenset[str], list[str]]:
+    """The hashes and the topics of a file; none where there is none.
 
     Raises:
         DataError: it is damaged.
     """
     if not file.is_file():
-        return frozenset()
+        return frozenset(), []
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT or not all(isinstance(one, str) for one in found["sha256"]):
+        named = found["topics"] if found["format"] == _FORMAT else []  # they came with the second format
+        if found["format"] not in (1, _FORMAT) or not all(isinstance(one, str) for one in [*found["sha256"], *named]):
             raise ValueError("another format")
-        return frozenset(found["sha256"])
+        return frozenset(found["sha256"]), list(named)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{file} is damaged ({error}): delete it, and negatives may be about what was discussed before."
         ) from None
 
 
-def write_discussed(file: Path, hashes: Iterable[str]) -> None:
-    """Writes hashes in place of what is there, sorted, so that they do not tell what came when."""
-    write_text(file, json.dumps({"format": _FORMAT, "sha256": sorted(hashes)}, indent=1) + "\n")
+def write_discussed(file: Path, hashes: Iterable[str], named: Iterable[str] = ()) -> None:
+    """Writes hashes and topics in place of what is there, sorted, so that they do not tell what came when."""
+    said = {"format": _FORMAT, "sha256": sorted(hashes), "topics": sorted(set(named))}
+    write_text(file, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
 
 def _runs(text: str, stops: frozenset[str]) -> Iterator[list[str]]:
