@@ -613,4 +613,4 @@ def test_the_command_tells_and_its_exit_code_says_whether_it_serves(settings: Le
     found = CliRunner().invoke(app, [*line, "--learning-rate", "1e-12", "--epochs", "1", "--json"])
     assert found.exit_code == 1 and json.loads(found.stdout)["promoted"] is False
     shown = CliRunner().invoke(app, ["learn", "--help"]).output
-    assert "Example: molora learn user ada" in shown and "No text stays" in shown
+    assert "Example: molora learn user ada" in shown and "No other text stays" in shown
