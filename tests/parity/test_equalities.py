@@ -215,7 +215,8 @@ def test_pieces_are_the_whole(kind: str, base: Any, adapters: dict[str, Path], i
 def test_padded_batch_of_different_selections_is_each_alone(
     kind: str, static: bool, base: Any, adapters: dict[str, Path], ids: torch.Tensor
 ) -> None:
-    model = make_routed(base, adapters, **ROUTED[kind])
+    # In float32 it is rounding alone that is compared, which on some CPUs comes to 1e-5 after twelve steps.
+    model = make_routed(base, adapters, **ROUTED[kind]).double()
     selections = [
         {"personality": "sage", "domain": "auto", "user": None},
         {"personality": None, "domain": "code", "user": "ada"},
@@ -238,7 +239,7 @@ def test_padded_batch_of_different_selections_is_each_alone(
         alone = model.generate(input_ids=ids[row : row + 1, -length:], selection=selection, **options)
         n = alone.sequences.shape[1] - length
         assert torch.equal(batch.sequences[row, 17 : 17 + n], alone.sequences[0, length:])
-        close(torch.stack(batch.logits)[:n, row], torch.stack(alone.logits)[:, 0])
+        close(torch.stack(batch.logits)[:n, row], torch.stack(alone.logits)[:, 0], 1e-6)
 
 
 @torch.no_grad()

@@ -185,8 +185,10 @@ def _learn(
             passed=not why,
             why=why or f"{after.right:.0%} of the closed questions are answered right, {before.right:.0%} before",
         )
-    # What was talked about was talked about, also where the version that learnt it does not serve.
-    write_discussed(file, every, topics if settings.learning.rehearsed else ())
+    # What was talked about was talked about, also where the version that learnt it does not serve; but what serves does
+    # not know of it, and would practise what it makes up.
+    named = earlier if why else topics
+    write_discussed(file, every, named if settings.learning.rehearsed else ())
     if not why:
         versions.promote(version.number)
     return Learnt(

@@ -47,8 +47,7 @@ class Learning:
         learning_rate: its peak, of each conversation. epochs: passes over its pairs; of a conversation each has
             wordings and negatives of its own, for negatives that come again and again are learnt by heart.
         wordings: of each topic, open and closed ones each.
-        pull: what the squared distance from the weights before the conversation costs, summed over all: since no
-            conversation is kept, nothing else holds the adapter to what it learnt before.
+        pull: what the squared distance from the weights before the conversation costs, summed over all.
         weights: of the segments.
         rehearsed: topics of earlier conversations that are practised beside a new one; 0: none, and their names are
             not kept.
