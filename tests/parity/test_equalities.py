@@ -117,7 +117,8 @@ def test_adapters_at_weights_are_peft_with_all(base: Any, adapters: dict[str, Pa
             if isinstance(getattr(module, "scaling", None), dict):
                 for name in mixture.keys() & module.scaling.keys():
                     module.scaling[name] *= mixture[name]
-        expected.append(peft.eval()(row[None]).logits)
+        # In float64: in float32, PEFT itself is off by more than the tolerance on some CPUs.
+        expected.append(peft.eval().double()(row[None]).logits)
     model = MoLoRAModel.from_base(copy.deepcopy(base), make_stack(adapters))
     off = {"personality": None, "user": None}
     found = model(ids, selection=[{**off, "domain": mixture} for mixture in MIXTURES], output_routes=True)

