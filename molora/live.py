@@ -1,13 +1,15 @@
 """Adapters in and out of a stack that runs, and what they are found by there. See the methods of
 :class:`molora.model.MoLoRAModel`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from molora.adapter import Adapter
+from molora.atomic import remove_folder
 from molora.checks import check_fits
 from molora.errors import StackError
 from molora.examples import encode_examples, fit_row, questions_of
@@ -15,7 +17,7 @@ from molora.loading import load_adapter
 from molora.packed import Packed
 from molora.router import Router
 from molora.selection import router_rows
-from molora.stack import check_name
+from molora.stack import StackLayer, check_name
 from molora.vocabulary import VocabularyRouter
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def add(
         raise StackError(f"Layer {layer!r} already has an adapter {name!r}: use replace_adapter.")
     packed = _load(model, path)
     encoded = encode_examples(model, examples, own.keyed) if examples is not None else []
-    with model.routing.lock:
+    with model.routing.lock, _whole_or_not_at_all(model, own, name):
         own.adapters[name] = path if isinstance(path, str | Path) else packed.adapter.path
         model._put(f"{layer}/{name}", packed)
         if not own.routed:
@@ -88,7 +90,11 @@ def merge(
     for name in names:
         _must_have(model, layer, name)
     report = merged({name: model.adapters[f"{layer}/{name}"].path for name in names}, out, **settings)
-    add(model, layer, into, report.folder, examples)
+    try:
+        add(model, layer, into, report.folder, examples)
+    except BaseException:
+        remove_folder(report.folder)  # or it would be in the way of another try
+        raise
     return report
 
 
@@ -109,6 +115,23 @@ def route_anew(model: "MoLoRAModel") -> None:
         rules = {name: spans for name, spans in router.rules.items() if name in rows}
         router = VocabularyRouter(rules, rows, model.config.get_text_config().vocab_size)
     model.set_router(router)
+
+
+@contextmanager
+def _whole_or_not_at_all(model: "MoLoRAModel", layer: StackLayer, name: str) -> Iterator[None]:
+    """Of an adapter that is added within, nothing stays after an error."""
+    router, label = model.router, f"{layer.name}/{name}"
+    try:
+        with router.or_as_before() if isinstance(router, Router) else nullcontext():
+            yield
+    except BaseException:
+        layer.adapters.pop(name, None)
+        if label in model.adapters:
+            model._drop(label)
+        model.router = router  # unchecked: of a layer that is new too it has no rows yet
+        model.routing.set_router(router)
+        model._refresh()
+        raise
 
 
 def _must_have(model: "MoLoRAModel", layer: str, name: str) -> None:

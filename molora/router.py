@@ -1,6 +1,7 @@
 """The router: for each token, from its own causal past, logits over the stack's candidates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -336,6 +337,21 @@ class Router(nn.Module):
             self._set(part, part.output.weight[keep], part.output.bias[keep])
             part.samples.remove(own)
         self.rows.remove(name)
+
+    @contextmanager
+    def or_as_before(self) -> Iterator[None]:
+        """What is done to rows within is undone after an error."""
+        rows, parts = list(self.rows), self._parts
+        outputs = [(part.output.weight.detach().clone(), part.output.bias.detach().clone()) for part in parts]
+        samples = [(part.samples.features, part.samples.rows) for part in parts]  # these never change in place
+        try:
+            yield
+        except BaseException:
+            self.rows = rows
+            for part, output, kept in zip(parts, outputs, samples, strict=True):
+                self._set(part, *output)
+                part.samples.set(*kept)
+            raise
 
     @staticmethod
     def _set(part: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:

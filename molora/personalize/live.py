@@ -56,6 +56,7 @@ def internalize(
             shutil.rmtree(folder, ignore_errors=True)  # the next one's has the same name
             if new:
                 model.stack.layers.remove(own)
+                route_anew(model)
             raise
         documents.added.append((layer, name))
         if new:

@@ -297,6 +297,21 @@ def test_after_a_document_that_found_no_place_the_next_one_does(
     assert list(model.stack["document"].adapters) == ["lamp"]
 
 
+def test_a_document_whose_row_cannot_be_fitted_leaves_the_model_as_it_was(
+    model: MoLoRAModel, saved_net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise AdapterError("full")
+
+    inputs = model.encode("1 + 1 = 2")
+    before, rows, layers = model(**inputs).logits, list(model.router.rows), list(model.routing.layers)  # type: ignore[union-attr]
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match="full"):
+        patch.setattr(Router, "set_row", full)
+        model.internalize(DOCUMENT, hypernet=saved_net, name="lamp")
+    assert model.router.rows == rows and len(model.routing.layers) == len(layers)  # type: ignore[union-attr]
+    assert torch.equal(model(**inputs).logits, before)
+
+
 def test_a_document_that_is_too_long(model: MoLoRAModel, saved_net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internalize, "MOST_TOKENS", 128)
     with pytest.raises(DocumentError, match="more than 128 tokens"):

@@ -313,3 +313,40 @@ def test_features_for_a_row_are_those_of_a_whole_forward_and_no_layer_beyond_is_
     assert run == [0, 0]  # for the part that reads at layer 1, a text each
     model(**encoded[0])
     assert run == [0, 0, 0, 1, 2]  # and it ends there no more
+
+
+@pytest.mark.parametrize("reads", [0, (0, 2)], ids=str)
+@torch.no_grad()
+def test_a_merge_whose_row_cannot_be_fitted_leaves_nothing(
+    reads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last part of the router fails, when those before it have their row already."""
+    model = make_spoken(tmp_path, reads=reads)
+    null = model.router.rows.index("domain/none")
+    for part in model.router.parts:
+        part.samples.add(torch.randn(40, model.router.config.hidden), 0)
+        part.output.bias[null] = NEVER  # and the null has begun
+    inputs, out = model.encode(TEXTS[0]), tmp_path / "both"
+    before, state = model(**inputs, output_routes=True), copy.deepcopy(model.router.state_dict())
+    rows, slots = list(model.router.rows), model.slots.names
+    fit, done = Router.set_row, []
+
+    def fails(router: Router, name: str, index: int, q: torch.Tensor) -> None:
+        fit(router, name, index, q)
+        done.append(index)
+        if index == len(router.parts) - 1:
+            raise RuntimeError("the row does not fit")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="does not fit"):
+        patch.setattr(Router, "set_row", fails)
+        model.merge("domain", ["math", "code"], "both", out, examples=TEXTS)
+    assert done == list(range(len(model.router.parts))) and not out.exists()
+    assert model.stack.names == ["domain/math", "domain/code"] == list(model.adapters)
+    assert model.router.rows == rows and [name for name in model.slots.names if name] == slots
+    assert {name: value.tolist() for name, value in model.router.state_dict().items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+    after = model(**inputs, output_routes=True)
+    assert torch.equal(after.logits, before.logits) and read(after.routes) == read(before.routes)
+    model.merge("domain", ["math", "code"], "both", out, examples=TEXTS)
+    assert out.is_dir() and "domain/both" in model.router.rows and "domain/both" in model.slots.names
