@@ -77,6 +77,7 @@ def run(
     began = time.monotonic()
     with extra("train"), extra("federated"):
         from molora_training.federated import outcome
+        from molora_training.federated.place import only_server
         from molora_training.federated.progress import Progress
         from molora_training.federated.rounds import Federation
         from molora_training.federated.simulate import client_files
@@ -85,19 +86,20 @@ def run(
 
         settings = _settings(config, overrides, target := _into(into, general))
         files = client_files(settings, simulate)
-        federation = Federation.open(settings, resume)
         command = command_line("federate run", config, overrides) + (f" --simulate {simulate}" if simulate else "")
-        with Progress(settings.rounds, federation.round, len(files)) as progress:
-            losses = run_all(settings, files, federation, progress)
-        found = outcome.report(federation, losses, command, time.monotonic() - began)
-        promoted = True
-        if target is not None:
-            kept = outcome.keep(federation, losses, target, command, {"privacy": found["privacy"]})
-            found["version"], promoted = vars(kept), kept.promoted
-        else:
-            outcome.write(federation, settings.out)
-        file = report or settings.out.with_name(f"{settings.out.name}.report.json")
-        write_report(outcome.plain(found), file)
+        with only_server(settings.out):
+            federation = Federation.open(settings, resume)
+            with Progress(settings.rounds, federation.round, len(files)) as progress:
+                losses = run_all(settings, files, federation, progress)
+            found = outcome.report(federation, losses, command, time.monotonic() - began)
+            promoted = True
+            if target is not None:
+                kept = outcome.keep(federation, losses, target, command, {"privacy": found["privacy"]})
+                found["version"], promoted = vars(kept), kept.promoted
+            else:
+                outcome.write(federation, settings.out)
+            file = report or settings.out.with_name(f"{settings.out.name}.report.json")
+            write_report(outcome.plain(found), file)
     if as_json:
         write_json(outcome.plain(found))
     else:

@@ -17,7 +17,8 @@ from molora_training.federated.aggregate import DeltaSum
 from molora_training.federated.changes import b_vector, from_vector
 from molora_training.federated.client import Client, Order, clipped
 from molora_training.federated.lora import Lora, distance, read_bytes
-from molora_training.federated.rounds import Federation, state_folder
+from molora_training.federated.place import only_server, state_folder
+from molora_training.federated.rounds import Federation
 from molora_training.federated.settings import FederateSettings, LimitSettings, LocalSettings, PrivacySettings
 from tests.federated.parties import ANSWERS, RANKS, make_settings
 
@@ -231,6 +232,17 @@ def test_another_trainings_state_is_not_taken(settings: FederateSettings, client
     longer = Federation.open(replace(settings, rounds=9, limits=replace(settings.limits, seconds=5.0)))
     assert longer.round == 1 and not longer.over
     assert Federation.open(settings, resume=False).round == 0
+
+
+def test_a_place_has_one_server(settings: FederateSettings) -> None:
+    for _ in range(2):  # which lets go
+        with (
+            only_server(settings.out),
+            only_server(settings.out.with_name("other")),
+            pytest.raises(FederationError, match="Another server trains"),
+            only_server(settings.out),
+        ):
+            pass
 
 
 def test_it_goes_on_from_an_adapter(settings: FederateSettings, folder: Path, tmp_path: Path) -> None:

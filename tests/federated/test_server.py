@@ -1,7 +1,8 @@
 """The server in Flower, over clients that are late, gone, lying or masked: a round is what the others make of it."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from molora_training.federated.flower_client import Who, client_app, of_node
 from molora_training.federated.flower_server import Fleet, serve
 from molora_training.federated.lora import Lora, distance, read_bytes
 from molora_training.federated.outcome import change_of, report
+from molora_training.federated.place import only_server, state_folder
 from molora_training.federated.private import QUANTA
 from molora_training.federated.rounds import Federation
 from molora_training.federated.settings import FederateSettings, LimitSettings, PrivacySettings
@@ -194,6 +196,15 @@ def test_a_name_is_free_when_its_owner_is_gone(folder: Path) -> None:
     assert fleet.look() == ["ada"] and len(seen.of("refused")) == 1
     grid.gone = {owner := fleet.nodes["ada"]}  # whichever answered first
     assert fleet.look() == ["ada"] and fleet.nodes["ada"] == 3 - owner
+
+
+def test_a_second_server_of_flwr_run_is_refused(settings: FederateSettings, folder: Path) -> None:
+    grid = make_grid(folder)
+    context = grid.context()
+    context.run_config["settings"] = json.dumps({"settings": asdict(settings), "into": None}, default=str)
+    with only_server(settings.out), pytest.raises(FederationError, match="Another server trains"):
+        flower_app.main(grid, context)  # type: ignore[arg-type]
+    assert [one.name for one in state_folder(settings.out).iterdir()] == [".lock"]
 
 
 def test_a_name_cannot_steer_the_servers_terminal(capsys: pytest.CaptureFixture[str]) -> None:

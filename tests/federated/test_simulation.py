@@ -12,11 +12,12 @@ from typer.testing import CliRunner, Result
 
 from molora import MoLoRAModel
 from molora.cli import app
-from molora.errors import ConfigError
+from molora.errors import ConfigError, FederationError
 from molora.router import NEVER
 from molora.versions import Versions
 from molora_training.federated.lora import Lora, distance
 from molora_training.federated.outcome import Into
+from molora_training.federated.place import only_server, state_folder
 from molora_training.federated.settings import FederateSettings
 from molora_training.federated.simulate import client_files
 from tests.federated.parties import RANKS, with_samples
@@ -139,6 +140,13 @@ def test_what_is_wrong_is_said_before_anything_starts(
     result = federate(folder, tmp_path / "adapter", *arguments)
     assert result.exit_code == 1 and why in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_server_in_a_place_is_refused(folder: Path, tmp_path: Path) -> None:
+    with only_server(out := tmp_path / "adapter"):
+        second = federate(folder, out, "--no-resume")
+    assert isinstance(second.exception, FederationError) and f"to end in {out}" in str(second.exception)
+    assert [one.name for one in state_folder(out).iterdir()] == [".lock"]
 
 
 def test_help_teaches() -> None:

@@ -21,6 +21,7 @@ from molora_training.federated.flower_client import client_app as make_client_ap
 from molora_training.federated.flower_client import of_node
 from molora_training.federated.flower_server import serve
 from molora_training.federated.outcome import Into
+from molora_training.federated.place import only_server
 from molora_training.federated.progress import closed_line
 from molora_training.federated.rounds import Federation
 from molora_training.federated.settings import FederateSettings
@@ -79,17 +80,18 @@ def main(grid: Grid, context: Context) -> None:
     told = json.loads(str(context.run_config["settings"]))
     settings = from_mapping(FederateSettings, told["settings"])
     into = from_mapping(Into, told["into"]) if told["into"] is not None else None
-    federation = Federation.open(settings)
-    losses = serve(grid, context, federation, _log)
-    found = outcome.report(federation, losses, "flwr run", time.monotonic() - began)
-    if into is None:
-        outcome.write(federation, settings.out)
-        print(f"{settings.out} holds the adapter.", flush=True)
-    else:
-        kept = outcome.keep(federation, losses, into, "flwr run", {"privacy": found["privacy"]})
-        found["version"] = vars(kept)
-        print(f"Version {kept.version} {'serves' if kept.promoted else 'does not serve'}: {kept.why}", flush=True)
-    write_report(outcome.plain(found), settings.out.with_name(f"{settings.out.name}.report.json"))
+    with only_server(settings.out):
+        federation = Federation.open(settings)
+        losses = serve(grid, context, federation, _log)
+        found = outcome.report(federation, losses, "flwr run", time.monotonic() - began)
+        if into is None:
+            outcome.write(federation, settings.out)
+            print(f"{settings.out} holds the adapter.", flush=True)
+        else:
+            kept = outcome.keep(federation, losses, into, "flwr run", {"privacy": found["privacy"]})
+            found["version"] = vars(kept)
+            print(f"Version {kept.version} {'serves' if kept.promoted else 'does not serve'}: {kept.why}", flush=True)
+        write_report(outcome.plain(found), settings.out.with_name(f"{settings.out.name}.report.json"))
 
 
 def _log(what: str, told: Any) -> None:

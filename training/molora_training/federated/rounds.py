@@ -27,6 +27,7 @@ from molora_training.federated.changes import b_sum, beside, from_vector
 from molora_training.federated.client import Order, clipped
 from molora_training.federated.guard import Asked, Guard, Update
 from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
+from molora_training.federated.place import state_folder
 from molora_training.federated.private import Private
 from molora_training.federated.settings import SCALE, FederateSettings
 from molora_training.federated.usage import believed
@@ -354,11 +355,6 @@ class Federation:
             tensors.get("moments", torch.zeros(0)),
             [RoundReport(**report) for report in state["reports"]],
         )
-
-
-def state_folder(out: Path) -> Path:
-    """Where the rounds of a training lie that is to end in ``out``."""
-    return out.with_name(f".{out.name}.rounds")
 
 
 def mark(settings: FederateSettings, reader: bytes) -> str:
