@@ -84,7 +84,7 @@ def run(
         from molora_training.federated.simulate import simulate as run_all
         from molora_training.report import write_report
 
-        settings = _settings(config, overrides, target := _into(into, general))
+        settings = _settings(config, overrides, target := _into(into, general), resume)
         files = client_files(settings, simulate)
         command = command_line("federate run", config, overrides) + (f" --simulate {simulate}" if simulate else "")
         with only_server(settings.out):
@@ -131,7 +131,7 @@ def flower_app(
         from molora_training.federated.flower_app import write_app
 
         target = _into(into, general)
-        write_app(folder, _settings(config, overrides, target), target)
+        write_app(folder, _settings(config, overrides, target, False), target)
     typer.echo(f"flwr run {folder} SUPERLINK --stream    # SUPERLINK: of ~/.flwr/config.toml, see docs/federated.md")
 
 
@@ -145,7 +145,7 @@ def _into(into: tuple[Path, str, str] | None, general: Path | None) -> "Into | N
     return Into(into[0].resolve(), into[1], into[2], general.resolve() if general is not None else None)
 
 
-def _settings(config: Path | None, overrides: list[str] | None, into: "Into | None") -> Any:
+def _settings(config: Path | None, overrides: list[str] | None, into: "Into | None", resume: bool) -> Any:
     """With the adapter that serves to begin with, where there is one."""
     from dataclasses import replace
 
@@ -157,7 +157,7 @@ def _settings(config: Path | None, overrides: list[str] | None, into: "Into | No
     if settings.data == FederateSettings.data and not settings.data.is_dir():
         settings = replace(settings, data=data_dir())
     if into is not None:
-        settings = replace(settings, start=into.served(), router=into.unrouted(), base=into.base)
+        settings = into.begin(settings, resume)
     return settings
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from molora import MoLoRAModel
+from molora import MoLoRAModel, Router
+from molora.router import NEVER
 from molora.versions import Versions
 from molora_training.continual.memory import Memory, held_out
 from molora_training.continual.update import MEMORY, read_chats
@@ -17,7 +18,7 @@ from molora_training.federated.lora import Lora, distance
 from molora_training.federated.outcome import Into, Losses, change_of, keep, plain, report, write
 from molora_training.federated.rounds import Federation
 from molora_training.federated.settings import LimitSettings
-from tests.federated.parties import ANSWERS, RANKS, make_settings
+from tests.federated.parties import ANSWERS, RANKS, make_settings, with_samples
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def into(folder: Path, tmp_path: Path) -> Into:
 
 
 def trained(folder: Path, out: Path, into: Into, **limits: float) -> tuple[Federation, dict[str, Losses]]:
-    settings = make_settings(folder, out, start=into.served(), rounds=2, limits=replace(LimitSettings(), **limits))
+    limit = replace(LimitSettings(), **limits)
+    settings = into.begin(make_settings(folder, out, rounds=2, limits=limit))
     base = Base.load(settings.base)
     clients = {name: Client.of_file(name, base, folder / "data" / f"{name}.jsonl") for name in ANSWERS}
 
@@ -53,7 +55,8 @@ def test_what_was_learnt_serves(folder: Path, tmp_path: Path, into: Into) -> Non
     assert kept.general is not None and kept.general.conversations == 30
     assert kept.kept is not None and kept.kept.conversations == len(remembered)
     version = versions[kept.version]
-    assert version.data == {"clients": 4, "rounds": 2} and version.command == "molora federate run"
+    assert version.data == {"clients": 4, "rounds": 2, "run": into.mark(own.run, 2)}
+    assert version.command == "molora federate run"
     assert version.metrics["learnt"]["conversations"] == kept.learnt.conversations
     served = Path(MoLoRAModel.from_pretrained(into.model).stack["domain"].adapters["math"])
     assert served == versions.path(kept.version)
@@ -84,6 +87,48 @@ def test_what_lost_too_much_does_not_serve(folder: Path, tmp_path: Path, into: I
     kept = keep(own, losses, into, "command", {})
     assert kept.general is not None and kept.general.growth > 0
     assert not kept.promoted and "general conversations grew by" in kept.why
+
+
+@pytest.mark.parametrize("name", ["math", "speech"])
+def test_a_version_is_made_once_wherever_its_making_is_interrupted(
+    folder: Path, tmp_path: Path, into: Into, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Before it serves, and after. Another adapter serves from then on, and a new one has its row."""
+    into = replace(into, model=with_samples(into.model, tmp_path / "samples"), name=name)
+    own, losses = trained(folder, tmp_path / "adapter", into, max_forgetting=10.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Versions, "promote", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        keep(own, losses, into, "command", {})
+    made = into.versions.all()[-1].number
+    for served in (False, True):
+        assert (into.versions.current == made) == served
+        settings = into.begin(replace(own.settings, start=None, router=None))  # as they are given
+        assert settings == own.settings
+        again = Federation.open(settings)
+        assert again.over and again.run == own.run
+        kept = keep(again, losses, into, "command", {})
+        assert kept.promoted and kept.version == into.versions.current == into.versions.all()[-1].number == made
+        assert kept.learnt == change_of(losses["before"], losses["after"])
+    model = MoLoRAModel.from_pretrained(into.model)
+    assert Path(model.stack["domain"].adapters[name]) == into.versions.path(made)
+    assert isinstance(model.router, Router)
+    bias = model.router.parts[0].output.bias[model.router.rows.index(f"domain/{name}")]  # type: ignore[union-attr, index]
+    assert float(bias) > NEVER / 2
+    anew = into.begin(own.settings, resume=False)
+    assert anew.start == into.served() and anew.router is None
+    assert Federation.open(anew, resume=False).run != own.run
+
+
+def test_what_serves_by_now_is_not_taken_back(folder: Path, tmp_path: Path, into: Into) -> None:
+    own, losses = trained(folder, tmp_path / "adapter", into, max_forgetting=10.0)
+    first = keep(own, losses, into, "command", {})
+    other = into.versions.add(folder / "adapters" / "math")
+    into.versions.promote(other.number)
+    again = keep(own, losses, into, "command", {})
+    assert again == replace(first, promoted=False, why=f"version {other.number} serves by now")
+    assert into.versions.current == other.number
+    into.versions.rollback(into.versions[first.version].parent)
+    assert keep(own, losses, into, "command", {}) == first and len(into.versions.all()) == 3
 
 
 def test_losses_are_pooled_over_those_who_told_both() -> None:

@@ -17,7 +17,7 @@ from molora.router import NEVER
 from molora.versions import Versions
 from molora_training.federated.lora import Lora, distance
 from molora_training.federated.outcome import Into
-from molora_training.federated.place import only_server, state_folder
+from molora_training.federated.place import Begun, only_server, state_folder
 from molora_training.federated.settings import FederateSettings
 from molora_training.federated.simulate import client_files
 from tests.federated.parties import RANKS, with_samples
@@ -65,7 +65,11 @@ def test_a_private_masked_training_becomes_a_version(folder: Path, tmp_path: Pat
     assert all(one["noise"] > 0 and len(one["clients"]) == 4 for one in told["rounds"])
     kept = told["version"]
     version = Versions(model, "domain", "math")[kept["version"]]
-    assert version.metrics["privacy"]["delta"] == 1e-5 and version.data == {"clients": 4, "rounds": 2}
+    assert version.metrics["privacy"]["delta"] == 1e-5
+    begun = Begun.read(tmp_path / "unused")
+    assert begun is not None
+    run = Into(model, "domain", "math", general).mark(begun.run, 2)
+    assert version.data == {"clients": 4, "rounds": 2, "run": run}
     assert kept["general"]["conversations"] == 30
     grew = kept["general"]["after"] / kept["general"]["before"] - 1
     assert (result.exit_code == 0) == kept["promoted"] == (grew <= 0.02)
@@ -110,6 +114,23 @@ def test_a_new_adapter_comes_with_its_row(folder: Path, tmp_path: Path) -> None:
     assert "speech" in served.stack["domain"].adapters
     bias = served.router.parts[0].output.bias.detach()[served.router.rows.index("domain/speech")]  # type: ignore[union-attr]
     assert float(bias) > NEVER / 2
+
+
+def test_a_run_that_was_killed_before_its_report_writes_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_samples(folder / "model", tmp_path / "model")
+    line = ["limits.max_forgetting=0.3", "rounds=2", "--into", str(model), "domain", "speech", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("molora_training.report.write_report", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        assert "killed" in str(federate(folder, tmp_path / "unused", *line).exception)
+    versions, report = Versions(model, "domain", "speech"), tmp_path / "unused.report.json"
+    assert versions.current == 1 and not report.exists()
+    again = federate(folder, tmp_path / "unused", *line)
+    assert again.exit_code == 0, again.exception
+    told = json.loads(report.read_text())
+    assert told["version"]["version"] == 1 and told["version"]["promoted"] and len(told["rounds"]) == 2
+    assert [one.number for one in versions.all()] == [1] and len(Versions(model).all()) == 2  # of the router
 
 
 def test_a_row_has_no_noise(folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """What comes of a federated training: a PEFT folder, or a version of a saved MoLoRA's adapter that passes its gate."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from molora.atomic import PARTIAL, remove_folder
 from molora.errors import FederationError
 from molora.saved import load
-from molora.versions import Versions
+from molora.versions import Version, Versions
 from molora_training.checkpoint import place_folder
 from molora_training.continual.chance import by_chance
 from molora_training.continual.edits import NewRow, check_samples, too_much_taken
 from molora_training.continual.memory import Memory
 from molora_training.continual.update import MEMORY, Change, Judge, UpdateSettings, read_chats, refusal
+from molora_training.federated.place import Begun
 from molora_training.federated.rounds import Federation
 from molora_training.federated.row import with_row
+from molora_training.federated.settings import FederateSettings
 
 Losses = Mapping[str, Mapping[str, float]]
 
@@ -68,6 +71,30 @@ class Into:
     def base(self) -> str:
         return str(load(self.model).base)
 
+    @property
+    def versions(self) -> Versions:
+        return Versions(self.model, self.layer, self.name)
+
+    def begin(self, settings: FederateSettings, resume: bool = True) -> FederateSettings:
+        """``settings`` with what a training goes on from: what serves. If that was made by this very training, which
+        was killed before it told of it, what it began with.
+
+        Raises:
+            StackError, FederationError, VersionError: as of :meth:`served` and :meth:`unrouted`. DataError: the general
+                conversations cannot be read.
+        """
+        known, current = Begun.read(settings.out) if resume else None, self.versions.current
+        made = self.versions[current].data.get("run") if current is not None else None
+        if known is not None and made is not None and made == self.mark(known.run, settings.rounds):
+            return replace(settings, start=known.start, router=known.router, base=self.base)
+        return replace(settings, start=self.served(), router=self.unrouted(), base=self.base)
+
+    def mark(self, run: str, rounds: int) -> str:
+        """What a version is known by that a training made after so many rounds: by other general conversations it is
+        judged anew."""
+        general = read_chats(self.general) if self.general is not None else None
+        return hashlib.sha256(json.dumps([run, rounds, general], sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -85,7 +112,8 @@ class Kept:
 def keep(
     federation: Federation, losses: Mapping[str, Losses], into: Into, command: str, about: Mapping[str, Any]
 ) -> Kept:
-    """Makes a version of what was learnt, and lets it serve if it learnt something and lost little.
+    """Makes a version of what was learnt, and lets it serve if it learnt something and lost little. One that an
+    interrupted call has made is gone on with.
 
     Args:
         federation: whose rounds are over.
@@ -97,8 +125,28 @@ def keep(
     Raises:
         VersionError, AdapterError, DataError: as of :mod:`molora.versions` and of an update.
     """
-    settings = federation.settings
-    versions = Versions(into.model, into.layer, into.name)
+    versions, run = into.versions, into.mark(federation.run, federation.round)
+    version = next((one for one in versions.all() if one.data.get("run") == run), None)
+    current, row = versions.current, None
+    if version is not None and not (version.passed and current in (None, version.parent)):
+        other = version.passed and current != version.number
+        return _kept(version, current == version.number, f"version {current} serves by now" if other else version.why)
+    if federation.settings.router is not None:
+        saved = load(into.model)
+        row = with_row(check_samples(saved.router), saved.stack, into.layer, into.name, federation.moments)
+    if version is None:
+        version = _judged(federation, losses, into, command, {"run": run}, about, row)
+    if version.passed:
+        versions.promote(version.number, router=None if row is None else row.router)
+    return _kept(version, version.passed, version.why)
+
+
+def _judged(
+    federation: Federation, losses: Mapping[str, Losses], into: Into, command: str, data: Mapping[str, Any],
+    about: Mapping[str, Any], row: NewRow | None,
+) -> Version:  # fmt: skip
+    """A version of what was learnt, which does not serve yet."""
+    settings, versions = federation.settings, into.versions
     served, learnt = into.served(), change_of(losses.get("before", {}), losses.get("after", {}))
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch) / "adapter"
@@ -110,28 +158,27 @@ def keep(
         why = refusal(settings.limits.max_forgetting, learnt, remembered, general)
         if learnt is None and remembered is None and general is None:
             why = "nothing was measured of it: under privacy clients tell no losses, so name general conversations"
-        found: NewRow | None = None
-        if settings.router is not None and not why:
-            saved = load(into.model)
-            found = with_row(check_samples(saved.router), saved.stack, into.layer, into.name, federation.moments)
-            why = too_much_taken(found.taken, settings.limits.max_forgetting)
-        version = versions.add(
+        if row is not None and not why:
+            why = too_much_taken(row.taken, settings.limits.max_forgetting)
+        return versions.add(
             new,
             command=command,
-            data={"clients": len(_devices(federation)), "rounds": federation.round},
+            data={"clients": len(_devices(federation)), "rounds": federation.round, **data},
             metrics={
                 "learnt": learnt and asdict(learnt),
                 "kept": remembered and asdict(remembered),
                 "general": general and asdict(general),
-                **({} if found is None else {"taken": found.taken}),
+                **({} if row is None else {"taken": row.taken}),
                 **about,
             },
             passed=not why,
             why=why or (f"{-learnt.growth:.1%} less loss on what clients held out" if learnt else "it lost little"),
         )
-    if not why:
-        versions.promote(version.number, router=None if found is None else found.router)
-    return Kept(version.number, not why, version.why, learnt, remembered, general)
+
+
+def _kept(version: Version, promoted: bool, why: str) -> Kept:
+    told = (version.metrics[name] for name in ("learnt", "kept", "general"))
+    return Kept(version.number, promoted, why, *(one and Change(**one) for one in told))
 
 
 def write(federation: Federation, out: Path) -> None:

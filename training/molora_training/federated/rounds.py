@@ -27,7 +27,7 @@ from molora_training.federated.changes import b_sum, beside, from_vector
 from molora_training.federated.client import Order, clipped
 from molora_training.federated.guard import Asked, Guard, Update
 from molora_training.federated.lora import Lora, distance, factor_distance, read_bytes
-from molora_training.federated.place import state_folder
+from molora_training.federated.place import Begun, state_folder
 from molora_training.federated.private import Private
 from molora_training.federated.settings import SCALE, FederateSettings
 from molora_training.federated.usage import believed
@@ -65,6 +65,7 @@ class Federation:
         lora: the adapter, of the server's rank. below: what is finished and acts beneath (`stack` alone).
         reader: what clients read their text by, if the router is to get a row. moments: of it, summed over rounds.
         reports: of the rounds that are over.
+        run: the training's name.
     """
 
     settings: FederateSettings
@@ -79,6 +80,7 @@ class Federation:
     reports: list[RoundReport] = field(default_factory=list)
     asked: dict[str, Asked] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
+    run: str = ""
 
     @classmethod
     def open(cls, settings: FederateSettings, resume: bool = True) -> "Federation":
@@ -104,11 +106,14 @@ class Federation:
             router = check_samples(load_saved(settings.router).router)
             reader, moments = row.reader_of(router), torch.zeros(row.shape_of(router))
         if rounds:
-            return cls._read(settings, folder, rounds[-1], guard, reader)
-        config, lora = _begun(settings, folder)
-        own = cls(settings, folder, config, lora, guard, reader=reader, moments=moments)
-        if settings.privacy.epsilon is not None:
-            own.private = Private.begin(settings.privacy, settings.rounds, lora)
+            own = cls._read(settings, folder, rounds[-1], guard, reader)
+        else:
+            config, lora = _begun(settings, folder)
+            own = cls(settings, folder, config, lora, guard, reader=reader, moments=moments)
+            if settings.privacy.epsilon is not None:
+                own.private = Private.begin(settings.privacy, settings.rounds, lora)
+        known = Begun.read(settings.out) if rounds else None
+        own.run = (known or Begun.write(settings)).run
         return own
 
     @property
