@@ -3,10 +3,11 @@
     molora train data math code medicine law ukrainian
     python -m benchmarks.compress --count 100 --basis 32 64
     python -m benchmarks.compress --count 100 --basis 64 --unrelated
+    python -m benchmarks.compress --trained splits --basis 64    # of benchmarks/splits.py
 
 Related: each is one of the starter's domain adapters with noise of the whole rank beside it, as if trained again on
-other data. Unrelated: one such of each domain, and for the rest noise alone, as large. The gain over the base is that
-of the first adapter of each domain, on the domain's test conversations.
+other data; or was trained on other data, indeed. Unrelated: one such of each domain, and for the rest noise alone, as
+large. The gain over the base is that of the first adapter of each domain, on the domain's test conversations.
 """
 
 import argparse
@@ -39,23 +40,19 @@ def main() -> None:
     parser.add_argument("--basis", type=int, nargs="+", default=[64])
     parser.add_argument("--noise", type=float, default=0.3, help="norm of what is added, as a share of the adapter's")
     parser.add_argument("--unrelated", action="store_true", help="nothing in common but by domain, once each")
+    parser.add_argument(
+        "--trained", type=Path, metavar="FOLDER", help="adapters that lie there as DOMAIN-NUMBER instead"
+    )
     parser.add_argument("--conversations", type=int, default=20, help="of each domain")
     parser.add_argument("--out", type=Path, help="where the figures go, too")
     given = parser.parse_args()
-    domains = {
-        path.name: of_adapter(Adapter.load(path)) for path in sorted((starter_folder() / "adapters/domain").iterdir())
-    }
     with tempfile.TemporaryDirectory() as place:
-        folders: dict[str, Path] = {}
-        for number in range(given.count):
-            domain = list(domains)[number % len(domains)]
-            folders[f"{domain}-{number}"] = Path(place) / f"{domain}-{number}"
-            alone = given.unrelated and number >= len(domains)
-            factors = disturbed(domains[domain], given.rank, given.noise, number, alone)
-            write_factors(folders[f"{domain}-{number}"], factors, DEFAULT_BASE)
-        some = {domain: f"{domain}-{number}" for number, domain in enumerate(domains)}
+        folders = trained(given.trained) if given.trained else made(given, Path(place))
+        some: dict[str, str] = {}
+        for name in folders:
+            some.setdefault(name.rpartition("-")[0], name)
         loss = measure(given.conversations)
-        base = {domain: loss(domain, None) for domain in domains}
+        base = {domain: loss(domain, None) for domain in some}
         raw = {domain: loss(domain, of_adapter(Adapter.load(folders[name]))) for domain, name in some.items()}
         rows = []
         for size in given.basis:
@@ -73,15 +70,36 @@ def main() -> None:
             rows.append({name: round(value, 4) for name, value in row.items()})
             print(json.dumps(rows[-1]), flush=True)
     if given.out:
-        command = f"python -m benchmarks.compress --count {given.count} --rank {given.rank} --noise {given.noise}"
+        which = f"--count {given.count} --rank {given.rank} --noise {given.noise}"
+        command = f"python -m benchmarks.compress {f'--trained {given.trained.name}' if given.trained else which}"
         command += f" --basis {' '.join(map(str, given.basis))}{' --unrelated' * given.unrelated}"
-        about = heading(command, f"{given.conversations} test conversations of each of {len(domains)} domains")
+        about = heading(command, f"{given.conversations} test conversations of each of {len(some)} domains")
         must = [
             line("share of the bytes", rows[0]["share of the bytes"], 0.2, "lower"),
             line("gain kept, mean of the domains", rows[0]["gain kept, mean"], 0.99, "higher"),
         ]
         found = {**about, "threads": torch.get_num_threads(), "rows": rows, "must": must}
         given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def trained(folder: Path) -> dict[str, Path]:
+    """The adapters of a folder by name, in the order of their numbers."""
+    found = [path.parent for path in folder.glob("*-*/adapter_config.json")]
+    return {path.name: path for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))}
+
+
+def made(given: argparse.Namespace, place: Path) -> dict[str, Path]:
+    """Adapters made of the starter's of a domain, by name."""
+    paths = sorted((starter_folder() / "adapters/domain").iterdir())
+    domains = {path.name: of_adapter(Adapter.load(path)) for path in paths}
+    folders: dict[str, Path] = {}
+    for number in range(given.count):
+        domain = list(domains)[number % len(domains)]
+        folders[f"{domain}-{number}"] = place / f"{domain}-{number}"
+        alone = given.unrelated and number >= len(domains)
+        factors = disturbed(domains[domain], given.rank, given.noise, number, alone)
+        write_factors(folders[f"{domain}-{number}"], factors, DEFAULT_BASE)
+    return folders
 
 
 def disturbed(factors: Factors, rank: int, noise: float, seed: int, alone: bool = False) -> Factors:
